@@ -1,0 +1,289 @@
+"""What one step writes and the next one reads. Files appear under a temporary name and are renamed when whole."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from farss.errors import FarssError, FolderError
+
+Side = Literal["least", "most"]
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path` to write to, and rename it when the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise FarssError(f"the disk is full: {path} was not written; free some space and run again") from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole text file."""
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a whole JSON file."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of ours.
+
+    Raises:
+        FolderError: the file is missing or broken.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FolderError(f"there is no {path}: run the step that writes it first") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise FolderError(f"{path} is not valid JSON: delete it and run the step that writes it again") from error
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a whole safetensors file."""
+    with whole_file(path) as temporary:
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        except Exception as error:  # safetensors wraps the operating system's error in one of its own
+            if "No space left" in str(error):
+                raise OSError(errno.ENOSPC, str(error)) from error
+            raise
+
+
+def fingerprint(value: Any) -> str:
+    """Short hash of a JSON value, the same on every machine."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+# --- survey ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One target linear layer `y = W h`, `W [m, n]`, as the survey saw it."""
+
+    name: str
+    """Full module name, such as model.layers.0.self_attn.q_proj."""
+    block: int
+    """Index of its block."""
+    shape: tuple[int, int]
+    """(m, n): output and input size."""
+    importance: float
+    """Fisher importance (eq. 8)."""
+
+
+@dataclass(frozen=True)
+class Directions:
+    """The singular directions of one layer and their statistics; k = min(m, n)."""
+
+    sigma: Tensor
+    """[k] float32, descending."""
+    lam: Tensor
+    """[k] float32, `v_i^T A v_i`: activation energy along each right direction."""
+    gam: Tensor
+    """[k] float32, `u_i^T G u_i`: gradient energy along each left direction."""
+
+    @property
+    def scores(self) -> Tensor:
+        """[k] float64, eq. 15: `sigma_i^2 lambda_i gamma_i`."""
+        return self.sigma.double().square() * self.lam.double() * self.gam.double()
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Everything any plan can ask about a model and a task. The tensors stay on disk until they are asked for."""
+
+    folder: Path
+    layers: dict[str, Layer]
+    blocks: int
+    """Number of blocks of the model, L."""
+    cap: int
+    """For the `cap` highest and `cap` lowest scores of each layer the singular vectors are kept."""
+    examples: int
+    tokens: int
+    """Real (not padding) tokens in the calibration examples."""
+    meta: dict[str, Any] = field(default_factory=dict)
+    """Model and data fingerprints, seed, seconds, peak memory."""
+
+    def directions(self, name: str) -> Directions:
+        """Read sigma, lambda and gamma of one layer."""
+        with safe_open(self.block_file(self.layers[name].block), framework="pt") as file:
+            return Directions(*(file.get_tensor(f"{name}.{part}") for part in ("sigma", "lam", "gam")))
+
+    def vectors(self, name: str, directions: list[int]) -> tuple[Tensor, Tensor]:
+        """Singular vectors `U_S [m, r]` and `V_S [n, r]` (float32) of the given indices into sigma order.
+
+        Raises:
+            FarssError: an index is outside what the survey kept.
+        """
+        with safe_open(self.block_file(self.layers[name].block), framework="pt") as file:
+            kept: Tensor = file.get_tensor(f"{name}.kept")
+            u: Tensor = file.get_tensor(f"{name}.u")
+            v: Tensor = file.get_tensor(f"{name}.v")
+        place = {index: position for position, index in enumerate(kept.tolist())}
+        missing = [index for index in directions if index not in place]
+        if missing:
+            raise FarssError(f"the survey kept {self.cap} directions at each end of {name}, but the plan asks for more: survey again with a higher plan.rank")
+        rows = torch.tensor([place[index] for index in directions], dtype=torch.long)
+        return u[:, rows], v[:, rows]
+
+    def block_file(self, block: int) -> Path:
+        """The safetensors file of one block."""
+        return self.folder / f"block-{block:04d}.safetensors"
+
+    def save(self) -> None:
+        """Write `survey.json` (the tensors are there already): the survey is complete."""
+        layers = {name: {"block": x.block, "shape": list(x.shape), "importance": x.importance} for name, x in self.layers.items()}
+        rest = {key: getattr(self, key) for key in ("blocks", "cap", "examples", "tokens", "meta")}
+        write_json(self.folder / "survey.json", {**rest, "layers": layers})
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Survey:
+        """Read a complete survey."""
+        folder = Path(folder)
+        values = read_json(folder / "survey.json")
+        layers = {
+            name: Layer(name, entry["block"], (entry["shape"][0], entry["shape"][1]), entry["importance"])
+            for name, entry in values.pop("layers").items()
+        }
+        return cls(folder=folder, layers=layers, **values)
+
+
+# --- plan ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What is done to one layer."""
+
+    rank: int
+    alpha: float
+    """PEFT's alpha of this layer: the adapter is scaled by alpha / rank."""
+    block: int
+    shape: tuple[int, int]
+    side: Side | None = None
+    """Which end of the score order the directions come from; None: random start, as in LoRA."""
+    directions: list[int] = field(default_factory=list)
+    """Indices into sigma order, from the highest score to the lowest; empty for a random start."""
+
+    @property
+    def scaling(self) -> float:
+        """s = alpha / rank."""
+        return self.alpha / self.rank
+
+    @property
+    def parameters(self) -> int:
+        """Trainable parameters, `r (m + n)`."""
+        return self.rank * sum(self.shape)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Ranks, sides and directions of every target layer. A plan of full fine-tuning has no layers."""
+
+    method: str
+    layers: dict[str, LayerPlan]
+    blocks: int
+    boundary: int | None = None
+    """Number of shallow blocks; None for methods without a boundary."""
+    rank: int = 0
+    """Rank R of the deep layers."""
+    notes: list[str] = field(default_factory=list)
+    """What was decided on the way, in sentences (matched rank, lost budget, ...)."""
+
+    @property
+    def parameters(self) -> int:
+        """Trainable parameters of all adapters."""
+        return sum(layer.parameters for layer in self.layers.values())
+
+    def save(self, path: Path) -> None:
+        """Write `plan.json`."""
+        write_json(path, {**dataclasses.asdict(self), "parameters": self.parameters})
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """Read `plan.json`."""
+        values = read_json(path)
+        values.pop("parameters", None)
+        layers = {name: LayerPlan(**{**entry, "shape": tuple(entry["shape"])}) for name, entry in values.pop("layers").items()}
+        return cls(layers=layers, **values)
+
+
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """The outcome of one benchmark."""
+
+    name: str
+    metric: str
+    score: float
+    """Mean of the metric, 0 .. 1."""
+    questions: int
+    fewshot: int = 0
+    gold_loglikelihood: float | None = None
+    """Mean log-likelihood (nats) of the gold answer, summed over its tokens; None where there is no single gold answer."""
+    seconds: float = 0.0
+    version: str = ""
+    """Version of the task and of the harness."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One model's answers. Per-question outcomes lie beside it, one JSONL a benchmark (see `questions`)."""
+
+    knowledge: dict[str, TaskScore] = field(default_factory=dict)
+    task: dict[str, TaskScore] = field(default_factory=dict)
+    text_loss: float | None = None
+    """Mean loss (nats per token) on the general text."""
+    meta: dict[str, Any] = field(default_factory=dict)
+    """Model and adapter fingerprints, seed, versions."""
+
+    def save(self, path: Path) -> None:
+        """Write `scores.json`."""
+        write_json(path, dataclasses.asdict(self))
+
+    @classmethod
+    def load(cls, path: Path) -> Scores:
+        """Read `scores.json`."""
+        values = read_json(path)
+        for kind in ("knowledge", "task"):
+            values[kind] = {name: TaskScore(**entry) for name, entry in values[kind].items()}
+        return cls(**values)
+
+
+def questions(folder: Path, name: str) -> list[dict[str, Any]]:
+    """Read the per-question outcomes of one benchmark: `{id, prompt, gold, answer, score, gold_loglikelihood}`."""
+    path = folder / f"{name}.jsonl"
+    if not path.is_file():
+        raise FolderError(f"there is no {path}: run `farss evaluate` first")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

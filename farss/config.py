@@ -1,0 +1,472 @@
+"""The configuration of a run: frozen dataclasses to and from YAML. The docstring under each field is its help text."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from farss.errors import ConfigError
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model that is fine-tuned."""
+
+    path: str = ""
+    """Folder of the base model (safetensors and tokenizer), or its name on a hub."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the frozen weights; auto: as they are stored."""
+    device: str = "auto"
+    """auto (a GPU where there is one), cpu, cuda or cuda:1."""
+    targets: list[str] = field(default_factory=list)
+    """Names of the linear layers to adapt, such as [q_proj, v_proj]; empty: every linear layer in every block."""
+    trust_remote_code: bool = False
+    """Run the model's own Python code. Only for models whose authors you trust."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The task: what the model shall learn."""
+
+    train: str = ""
+    """Training examples: a .jsonl, .csv or .parquet file (.gz too), or a data set's name on a hub."""
+    split: str = "train"
+    """Split of a hub data set."""
+    prompt: str | None = None
+    """Column with the instruction; null: found by itself (prompt, instruction, query, question, ...)."""
+    response: str | None = None
+    """Column with the answer; null: found by itself (completion, response, output, answer, ...)."""
+    template: str = "alpaca"
+    """alpaca, chat (the model's own chat template), plain (as it is), or your own text with {instruction} in it."""
+    max_length: int = 512
+    """Longest example in tokens; the end is cut off."""
+    limit: int | None = None
+    """Use this many examples, drawn with the seed; null: all."""
+
+    def __post_init__(self) -> None:
+        _check(self.max_length >= 8, f"data.max_length={self.max_length} is too short: give 8 tokens or more")
+        _check(self.limit is None or self.limit >= 1, f"data.limit={self.limit}: give 1 or more, or null for all")
+        named = self.template in ("alpaca", "chat", "plain")
+        _check(
+            named or "{instruction}" in self.template,
+            f"data.template={self.template!r}: choose alpaca, chat or plain, or give a text that contains {{instruction}}",
+        )
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """The examples on which the Fisher statistics are estimated (FARSS, section 3.2)."""
+
+    examples: int = 256
+    """How many training examples to use, drawn with the seed."""
+    batch_size: int = 8
+    """Examples per forward pass; changes the memory, not the result."""
+    fisher: Literal["empirical", "sampled"] = "empirical"
+    """empirical: gradients at the data's own answers; sampled: at answers drawn from the model (the true Fisher)."""
+
+    def __post_init__(self) -> None:
+        _check(self.examples >= 1, f"calibration.examples={self.examples}: give 1 or more")
+        _check(self.batch_size >= 1, f"calibration.batch_size={self.batch_size}: give 1 or more")
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """Where and how much to adapt, and from which directions to start."""
+
+    method: str = "farss"
+    """The fine-tuning method; `farss methods` lists them."""
+    boundary: int | None = None
+    """Number of shallow blocks (blocks 0 .. boundary-1); null: a fifth of the blocks, rounded."""
+    rank: int = 128
+    """Rank R of every deep layer, and of every layer in methods without a boundary."""
+    r_min: int = 1
+    """Smallest rank of a shallow layer."""
+    r_avg: int = 50
+    """Average rank of the shallow layers: their budget is r_avg times their number (eq. 10)."""
+    r_max: int = 64
+    """Largest rank of a shallow layer."""
+    alpha: float | Literal["uniform", "constant"] = "uniform"
+    """A number: the adapter is scaled by alpha / R in every layer. uniform: alpha = R, so the scale is 1. constant:
+    alpha = R in every layer whatever its rank, as the authors' released code does (for comparison only)."""
+    budget: Literal["paper", "exact"] = "paper"
+    """paper: round and clip (eq. 12), which loses some of the budget; exact: hand out all of it."""
+    match_params: int | Literal["lora"] | None = None
+    """Solve for the rank so that the number of trainable parameters is this, or that of uniform LoRA at `rank`."""
+    shallow_directions: Literal["least", "most"] = "least"
+    """Shallow layers start from their least (or most) important singular directions."""
+    deep_directions: Literal["least", "most"] = "most"
+    """Deep layers start from their most (or least) important singular directions."""
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "r_min", "r_avg", "r_max"):
+            _check(getattr(self, name) >= 1, f"plan.{name}={getattr(self, name)}: a rank is 1 or more")
+        _check(self.r_min <= self.r_max, f"plan.r_min={self.r_min} is larger than plan.r_max={self.r_max}: swap them?")
+        _check(self.r_avg <= self.r_max, f"plan.r_avg={self.r_avg} is larger than plan.r_max={self.r_max}: swap them?")
+        _check(self.r_avg >= self.r_min, f"plan.r_avg={self.r_avg} is smaller than plan.r_min={self.r_min}: swap them?")
+        _check(self.boundary is None or self.boundary >= 1, f"plan.boundary={self.boundary}: give 1 or more")
+        if not isinstance(self.alpha, str):
+            _check(0 < self.alpha < float("inf"), f"plan.alpha={self.alpha}: give a number above 0")
+        if isinstance(self.match_params, int):
+            _check(self.match_params >= 1, f"plan.match_params={self.match_params}: give a number of parameters above 0")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Fine-tuning (the defaults are the paper's, appendix A.2)."""
+
+    learning_rate: float = 2e-5
+    """Peak learning rate of AdamW."""
+    epochs: float = 1.0
+    """Passes over the training examples."""
+    max_steps: int | None = None
+    """Stop after this many optimiser steps; null: after `epochs`."""
+    batch_size: int = 16
+    """Examples per optimiser step."""
+    micro_batch_size: int | None = None
+    """Examples per forward pass; null: the whole batch_size. Smaller needs less memory, the result is the same."""
+    scheduler: str = "linear"
+    """Learning-rate schedule, by its name in transformers (linear, cosine, constant, ...)."""
+    warmup_ratio: float = 0.03
+    """Share of the steps in which the learning rate rises."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay."""
+    dropout: float = 0.05
+    """Dropout on the adapter's input."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Precision of the matrix products; trainable weights and their updates are always float32."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    save_steps: int = 100
+    """A checkpoint every so many steps; a killed run continues from the newest."""
+    logging_steps: int = 10
+    """The loss is logged every so many steps."""
+    report_to: list[str] = field(default_factory=list)
+    """Trackers, by their names in transformers: tensorboard, wandb, mlflow, trackio, ..."""
+
+    def __post_init__(self) -> None:
+        _check(self.learning_rate > 0, f"train.learning_rate={self.learning_rate}: give a number above 0")
+        _check(self.epochs > 0, f"train.epochs={self.epochs}: give a number above 0")
+        _check(self.max_steps is None or self.max_steps >= 1, f"train.max_steps={self.max_steps}: give 1 or more")
+        _check(self.batch_size >= 1, f"train.batch_size={self.batch_size}: give 1 or more")
+        _check(0 <= self.warmup_ratio < 1, f"train.warmup_ratio={self.warmup_ratio}: give 0 or more, below 1")
+        _check(0 <= self.dropout < 1, f"train.dropout={self.dropout}: give 0 or more, below 1")
+        _check(self.save_steps >= 1, f"train.save_steps={self.save_steps}: give 1 or more")
+        _check(self.logging_steps >= 1, f"train.logging_steps={self.logging_steps}: give 1 or more")
+        micro = self.micro_batch_size
+        _check(
+            micro is None or (micro >= 1 and self.batch_size % micro == 0),
+            f"train.micro_batch_size={micro} does not divide train.batch_size={self.batch_size}: choose a divisor",
+        )
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """A file of questions with their answers, scored by exact match and by the answers' log-likelihood."""
+
+    name: str = ""
+    """How the table calls it."""
+    data: str = ""
+    """A .jsonl, .csv or .parquet file (.gz too)."""
+    question: str = "question"
+    """Column with the question."""
+    answers: str = "answers"
+    """Column with the answer, or with a list of accepted answers."""
+    prompt: str | None = None
+    """The prompt, with {question} in it; `train` for the training template; null: `train` for tasks and
+    'Question: {question}\\nAnswer:' for knowledge."""
+    fewshot: int = 0
+    """Show this many other questions of the file, with their answers, before each question."""
+    limit: int | None = None
+    """Ask this many questions, drawn with the seed; null: all."""
+    max_tokens: int = 32
+    """Longest answer in tokens."""
+    metric: Literal["exact_match", "contains"] = "exact_match"
+    """exact_match: the answer is one of the accepted ones (case, articles and punctuation apart); contains: holds one."""
+
+    def __post_init__(self) -> None:
+        _check(bool(self.name), f"a question set needs a name: add `name:` beside data={self.data!r}")
+        _check(bool(self.data), f"question set {self.name!r} needs a file: add `data:`")
+        _check(self.fewshot >= 0, f"question set {self.name!r}: fewshot={self.fewshot}: give 0 or more")
+        _check(self.limit is None or self.limit >= 1, f"question set {self.name!r}: limit={self.limit}: give 1 or more")
+        _check(self.max_tokens >= 1, f"question set {self.name!r}: max_tokens={self.max_tokens}: give 1 or more")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What is asked before and after: knowledge (what shall be kept) and task (what shall be learned)."""
+
+    knowledge: list[str | QuestionSet] = field(default_factory=list)
+    """Names of lm_eval tasks (triviaqa, nq_open, webqs), or question sets: {name, data, question, answers}."""
+    task: list[str | QuestionSet] = field(default_factory=list)
+    """The same for the task. farss_gsm8k asks GSM8K with the training prompt."""
+    text: str | None = None
+    """File of general text (column `text`); forgetting is the mean token loss on it, after minus before."""
+    full_scores: str | None = None
+    """scores.json of a full fine-tuning run, the reference of T (eq. 37); null: T is not computed."""
+    batch_size: int = 16
+    """Prompts per forward pass."""
+    limit: int | None = None
+    """Ask at most this many questions of each lm_eval task; null: all."""
+    resamples: int = 2000
+    """Bootstrap resamples for the 95 % intervals."""
+    run_generated_code: bool = False
+    """Allow tasks that execute what the model writes (humaneval, mbpp)."""
+
+    def __post_init__(self) -> None:
+        _check(self.batch_size >= 1, f"evaluate.batch_size={self.batch_size}: give 1 or more")
+        _check(self.limit is None or self.limit >= 1, f"evaluate.limit={self.limit}: give 1 or more, or null for all")
+        _check(self.resamples >= 100, f"evaluate.resamples={self.resamples}: give 100 or more")
+        names = [entry if isinstance(entry, str) else entry.name for entry in [*self.knowledge, *self.task]]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        _check(not twice, f"evaluate asks {twice[0] if twice else ''!r} twice: give every question set its own name")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """The adapter that is handed over."""
+
+    to: Literal["peft", "merged"] = "peft"
+    """peft: one plain LoRA for the untouched base model; merged: a whole model."""
+    rank: int | None = None
+    """Compress the adapter to this rank; null: keep all of it."""
+
+    def __post_init__(self) -> None:
+        _check(self.rank is None or self.rank >= 1, f"export.rank={self.rank}: give 1 or more, or null to keep all")
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Several methods side by side; `farss run` runs them all when `methods` is not empty."""
+
+    methods: list[str] = field(default_factory=list)
+    """Methods to compare, such as [farss, lora, full]."""
+    seeds: list[int] = field(default_factory=list)
+    """One run of each method for each of these seeds; empty: the one `seed`."""
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Options that differ for one method, such as {full: {train.learning_rate: 1e-5}}."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
+    seed: int = 0
+    """Seed of every random choice."""
+    out: str = "run"
+    """The run folder."""
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return `: did you mean X?`, or the list of what is known, for an error message about `name`."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(known)}"
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a YAML file, apply `key=value` overrides and check everything.
+
+    Raises:
+        ConfigError: the file is missing or no YAML, or a key or a value is wrong.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"there is no configuration file {path}: `farss config > {path}` makes one")
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds a {type(values).__name__}, not `key: value` lines: start from `farss config`")
+    return override(from_dict(values), overrides)
+
+
+def override(config: Config, overrides: Iterable[str]) -> Config:
+    """Apply `section.key=value` texts, each value read as YAML."""
+    values = to_dict(config)
+    for text in overrides:
+        key, separator, value = text.partition("=")
+        if not separator:
+            raise ConfigError(f"{text!r} is not of the form key=value, such as train.learning_rate=1e-4")
+        try:
+            set_key(values, key.strip(), yaml.load(value, _Loader))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{text!r}: the value is not valid YAML") from error
+    return from_dict(values)
+
+
+def set_key(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key in nested dictionaries, in place; refuse a key that no section has."""
+    sections = {f.name: f for f in dataclasses.fields(Config)}
+    first, _, rest = key.partition(".")
+    if first not in sections:
+        raise ConfigError(f"unknown key {key!r}: {nearest(key, all_keys())}")
+    if rest:
+        section = values.get(first)
+        if not isinstance(section, dict) or (rest not in section and first != "compare"):
+            raise ConfigError(f"unknown key {key!r}: {nearest(key, all_keys())}")
+        section[rest] = value
+    else:
+        values[first] = value
+
+
+def all_keys() -> list[str]:
+    """Every dotted key."""
+    keys = []
+    for entry in dataclasses.fields(Config):
+        inner = entry.default_factory if entry.default_factory is not dataclasses.MISSING else None
+        if inspect.isclass(inner) and dataclasses.is_dataclass(inner):
+            keys += [f"{entry.name}.{f.name}" for f in dataclasses.fields(inner)]
+        else:
+            keys.append(entry.name)
+    return keys
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """Build a checked `Config` from nested dictionaries."""
+    return _build(Config, values, "")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The opposite of `from_dict`: plain dictionaries, lists, strings and numbers."""
+    return dataclasses.asdict(config)
+
+
+def _build(cls: Any, values: Any, where: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where or 'the configuration'} is {values!r}: give `key: value` pairs")
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            dotted = f"{where}.{key}" if where else str(key)
+            known = all_keys() if cls is not QuestionSet else [f"{where}.{name}" for name in hints]
+            raise ConfigError(f"unknown key {dotted!r}: {nearest(dotted, known)}")
+    return cls(**{key: _convert(hints[key], value, f"{where}.{key}".lstrip(".")) for key, value in values.items()})
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    """Turn a YAML value into the type of its field, or say what was found and what is allowed."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return _convert_union(arguments, value, where)
+    if origin is Literal:
+        if value not in arguments:
+            raise ConfigError(f"{where}={value!r}: {nearest(str(value), map(str, arguments))}")
+        return value
+    if origin is list:
+        if not isinstance(value, list):
+            raise ConfigError(f"{where}={value!r}: give a list, such as [{value}]")
+        return [_convert(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if origin is dict or kind is Any:
+        return value
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value if value is not None else {}, where)
+    return _convert_plain(kind, value, where)
+
+
+def _convert_union(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
+    if value is None and type(None) in arguments:
+        return None
+    errors = []
+    for argument in arguments:
+        if argument is type(None):
+            continue
+        if dataclasses.is_dataclass(argument) and isinstance(value, Mapping):
+            return _build(argument, value, where)
+        try:
+            return _convert(argument, value, where)
+        except ConfigError as error:
+            errors.append(str(error))
+    raise ConfigError(errors[0] if len(errors) == 1 else f"{where}={value!r}: {' / '.join(e.split(': ', 1)[-1] for e in errors)}")
+
+
+def _convert_plain(kind: type, value: Any, where: str) -> Any:
+    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kind:
+        raise ConfigError(f"{where}={value!r}: give {names[kind]}")
+    return value
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 floats: PyYAML alone reads `1e-4` as a text."""
+
+
+_FLOAT = r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", __import__("re").compile(_FLOAT), list("-+0123456789"))
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def dump(config: Config) -> str:
+    """The configuration as YAML, without comments."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def commented(config: Config | None = None) -> str:
+    """The configuration as YAML, each option under its help text."""
+    config = config or Config()
+    lines = ["# A farss run. Start it with `farss run FILE`; `farss run FILE key=value` overrides an option."]
+    for entry in dataclasses.fields(config):
+        value = getattr(config, entry.name)
+        if not dataclasses.is_dataclass(value):
+            lines += ["", *_comment(field_help(Config)[entry.name]), _line(entry.name, value)]
+            continue
+        lines += ["", f"# {(type(value).__doc__ or '').strip()}", f"{entry.name}:"]
+        help_texts = field_help(type(value))
+        for inner in dataclasses.fields(value):
+            lines += _comment(help_texts[inner.name], "  ")
+            lines.append(_line(inner.name, getattr(value, inner.name), "  "))
+    return "\n".join(lines) + "\n"
+
+
+def field_help(cls: type) -> dict[str, str]:
+    """Map each field of a dataclass to the docstring under it."""
+    body = ast.parse(inspect.cleandoc(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
+    texts: dict[str, str] = {}
+    for statement, following in zip(body, body[1:], strict=False):
+        if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
+            texts[statement.target.id] = " ".join(following.value.value.split())  # type: ignore[union-attr, attr-defined]
+    return texts
+
+
+def _comment(text: str, indent: str = "") -> list[str]:
+    return [f"{indent}# {text}"]
+
+
+def _line(name: str, value: Any, indent: str = "") -> str:
+    if isinstance(value, (list, dict)) and value:
+        plain = [to_dict(item) if dataclasses.is_dataclass(item) else item for item in value] if isinstance(value, list) else value
+        body = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True).rstrip().replace("\n", f"\n{indent}  ")
+        return f"{indent}{name}:\n{indent}  {body}"
+    return f"{indent}{name}: {yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix(chr(10)).removesuffix('...').strip()}"

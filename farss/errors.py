@@ -1,0 +1,33 @@
+"""The errors that users see: one sentence, the value found, the cure. Anything else that is raised is our bug."""
+
+
+class FarssError(Exception):
+    """Something went wrong that the user can understand. The command line prints it and exits with `exit_code`."""
+
+    exit_code = 1
+
+
+class UsageError(FarssError):
+    """What the user gave cannot be used (exit code 2). Nothing was written."""
+
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    """A key, a value or a combination of values in the configuration is wrong."""
+
+
+class DataError(UsageError):
+    """A data file is missing, unreadable, empty, or has no usable columns."""
+
+
+class ModelError(UsageError):
+    """A model folder is missing or unreadable, or its architecture is not supported."""
+
+
+class FolderError(UsageError):
+    """An output folder belongs to another configuration, or holds something that is not ours."""
+
+
+class NumericalError(FarssError):
+    """A weight, an activation, a gradient or a loss is NaN or infinite."""
