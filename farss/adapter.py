@@ -1,0 +1,120 @@
+"""Plan + model -> PeftModel. The base model's weights are never changed.
+
+FARSS starts from a part of the weight itself, `s B0 A0`, which must be taken out of the base for the adapted model to
+equal the base at step 0. It is taken out by a second, frozen adapter that holds `(A0, -B0)`: exact in any precision, and
+the base stays what it was, so it can be shared, evaluated and exported to at any time.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from farss.artifacts import Plan, Survey
+from farss.errors import FarssError
+from farss.maths.directions import factors
+from farss.models import weight_of
+
+TRAINED = "default"
+"""PEFT's name of the adapter that trains."""
+START = "farss_start"
+"""Name of the frozen adapter that takes the start out of the base."""
+
+
+def attach(model: nn.Module, plan: Plan, survey: Survey | None = None, dropout: float = 0.0, seed: int = 0) -> Any:
+    """Put the adapters of a plan on a model.
+
+    Args:
+        model: the base model; its weights stay as they are.
+        plan: from `make_plan`.
+        survey: the survey the plan was made from, for methods that start from singular directions.
+        dropout: on the trained adapter's input.
+        seed: of the random start, where a method has one.
+
+    Returns:
+        A `PeftModel`, or the model itself with every weight trainable for full fine-tuning.
+    """
+    from peft import get_peft_model
+
+    if not plan.layers:
+        return model.requires_grad_(True)
+    torch.manual_seed(seed)
+    adapted = get_peft_model(model, lora_config(plan, dropout), adapter_name=TRAINED)
+    if any(layer.directions for layer in plan.layers.values()):
+        if survey is None:
+            raise FarssError(f"method {plan.method!r} starts from singular directions: give the survey its plan was made from")
+        adapted.add_adapter(START, lora_config(plan, 0.0))
+        _copy_start(adapted, plan, survey)
+    activate(adapted)
+    return adapted
+
+
+def lora_config(plan: Plan, dropout: float) -> Any:
+    """PEFT's configuration of a plan: a rank and an alpha for each layer."""
+    from peft import LoraConfig
+
+    # PEFT matches pattern keys as regular expressions at the end of a module's name.
+    ranks = {re.escape(name): layer.rank for name, layer in plan.layers.items()}
+    alphas = {re.escape(name): layer.alpha for name, layer in plan.layers.items()}
+    return LoraConfig(
+        r=max(ranks.values()),
+        lora_alpha=max(alphas.values()),
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+        target_modules=list(plan.layers),
+        lora_dropout=dropout,
+        fan_in_fan_out=False,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def activate(adapted: Any) -> None:
+    """Make both adapters count, and only the trained one train."""
+    names = [name for name in (TRAINED, START) if name in adapted.peft_config]
+    adapted.base_model.set_adapter(names)
+    for name, parameter in adapted.named_parameters():
+        parameter.requires_grad_(f".{TRAINED}." in name and "lora_" in name)
+
+
+def lora_layers(adapted: Any, plan: Plan) -> dict[str, Any]:
+    """PEFT's LoRA module of each planned layer, by the layer's full name in the base model."""
+    return {name: adapted.base_model.model.get_submodule(name) for name in plan.layers}
+
+
+def start_factors(plan: Plan, survey: Survey, name: str) -> tuple[Tensor, Tensor]:
+    """`B0 [m, r]` and `A0 [r, n]` (float64) of one layer, with `s B0 A0` the chosen part of its weight (eq. 16-17)."""
+    layer = plan.layers[name]
+    u, v = survey.vectors(name, layer.directions)
+    sigma = survey.directions(name).sigma[layer.directions]
+    return factors(u, sigma, v, layer.scaling)
+
+
+def _copy_start(adapted: Any, plan: Plan, survey: Survey) -> None:
+    """Copy `(A0, B0)` into the trained adapter and `(A0, -B0)` into the frozen one, rounded to the same precision."""
+    for name, module in lora_layers(adapted, plan).items():
+        b, a = start_factors(plan, survey, name)
+        with torch.no_grad():
+            for adapter, sign in ((TRAINED, 1.0), (START, -1.0)):
+                module.lora_A[adapter].weight.copy_(a)
+                module.lora_B[adapter].weight.copy_(sign * b)
+
+
+def adapter_change(adapted: Any, plan: Plan, name: str) -> tuple[Tensor, Tensor]:
+    """What training changed in one layer, as thin factors on the original weight.
+
+    Returns:
+        `(P [m, q], Q [q, n])` in float64 with `dW = P Q`: `q = r` for a start at zero, and `q = 2 r` with
+        `dW = s (B A - B0 A0)` for a start that was taken out of the base.
+    """
+    module = adapted.base_model.model.get_submodule(name)
+    left, right = [], []
+    for adapter in (TRAINED, START):
+        if adapter in module.lora_A:
+            left.append(module.scaling[adapter] * module.lora_B[adapter].weight.detach().double())
+            right.append(module.lora_A[adapter].weight.detach().double())
+    assert left[0].shape[0] == weight_of(module.base_layer).shape[0], name
+    return torch.cat(left, 1), torch.cat(right, 0)

@@ -1,0 +1,220 @@
+"""Trained model -> a plain LoRA on the untouched base model, or a whole model.
+
+The exported adapter has one rank in every layer, alpha equal to the rank, and no patterns: PEFT, vLLM and llama.cpp
+scale such an adapter alike, while they disagree on everything else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from farss.adapter import START, TRAINED, adapter_change
+from farss.artifacts import Plan, write_json, write_tensors
+from farss.errors import FarssError
+from farss.maths.compress import compress
+from farss.models import fingerprint
+
+SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""vLLM accepts these and no others (`max_lora_rank`), so the exported rank is padded up to one of them."""
+CHECKED = "farss_checked"
+FULL_PRECISION_LIMIT = 2_000_000_000
+"""Models with fewer parameters are checked in float32; larger ones in their own precision."""
+
+
+class Exported(NamedTuple):
+    """What was handed over, and how exact it is."""
+
+    folder: Path
+    rank: int
+    lost: float
+    """Largest relative Frobenius error of a layer's change (0 unless compressed)."""
+    logit_difference: float
+    """Largest |logit difference| between the trained model and the exported adapter on the original base."""
+    precision: str
+    """Precision in which that was measured."""
+
+
+def portable(adapted: Any, plan: Plan, rank: int | None = None) -> tuple[dict[str, Tensor], int, float]:
+    """The change of every layer as plain LoRA factors of one rank, on the original weights.
+
+    Args:
+        adapted: the trained `PeftModel`.
+        rank: compress to this rank; None: exact.
+
+    Returns:
+        (PEFT state dict in float32, rank, largest relative Frobenius error of a layer).
+    """
+    changes = {name: compress(*adapter_change(adapted, plan, name), rank) for name in plan.layers}
+    needed = max(1, *(change.a.shape[0] for change in changes.values()))
+    served = next((allowed for allowed in SERVED_RANKS if allowed >= needed), needed)
+    state: dict[str, Tensor] = {}
+    for name, change in changes.items():
+        padding = served - change.a.shape[0]
+        state[f"base_model.model.{name}.lora_A.weight"] = nn.functional.pad(change.a, (0, 0, 0, padding)).float().cpu()
+        state[f"base_model.model.{name}.lora_B.weight"] = nn.functional.pad(change.b, (0, padding)).float().cpu()
+    return state, served, max(change.lost for change in changes.values())
+
+
+def export(
+    adapted: Any, plan: Plan, folder: Path | str, batch: dict[str, Tensor], base: str = "", rank: int | None = None
+) -> Exported:
+    """Write the portable adapter, and check it on the original base before it gets its name.
+
+    Args:
+        adapted: the trained `PeftModel`.
+        plan: the plan it was made from.
+        folder: where the adapter goes; it must not exist.
+        batch: a few real prompts (`input_ids`, `attention_mask`) for the check.
+        base: name or folder of the base model, for `adapter_config.json`.
+        rank: compress to this rank; None: exact.
+
+    Raises:
+        FarssError: the adapter does not give the trained model's logits. Nothing is left at `folder`.
+    """
+    folder = Path(folder)
+    unfinished = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    state, served, lost = portable(adapted, plan, rank)
+    _write_adapter(unfinished, state, served, plan, base)
+    difference, scale, precision = check(adapted, unfinished, batch)
+    tolerance = (1e-5 if precision == "float32" else 2e-2) * max(1.0, scale)
+    if rank is None and not difference <= tolerance:
+        shutil.rmtree(unfinished)
+        raise FarssError(f"the exported adapter's logits differ by {difference:.2g} from the trained model's (allowed: {tolerance:.2g}): it was not kept")
+    exported = Exported(folder, served, lost, difference, precision)
+    facts = {"method": plan.method, "boundary": plan.boundary, "base_fingerprint": fingerprint(adapted.get_base_model()), **exported._asdict(), "folder": folder.name}
+    write_json(unfinished / "farss.json", facts)
+    _readable_model_card(unfinished, plan, base, exported)
+    _replace(unfinished, folder)
+    return exported
+
+
+def _write_adapter(folder: Path, state: dict[str, Tensor], rank: int, plan: Plan, base: str) -> None:
+    from peft import LoraConfig
+
+    folder.mkdir(parents=True)
+    write_tensors(folder / "adapter_model.safetensors", state, {"format": "pt"})
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=sorted({name.rsplit(".", 1)[-1] for name in plan.layers}) if _everywhere(plan) else list(plan.layers),
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+        inference_mode=True,
+    )
+    config.save_pretrained(str(folder))
+
+
+def _everywhere(plan: Plan) -> bool:
+    """Whether each kind of layer is adapted in every block, so that short names say it all (servers prefer them)."""
+    kinds: dict[str, set[int]] = {}
+    for name, layer in plan.layers.items():
+        kinds.setdefault(name.rsplit(".", 1)[-1], set()).add(layer.block)
+    return all(len(blocks) == plan.blocks for blocks in kinds.values())
+
+
+def check(adapted: Any, folder: Path, batch: dict[str, Tensor]) -> tuple[float, float, str]:
+    """Load an exported adapter with stock PEFT on the same, untouched base and compare logits on real tokens.
+
+    Returns:
+        (largest |difference|, largest |logit|, precision of the comparison)
+    """
+    active = [name for name in (TRAINED, START) if name in adapted.peft_config]
+    mask = batch["attention_mask"].bool()
+    with in_float32(adapted) as precision, torch.no_grad():
+        expected = adapted(**batch).logits[mask].float()
+        adapted.load_adapter(str(folder), CHECKED, torch_device=str(adapted.device))
+        try:
+            adapted.base_model.set_adapter([CHECKED])
+            found = adapted(**batch).logits[mask].float()
+        finally:
+            adapted.delete_adapter(CHECKED)
+            adapted.base_model.set_adapter(active)
+    return (found - expected).abs().max().item(), expected.abs().max().item(), precision
+
+
+@contextlib.contextmanager
+def in_float32(model: Any) -> Iterator[str]:
+    """The model in `eval()` mode and, unless it is very large, in float32; both are put back (without loss)."""
+    training = model.training
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    buffers = {name: buffer.dtype for name, buffer in model.named_buffers()}
+    small = sum(parameter.numel() for parameter in model.parameters()) < FULL_PRECISION_LIMIT
+    model.eval()
+    if small:
+        model.float()
+    try:
+        yield "float32" if small else str(next(iter(dtypes.values()))).removeprefix("torch.")
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
+        for name, buffer in model.named_buffers():
+            buffer.data = buffer.data.to(buffers.get(name, buffer.dtype))
+        model.train(training)
+
+
+def _readable_model_card(folder: Path, plan: Plan, base: str, exported: Exported) -> None:
+    front = {"base_model": base, "library_name": "peft", "tags": ["farss", plan.method, "lora"]}
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", ""]
+    lines += [
+        f"# {plan.method} adapter for {base}",
+        "",
+        f"A plain LoRA (rank {exported.rank}, alpha {exported.rank}) for the untouched base model. Load it with",
+        "`PeftModel.from_pretrained(base, folder)`, or serve it with vLLM or llama.cpp.",
+        "",
+        f"- trained as: {plan.method}, {plan.parameters:,} parameters, {plan.blocks} blocks"
+        + (f", the first {plan.boundary} of them shallow" if plan.boundary else ""),
+        f"- checked: its logits on the base differ from the trained model's by at most {exported.logit_difference:.1e} ({exported.precision})",
+    ]
+    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _replace(unfinished: Path, folder: Path) -> None:
+    """Give a whole folder its name; an older export of the same run makes way only now."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    unfinished.rename(folder)
+
+
+def merge(adapted: Any, plan: Plan, tokenizer: Any, folder: Path | str, dtype: torch.dtype) -> Path:
+    """Write a whole model: the base with the trained change added in float32 (or the fully fine-tuned model).
+
+    Args:
+        dtype: of the written weights.
+    """
+    folder = Path(folder)
+    unfinished = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model = adapted.get_base_model() if plan.layers else adapted
+    state = dict(model.state_dict()) if not plan.layers else _merged_state(adapted, plan)
+    state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    model.config.dtype = dtype
+    model.save_pretrained(str(unfinished), state_dict=state)
+    tokenizer.save_pretrained(str(unfinished))
+    _replace(unfinished, folder)
+    return folder
+
+
+def _merged_state(adapted: Any, plan: Plan) -> dict[str, Tensor]:
+    """The base's own state dict, with each planned layer's change added to its weight in float32."""
+    state: dict[str, Tensor] = {}
+    for name, tensor in adapted.get_base_model().state_dict().items():
+        if ".lora_" not in name and "lora_" not in name.rsplit(".", 2)[-2]:
+            state[name.replace(".base_layer.", ".")] = tensor
+    for name in plan.layers:
+        left, right = adapter_change(adapted, plan, name)
+        weight = state[f"{name}.weight"]
+        change = left @ right
+        transposed = type(adapted.base_model.model.get_submodule(name).base_layer).__name__ == "Conv1D"
+        state[f"{name}.weight"] = weight.float() + (change.T if transposed else change).float()
+    return state

@@ -1,0 +1,37 @@
+"""Compression of a thin product through its small core."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Compressed(NamedTuple):
+    """`P Q` as `B A` of lower rank."""
+
+    b: Tensor
+    """[m, r]"""
+    a: Tensor
+    """[r, n]"""
+    lost: float
+    """Relative Frobenius error, 0 .. 1."""
+
+
+def compress(left: Tensor, right: Tensor, rank: int | None = None) -> Compressed:
+    """Best approximation of `P Q` (`P [m, q]`, `Q [q, n]`) of a rank, in float64, without forming the m x n product.
+
+    QR of each factor, then an SVD of the small core; each side gets the root of the singular values, so that both
+    factors have the same size and rounding them loses least. `rank=None` keeps everything above rounding error.
+    """
+    q_left, r_left = torch.linalg.qr(left.double())
+    q_right, r_right = torch.linalg.qr(right.double().T)
+    u, sigma, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
+    noise = torch.finfo(torch.float64).eps * max(left.shape[1], 1) * r_left.norm() * r_right.norm()
+    keep = int((sigma > noise).sum())
+    keep = keep if rank is None else min(keep, rank)
+    root = sigma[:keep].sqrt()
+    total = sigma.norm().item()
+    lost = sigma[keep:].norm().item() / total if total else 0.0
+    return Compressed(q_left @ (u[:, :keep] * root), (q_right @ (vh[:keep].T * root)).T, lost)

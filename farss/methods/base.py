@@ -1,0 +1,73 @@
+"""What every method is: facts for the table, and a function that plans it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from farss.artifacts import Layer, Plan, Survey
+from farss.config import PlanConfig
+from farss.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a method may look at. It never sees the model."""
+
+    layers: dict[str, Layer]
+    """The target layers."""
+    blocks: int
+    survey: Survey | None = None
+    """Present for methods with `needs == "survey"`."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One fine-tuning method."""
+
+    name: str
+    title: str
+    """Paper or source."""
+    needs: Literal["nothing", "survey"]
+    changes: str
+    """What it trains, in a few words."""
+    plain_lora: bool
+    """Whether the result can be exported as a plain LoRA on the untouched base."""
+    plan: Callable[[PlanConfig, Context], Plan]
+
+
+def layer_cap(layer: Layer) -> int:
+    """The largest rank that means anything: min(m, n)."""
+    return min(layer.shape)
+
+
+def uniform_parameters(layers: dict[str, Layer], rank: int) -> int:
+    """Trainable parameters of a LoRA with one rank everywhere."""
+    return sum(min(rank, layer_cap(layer)) * sum(layer.shape) for layer in layers.values())
+
+
+def target_parameters(config: PlanConfig, layers: dict[str, Layer]) -> int | None:
+    """The parameter count that `plan.match_params` asks for."""
+    if config.match_params is None:
+        return None
+    return uniform_parameters(layers, config.rank) if config.match_params == "lora" else config.match_params
+
+
+def check_rank(config: PlanConfig, layers: dict[str, Layer]) -> None:
+    """Refuse a rank that no layer can have.
+
+    Raises:
+        ConfigError: `plan.rank` is larger than the smaller side of every target layer.
+    """
+    largest = max(layer_cap(layer) for layer in layers.values())
+    if config.rank > largest:
+        raise ConfigError(f"plan.rank={config.rank}, but no target layer has a rank above {largest}: choose 1..{largest}")
+
+
+def layer_alpha(config: PlanConfig, rank: int) -> float:
+    """PEFT's alpha of a layer of this rank, so that alpha / rank is one scale in every layer; or, for
+    `alpha: constant`, the same alpha whatever the rank."""
+    if config.alpha == "constant":
+        return float(config.rank)
+    return float(rank) if config.alpha == "uniform" else config.alpha / config.rank * rank

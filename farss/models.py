@@ -1,0 +1,188 @@
+"""The only door to model loading, and the only place that knows block names, fused layers and Conv1D."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from farss.artifacts import Layer
+from farss.config import ModelConfig, nearest
+from farss.errors import ConfigError, ModelError
+
+
+def device_of(config: ModelConfig) -> torch.device:
+    """The device that `model.device` means on this machine."""
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.zeros(0, device=config.device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"model.device={config.device!r} cannot be used on this machine: choose auto or cpu") from error
+
+
+def load_model(config: ModelConfig, dtype: torch.dtype | None = None) -> Any:
+    """Load a causal language model, frozen and in `eval()` mode.
+
+    Args:
+        config: where it lies and how to load it.
+        dtype: overrides `config.dtype` (full fine-tuning trains float32 weights).
+
+    Raises:
+        ModelError: the folder is missing, unreadable or not a supported model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    wanted = dtype if dtype is not None else (config.dtype if config.dtype == "auto" else getattr(torch, config.dtype))
+    model = _from_pretrained(AutoModelForCausalLM, config, dtype=wanted)
+    return model.to(device_of(config)).requires_grad_(False).eval()
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """Load the model's tokenizer; a missing pad token becomes the end-of-sequence token."""
+    from transformers import AutoTokenizer
+
+    tokenizer = _from_pretrained(AutoTokenizer, config)
+    if tokenizer.eos_token is None:
+        raise ModelError(f"the tokenizer in {config.path} has no end-of-sequence token: set eos_token in tokenizer_config.json")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _from_pretrained(kind: Any, config: ModelConfig, **options: Any) -> Any:
+    check_path(config.path)
+    try:
+        return kind.from_pretrained(config.path, trust_remote_code=config.trust_remote_code, **options)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise ModelError(f"model.path={config.path!r} cannot be read: {_first_sentence(error)}") from error
+    except Exception as error:
+        if "safetensor" in type(error).__name__.lower():  # safetensors' own error type is not importable by name
+            raise ModelError(f"model.path={config.path!r} holds a damaged safetensors file: {error}") from error
+        raise
+
+
+def check_path(path: str) -> None:
+    """Refuse an empty path, and a path that is neither a model folder nor could be a hub name."""
+    if not path:
+        raise ModelError("model.path is empty: give the folder of a model (with config.json) or its name on a hub")
+    folder = Path(path)
+    looks_local = folder.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1 or folder.exists()
+    if looks_local and not (folder / "config.json").is_file():
+        what = "there is no such folder" if not folder.is_dir() else "there is no config.json in it"
+        raise ModelError(f"model.path={path!r}: {what}; give the folder of a model in Hugging Face format")
+
+
+def _first_sentence(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+
+
+# --- structure -------------------------------------------------------------------------------------------------------
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Find the list of blocks: the outermost `ModuleList` with the most weights in linear layers.
+
+    Returns:
+        Its full name (such as `model.layers`) and the list.
+
+    Raises:
+        ModelError: there is none, or the model has an encoder and a decoder.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ModelError("encoder-decoder models are not supported: use a decoder-only or an encoder-only model")
+    sizes = {
+        name: sum(module.weight.numel() for module in modules.modules() if is_linear(module))
+        for name, modules in model.named_modules()
+        if isinstance(modules, nn.ModuleList)
+    }
+    if not sizes or not max(sizes.values()):
+        raise ModelError(f"{type(model).__name__} has no list of blocks with linear layers: nothing can be adapted")
+    best = max(sizes, key=lambda name: (sizes[name], -len(name)))
+    return best, model.get_submodule(best)  # type: ignore[return-value]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module computes `y = W h (+ b)` with a two-dimensional weight."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight as `W [m, n]`: Conv1D (GPT-2) stores its transpose."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return weight.T if type(module).__name__ == "Conv1D" else weight
+
+
+def target_layers(model: nn.Module, targets: list[str] | None = None) -> dict[str, Layer]:
+    """Every linear layer inside the blocks, or those whose name ends in one of `targets`, by full module name.
+
+    Raises:
+        ConfigError: a name in `targets` matches no layer.
+        ModelError: a layer's weight is packed (quantised).
+    """
+    prefix, blocks = find_blocks(model)
+    found: dict[str, Layer] = {}
+    for index, block in enumerate(blocks):
+        for inner, module in block.named_modules():
+            if is_linear(module):
+                name = ".".join(filter(None, (prefix, str(index), inner)))
+                found[name] = Layer(name, index, _shape(name, module), float("nan"))
+    if not targets:
+        return found
+    suffixes = {name.rsplit(".", 1)[-1] for name in found}
+    for target in targets:
+        if not any(_matches(name, target) for name in found):
+            raise ConfigError(f"model.targets: no linear layer is called {target!r}: {nearest(target, suffixes)}")
+    return {name: layer for name, layer in found.items() if any(_matches(name, target) for target in targets)}
+
+
+def _matches(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _shape(name: str, module: nn.Module) -> tuple[int, int]:
+    weight = weight_of(module)
+    if not weight.is_floating_point() or weight.dim() != 2:
+        kind = f"{type(module).__name__}, {weight.dtype}, shape {tuple(weight.shape)}"
+        raise ModelError(f"{name} holds packed weights ({kind}): load the model unquantised")
+    return weight.shape[0], weight.shape[1]
+
+
+def accepts(model: nn.Module, argument: str) -> bool:
+    """Whether the model's forward takes an argument of this name."""
+    return argument in inspect.signature(model.forward).parameters
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash of the architecture and of a spread of every weight, independent of the precision it is loaded in
+    as long as that precision holds the stored values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().reshape(-1)
+        picked = flat[:: max(1, flat.numel() // 256)]
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(picked.to("cpu", torch.float32).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Hash of a tokenizer's vocabulary and special tokens."""
+    entries = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map], default=str)
+    return hashlib.sha256(entries.encode()).hexdigest()[:16]
+
+
+def quiet() -> None:
+    """Keep the libraries' own progress bars and notices out of our output."""
+    import datasets
+    import transformers
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()

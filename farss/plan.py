@@ -1,0 +1,39 @@
+"""Survey -> Plan: ranks and directions. Never sees a model."""
+
+from __future__ import annotations
+
+from farss.artifacts import Layer, Plan, Survey
+from farss.config import PlanConfig, nearest
+from farss.errors import ConfigError
+from farss.methods import METHODS, Method
+from farss.methods.base import Context
+
+
+def method_of(config: PlanConfig) -> Method:
+    """The method that `plan.method` names.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    if config.method not in METHODS:
+        raise ConfigError(f"plan.method={config.method!r} is not a method: {nearest(config.method, METHODS)}")
+    return METHODS[config.method]
+
+
+def make_plan(config: PlanConfig, survey: Survey) -> Plan:
+    """Plan any method from a survey: the same survey answers every boundary, rank, budget and direction rule."""
+    return method_of(config).plan(config, Context(survey.layers, survey.blocks, survey))
+
+
+def make_plan_without_survey(config: PlanConfig, layers: dict[str, Layer], blocks: int) -> Plan:
+    """Plan a method that needs no statistics, from the target layers' names and shapes."""
+    method = method_of(config)
+    if method.needs == "survey":
+        raise ConfigError(f"plan.method={config.method!r} needs a survey: run `farss survey` first")
+    return method.plan(config, Context(layers, blocks))
+
+
+def survey_cap(config: PlanConfig) -> int:
+    """How many directions at each end a survey must keep for this plan; a matched rank may exceed `plan.rank`."""
+    widest = max(config.rank, config.r_max)
+    return widest if config.match_params is None else 2 * widest
