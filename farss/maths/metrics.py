@@ -1,0 +1,131 @@
+"""What was kept, what was learned, and how sure we are (FARSS, appendix A.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from farss.errors import FarssError
+
+Array = NDArray[np.float64]
+
+CHUNK = 4_000_000
+"""Outcomes gathered at once: bounds the memory of the bootstrap to a few times 32 MB."""
+
+
+def knowledge_kept(after: Mapping[str, float], before: Mapping[str, float]) -> float:
+    """K (eq. 36): the mean over knowledge benchmarks of after / before.
+
+    Raises:
+        FarssError: a benchmark is missing on one side, or the base model scores 0 on it.
+    """
+    return _mean_ratio(after, before, "the base model")
+
+
+def task_learned(scores: Mapping[str, float], full: Mapping[str, float]) -> float:
+    """T (eq. 37): the mean over task benchmarks of the score / full fine-tuning's score.
+
+    Raises:
+        FarssError: a benchmark is missing on one side, or full fine-tuning scores 0 on it.
+    """
+    return _mean_ratio(scores, full, "full fine-tuning")
+
+
+def balance(k: float, t: float) -> float:
+    """KT (eq. 38): the harmonic mean of K and T; 0 when both are 0."""
+    return 2 * k * t / (k + t) if k + t > 0 else 0.0
+
+
+def _mean_ratio(scores: Mapping[str, float], reference: Mapping[str, float], who: str) -> float:
+    if not scores or set(scores) != set(reference):
+        missing = sorted(set(scores) ^ set(reference))
+        what = f"{missing[0]!r} was asked only once" if missing else "there is no benchmark"
+        raise FarssError(f"{what}: a ratio to {who} needs the same benchmarks on both sides")
+    for name, value in reference.items():
+        if value == 0:
+            raise FarssError(f"{who} scores 0 on {name!r}, so a ratio to it means nothing: leave {name!r} out, or ask more")
+    return sum(scores[name] / reference[name] for name in scores) / len(scores)
+
+
+# --- uncertainty -----------------------------------------------------------------------------------------------------
+
+
+def bootstrap(outcomes: Sequence[ArrayLike], resamples: int, seed: int) -> list[Array]:
+    """Mean scores on resampled questions; every model sees the same resample, so ratios and differences are paired.
+
+    Args:
+        outcomes: for each benchmark `[models, questions]`: the score of each model on each question.
+        resamples: how often the questions of each benchmark are drawn anew, with replacement.
+        seed: seed of the draws.
+
+    Returns:
+        For each benchmark `[resamples, models]`.
+    """
+    generator = np.random.default_rng(seed)
+    return [_resampled_means(np.atleast_2d(np.asarray(each, dtype=np.float64)), resamples, generator) for each in outcomes]
+
+
+def _resampled_means(outcomes: Array, resamples: int, generator: np.random.Generator) -> Array:
+    models, questions = outcomes.shape
+    step = max(1, CHUNK // (models * questions))
+    parts = []
+    for start in range(0, resamples, step):
+        drawn = generator.integers(questions, size=(min(step, resamples - start), questions))
+        parts.append(outcomes[:, drawn].mean(axis=-1).T)  # [models, step, questions] -> [step, models]
+    return np.concatenate(parts)
+
+
+def interval(draws: ArrayLike) -> tuple[float, float]:
+    """The middle 95 % of bootstrap draws. Draws without a value (a zero denominator: NaN) are left out.
+
+    Raises:
+        FarssError: no draw has a value.
+    """
+    values = np.asarray(draws, dtype=np.float64)
+    values = values[np.isfinite(values)]
+    if not values.size:
+        raise FarssError("no bootstrap resample has a value: ask more questions")
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def mean_ratios(means: Sequence[Array], top: int, bottom: int) -> Array:
+    """K or T of every resample: the mean over benchmarks of column `top` / column `bottom`; NaN where that is 0 / 0.
+
+    Args:
+        means: for each benchmark `[resamples, models]`, from `bootstrap`.
+
+    Returns:
+        `[resamples]`.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios: Array = np.mean([each[:, top] / each[:, bottom] for each in means], axis=0)
+    return ratios
+
+
+class Difference(NamedTuple):
+    """How much `a` exceeds `b` on the same questions."""
+
+    mean: float
+    low: float
+    high: float
+    p_value: float
+    """Two-sided bootstrap p-value of no difference."""
+
+
+def paired_difference(a: ArrayLike, b: ArrayLike, resamples: int = 2000, seed: int = 0) -> Difference:
+    """Mean difference `a - b` of two models' outcomes on the same questions, `[questions]` each.
+
+    Raises:
+        ValueError: the two have different lengths, or there is no question.
+    """
+    gap = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64) if np.shape(a) == np.shape(b) else None
+    if gap is None or not gap.size:
+        raise ValueError(f"outcomes of the same questions are needed, got {np.shape(a)} and {np.shape(b)}")
+    draws = bootstrap([gap], resamples, seed)[0][:, 0]
+    # One is added because the observed sample is itself one of the possible draws: a p-value is never 0.
+    tail = min(int((draws <= 0).sum()), int((draws >= 0).sum())) + 1
+    return Difference(float(gap.mean()), *interval(draws), min(1.0, 2 * tail / (resamples + 1)))

@@ -1,0 +1,111 @@
+"""Is the answer right? Pure functions on texts; the task files beside this one refer to them by name."""
+
+from __future__ import annotations
+
+import re
+import string
+import threading
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Any
+
+STEPS = " Let's think step by step."
+"""What the authors put behind the training prompt for GSM8K and MATH."""
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation + "‘’´“”")
+_MARK = re.compile(r"(?:####|[Tt]he (?:final )?answer is:?)")
+_NUMBER = re.compile(r"[-+]?\s?\$?\s?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?")
+
+
+def normalise(text: str) -> str:
+    """Lower case, without punctuation, articles and extra white space (the rule of NQ-open and of lm_eval)."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def final_number(text: str) -> Fraction | None:
+    """The number behind the last `####` or `The answer is:`, else the last number in the text; None without one."""
+    marks = list(_MARK.finditer(text))
+    if marks:
+        found = _NUMBER.search(text, marks[-1].end())
+        return _value(found.group()) if found else None
+    numbers = _NUMBER.findall(text)
+    return _value(numbers[-1]) if numbers else None
+
+
+def _value(number: str) -> Fraction | None:
+    numerator, _, denominator = re.sub(r"[\s,$+]", "", number).partition("/")
+    if denominator and int(denominator) == 0:
+        return None
+    return Fraction(numerator) / Fraction(denominator or 1)
+
+
+def exact_match(answer: str, answers: Sequence[str]) -> float:
+    """1 when the normalised answer is one of the accepted ones."""
+    return float(normalise(answer) in {normalise(accepted) for accepted in answers})
+
+
+def contains(answer: str, answers: Sequence[str]) -> float:
+    """1 when the normalised answer holds one of the accepted ones as whole words."""
+    words = f" {normalise(answer)} "
+    return float(any(f" {normalise(accepted)} " in words for accepted in answers if normalise(accepted)))
+
+
+def number(answer: str, answers: Sequence[str]) -> float:
+    """1 when the answer's final number equals that of an accepted answer."""
+    value = final_number(answer)
+    return float(value is not None and value in {final_number(accepted) for accepted in answers})
+
+
+METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
+    "exact_match": exact_match,
+    "contains": contains,
+    "number": number,
+}
+"""Metrics of question sets by their name in the configuration: `(answer, accepted answers) -> 0 or 1`."""
+
+
+# --- the shipped task files ------------------------------------------------------------------------------------------
+
+
+def gsm8k_prompt(doc: dict[str, Any]) -> str:
+    """The Alpaca prompt of a GSM8K question; `farss evaluate` puts the run's own template in its place."""
+    return alpaca(doc["question"])
+
+
+def math_prompt(doc: dict[str, Any]) -> str:
+    """The Alpaca prompt of a MATH problem; `farss evaluate` puts the run's own template in its place."""
+    return alpaca(doc["problem"])
+
+
+def alpaca(question: str) -> str:
+    """The training prompt with the authors' addition."""
+    from farss.data import prompt_text
+
+    return prompt_text("alpaca", question, None) + STEPS
+
+
+def gsm8k_results(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """Score one GSM8K answer by its final number."""
+    return {"exact_match": number(results[0], [doc["answer"]])}
+
+
+def math_results(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """Score one MATH answer by mathematical equality with the solution's boxed result."""
+    return {"exact_match": same_mathematics(results[0], doc["solution"])}
+
+
+def same_mathematics(answer: str, solution: str) -> float:
+    """1 when math-verify reads both results and finds them equal; 0 when it cannot read one of them.
+
+    The authors' grader compares an answer with itself when it meets an exception, which counts wrong answers as right.
+    """
+    from math_verify import parse, verify
+
+    # math-verify interrupts itself by an alarm signal, which only the main thread can receive.
+    seconds = 5 if threading.current_thread() is threading.main_thread() else None
+    marks = list(_MARK.finditer(answer))
+    final = answer[marks[-1].end() :] if marks else answer
+    gold = parse(solution, parsing_timeout=seconds)
+    found = parse(final if "\\boxed" in final else f"${final.strip().strip('$.')}$", parsing_timeout=seconds)
+    return float(bool(gold) and bool(found) and verify(gold, found, timeout_seconds=seconds))

@@ -1,0 +1,123 @@
+"""A file of questions becomes a task of lm_eval, without a line of YAML."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+from farss.config import QuestionSet
+from farss.errors import ConfigError, DataError
+from farss.tasks.grading import METRICS, final_number
+
+Kind = Literal["knowledge", "task"]
+Row = dict[str, Any]
+"""One question: `{id, question, answers}`; the id is its place in the file."""
+
+KNOWLEDGE_PROMPT = "Question: {question}\nAnswer:"
+
+
+class Drawn(NamedTuple):
+    """The questions that are asked, and those shown before them with their answers."""
+
+    asked: list[Row]
+    shown: list[Row]
+
+
+class Prompt(NamedTuple):
+    """How a question is put, and where its answer ends."""
+
+    text: Callable[[str], str]
+    """Question -> prompt."""
+    delimiter: str
+    """What stands between the prompt and the answer."""
+    until: list[str]
+    """The answer ends before the first of these texts, or at the end-of-sequence token."""
+
+
+def draw(entry: QuestionSet, rows: list[Row], seed: int) -> Drawn:
+    """Choose the questions with the seed: the same ones for every model, in the order of the file.
+
+    Args:
+        rows: `{question, answers}` of the whole file, from `farss.data.question_rows`.
+
+    Raises:
+        ConfigError: the file has too few questions for the examples that are shown.
+        DataError: numbers are compared, but an accepted answer has none.
+    """
+    numbered = [{"id": place, "question": row["question"], "answers": list(row["answers"])} for place, row in enumerate(rows)]
+    order = random.Random(seed).sample(numbered, len(numbered))
+    shown = order[: entry.fewshot]
+    # The same question may stand in the file twice: its answer must not be shown before it.
+    seen = {row["question"] for row in shown}
+    asked = [row for row in order[entry.fewshot :] if row["question"] not in seen][: entry.limit]
+    if not asked:
+        raise ConfigError(
+            f"question set {entry.name!r}: {entry.data} has {len(rows)} questions, none is left to ask after "
+            f"showing fewshot={entry.fewshot}: choose a smaller fewshot"
+        )
+    if entry.metric == "number":
+        _check_numbers(entry, asked)
+    return Drawn(sorted(asked, key=lambda row: row["id"]), shown)
+
+
+def _check_numbers(entry: QuestionSet, rows: list[Row]) -> None:
+    for row in rows:
+        if all(final_number(answer) is None for answer in row["answers"]):
+            raise DataError(
+                f"question set {entry.name!r}: metric=number, but the answer {row['answers'][0]!r} of question "
+                f"{row['id'] + 1} in {entry.data} has no number: choose metric: exact_match"
+            )
+
+
+def prompt_of(entry: QuestionSet, kind: Kind, template: str, tokenizer: Any) -> Prompt:
+    """The prompt of a question set: its own, the training prompt, or the usual one for knowledge.
+
+    Raises:
+        ConfigError: the prompt does not contain `{question}`.
+    """
+    chosen = entry.prompt or ("train" if kind == "task" else KNOWLEDGE_PROMPT)
+    if chosen == "train":
+        from farss.data import prompt_text
+
+        # An answer in the training format may have several lines; the model ends it with its end-of-sequence token.
+        return Prompt(lambda question: prompt_text(template, question, tokenizer), "", [])
+    if "{question}" not in chosen:
+        raise ConfigError(f"question set {entry.name!r}: prompt={chosen!r} has no {{question}} in it: add it, or write train")
+    # Reasoning that ends in a number has several lines; any other answer is one line.
+    until = ["\n\n"] if entry.metric == "number" else ["\n"]
+    # str.replace because questions and prompts may hold other braces.
+    return Prompt(lambda question: chosen.replace("{question}", question), " ", until)
+
+
+class Rows(list[Row]):
+    """The little of a `datasets.Dataset` that lm_eval looks at; nothing is written to a cache or read from a path."""
+
+    @property
+    def features(self) -> dict[str, None]:
+        """Column names."""
+        return dict.fromkeys(self[0])
+
+
+def task_settings(entry: QuestionSet, drawn: Drawn, prompt: Prompt) -> dict[str, Any]:
+    """The configuration of lm_eval's `ConfigurableTask`: greedy generation, scored by the entry's metric."""
+    grade = METRICS[entry.metric]
+    return {
+        "task": entry.name,
+        "custom_dataset": lambda **_: {"test": Rows(drawn.asked)},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": lambda row: prompt.text(row["question"]),
+        "doc_to_target": lambda row: row["answers"],
+        "target_delimiter": prompt.delimiter,
+        "num_fewshot": len(drawn.shown),
+        "fewshot_config": {"sampler": "first_n", "samples": drawn.shown},
+        "generation_kwargs": {"until": list(prompt.until), "max_gen_toks": entry.max_tokens, "do_sample": False},
+        # Models answer " Paris": without this filter no answer would ever match.
+        "filter_list": [
+            {"name": "remove_whitespace", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}
+        ],
+        "process_results": lambda row, results: {entry.metric: grade(results[0], row["answers"])},
+        "metric_list": [{"metric": entry.metric, "aggregation": "mean", "higher_is_better": True}],
+        "metadata": {"version": 1.0},
+    }
