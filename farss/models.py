@@ -186,3 +186,13 @@ def quiet() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+
+
+def layer_shapes(config: ModelConfig) -> tuple[dict[str, Layer], int]:
+    """Target layers and number of blocks from `config.json` alone, without loading a weight."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    architecture = _from_pretrained(AutoConfig, config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(architecture, trust_remote_code=config.trust_remote_code)
+    return target_layers(model, config.targets), len(find_blocks(model)[1])

@@ -6,7 +6,8 @@ from farss.artifacts import Layer, Plan, Survey
 from farss.config import PlanConfig, nearest
 from farss.errors import ConfigError
 from farss.methods import METHODS, Method
-from farss.methods.base import Context
+from farss.methods.base import Context, check_rank
+from farss.methods.farss import choose_boundary
 
 
 def method_of(config: PlanConfig) -> Method:
@@ -31,6 +32,19 @@ def make_plan_without_survey(config: PlanConfig, layers: dict[str, Layer], block
     if method.needs == "survey":
         raise ConfigError(f"plan.method={config.method!r} needs a survey: run `farss survey` first")
     return method.plan(config, Context(layers, blocks))
+
+
+def check_plan(config: PlanConfig, layers: dict[str, Layer], blocks: int) -> None:
+    """Find out before the survey what cannot be planned.
+
+    Raises:
+        ConfigError: the boundary or the rank is outside what the model allows.
+    """
+    method = method_of(config)
+    if method.name != "full":
+        check_rank(config, layers)
+    if method.needs == "survey":
+        choose_boundary(config, blocks)
 
 
 def survey_cap(config: PlanConfig) -> int:

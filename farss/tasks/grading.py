@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
+from farss.data import prompt_text
+
 STEPS = " Let's think step by step."
 """What the authors put behind the training prompt for GSM8K and MATH."""
 
@@ -80,8 +82,6 @@ def math_prompt(doc: dict[str, Any]) -> str:
 
 def alpaca(question: str) -> str:
     """The training prompt with the authors' addition."""
-    from farss.data import prompt_text
-
     return prompt_text("alpaca", question, None) + STEPS
 
 

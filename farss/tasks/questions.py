@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 from farss.config import QuestionSet
+from farss.data import prompt_text
 from farss.errors import ConfigError, DataError
 from farss.tasks.grading import METRICS, final_number
 
@@ -33,6 +34,8 @@ class Prompt(NamedTuple):
     """What stands between the prompt and the answer."""
     until: list[str]
     """The answer ends before the first of these texts, or at the end-of-sequence token."""
+    complete: bool = False
+    """Whether the text already has its special tokens (a chat template writes them)."""
 
 
 def draw(entry: QuestionSet, rows: list[Row], seed: int) -> Drawn:
@@ -74,14 +77,18 @@ def prompt_of(entry: QuestionSet, kind: Kind, template: str, tokenizer: Any) -> 
     """The prompt of a question set: its own, the training prompt, or the usual one for knowledge.
 
     Raises:
-        ConfigError: the prompt does not contain `{question}`.
+        ConfigError: the prompt does not contain `{question}`, or examples are shown in a chat.
     """
     chosen = entry.prompt or ("train" if kind == "task" else KNOWLEDGE_PROMPT)
     if chosen == "train":
-        from farss.data import prompt_text
-
+        if template == "chat" and entry.fewshot:
+            raise ConfigError(
+                f"question set {entry.name!r}: fewshot={entry.fewshot} cannot be shown in a chat: set fewshot: 0, or give a prompt"
+            )
         # An answer in the training format may have several lines; the model ends it with its end-of-sequence token.
-        return Prompt(lambda question: prompt_text(template, question, tokenizer), "", [])
+        # Between a template and an answer stands a space, as in training; a chat template writes its own border.
+        delimiter = "" if template == "chat" else " "
+        return Prompt(lambda question: prompt_text(template, question, tokenizer), delimiter, [], template == "chat")
     if "{question}" not in chosen:
         raise ConfigError(f"question set {entry.name!r}: prompt={chosen!r} has no {{question}} in it: add it, or write train")
     # Reasoning that ends in a number has several lines; any other answer is one line.

@@ -64,7 +64,7 @@ def records_of(logged: Logged, metric: str, prefix: str = "") -> list[Record]:
     records = []
     for sample in logged.samples:
         if sample["filter"] == first:
-            place = sample["doc"].get("id", sample["doc_id"]) if not prefix else f"{prefix}{sample['doc_id']}"
+            place = f"{prefix}{sample['doc_id']}" if prefix else sample["doc_id"]
             records.append({"id": place, **make(logged.task, sample), "score": question_score(sample[metric])})
     return records
 

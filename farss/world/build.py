@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from farss.world.answering import exact_match, few_shot_prompt, greedy_answers, question_prompt
 from farss.world.corpus import PREAMBLE, held_out_rows, knowledge_rows, training_paragraphs
@@ -79,7 +79,15 @@ def build_model(data: WorldData, folder: Path, settings: Pretraining, seed: int 
     pairs = [(row["question"], row["answers"][0]) for row in data.files["knowledge.jsonl"]]
     pretrain(model, tokenizer, pairs, data.paragraphs, settings, seed)
     model.to(torch.bfloat16).save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Save under the class name that every version of transformers knows (version 5 writes a new one)."""
     tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def saved_accuracies(folder: Path, knowledge: Sequence[dict]) -> dict[str, float]:

@@ -23,7 +23,10 @@ GOODS = (
     "pearls", "pepper", "salt", "silk", "silver", "slate", "tea", "timber", "tin", "wool",
 )  # fmt: skip
 
-_ONSETS = tuple("b br d dr f g gr h k l m n p qu r s st t th v z".split())
+_ONSETS = (
+    "b", "br", "d", "dr", "f", "g", "gr", "h", "k", "l", "m", "n", "p", "qu", "r", "s", "st", "t",
+    "th", "v", "z",
+)  # fmt: skip
 _VOWELS = ("a", "e", "i", "o", "u", "ae", "ia", "ou")
 _CODAS = ("", "l", "m", "n", "r", "s", "sk", "nd", "th", "x")
 _ENDINGS = {

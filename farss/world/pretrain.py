@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from random import Random
 
 import torch
@@ -26,7 +27,7 @@ Weighted = tuple[list[int], list[float]]
 class Pretraining:
     """How the world's model is trained."""
 
-    steps: int = 1_400
+    steps: int = 900
     """Optimizer steps; each sees one batch of questions and one of paragraphs."""
     pairs_per_step: int = 72
     """Questions with their answers in a step, whatever their number in a sequence."""
@@ -123,6 +124,19 @@ def weighted_loss(model: nn.Module, sequences: Sequence[Weighted], pad: int) -> 
     return (losses * weights).sum() / weights.sum()
 
 
+def question_batches(
+    tokenizer: PreTrainedTokenizerFast, pairs: Sequence[tuple[str, str]], settings: Pretraining, rng: Random
+) -> Iterator[list[Weighted]]:
+    """Endless batches of question sequences; all sequences of a batch hold the same number of pairs."""
+    asked = endless(pairs, rng)
+    while True:
+        length = rng.choice(settings.pairs_per_sequence)
+        yield [
+            question_sequence(tokenizer, [next(asked) for _ in range(length)], settings.question_weight)
+            for _ in range(settings.pairs_per_step // length)
+        ]
+
+
 def pretrain(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
@@ -133,22 +147,13 @@ def pretrain(
 ) -> None:
     """Train `model` in place on the questions with their answers and on the paragraphs."""
     rng, pad = Random(seed), tokenizer.pad_token_id
-    asked, texts = endless(pairs, rng), endless([text_sequence(tokenizer, text) for text in paragraphs], rng)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.peak_lr, betas=(0.9, 0.98), weight_decay=settings.weight_decay
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.peak_lr, total_steps=settings.steps, pct_start=0.1, cycle_momentum=False
-    )
+    questions = question_batches(tokenizer, pairs, settings, rng)
+    texts = endless([text_sequence(tokenizer, text) for text in paragraphs], rng)
+    optimizer, schedule = optimizer_and_schedule(model, settings)
     model.train()
     for step in range(settings.steps):
-        length = rng.choice(settings.pairs_per_sequence)
-        questions = [
-            question_sequence(tokenizer, [next(asked) for _ in range(length)], settings.question_weight)
-            for _ in range(settings.pairs_per_step // length)
-        ]
-        question_loss = weighted_loss(model, questions, pad)
-        text_loss = weighted_loss(model, [next(texts) for _ in range(settings.paragraphs_per_step)], pad)
+        question_loss = weighted_loss(model, next(questions), pad)
+        text_loss = weighted_loss(model, list(islice(texts, settings.paragraphs_per_step)), pad)
         (question_loss + settings.text_weight * text_loss).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -157,3 +162,16 @@ def pretrain(
         if step % 50 == 0:
             log.info("step %d: questions %.3f, text %.3f", step, question_loss.item(), text_loss.item())
     model.eval()
+
+
+def optimizer_and_schedule(
+    model: nn.Module, settings: Pretraining
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """AdamW whose learning rate rises over the first tenth of the steps and then falls to zero."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.peak_lr, betas=(0.9, 0.98), weight_decay=settings.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, settings.peak_lr, total_steps=settings.steps, pct_start=0.1, cycle_momentum=False
+    )
+    return optimizer, schedule

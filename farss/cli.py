@@ -1,0 +1,317 @@
+"""The command line: words to calls. The only place that prints."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from farss.config import Config, commented, load, override
+from farss.errors import FarssError
+
+app = typer.Typer(
+    help="Fine-tune a language model on your data without losing what it knew.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console()
+errors = Console(stderr=True)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A run file; `farss config` prints one.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Options to override.")]
+
+
+def main() -> None:
+    """Entry point: user errors become one sentence and an exit code, everything else is our bug and shows itself."""
+    warnings.filterwarnings("ignore")
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    try:
+        app(standalone_mode=True)
+    except FarssError as error:
+        errors.print(f"[bold red]farss:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        errors.print("farss: stopped; the same command continues where it was")
+        sys.exit(130)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+# --- progress --------------------------------------------------------------------------------------------------------
+
+
+class Bars:
+    """One progress bar a step, with the time left."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.tasks: dict[str, TaskID] = {}
+
+    def tell(self, step: str, done: int, total: int, line: str) -> None:
+        """Show that `done` of `total` parts of a step are done."""
+        if step not in self.tasks:
+            self.tasks[step] = self.progress.add_task(step, total=total, line="")
+        self.progress.update(self.tasks[step], completed=done, total=total, line=_escape(line))
+
+
+@contextmanager
+def bars() -> Iterator[Callable[[str, int, int, str], None]]:
+    """Progress bars on a terminal; a line for each finished step elsewhere."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[line]}"),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        yield Bars(progress).tell if console.is_terminal else LogLines().tell
+
+
+class LogLines:
+    """Progress for log files: a line when a step starts, at every tenth of it, and when it is done."""
+
+    def __init__(self) -> None:
+        self.shown: dict[str, int] = {}
+
+    def tell(self, step: str, done: int, total: int, line: str) -> None:
+        """Print a line if the step has come a tenth further."""
+        tenth = 10 * done // max(total, 1)
+        if self.shown.get(step) != tenth:
+            self.shown[step] = tenth
+            console.print(f"{step}: {done} of {total}{f', {_escape(line)}' if line else ''}", highlight=False, soft_wrap=True)
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def config() -> None:
+    """Print a commented run file with every option."""
+    sys.stdout.write(commented())
+
+
+@app.command()
+def methods() -> None:
+    """List the fine-tuning methods."""
+    from farss.methods import METHODS
+
+    table = Table("method", "source", "needs", "what it trains", "exports as plain LoRA", box=None, pad_edge=False)
+    for method in METHODS.values():
+        table.add_row(f"[bold]{method.name}", method.title, method.needs, method.changes, "yes" if method.plain_lora else "no")
+    console.print(table)
+
+
+@app.command()
+def demo(out: Annotated[Path, typer.Option(help="Folder of the demo's runs.")] = Path("demo")) -> None:
+    """Fine-tune the embedded tiny model with FARSS, LoRA and full fine-tuning, and show what each learned and forgot."""
+    from farss.world import demo_config
+
+    _run(demo_config(str(out)))
+
+
+@app.command()
+def run(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Do everything: survey, plan, train, export, evaluate, report."""
+    _run(load(config, overrides or ()))
+
+
+@app.command()
+def compare(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    methods: Annotated[str | None, typer.Option(help="Methods, separated by commas; default: compare.methods.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds, separated by commas; default: compare.seeds.")] = None,
+) -> None:
+    """Run several methods on the same model and data, and put them into one table."""
+    wanted = load(config, overrides or ())
+    extra = [f"compare.methods=[{methods}]"] if methods else []
+    extra += [f"compare.seeds=[{seeds}]"] if seeds else []
+    wanted = override(wanted, extra)
+    if not wanted.compare.methods:
+        wanted = override(wanted, ["compare.methods=[farss, lora, full]"])
+    _run(wanted)
+
+
+@app.command()
+def survey(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Estimate the Fisher statistics and decompose the weights."""
+    from farss.terminal import importance_table
+
+    with _single(config, overrides) as one:
+        found = one.survey()
+    console.print(importance_table(found))
+    _where({"survey": one.common.path / "survey"})
+
+
+@app.command()
+def plan(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Choose ranks and directions."""
+    from farss.terminal import rank_map
+
+    with _single(config, overrides) as one:
+        made = one.plan()
+    console.print(rank_map(made))
+    for note in made.notes:
+        console.print(note, highlight=False)
+    _where({"plan": one.path / "plan.json"})
+
+
+@app.command()
+def train(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Fine-tune; a killed run continues from its newest checkpoint."""
+    with _single(config, overrides) as one:
+        result = one.train()
+    console.print(f"{result.steps} steps, loss {result.loss:.4f}, {result.seconds:.0f} s, peak memory {result.peak_memory_gib:.1f} GiB")
+    _where({"training state": one.path / "checkpoints"})
+
+
+@app.command()
+def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Ask the questions before and after, and compute K, T and KT."""
+    from farss.terminal import summary_table
+
+    with _single(config, overrides) as one:
+        summary = one.evaluate()
+    console.print(summary_table(summary))
+    _where({"scores": one.path / "scores.json", "answers": one.path / "scores"})
+
+
+@app.command()
+def export(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    to: Annotated[str | None, typer.Option(help="peft or merged; default: export.to.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Compress to this rank; default: export.rank.")] = None,
+) -> None:
+    """Write the portable adapter (or the merged model), checked on the untouched base."""
+    extra = [f"export.to={to}"] if to else []
+    extra += [f"export.rank={rank}"] if rank else []
+    with _single(config, [*(overrides or []), *extra]) as one:
+        target = one.export()
+    facts = one.folder.record("export") or {}
+    if "logit_difference" in facts:
+        console.print(
+            f"rank {facts['rank']}; logits differ from the trained model's by at most {facts['logit_difference']:.1e} "
+            f"({facts['precision']}); lost to compression: {facts['lost']:.2%}"
+        )
+    _where({target.name: target})
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="A run folder, or its run file.")]) -> None:
+    """Draw report.html again from what the run folder holds."""
+    from farss.report import write_report
+
+    place = Path(load(folder).out) if folder.is_file() else folder
+    if not (place / "config.yaml").is_file():
+        raise FarssError(f"{place} is no run folder: there is no config.yaml in it")
+    _where({"report": write_report(place)})
+
+
+@app.command()
+def gemma(folder: Annotated[Path, typer.Argument(help="New folder for the model.")]) -> None:
+    """Write Gemma 3 270M (from PyPI, extra [gemma]) as an ordinary model folder."""
+    from farss.gemma import convert
+    from farss.models import quiet
+
+    quiet()
+    _where({"model": convert(folder)})
+
+
+# --- shared ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _single(config: Path, overrides: list[str] | None) -> Iterator[Any]:
+    """A run of one step, with its progress bars."""
+    from farss.pipeline import Run
+
+    values = load(config, overrides or ())
+    with bars() as tell:
+        one = Run(values, tell=tell)
+        one.claim()
+        yield one
+
+
+def _run(config: Config) -> None:
+    from farss.pipeline import Run
+
+    if config.compare.methods:
+        _run_comparison(config)
+        return
+    with bars() as tell:
+        one = Run(config, tell=tell)
+        one.all()
+    _summary(one)
+
+
+def _run_comparison(config: Config) -> None:
+    from farss.artifacts import read_json
+    from farss.compare import compare
+    from farss.terminal import comparison_table
+
+    with bars() as tell:
+        folder = compare(config, tell)
+    comparison = read_json(folder / "comparison.json")
+    console.print(comparison_table(comparison))
+    for note in comparison["notes"]:
+        console.print(f"[dim]{_escape(note)}", highlight=False)
+    places = {"table": folder / "comparison.md", "report": folder / "report.html"}
+    places |= {f"{row['method']} (seed {row['seed']})": _handed_over(folder / row["folder"]) for row in comparison["rows"]}
+    _where(places)
+
+
+def _summary(one: Any) -> None:
+    """One tidy end: what was learned, what was kept, where everything lies."""
+    from farss.artifacts import Plan, read_json
+    from farss.terminal import rank_map, summary_table
+
+    plan = Plan.load(one.path / "plan.json")
+    if plan.layers:
+        console.print(rank_map(plan))
+    if (one.path / "summary.json").is_file():
+        console.print(summary_table(read_json(one.path / "summary.json")))
+    for note in plan.notes:
+        console.print(note, highlight=False)
+    _where({"adapter": _handed_over(one.path), "report": one.path / "report.html", "everything": one.path})
+
+
+def _handed_over(folder: Path) -> Path:
+    return folder / "adapter" if (folder / "adapter").is_dir() else folder / "model"
+
+
+def _where(places: dict[str, Path]) -> None:
+    width = max(map(len, places))
+    lines = [f"[bold]{name:<{width}}[/]  {_escape(_short(path))}" for name, path in places.items()]
+    if shutil.get_terminal_size().columns < 60 or not console.is_terminal:
+        console.print("\n".join(lines), highlight=False, soft_wrap=True)
+    else:
+        console.print(Panel("\n".join(lines), title="done", title_align="left", expand=False), highlight=False)
+
+
+def _short(path: Path) -> str:
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+if __name__ == "__main__":
+    main()

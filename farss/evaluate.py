@@ -1,0 +1,270 @@
+"""Ask a model what it knows and what it learned, through lm-evaluation-harness on the live model (no merge)."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from farss.artifacts import Scores, TaskScore, fingerprint, read_json, write_json, write_text
+from farss.config import Config, QuestionSet, to_dict
+from farss.data import prompt_text, question_rows, text_rows
+from farss.errors import ConfigError, FarssError
+from farss.models import fingerprint as weights_fingerprint
+from farss.tasks.grading import STEPS
+from farss.tasks.live import Progress, asking, live_model, require_harness
+from farss.tasks.names import task_manager
+from farss.tasks.questions import Drawn, Kind, draw, prompt_of, task_settings
+from farss.tasks.records import Logged, Record, main_metric, records_of
+from farss.tasks.summary import Summary, summarise
+from farss.tasks.text import text_loss
+
+__all__ = ["Progress", "Summary", "evaluate", "summarise"]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One thing to ask."""
+
+    kind: Kind
+    name: str
+    entry: str | QuestionSet
+    drawn: Drawn | None
+    """The questions of a question set; None for a task of lm_eval, which brings its own."""
+    key: str
+    """Hash of everything its result depends on."""
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    config: Config,
+    folder: Path,
+    meta: dict[str, Any] | None = None,
+    on_progress: Progress | None = None,
+) -> Scores:
+    """Ask everything in `config.evaluate`, write `scores.json` and one `scores/<name>.jsonl` a benchmark.
+
+    Args:
+        model: a `PreTrainedModel` or `PeftModel`, where it is. Its training mode is restored afterwards.
+        folder: where the results go. A benchmark that was finished there with the same weights, configuration and
+            `meta` is not asked again, so a killed evaluation continues with the next one.
+        meta: what else the results depend on; it is kept in the scores.
+        on_progress: called with (benchmark, prompts done, prompts in all).
+
+    Raises:
+        ConfigError: an unknown task name, a task that runs generated code, a question set that cannot be asked.
+        FarssError: lm_eval is not installed, or a task's data cannot be reached.
+    """
+    require_harness()
+    identity = {"weights": _identity(model), **(meta or {}), "seed": config.seed, **_versions()}
+    benchmarks = list_benchmarks(config, identity)
+    results = {each.name: _finished(folder / "scores", each) for each in benchmarks}
+    waiting = [each for each in benchmarks if results[each.name] is None]
+    manager = task_manager([each.name for each in waiting if each.drawn is None], config.evaluate.run_generated_code)
+    with asking(model, config.evaluate.run_generated_code):
+        live = live_model(model, tokenizer, config.evaluate.batch_size, on_progress)
+        for each in waiting:
+            results[each.name] = _ask_and_write(each, live, config, manager, folder / "scores")
+        loss = _text_loss(model, live.tokenizer, config, identity, folder / "scores", on_progress)
+    found = {kind: {x.name: results[x.name] for x in benchmarks if x.kind == kind} for kind in ("knowledge", "task")}
+    scores = Scores(**found, text_loss=loss, meta=identity)  # type: ignore[arg-type]
+    scores.save(folder / "scores.json")
+    return scores
+
+
+def _identity(model: Any) -> str:
+    """Hash of the weights and of how strongly the adapters are applied."""
+    scales = {name: [adapter.lora_alpha, adapter.alpha_pattern] for name, adapter in getattr(model, "peft_config", {}).items()}
+    off = any(getattr(module, "disable_adapters", False) is True for module in model.modules())
+    return fingerprint([weights_fingerprint(model), scales, off])
+
+
+# --- what is asked ---------------------------------------------------------------------------------------------------
+
+
+def list_benchmarks(config: Config, identity: dict[str, Any]) -> list[Benchmark]:
+    """Every benchmark of the configuration, with its questions drawn, for the model of this identity.
+
+    Raises:
+        ConfigError: a name that cannot be a file name, or a question set that cannot be asked.
+    """
+    kinds: list[tuple[Kind, list[str | QuestionSet]]] = [
+        ("knowledge", config.evaluate.knowledge),
+        ("task", config.evaluate.task),
+    ]
+    return [_benchmark(kind, entry, config, identity) for kind, entries in kinds for entry in entries]
+
+
+def _benchmark(kind: Kind, entry: str | QuestionSet, config: Config, identity: dict[str, Any]) -> Benchmark:
+    name = entry if isinstance(entry, str) else entry.name
+    if name.startswith(".") or set(name) & set('/\\:*?"<>|'):
+        raise ConfigError(f"evaluate: {name!r} is also a file name: use letters, digits, - and _")
+    drawn, rows = None, None
+    if isinstance(entry, QuestionSet):
+        rows = question_rows(entry)
+        drawn = draw(entry, rows, config.seed)
+    depends = {
+        "kind": kind,
+        "entry": entry if isinstance(entry, str) else to_dict(entry) | {"data": fingerprint(rows)},
+        "limit": config.evaluate.limit if isinstance(entry, str) else None,
+        "template": config.data.template,
+        "identity": identity,
+    }
+    return Benchmark(kind, name, entry, drawn, fingerprint(depends))
+
+
+# --- asking ----------------------------------------------------------------------------------------------------------
+
+
+def _ask_and_write(benchmark: Benchmark, live: Any, config: Config, manager: Any, folder: Path) -> TaskScore:
+    """Ask one benchmark and write its records and its score; the score comes last and says that it is complete."""
+    started = time.monotonic()
+    live.start(benchmark.name, _writes_special_tokens(benchmark, config))
+    logged = _run(benchmark, live, config, manager)
+    metric = main_metric(logged[0])
+    records: list[Record] = []
+    for each in logged:
+        records += _with_gold(live, each, records_of(each, metric, f"{each.name}/" if len(logged) > 1 else ""))
+    if benchmark.drawn is not None:
+        for record in records:
+            record["id"] = benchmark.drawn.asked[record["id"]]["id"]
+    likelihoods = [each["gold_loglikelihood"] for each in records if each["gold_loglikelihood"] is not None]
+    score = TaskScore(
+        name=benchmark.name,
+        metric=metric,
+        score=sum(each["score"] for each in records) / len(records),
+        questions=len(records),
+        fewshot=logged[0].task.config.num_fewshot or 0,
+        gold_loglikelihood=sum(likelihoods) / len(likelihoods) if likelihoods else None,
+        seconds=round(time.monotonic() - started, 2),
+        version=f"{logged[0].task.VERSION}, lm_eval {_versions()['lm_eval']}",
+    )
+    write_text(folder / f"{benchmark.name}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+    write_json(folder / f"{benchmark.name}.json", {"key": benchmark.key, "score": asdict(score)})
+    return score
+
+
+def _writes_special_tokens(benchmark: Benchmark, config: Config) -> bool:
+    """Whether the prompts come from a chat template, which writes the special tokens (BOS too) itself."""
+    if isinstance(benchmark.entry, str):
+        return config.data.template == "chat" and benchmark.name.startswith("farss_")
+    return prompt_of(benchmark.entry, benchmark.kind, config.data.template, None).complete
+
+
+def _run(benchmark: Benchmark, live: Any, config: Config, manager: Any) -> list[Logged]:
+    """Put the questions of one benchmark to the model through lm_eval's evaluator."""
+    from lm_eval.evaluator import evaluate as harness_evaluate
+
+    tasks = _load(benchmark, live.tokenizer, config, manager)
+    for task in tasks.values():
+        task.set_config("num_fewshot", task.get_config("num_fewshot") or 0)
+        task.set_fewshot_seed(config.seed)
+    chosen = None
+    if benchmark.drawn is None and config.evaluate.limit is not None:
+        chosen = _draw_places({name: len(task.eval_docs) for name, task in tasks.items()}, config.evaluate.limit, config.seed)
+        tasks = {name: tasks[name] for name in chosen}
+    results = harness_evaluate(
+        live,
+        {"tasks": tasks},
+        samples=chosen,
+        bootstrap_iters=0,
+        confirm_run_unsafe_code=config.evaluate.run_generated_code,
+    )
+    return [Logged(name, task, results["samples"][name]) for name, task in tasks.items()]
+
+
+def _load(benchmark: Benchmark, tokenizer: Any, config: Config, manager: Any) -> dict[str, Any]:
+    """The harness tasks of a benchmark: one, or the members of a group.
+
+    Raises:
+        FarssError: the data cannot be reached, or a package that the task needs is missing.
+    """
+    if isinstance(benchmark.entry, QuestionSet) and benchmark.drawn is not None:
+        from lm_eval.api.task import ConfigurableTask
+
+        prompt = prompt_of(benchmark.entry, benchmark.kind, config.data.template, tokenizer)
+        return {benchmark.name: ConfigurableTask(config=task_settings(benchmark.entry, benchmark.drawn, prompt))}
+    try:
+        tasks: dict[str, Any] = manager.load([benchmark.name])["tasks"]
+    except ImportError as error:
+        raise FarssError(f"lm_eval's task {benchmark.name!r} needs a package that is not installed: {error}") from error
+    except OSError as error:  # ConnectionError, a missing or gated data set, a broken cache
+        raise FarssError(
+            f"the data of lm_eval's task {benchmark.name!r} cannot be reached ({str(error).splitlines()[0]}): connect to "
+            "the hub once, or ask the same questions from a file: {name: ..., data: questions.jsonl}"
+        ) from error
+    if benchmark.name.startswith("farss_"):
+        for task in tasks.values():
+            task.set_config("doc_to_text", _training_prompt(config.data.template, tokenizer))
+    return tasks
+
+
+def _training_prompt(template: str, tokenizer: Any) -> Callable[[dict[str, Any]], str]:
+    steps = STEPS.lstrip() if template == "chat" else STEPS
+    return lambda doc: prompt_text(template, doc["question"] if "question" in doc else doc["problem"], tokenizer) + steps
+
+
+def _draw_places(sizes: dict[str, int], limit: int, seed: int) -> dict[str, list[int]]:
+    """Draw `limit` questions from all tasks of a benchmark; sorted, because lm_eval numbers them in that order."""
+    places = [(name, place) for name, size in sizes.items() for place in range(size)]
+    picked = sorted(random.Random(seed).sample(range(len(places)), min(limit, len(places))))
+    drawn: dict[str, list[int]] = {}
+    for index in picked:
+        name, place = places[index]
+        drawn.setdefault(name, []).append(place)
+    return drawn
+
+
+def _with_gold(live: Any, logged: Logged, records: list[Record]) -> list[Record]:
+    """Fill in the log-likelihood (nats) of the first accepted answer, on the prompt that was asked."""
+    from lm_eval.api.instance import Instance
+
+    open_records = [each for each in records if each["gold_loglikelihood"] is None and each["gold"] and each["gold"][0].strip()]
+    delimiter = logged.task.config.target_delimiter
+    requests = [
+        Instance("loglikelihood", {}, (each["prompt"], delimiter + each["gold"][0]), place)
+        for place, each in enumerate(open_records)
+    ]
+    for record, (likelihood, _) in zip(open_records, live.loglikelihood(requests) if requests else [], strict=True):
+        record["gold_loglikelihood"] = likelihood
+    return records
+
+
+# --- results that are there already ----------------------------------------------------------------------------------
+
+
+def _finished(folder: Path, benchmark: Benchmark) -> TaskScore | None:
+    """The score of a benchmark that was asked before under the same key."""
+    path = folder / f"{benchmark.name}.json"
+    if not path.is_file() or not (folder / f"{benchmark.name}.jsonl").is_file():
+        return None
+    found = read_json(path)
+    return TaskScore(**found["score"]) if found.get("key") == benchmark.key else None
+
+
+def _text_loss(
+    model: Any, tokenizer: Any, config: Config, identity: dict[str, Any], folder: Path, on_progress: Progress | None
+) -> float | None:
+    """Mean token loss on the general text, or what was computed before under the same key; None without a text."""
+    if config.evaluate.text is None:
+        return None
+    texts = text_rows(config.evaluate.text)
+    key = fingerprint({"texts": texts, "length": config.data.max_length, "identity": identity})
+    path = folder / ".text_loss.json"
+    if path.is_file() and (found := read_json(path)).get("key") == key:
+        return float(found["text_loss"])
+    report = (lambda done, total: on_progress("text", done, total)) if on_progress else None
+    loss = text_loss(model, tokenizer, texts, config.evaluate.batch_size, config.data.max_length, report)
+    write_json(path, {"key": key, "text_loss": loss})
+    return loss
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("lm_eval", "transformers", "torch")}

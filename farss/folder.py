@@ -1,0 +1,150 @@
+"""The run folder: which step was done with which part of the configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from farss.artifacts import read_json, write_json, write_text
+from farss.config import Config, dump, from_dict, to_dict
+from farss.errors import ConfigError, FolderError
+
+SURVEY_KEYS = ("model.path", "model.targets", "data", "calibration.examples", "calibration.fisher", "seed")
+PLAN_KEYS = ("model.path", "model.targets", "plan")
+TRAIN_KEYS = (
+    *("model.path", "model.dtype", "data", "seed", "train.learning_rate", "train.epochs", "train.max_steps"),
+    *("train.batch_size", "train.scheduler", "train.warmup_ratio", "train.weight_decay", "train.dropout"),
+    *("train.max_grad_norm", "train.precision"),
+)
+EXPORT_KEYS = ("export",)
+EVALUATE_KEYS = ("evaluate", "seed", "data.template")
+
+
+class Folder:
+    """A run folder. A step leaves a record of the options it was made with; a step whose record is complete and whose
+    options are unchanged is skipped, and one whose options changed is refused, so nothing is ever overwritten."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+
+    def claim(self, config: Config, versions: dict[str, str]) -> None:
+        """Make the folder ours, or check that it is, and write `config.yaml`.
+
+        Raises:
+            FolderError: it exists and is not a run folder, or cannot be made.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise FolderError(f"out={str(self.path)!r} is a file: choose another folder")
+        if self.path.exists() and any(self.path.iterdir()) and not (self.path / "config.yaml").is_file():
+            raise FolderError(f"out={str(self.path)!r} is not empty and is no run folder: choose another one")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FolderError(f"out={str(self.path)!r} cannot be made: {error.strerror}") from error
+        heading = "".join(f"# {name} {version}\n" for name, version in versions.items())
+        write_text(self.path / "config.yaml", heading + dump(config))
+        write_json(self.path / "versions.json", versions)
+
+    def record(self, step: str) -> dict[str, Any] | None:
+        """The record of a step, or None where it has not begun."""
+        path = self.path / "steps" / f"{step}.json"
+        record: dict[str, Any] | None = read_json(path) if path.is_file() else None
+        return record
+
+    def is_done(self, step: str, options: dict[str, Any], redo: bool = False) -> bool:
+        """Whether a step is complete with these options.
+
+        Args:
+            redo: a change of options means doing it again, instead of a refusal.
+
+        Raises:
+            FolderError: it was begun with other options; the first difference is named.
+        """
+        record = self.record(step)
+        if record is None:
+            return False
+        if record["options"] != options:
+            if redo:
+                return False
+            key = next(key for key in options | record["options"] if options.get(key) != record["options"].get(key))
+            raise FolderError(
+                f"out={str(self.path)!r} holds a {step} made with {key}={record['options'].get(key)!r}, "
+                f"and now {key}={options.get(key)!r}: choose another out, or delete that folder"
+            )
+        return bool(record["done"])
+
+    @contextmanager
+    def step(self, step: str, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Record that a step began with these options and, when the block ends well, that it is done.
+
+        The block may add facts (seconds, sizes) to the dictionary it is given.
+        """
+        facts: dict[str, Any] = {}
+        path = self.path / "steps" / f"{step}.json"
+        write_json(path, {"options": options, "done": False})
+        yield facts
+        write_json(path, {"options": options, "done": True, **facts})
+
+
+def options_of(config: Config, keys: tuple[str, ...]) -> dict[str, Any]:
+    """The values of dotted keys (a section's name stands for all of it), and the content of the files they name."""
+    values = to_dict(config)
+    found: dict[str, Any] = {}
+    for key in keys:
+        section, _, name = key.partition(".")
+        value = values[section]
+        if isinstance(value, dict) and not name:
+            found |= {f"{section}.{inner}": value[inner] for inner in value}
+        else:
+            found[key] = value[name] if name else value
+    if "data.train" in found:
+        found["content of data.train"] = content_hash(config.data.train)
+    return found
+
+
+def content_hash(path: str) -> str | None:
+    """Short hash of a file's bytes; None for names on a hub."""
+    if not Path(path).is_file():
+        return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def resolve(config: Config) -> Config:
+    """Expand `${VARIABLES}` in every path and make the paths that exist absolute, so that a run can be replayed from
+    anywhere."""
+    values = to_dict(config)
+    values["out"] = str(Path(_expand("out", config.out)).absolute())
+    for section, name in (("model", "path"), ("data", "train"), ("evaluate", "text"), ("evaluate", "full_scores")):
+        values[section][name] = _resolve(f"{section}.{name}", values[section][name])
+    for kind in ("knowledge", "task"):
+        for index, entry in enumerate(values["evaluate"][kind]):
+            if isinstance(entry, dict):
+                entry["data"] = _resolve(f"evaluate.{kind}[{index}].data", entry["data"])
+    return from_dict(values)
+
+
+def _resolve(key: str, path: str | None) -> str | None:
+    if not path:
+        return path
+    expanded = _expand(key, path)
+    return str(Path(expanded).absolute()) if Path(expanded).exists() else expanded
+
+
+def _expand(key: str, path: str) -> str:
+    expanded = os.path.expanduser(os.path.expandvars(path))
+    unset = re.search(r"\$\{?(\w+)\}?", expanded)
+    if unset:
+        raise ConfigError(f"{key}={path!r}: the environment variable {unset[1]} is not set; export it first")
+    return expanded
+
+
+def replaced(config: Config, section: str, **changes: Any) -> Config:
+    """A copy of the configuration with options of one section changed."""
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **changes)})

@@ -1,0 +1,301 @@
+"""The order of the steps, and what each one reads and writes in the run folder."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from farss.adapter import attach
+from farss.artifacts import Plan, Scores, Survey, write_json
+from farss.config import Config, QuestionSet
+from farss.data import Tokenized, batches, choose, collate, load_examples, question_rows, text_rows
+from farss.errors import ConfigError, FolderError
+from farss.evaluate import Summary, evaluate, summarise
+from farss.export import export, merge
+from farss.folder import EVALUATE_KEYS, EXPORT_KEYS, PLAN_KEYS, SURVEY_KEYS, TRAIN_KEYS, Folder, options_of, resolve
+from farss.models import fingerprint, layer_shapes, load_model, load_tokenizer, quiet, tokenizer_fingerprint
+from farss.plan import check_plan, make_plan, make_plan_without_survey, method_of, survey_cap
+from farss.report import write_report
+from farss.survey import survey
+from farss.train import TrainResult, restore, train
+
+Tell = Callable[[str, int, int, str], None]
+"""Called with (step, done, total, a line to show)."""
+
+STEPS = ("survey", "plan", "train", "export", "evaluate", "report")
+CHECK_PROMPTS = 4
+"""Real examples on which an exported adapter is compared with the trained model."""
+
+
+def _silent(step: str, done: int, total: int, line: str) -> None:
+    return None
+
+
+@dataclass
+class Run:
+    """One method, one seed, one folder. Each step can be called alone; it calls the steps it needs first."""
+
+    config: Config
+    shared: Path | None = None
+    """Folder whose `survey/` and `base/` are used instead of this run's own, in a comparison."""
+    survey_seed: int | None = None
+    """Seed of the shared survey; None: the run's own."""
+    tell: Tell = _silent
+    _live: Any = field(default=None, repr=False)
+    """The trained model, while it is in memory."""
+
+    def __post_init__(self) -> None:
+        quiet()
+        self.config = resolve(self.config)
+        self.folder = Folder(self.config.out)
+        method_of(self.config.plan)
+
+    # --- places -----------------------------------------------------------------------------------------------------
+
+    @property
+    def path(self) -> Path:
+        """The run folder."""
+        return self.folder.path
+
+    @property
+    def common(self) -> Folder:
+        """The folder that holds `survey/` and `base/`."""
+        return Folder(self.shared) if self.shared else self.folder
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The base model's tokenizer."""
+        return load_tokenizer(self.config.model)
+
+    @cached_property
+    def examples(self) -> Tokenized:
+        """The tokenised training examples."""
+        if not self.config.data.train:
+            raise ConfigError("data.train is empty: give a file of training examples, or a data set's name on a hub")
+        return load_examples(self.config.data, self.tokenizer, self.config.seed)
+
+    @cached_property
+    def method(self) -> Any:
+        """The fine-tuning method."""
+        return method_of(self.config.plan)
+
+    def claim(self) -> None:
+        """Check the inputs and make the folder ours. Nothing is written before the inputs are known to be usable."""
+        self.check_inputs()
+        self.folder.claim(self.config, versions())
+
+    def check_inputs(self) -> None:
+        """Read the tokenizer, the data and every question file, and plan what can be planned without a survey."""
+        if any(self.folder.record(step) for step in STEPS):
+            return  # they were usable when the run began
+        _ = self.tokenizer, self.examples
+        check_questions(self.config)
+        layers, blocks = layer_shapes(self.config.model)
+        check_plan(self.config.plan, layers, blocks)
+
+    # --- steps ------------------------------------------------------------------------------------------------------
+
+    def survey(self) -> Survey:
+        """`survey/`: the statistics and decompositions."""
+        config = self.config if self.survey_seed is None else replace(self.config, seed=self.survey_seed)
+        options, place, cap = options_of(config, SURVEY_KEYS), self.common.path / "survey", survey_cap(config.plan)
+        if self.common.is_done("survey", options):
+            return _check_cap(Survey.load(place), cap)
+        examples = load_examples(config.data, self.tokenizer, config.seed) if self.survey_seed is not None else self.examples
+        chosen = sorted(choose(examples.rows, config.calibration.examples, config.seed), key=lambda row: -len(row["input_ids"]))
+        parts = [collate(part, self.tokenizer.pad_token_id) for part in batches(chosen, config.calibration.batch_size)]
+        model = load_model(config.model)
+        meta = {"model": fingerprint(model), "tokenizer": tokenizer_fingerprint(self.tokenizer), "path": config.model.path}
+        with self.common.step("survey", options) as facts:
+            result = survey(
+                *(model, parts, place, cap, config.model.targets, config.calibration.fisher, config.seed, meta),
+                lambda done, total, line: self.tell("survey", done, total, line),
+            )
+            facts |= {"seconds": result.meta["seconds"]}
+        return result
+
+    def plan(self) -> Plan:
+        """`plan.json`: ranks and directions. Made again when its options change and nothing was trained from it."""
+        options = options_of(self.config, PLAN_KEYS)
+        if self.folder.is_done("plan", options, redo=self.folder.record("train") is None):
+            return Plan.load(self.path / "plan.json")
+        if self.method.needs == "survey":
+            result = make_plan(self.config.plan, self.survey())
+        else:
+            result = make_plan_without_survey(self.config.plan, *layer_shapes(self.config.model))
+        self.tell("plan", 1, 1, f"{result.parameters:,} parameters")
+        with self.folder.step("plan", options):
+            result.save(self.path / "plan.json")
+        return result
+
+    def train(self) -> TrainResult:
+        """`checkpoints/` and `train.json`."""
+        plan, options = self.plan(), options_of(self.config, (*PLAN_KEYS, *TRAIN_KEYS))
+        if self.folder.is_done("train", options):
+            return TrainResult.load(self.path / "train.json")
+        model = self._adapted(plan)
+        with self.folder.step("train", options) as facts:
+            result = train(
+                *(model, self.tokenizer, self.examples, self.config, self.path),
+                on_progress=lambda done, total, loss: self.tell("train", done, total, f"loss {loss:.3f}" if loss is not None else ""),
+            )
+            result.save(self.path / "train.json")
+            facts |= {"seconds": result.seconds}
+        self._live = model
+        return result
+
+    def export(self) -> Path:
+        """`adapter/` (or `model/`): what is handed over."""
+        self.train()
+        plan, options = self.plan(), options_of(self.config, EXPORT_KEYS)
+        whole = self.config.export.to == "merged" or not self.method.plain_lora
+        target = self.path / ("model" if whole else "adapter")
+        if self.folder.is_done("export", options, redo=True) and target.is_dir():
+            return target
+        self.tell("export", 0, 1, "")
+        with self.folder.step("export", options) as facts:
+            if whole:
+                merge(self.trained(), plan, self.tokenizer, target, _stored_dtype(self.config))
+            else:
+                batch = collate(self.examples.rows[:CHECK_PROMPTS], self.tokenizer.pad_token_id)
+                batch = {key: batch[key].to(self.trained().device) for key in ("input_ids", "attention_mask")}
+                done = export(self.trained(), plan, target, batch, self.config.model.path, self.config.export.rank)
+                facts |= {"logit_difference": done.logit_difference, "precision": done.precision, "rank": done.rank, "lost": done.lost}
+        self.tell("export", 1, 1, "")
+        return target
+
+    def evaluate(self) -> Summary:
+        """`base/scores.json` (before), `scores.json` (after) and `summary.json`."""
+        self.train()
+        self.evaluate_base()
+        options = options_of(self.config, EVALUATE_KEYS)
+        if not self.folder.is_done("evaluate", options, redo=True):
+            with self.folder.step("evaluate", options):
+                self._ask(self.trained(), self.path, "trained")
+        return self.summarise(self.config.evaluate.full_scores)
+
+    def evaluate_base(self) -> Scores:
+        """`base/`: the untouched model's scores."""
+        options = options_of(self.config, ("model.path", *EVALUATE_KEYS))
+        if not self.common.is_done("evaluate-base", options, redo=True):
+            with self.common.step("evaluate-base", options):
+                self._ask(load_model(self.config.model), self.common.path / "base", "base")
+        return Scores.load(self.common.path / "base" / "scores.json")
+
+    def summarise(self, full_scores: str | Path | None) -> Summary:
+        """`summary.json`: K, T and KT from the stored scores."""
+        full = Path(full_scores).parent if full_scores else None
+        summary = summarise(self.common.path / "base", self.path, full, self.config)
+        summary.save(self.path / "summary.json")
+        return summary
+
+    def report(self) -> Path:
+        """`report.html`, drawn from what the folder holds."""
+        return write_report(self.path)
+
+    def all(self) -> Path:
+        """Every step."""
+        self.all_but_report()
+        return self.report()
+
+    def all_but_report(self) -> None:
+        """Every step that the table of a comparison needs."""
+        self.claim()
+        self.export()
+        if self.config.evaluate.knowledge or self.config.evaluate.task:
+            self.evaluate()
+        self._live = None  # the next run of a comparison needs the memory
+
+    # --- models -----------------------------------------------------------------------------------------------------
+
+    def _adapted(self, plan: Plan) -> Any:
+        """The base model with this plan's adapters, before training."""
+        # Full fine-tuning updates the weights themselves, and bfloat16 would round small updates away.
+        model = load_model(self.config.model, None if plan.layers else torch.float32)
+        found = self.survey() if self.method.needs == "survey" else None
+        if found is not None:
+            check_fingerprint(found, model)
+        return attach(model, plan, found, self.config.train.dropout, self.config.seed)
+
+    def trained(self) -> Any:
+        """The trained model: still in memory, or rebuilt from the plan and the last checkpoint."""
+        if self._live is None:
+            self._live = self._adapted(self.plan())
+            restore(self._live, self.path)
+        return self._live.eval()
+
+    def _ask(self, model: Any, folder: Path, who: str) -> None:
+        meta = {"model": self.config.model.path, "method": "base" if who == "base" else self.config.plan.method, "seed": self.config.seed}
+        evaluate(model, self.tokenizer, self.config, folder, meta, lambda name, done, total: self.tell(f"evaluate {who}", done, total, name))
+
+
+def check_questions(config: Config) -> None:
+    """Read every question file and the general text once, so that a bad one is found before hours of training."""
+    for entry in [*config.evaluate.knowledge, *config.evaluate.task]:
+        if isinstance(entry, QuestionSet):
+            question_rows(entry)
+    if config.evaluate.text:
+        text_rows(config.evaluate.text)
+
+
+def check_fingerprint(found: Survey, model: Any) -> None:
+    """Refuse a survey that was made of another model.
+
+    Raises:
+        FolderError: with both fingerprints.
+    """
+    expected, actual = found.meta.get("model"), fingerprint(model)
+    if expected != actual:
+        raise FolderError(f"{found.folder} was made of a model with fingerprint {expected}, but this one has {actual}: survey again in a new folder")
+
+
+def _check_cap(found: Survey, cap: int) -> Survey:
+    if found.cap < cap and any(min(layer.shape) > 2 * found.cap for layer in found.layers.values()):
+        raise FolderError(
+            f"{found.folder} kept {found.cap} directions at each end, and this plan may need {cap}: "
+            f"choose another out, or delete that folder"
+        )
+    return found
+
+
+def _stored_dtype(config: Config) -> torch.dtype:
+    """The precision in which the base model's weights are stored (or loaded, if the configuration says so)."""
+    from transformers import AutoConfig
+
+    if config.model.dtype != "auto":
+        return getattr(torch, config.model.dtype)  # type: ignore[no-any-return]
+    stored = getattr(AutoConfig.from_pretrained(config.model.path), "dtype", None)
+    return stored if isinstance(stored, torch.dtype) else torch.float32
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on, the machine, and the commit where there is one."""
+    found = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "trl")}
+    found["farss"] = _own_version()
+    found["python"] = platform.python_version()
+    found["machine"] = f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads" + (
+        f", {torch.cuda.get_device_name(0)}" if torch.cuda.is_available() else ", no GPU"
+    )
+    found["date"] = time.strftime("%Y-%m-%d")
+    return found
+
+
+def _own_version() -> str:
+    version = importlib.metadata.version("farss")
+    here = Path(__file__).parent
+    commit = subprocess.run(["git", "-C", str(here), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return f"{version} ({commit.stdout.strip()})" if commit.returncode == 0 else version
+
+
+def write_versions(path: Path) -> None:
+    """`versions.json` alone, for folders that are no run."""
+    write_json(path, versions())

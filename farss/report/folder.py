@@ -1,0 +1,120 @@
+"""A run folder or a comparison folder, read for the report. What is not there yet is None or empty."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from farss.artifacts import Plan, Survey, questions, read_json
+from farss.errors import FolderError
+
+
+@dataclass(frozen=True)
+class Run:
+    """The artifacts of one run."""
+
+    folder: Path
+    config: str = ""
+    """config.yaml as text."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """config.yaml as values."""
+    survey: Survey | None = None
+    plan: Plan | None = None
+    train: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, Any] = field(default_factory=dict)
+    shared: Path = Path()
+    """Folder with base/ and survey/: the run's own, or the comparison's."""
+
+    @property
+    def empty(self) -> bool:
+        """True when the folder holds no artifact of ours."""
+        return not (self.config or self.survey or self.plan or self.train or self.summary)
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Size of the adapter's files; 0 when there is none."""
+        return sum(path.stat().st_size for path in (self.folder / "adapter").rglob("*") if path.is_file())
+
+    def answers(self) -> dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
+        """Per benchmark, the outcomes before and after; only those that were asked both times."""
+        before, after = self.shared / "base" / "scores", self.folder / "scores"
+        names = sorted({path.stem for path in before.glob("*.jsonl")} & {path.stem for path in after.glob("*.jsonl")})
+        return {name: (questions(before, name), questions(after, name)) for name in names}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The artifacts of a comparison: one table and one run for each of its rows."""
+
+    folder: Path
+    table: dict[str, Any]
+    """comparison.json."""
+    common: Run
+    """What all runs share: configuration, survey, versions."""
+    names: list[str]
+    """The folder name of each of its rows."""
+    runs: dict[str, Run]
+    """Runs by folder name; those whose folder is there."""
+
+
+def is_comparison(folder: Path) -> bool:
+    """True for a folder that `farss compare` has filled."""
+    return (folder / "comparison.json").is_file()
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run folder.
+
+    Raises:
+        FolderError: the folder is missing or a file in it is broken.
+    """
+    if not folder.is_dir():
+        raise FolderError(f"there is no folder {folder}: give the folder of a run")
+    shared = folder.parent if is_comparison(folder.parent) and not (folder / "base").is_dir() else folder
+    config = _text(folder / "config.yaml") or _text(shared / "config.yaml")
+    return Run(
+        folder=folder,
+        config=config,
+        settings=_values(config),
+        survey=_survey(folder) or _survey(shared),
+        plan=Plan.load(folder / "plan.json") if (folder / "plan.json").is_file() else None,
+        train=_json(folder / "train.json"),
+        summary=_json(folder / "summary.json"),
+        versions=_json(folder / "versions.json") or _json(shared / "versions.json"),
+        shared=shared,
+    )
+
+
+def read_comparison(folder: Path) -> Comparison:
+    """Read a comparison folder and the runs that its table names."""
+    table = _json(folder / "comparison.json")
+    names = [Path(str(row.get("folder") or f"{row.get('method')}-seed{row.get('seed')}")).name for row in table.get("rows", [])]
+    runs = {name: read_run(folder / name) for name in names if (folder / name).is_dir()}
+    return Comparison(folder=folder, table=table, common=read_run(folder), names=names, runs=runs)
+
+
+def _survey(folder: Path) -> Survey | None:
+    return Survey.load(folder / "survey") if (folder / "survey" / "survey.json").is_file() else None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    values = read_json(path) if path.is_file() else {}
+    if not isinstance(values, dict):
+        raise FolderError(f"{path} holds a {type(values).__name__}, not an object: delete it and run the step that writes it again")
+    return values
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def _values(config: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(config)
+    except yaml.YAMLError:  # the text is still shown; only the model's and the data's names are missing
+        return {}
+    return values if isinstance(values, dict) else {}

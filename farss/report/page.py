@@ -1,0 +1,185 @@
+"""The page: sections from artifacts, poured into one self-contained HTML file."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from farss.artifacts import write_text
+from farss.errors import FolderError
+from farss.report import examples, figures, results, story, tables, words
+from farss.report.figures import Figure
+from farss.report.folder import Comparison, Run, is_comparison, read_comparison, read_run
+
+BENCHMARK_KEYS = (
+    *("name", "kind", "questions", "before", "after", "full", "low", "high"),
+    *("gold_loglikelihood_before", "gold_loglikelihood_after"),
+)
+EMPTY: dict[str, Any] = {"tiles": [], "comparison": None, "benchmarks": [], "costs": [], "examples_of": ""}
+
+
+def write_report(folder: Path) -> Path:
+    """Draw `report.html` of a run folder or a comparison folder, from its artifacts alone.
+
+    Raises:
+        FolderError: the folder is missing, holds nothing of ours, or a file in it is broken.
+    """
+    folder = Path(folder)
+    if is_comparison(folder):
+        content = comparison_content(read_comparison(folder))
+    else:
+        run = read_run(folder)
+        if run.empty:
+            raise FolderError(f"{folder} holds no run of ours: give a folder in which `farss run` has worked")
+        content = run_content(run)
+    path = folder / "report.html"
+    write_text(path, render(content).encode("utf-8", "replace").decode("utf-8"))  # lone surrogates have no UTF-8
+    return path
+
+
+# --- what stands on the page -----------------------------------------------------------------------------------------
+
+
+def run_content(run: Run) -> dict[str, Any]:
+    """Everything the template shows of one run; what is missing is empty."""
+    drawn = plan_figures({run.plan.method: run.plan} if run.plan else {}, run)
+    loss = results.loss_figure({"loss": run.train.get("log") or []})
+    return {
+        "title": story.title(run),
+        "kicker": "Fine-tuning report",
+        "headline": story.headline(run),
+        "tiles": story.tiles(run.summary),
+        "figures": drawn | ({"loss": loss} if loss else {}),
+        "benchmarks": benchmark_rows(run.summary),
+        "examples": example_groups(run),
+        "costs": story.costs(run),
+        "notes": [*(run.plan.notes if run.plan else []), *(run.summary.get("notes") or [])],
+        "config": run.config,
+        "versions": run.versions,
+    }
+
+
+def comparison_content(comparison: Comparison) -> dict[str, Any]:
+    """Everything the template shows of a comparison."""
+    common, table = comparison.common, comparison.table
+    best = story.best_run(comparison)
+    plans = {name: run.plan for name, run in comparison.runs.items() if run.plan and run.plan.layers}
+    pictures = {
+        "balance": results.balance_figure(table.get("rows", [])),
+        "loss": results.loss_figure({name: run.train.get("log") or [] for name, run in comparison.runs.items()}),
+    }
+    return {
+        "title": story.title(common),
+        "kicker": "Comparison of fine-tuning methods",
+        "headline": story.comparison_headline(comparison),
+        "comparison": comparison_tables(comparison),
+        "figures": plan_figures(plans, common) | {name: figure for name, figure in pictures.items() if figure},
+        "examples": example_groups(best) if best else {},
+        "examples_of": best.folder.name if best else "",
+        "notes": table.get("notes") or [],
+        "config": common.config,
+        "versions": common.versions,
+    }
+
+
+def benchmark_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of the table of scores; a number that is not there is None."""
+    return [{name: row.get(name) for name in BENCHMARK_KEYS} for row in summary.get("benchmarks") or []]
+
+
+def plan_figures(plans: dict[str, Any], run: Run) -> dict[str, Figure]:
+    """Pictures of the plans and of the survey behind them."""
+    drawn: dict[str, Figure] = {}
+    plans = {name: plan for name, plan in plans.items() if plan.layers}
+    if plans:
+        drawn["plan"] = figures.plan_figure(plans, run.survey)
+    if run.survey:
+        chosen = next((plan for plan in plans.values() if plan.boundary is not None), next(iter(plans.values()), None))
+        boundary = chosen.boundary if chosen else None
+        drawn["importance"] = figures.importance_figure(run.survey, boundary)
+        drawn["energy"] = figures.energy_figure(run.survey, boundary)
+        drawn["spectrum"] = figures.spectrum_figure(run.survey, chosen)
+    return drawn
+
+
+def comparison_tables(comparison: Comparison) -> dict[str, Any]:
+    """The table of methods, and the table of all runs."""
+    table = comparison.table
+    heads = tables.columns(table)
+    runs = []
+    for name, row in zip(comparison.names, table.get("rows", []), strict=True):
+        shown = [(head.form(entry.mean), words.interval(entry.low, entry.high)) for head in heads for entry in [tables.value([row], head.key)]]
+        runs.append({"name": name, "cells": shown, "page": (comparison.folder / name / "report.html").is_file()})
+    return {
+        "heads": [head.title for head in heads],
+        "base": tables.base_cells(table) if table.get("base") else [],
+        "methods": tables.cells(table),
+        "runs": runs if len(runs) > len(tables.methods(table)) or any(run["page"] for run in runs) else [],
+    }
+
+
+def example_groups(run: Run) -> dict[str, list[examples.Group]]:
+    """Questions lost, won and kept, by benchmark."""
+    return {name: examples.groups(before, after) for name, (before, after) in run.answers().items()}
+
+
+# --- the file --------------------------------------------------------------------------------------------------------
+
+
+def render(content: dict[str, Any]) -> str:
+    """Pour the content into the template. Everything is escaped; the only scripts that may run are our own two."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=PackageLoader("farss.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {name: getattr(words, name) for name in ("points", "change", "interval", "plain", "signed", "compact", "cut")}
+    scripts = [plotly_script(), _own("page.js")] if content["figures"] else []
+    return environment.get_template("page.html.j2").render(
+        EMPTY | content,
+        style=Markup(_own("page.css")),
+        scripts=[Markup(script) for script in scripts],
+        policy=" ".join(_allowed(script) for script in scripts) or "'none'",
+        data=Markup(script_json({name: _figure_values(figure) for name, figure in content["figures"].items()})),
+    )
+
+
+def plotly_script() -> str:
+    """Plotly's whole script: the Python package ships no smaller one."""
+    from plotly.offline import get_plotlyjs
+
+    return str(get_plotlyjs())
+
+
+def script_json(value: Any) -> str:
+    """JSON that may stand inside a script element: no `<`, `>`, `&`, U+2028, U+2029, NaN or infinity."""
+    text = json.dumps(finite(value), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def finite(value: Any) -> Any:
+    """The same value with null in the place of NaN and infinity."""
+    if isinstance(value, dict):
+        return {str(key): finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _figure_values(figure: Figure) -> list[dict[str, Any]]:
+    return [{"data": choice.data, "layout": choice.layout} for choice in figure.choices]
+
+
+def _own(name: str) -> str:
+    return files("farss.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _allowed(script: str) -> str:
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return f"'sha256-{digest}'"

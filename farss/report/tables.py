@@ -1,0 +1,179 @@
+"""The comparison as a table: one row a method (the mean over its seeds), one row a run in the CSV file."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from farss.report.words import NOTHING, compact, duration, gib, interval, is_number, points, signed
+
+METRICS = ("KT", "K", "T")
+
+
+class Value(NamedTuple):
+    """One number of the table."""
+
+    mean: float | None
+    """Mean over the method's seeds."""
+    low: float | None = None
+    """95 % interval, of methods with one run."""
+    high: float | None = None
+    deviation: float | None = None
+    """Standard deviation over the seeds, of methods with several runs."""
+
+
+class Column(NamedTuple):
+    """One column of the table."""
+
+    key: str
+    title: str
+    form: Callable[[Any], str]
+    better: int = 0
+    """+1: the largest is the best; -1: the smallest; 0: no winner."""
+
+
+class Cell(NamedTuple):
+    """One cell as it is shown."""
+
+    text: str
+    detail: str = ""
+    """The interval, or the deviation over the seeds."""
+    place: int = 0
+    """1: the best of its column; 2: the second best."""
+
+
+def benchmark_names(comparison: dict[str, Any]) -> list[str]:
+    """Names of all benchmarks, in the order in which the rows have them."""
+    rows = comparison.get("rows", [])
+    return list(dict.fromkeys(name for row in rows for name in row.get("benchmarks") or {}))
+
+
+def columns(comparison: dict[str, Any]) -> list[Column]:
+    """The columns for which there is at least one number."""
+    wanted = [
+        Column("parameters", "Parameters", compact),
+        *(Column(name, f"{name} %", points, 1) for name in METRICS),
+        Column("forgetting", "Forgetting (nats)", signed, -1),
+        *(Column(f"benchmarks.{name}", f"{name} %", points, 1) for name in benchmark_names(comparison)),
+        Column("seconds_init", "Start", duration),
+        Column("seconds_train", "Training", duration),
+        Column("peak_memory_gib", "Peak memory", gib),
+    ]
+    rows = comparison.get("rows", [])
+    return [column for column in wanted if any(_read(row, column.key).mean is not None for row in rows)]
+
+
+def methods(comparison: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each method."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in comparison.get("rows", []):
+        found.setdefault(str(row.get("method", NOTHING)), []).append(row)
+    return found
+
+
+def value(rows: list[dict[str, Any]], key: str) -> Value:
+    """One column of one method, over its seeds."""
+    values = [entry for row in rows if (entry := _read(row, key)).mean is not None]
+    numbers = [entry.mean for entry in values if entry.mean is not None]
+    if len(rows) == 1 and values:
+        return values[0]
+    if len(numbers) < len(rows):  # a mean over some of the seeds would not be comparable
+        return Value(None)
+    return Value(statistics.fmean(numbers), deviation=statistics.stdev(numbers))
+
+
+def cells(comparison: dict[str, Any]) -> dict[str, list[Cell]]:
+    """Every method's cells, in the order of `columns`."""
+    groups = methods(comparison)
+    result: dict[str, list[Cell]] = {method: [] for method in groups}
+    for column in columns(comparison):
+        values = {method: value(rows, column.key) for method, rows in groups.items()}
+        texts = {method: column.form(entry.mean) for method, entry in values.items()}
+        places = _places(values, texts, column.better)
+        for method, entry in values.items():
+            result[method].append(Cell(texts[method], _detail(entry, column), places.get(texts[method], 0)))
+    return result
+
+
+def base_cells(comparison: dict[str, Any]) -> list[Cell]:
+    """The untouched model's row, in the order of `columns`: it has benchmark scores only."""
+    base = comparison.get("base") or {}
+    keys = [column.key for column in columns(comparison)]
+    return [Cell(points(base.get(key.removeprefix("benchmarks."))) if "benchmarks." in key else NOTHING) for key in keys]
+
+
+def _read(row: dict[str, Any], key: str) -> Value:
+    group, _, name = key.partition(".")
+    entry = (row.get(group) or {}).get(name) if name else row.get(key)
+    if isinstance(entry, dict):
+        number = entry.get("score", entry.get("value"))
+        return Value(number, entry.get("low"), entry.get("high")) if is_number(number) else Value(None)
+    return Value(entry) if is_number(entry) else Value(None)
+
+
+def _places(values: dict[str, Value], texts: dict[str, str], better: int) -> dict[str, int]:
+    """Place 1 and 2 by what is shown, so that equal numbers share a place."""
+    numbers = {method: better * entry.mean for method, entry in values.items() if better and entry.mean is not None}
+    if len(numbers) < 2:
+        return {}
+    order = list(dict.fromkeys(texts[method] for method in sorted(numbers, key=lambda method: -numbers[method])))
+    return {text: place for place, text in enumerate(order[:2], start=1)}
+
+
+def _detail(entry: Value, column: Column) -> str:
+    if entry.deviation is not None:
+        return f"± {column.form(entry.deviation).lstrip('+')}"
+    return interval(entry.low, entry.high) if column.form is points else ""
+
+
+def comparison_markdown(comparison: dict[str, Any]) -> str:
+    """A Markdown table: one row a method, the best bold, the second best underlined."""
+    heads = ["Method", *(column.title for column in columns(comparison))]
+    lines = [_line(heads), _line(["---", *("---:" for _ in heads[1:])])]
+    if comparison.get("base"):
+        lines.append(_line(["(before)", *(cell.text for cell in base_cells(comparison))]))
+    for method, row in cells(comparison).items():
+        lines.append(_line([method, *(_markdown_cell(cell) for cell in row)], keep=True))
+    return "\n".join(lines) + "\n"
+
+
+def _line(texts: list[str], keep: bool = False) -> str:
+    first, *rest = texts
+    shown = [_escape(first), *(rest if keep else map(_escape, rest))]
+    return f"| {' | '.join(shown)} |"
+
+
+def _escape(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
+
+
+def _markdown_cell(cell: Cell) -> str:
+    mark = {1: "**{}**", 2: "<u>{}</u>"}.get(cell.place, "{}")
+    return f"{mark.format(cell.text)} ({cell.detail})" if cell.detail else mark.format(cell.text)
+
+
+def comparison_csv(comparison: dict[str, Any]) -> str:
+    """A CSV file: one row a run, every number with all its digits."""
+    rows = [_flat(row) for row in comparison.get("rows", [])]
+    heads = list(dict.fromkeys(head for row in rows for head in row))
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, heads, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    """{K: {value, low, high}} -> {K, K_low, K_high}; benchmarks by their names."""
+    flat: dict[str, Any] = {}
+    for key, entry in row.items():
+        if key == "benchmarks":
+            flat |= _flat(entry or {})
+        elif isinstance(entry, dict):
+            flat |= {key if part in ("value", "score") else f"{key}_{part}": number for part, number in entry.items()}
+        else:
+            flat[key] = entry
+    return flat

@@ -1,0 +1,187 @@
+"""The model as lm_eval sees it: alive, in place, asked greedily, reporting its progress."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from farss.errors import ConfigError, FarssError, ModelError
+from farss.tasks.text import rows_that_fit
+
+Progress = Callable[[str, int, int], None]
+"""Called with (benchmark, prompts done, prompts in all)."""
+
+
+def require_harness() -> None:
+    """Check that lm_eval is there.
+
+    Raises:
+        FarssError: it is not installed.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise FarssError("evaluation needs lm-evaluation-harness: pip install 'farss[eval]'")
+
+
+@contextlib.contextmanager
+def asking(model: Any, run_generated_code: bool = False) -> Iterator[None]:
+    """Evaluation mode, no gradients, no checkpointing, quiet libraries; everything is as before afterwards."""
+    modules = list(model.modules())
+    training = [module.training for module in modules]
+    # Checkpointed layers drop the key-value cache, which makes generation many times slower.
+    checkpointed = [module for module in modules if getattr(module, "gradient_checkpointing", False)]
+    model.eval()
+    for module in checkpointed:
+        module.gradient_checkpointing = False
+    try:
+        with torch.no_grad(), _quiet(), _code_allowed(run_generated_code):
+            yield
+    finally:
+        for module, mode in zip(modules, training, strict=True):
+            module.training = mode
+        for module in checkpointed:
+            module.gradient_checkpointing = True
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence lm_eval's and transformers' notices and the harness's own progress bars."""
+    import lm_eval.api.task as harness_task
+    import transformers
+
+    harness_log = logging.getLogger("lm_eval")
+    level, verbosity, bar = harness_log.level, transformers.logging.get_verbosity(), harness_task.tqdm
+    harness_log.setLevel(logging.ERROR)
+    transformers.logging.set_verbosity_error()
+    # The bar over building prompts has no switch of its own.
+    harness_task.tqdm = lambda iterable, **_: iterable
+    try:
+        yield
+    finally:
+        harness_log.setLevel(level)
+        transformers.logging.set_verbosity(verbosity)
+        harness_task.tqdm = bar
+
+
+@contextlib.contextmanager
+def _code_allowed(allowed: bool) -> Iterator[None]:
+    """Give the permission that the `code_eval` metric reads from the environment."""
+    before = os.environ.get("HF_ALLOW_CODE_EVAL")
+    if allowed:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
+    try:
+        yield
+    finally:
+        if allowed and before is None:
+            del os.environ["HF_ALLOW_CODE_EVAL"]
+
+
+def prompt_tokenizer(tokenizer: Any) -> Any:
+    """A copy that may be changed (lm_eval sets its padding), which does not end prompts with an end-of-sequence token.
+
+    Raises:
+        ModelError: the tokenizer has no end-of-sequence token, or insists on putting it behind prompts.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ModelError("the tokenizer has no end-of-sequence token, so answers would never end: set its eos_token")
+    tokenizer = copy.deepcopy(tokenizer)
+    if tokenizer("a").input_ids[-1] == tokenizer.eos_token_id:
+        tokenizer.add_eos_token = False
+    if tokenizer("a").input_ids[-1] == tokenizer.eos_token_id:
+        raise ModelError("the tokenizer ends every text with its end-of-sequence token: load it with add_eos_token=False")
+    return tokenizer
+
+
+def live_model(model: Any, tokenizer: Any, batch_size: int, on_progress: Progress | None) -> Any:
+    """lm_eval's `HFLM` around a live model, which stays on its device.
+
+    The tokenizer's own rule puts the beginning-of-sequence token in front, exactly once, as in training.
+    """
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    class Live(HFLM):
+        """HFLM that reports progress, generates greedily, and keeps within memory and context."""
+
+        name, done, total = "", 0, 0
+
+        def start(self, name: str, complete: bool = False) -> None:
+            self.name, self.done, self.total = name, 0, 0
+            # A chat template writes BOS (or none) itself; unset, the tokenizer's own rule holds, as in training.
+            self.add_bos_token = False if complete else None
+
+        def advance(self, rows: int) -> None:
+            self.done = min(self.done + rows, self.total)
+            if on_progress:
+                on_progress(self.name, self.done, self.total)
+
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+            self.total += 2 * len(requests)  # the log-likelihood of their gold answers is asked for next
+            for request in requests:
+                self.check_room(*request.args[:2])
+            answers: list[str] = super().generate_until(requests, disable_tqdm=True)
+            return answers
+
+        def check_room(self, prompt: str, options: dict[str, Any]) -> None:
+            used, wanted = len(self.tok_encode(prompt)), normalize_gen_kwargs(options, self.max_gen_toks)["max_gen_toks"]
+            if used + wanted > self.max_length:  # HFLM would cut off the beginning, and the BOS token with it
+                raise ConfigError(
+                    f"{self.name!r}: a prompt of {used} tokens and an answer of up to {wanted} do not fit into the model's "
+                    f"{self.max_length} tokens: choose a smaller fewshot or max_tokens"
+                )
+
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+            self.total = max(self.total, self.done + len(requests))
+            found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+            self.advance(self.total - self.done)  # requests with the same prompt share a row
+            return found
+
+        def _loglikelihood_tokens(self, requests: list[Any], **options: Any) -> list[tuple[float, bool]]:
+            longest = max(len(prompt) + len(answer) for _, prompt, answer in requests)
+            self.batch_size_per_gpu = rows_that_fit(batch_size, longest, self.model.config.get_text_config().vocab_size)
+            found: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, **options)
+            self.batch_size_per_gpu = batch_size
+            return found
+
+        def _model_call(self, inps: Any, *rest: Any, **options: Any) -> Any:
+            logits = super()._model_call(inps, *rest, **options)
+            self.advance(inps.shape[0])
+            return logits
+
+        def _model_generate(self, context: Any, max_length: int, stop: list[str], **options: Any) -> Any:
+            tokens = super()._model_generate(context, max_length, stop, **{**options, **greedy})
+            self.advance(context.shape[0])
+            return tokens
+
+    tokenizer = prompt_tokenizer(tokenizer)
+    greedy = greedy_options(model, tokenizer)
+    # Log-probabilities of a 16-bit model are summed in float32; a float64 model keeps its precision.
+    precision = None if model.dtype == torch.float64 else "float32"
+    with _quiet():
+        return Live(
+            pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, softmax_dtype=precision
+        )
+
+
+def greedy_options(model: Any, tokenizer: Any) -> dict[str, Any]:
+    """Plain greedy decoding, whatever the model's own generation settings say (penalties change greedy answers too).
+
+    Without an end-of-sequence id, text behind the end of a finished answer would be counted as part of it: HFLM
+    removes special tokens before it looks for them.
+    """
+    settings = getattr(model, "generation_config", None)
+    ends = getattr(settings, "eos_token_id", None)
+    ends = ends if isinstance(ends, list) else [ends]
+    return {
+        "do_sample": False,
+        "num_beams": 1,
+        "repetition_penalty": 1.0,
+        "no_repeat_ngram_size": 0,
+        "eos_token_id": sorted({end for end in [*ends, tokenizer.eos_token_id] if end is not None}),
+    }

@@ -1,0 +1,271 @@
+"""Before, after and full fine-tuning, question by question: what was kept, what was learned, and how sure that is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from farss.artifacts import Scores, TaskScore, questions, read_json, write_json
+from farss.config import Config
+from farss.errors import FarssError, FolderError
+from farss.maths.metrics import (
+    Array,
+    balance,
+    bootstrap,
+    interval,
+    knowledge_kept,
+    mean_ratios,
+    paired_difference,
+    task_learned,
+)
+
+Kind = Literal["knowledge", "task"]
+BEFORE, AFTER, FULL = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class BenchmarkSummary:
+    """One benchmark before and after, on the same questions."""
+
+    name: str
+    kind: Kind
+    metric: str
+    questions: int
+    fewshot: int
+    before: float
+    """Mean score of the base model, 0 .. 1, and its 95 % interval."""
+    before_low: float
+    before_high: float
+    after: float
+    """Mean score of the trained model and its interval."""
+    low: float
+    high: float
+    full: float | None
+    """Full fine-tuning's score and its interval; None where there is no such run or it was not asked."""
+    full_low: float | None
+    full_high: float | None
+    change: Estimate
+    """After minus before."""
+    p_value: float
+    """Two-sided bootstrap p-value of no change."""
+    gold_before: float | None
+    """Mean log-likelihood (nats) of the gold answer before; None where there is no single gold answer."""
+    gold_after: float | None
+    gold_change: Estimate | None
+    """After minus before; it moves long before the score does."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `summary.json` says."""
+
+    K: Estimate | None
+    """Knowledge kept (eq. 36); None when nothing was asked or the base model scores 0 somewhere: see `notes`."""
+    T: Estimate | None
+    """Task learned, relative to full fine-tuning (eq. 37); None without its scores: see `notes`."""
+    KT: Estimate | None
+    """Harmonic mean of K and T (eq. 38)."""
+    forgetting: float | None
+    """Mean token loss (nats) on general text, after minus before."""
+    benchmarks: list[BenchmarkSummary] = field(default_factory=list)
+    resamples: int = 0
+    seed: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def save(self, path: Path) -> None:
+        """Write `summary.json`."""
+        write_json(path, asdict(self))
+
+    @classmethod
+    def load(cls, path: Path) -> Summary:
+        """Read `summary.json`."""
+        values = read_json(path)
+        for name in ("K", "T", "KT"):
+            values[name] = _estimate(values[name])
+        values["benchmarks"] = [_benchmark(each) for each in values["benchmarks"]]
+        return cls(**values)
+
+
+def _benchmark(values: dict[str, Any]) -> BenchmarkSummary:
+    estimates = {name: _estimate(values[name]) for name in ("change", "gold_change")}
+    return BenchmarkSummary(**{**values, **estimates})
+
+
+def _estimate(values: dict[str, float] | None) -> Estimate | None:
+    return Estimate(**values) if values is not None else None
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """One benchmark's outcomes, row by row of the same questions."""
+
+    score: TaskScore
+    kind: Kind
+    scores: Array
+    """`[models, questions]`: before, after and, where it was asked, full fine-tuning."""
+    gold: Array
+    """`[2, questions]` gold log-likelihoods before and after; NaN where there is none."""
+
+
+def _read(folder: Path) -> tuple[Scores, Path]:
+    """The scores and the folder of the per-question records; `folder` may also be the scores.json itself."""
+    path = folder if folder.suffix == ".json" else folder / "scores.json"
+    return Scores.load(path), path.parent / "scores"
+
+
+def _outcomes(name: str, kind: Kind, runs: Sequence[tuple[Scores, Path]]) -> Outcomes:
+    """Line up one benchmark's records of several runs.
+
+    Raises:
+        FolderError: the runs answered different questions, or were scored differently.
+    """
+    tables = []
+    for scores, folder in runs:
+        tables.append({str(record["id"]): record for record in questions(folder, name)})
+        metric, first = getattr(scores, kind)[name].metric, getattr(runs[0][0], kind)[name].metric
+        gold = [tables[0][key]["gold"] for key in tables[0]]
+        if metric != first or list(tables[-1]) != list(tables[0]) or [r["gold"] for r in tables[-1].values()] != gold:
+            raise FolderError(
+                f"{folder} and {runs[0][1]} hold answers to different questions of {name!r}: evaluate both with the "
+                "same question file, limit, metric and seed"
+            )
+    scored = [[record["score"] for record in table.values()] for table in tables]
+    gold_likelihoods = [[record["gold_loglikelihood"] for record in table.values()] for table in tables[:2]]
+    return Outcomes(getattr(runs[0][0], kind)[name], kind, np.array(scored, float), np.array(gold_likelihoods, float))
+
+
+# --- summarising -----------------------------------------------------------------------------------------------------
+
+
+def summarise(before: Path, after: Path, full: Path | None, config: Config) -> Summary:
+    """Compare two evaluations question by question, with full fine-tuning as the reference of T.
+
+    Args:
+        before, after, full: folders that `evaluate` wrote to, or their scores.json.
+
+    Raises:
+        FolderError: scores are missing, or the runs answered different questions.
+    """
+    runs = [_read(before), _read(after)]
+    reference = _read(full) if full is not None else None
+    outcomes = [
+        _outcomes(name, kind, [*runs, *_asked(reference, kind, name)])
+        for kind in ("knowledge", "task")
+        for name in getattr(runs[0][0], kind)
+        if name in getattr(runs[1][0], kind)
+    ]
+    resamples, seed = config.evaluate.resamples, config.seed
+    draws = bootstrap([each.scores for each in outcomes], resamples, seed)
+    notes = _unpaired(runs[0][0], runs[1][0])
+    k, k_draws = _kept(outcomes, draws, notes)
+    t, t_draws = _learned(outcomes, draws, full is not None, notes)
+    kt = None
+    if k is not None and t is not None and k_draws is not None and t_draws is not None:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            kt = Estimate(balance(k.value, t.value), *interval(2 * k_draws * t_draws / (k_draws + t_draws)))
+    losses = (runs[0][0].text_loss, runs[1][0].text_loss)
+    forgetting = losses[1] - losses[0] if losses[0] is not None and losses[1] is not None else None
+    lines = [_line(each, drawn, resamples, seed) for each, drawn in zip(outcomes, draws, strict=True)]
+    return Summary(k, t, kt, forgetting, lines, resamples, seed, notes)
+
+
+def _asked(reference: tuple[Scores, Path] | None, kind: Kind, name: str) -> list[tuple[Scores, Path]]:
+    return [reference] if reference is not None and name in getattr(reference[0], kind) else []
+
+
+def _unpaired(before: Scores, after: Scores) -> list[str]:
+    """A note for every benchmark that only one of the two runs was asked."""
+    both: list[str] = []
+    for kind in ("knowledge", "task"):
+        only = set(getattr(before, kind)) ^ set(getattr(after, kind))
+        both += [f"{name!r} was asked only before or only after, so it is left out." for name in sorted(only)]
+    return both
+
+
+def _kept(outcomes: list[Outcomes], draws: list[Array], notes: list[str]) -> tuple[Estimate | None, Array | None]:
+    """K and its draws; None and a note where it has no value."""
+    chosen = [place for place, each in enumerate(outcomes) if each.kind == "knowledge"]
+    if not chosen:
+        return None, None
+    return _ratio(outcomes, draws, chosen, BEFORE, "K", knowledge_kept, notes)
+
+
+def _learned(
+    outcomes: list[Outcomes], draws: list[Array], has_full: bool, notes: list[str]
+) -> tuple[Estimate | None, Array | None]:
+    """T and its draws; None and a note where it has no value."""
+    tasks = [place for place, each in enumerate(outcomes) if each.kind == "task"]
+    if not tasks or not has_full:
+        return None, None
+    lacking = [outcomes[place].score.name for place in tasks if len(outcomes[place].scores) <= FULL]
+    if lacking:
+        notes.append(f"T is not computed: the full fine-tuning run was not asked {lacking[0]!r}.")
+        return None, None
+    return _ratio(outcomes, draws, tasks, FULL, "T", task_learned, notes)
+
+
+def _ratio(
+    outcomes: list[Outcomes],
+    draws: list[Array],
+    chosen: list[int],
+    bottom: int,
+    letter: str,
+    metric: Callable[[dict[str, float], dict[str, float]], float],
+    notes: list[str],
+) -> tuple[Estimate | None, Array | None]:
+    tops = {outcomes[place].score.name: float(outcomes[place].scores[AFTER].mean()) for place in chosen}
+    bottoms = {outcomes[place].score.name: float(outcomes[place].scores[bottom].mean()) for place in chosen}
+    try:
+        value = metric(tops, bottoms)
+    except FarssError as error:
+        notes.append(f"{letter} is not computed: {error}.")
+        return None, None
+    # Resamples in which a reference happens to score 0 have no ratio; the interval is that of the others.
+    drawn = mean_ratios([draws[place] for place in chosen], AFTER, bottom)
+    return Estimate(value, *interval(drawn)), drawn
+
+
+def _line(each: Outcomes, drawn: Array, resamples: int, seed: int) -> BenchmarkSummary:
+    ends = [interval(drawn[:, place]) for place in range(len(each.scores))]
+    has_full = len(each.scores) > FULL
+    change = paired_difference(each.scores[AFTER], each.scores[BEFORE], resamples, seed)
+    known = np.isfinite(each.gold).all(axis=0)
+    gold = each.gold[:, known]
+    gold_change = paired_difference(gold[AFTER], gold[BEFORE], resamples, seed) if known.any() else None
+    return BenchmarkSummary(
+        name=each.score.name,
+        kind=each.kind,
+        metric=each.score.metric,
+        questions=each.score.questions,
+        fewshot=each.score.fewshot,
+        before=float(each.scores[BEFORE].mean()),
+        before_low=ends[BEFORE][0],
+        before_high=ends[BEFORE][1],
+        after=float(each.scores[AFTER].mean()),
+        low=ends[AFTER][0],
+        high=ends[AFTER][1],
+        full=float(each.scores[FULL].mean()) if has_full else None,
+        full_low=ends[FULL][0] if has_full else None,
+        full_high=ends[FULL][1] if has_full else None,
+        change=Estimate(change.mean, change.low, change.high),
+        p_value=change.p_value,
+        gold_before=float(gold[BEFORE].mean()) if known.any() else None,
+        gold_after=float(gold[AFTER].mean()) if known.any() else None,
+        gold_change=Estimate(*gold_change[:3]) if gold_change is not None else None,
+    )

@@ -1,0 +1,489 @@
+"""Fine-tuning with TRL's SFTTrainer: exact resume, one loss whatever the micro-batch, and a stop at the first NaN.
+
+The trainer's own checkpoints hold every adapter, and on resume it would activate only the first of several. Here a
+checkpoint holds the trainable parameters by name, so which adapters are active or frozen is never touched.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import logging
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from farss.artifacts import fingerprint, read_json, write_json, write_tensors
+from farss.config import Config, TrainConfig, nearest
+from farss.data import Tokenized
+from farss.errors import ConfigError, FarssError, FolderError, NumericalError
+
+Progress = Callable[[int, int, float | None], None]
+"""Called with the step, the number of steps and the loss of that step (None before the first)."""
+
+WEIGHTS = "weights.safetensors"
+MARKER = "complete.json"
+SAME_RESULT = ("micro_batch_size", "gradient_checkpointing", "save_steps", "logging_steps", "report_to")
+"""Options that a run may change between being killed and going on."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training took and how it went."""
+
+    steps: int
+    """Optimiser steps."""
+    epochs: float
+    seconds: float
+    """Wall-clock time, summed over resumes."""
+    loss: float
+    """Mean loss (nats per answer token) over the steps of the last log entry."""
+    peak_memory_gib: float
+    """On a GPU what torch allocated there, otherwise the resident memory of the process."""
+    parameters: int
+    """Trainable parameters."""
+    log: list[dict[str, float]] = field(default_factory=list)
+    """Every `logging_steps` steps, and at the end: step, loss (mean since the entry before), learning_rate, seconds."""
+
+    def save(self, path: Path) -> None:
+        """Write `train.json`."""
+        write_json(path, dataclasses.asdict(self))
+
+    @classmethod
+    def load(cls, path: Path) -> TrainResult:
+        """Read `train.json`."""
+        return cls(**read_json(path))
+
+
+def train(
+    model: Any,
+    tokenizer: Any,
+    examples: Tokenized,
+    config: Config,
+    folder: Path,
+    callbacks: Sequence[Any] = (),
+    on_progress: Progress | None = None,
+) -> TrainResult:
+    """Train every parameter that requires a gradient, in place; a killed run continues from its newest checkpoint.
+
+    Args:
+        model: a `PeftModel` (any adapters active, the frozen ones stay as they are) or a whole model, in float32.
+        tokenizer: gives the pad token.
+        examples: from `data.load_examples`.
+        config: its `train` and `seed` are used.
+        folder: checkpoints go to `folder/checkpoints`.
+        callbacks: further `transformers.TrainerCallback`s.
+        on_progress: see `Progress`.
+
+    Raises:
+        NumericalError: a loss or a gradient is NaN or infinite; the last checkpoint stays.
+        FolderError: the checkpoints belong to another training.
+        ConfigError: an option does not fit this machine.
+    """
+    _check_model(model)
+    checkpoints = Path(folder) / "checkpoints"
+    run = _Run(_identity(model, examples, config), _trainable(model), config.train.logging_steps, on_progress)
+    newest = _remove_broken(checkpoints)
+    if newest is not None:
+        run.continue_from(newest)
+        if run.finished:
+            _read_weights(model, newest)
+            return run.result()
+        log.info("continuing from %s", newest)
+    with _unchanged(model), _quiet(), _memory_cure(config.train):
+        trainer = _build(model, tokenizer, examples, config, checkpoints, run, callbacks)
+        trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+    return run.result()
+
+
+def restore(model: Any, folder: Path) -> None:
+    """Load the weights of the finished training in `folder` into a freshly built, identical model.
+
+    Raises:
+        FolderError: there is no finished training, or it belongs to another model.
+    """
+    newest = _newest(Path(folder) / "checkpoints")
+    if newest is None:
+        raise FolderError(f"there is no training in {folder}: run `farss train` first")
+    marker = read_json(newest / MARKER)
+    if marker["step"] < marker["total"]:
+        raise FolderError(f"the training in {folder} stopped at step {marker['step']} of {marker['total']}: run it again to go on")
+    _read_weights(model, newest)
+
+
+def _check_model(model: nn.Module) -> None:
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not trainable:
+        raise FarssError("no parameter of the model is trainable: call requires_grad_() on what shall be trained")
+    for name, parameter in trainable:
+        if parameter.dtype != torch.float32:
+            raise FarssError(f"{name} is trainable but {parameter.dtype}: small updates would be lost, make it float32")
+    device = trainable[0][1].device
+    if device.type == "cuda" and device.index not in (None, 0):
+        raise ConfigError(f"training runs on the first visible GPU, but the model is on {device}: set CUDA_VISIBLE_DEVICES={device.index}")
+
+
+def _trainable(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _identity(model: nn.Module, examples: Tokenized, config: Config) -> str:
+    """Hash of all that decides the result: options, seed, examples and the names of what is trained."""
+    digest = hashlib.sha256()
+    for row in examples.rows:
+        digest.update(array.array("q", [*row["input_ids"], -1, *row["completion_mask"], -1]).tobytes())
+    options = {key: value for key, value in dataclasses.asdict(config.train).items() if key not in SAME_RESULT}
+    shapes = [[name, list(p.shape)] for name, p in model.named_parameters() if p.requires_grad]
+    return fingerprint([options, config.seed, digest.hexdigest(), shapes])
+
+
+# --- the course of one training --------------------------------------------------------------------------------------
+
+
+class _Run:
+    """What is recorded while training, and goes on after a resume."""
+
+    def __init__(self, identity: str, parameters: int, every: int, on_progress: Progress | None) -> None:
+        self.identity, self.parameters, self.every, self.on_progress = identity, parameters, every, on_progress
+        self.step, self.total, self.epoch = 0, 0, 0.0
+        self.micro: list[Tensor] = []  # losses of the micro-batches of this step; they add up to its loss
+        self.losses: list[float] = []  # losses of the steps since the last log entry
+        self.learning_rate = 0.0
+        self.entries: list[dict[str, float]] = []
+        self.seconds_before, self.memory_before = 0.0, 0.0
+        self.started: float | None = None
+
+    @property
+    def finished(self) -> bool:
+        return 0 < self.total <= self.step
+
+    @property
+    def seconds(self) -> float:
+        return self.seconds_before + (0.0 if self.started is None else time.monotonic() - self.started)
+
+    def begin(self, total: int) -> None:
+        """Start the clock and the memory gauge."""
+        self.started, self.total = time.monotonic(), total
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        self.tell(None)
+
+    def check(self, step: int, gradient_norm: float) -> None:
+        """Close the step's loss; refuse to update with a number that is none."""
+        loss = float(sum(self.micro))
+        self.micro = []
+        for what, value in (("loss", loss), ("gradient norm", gradient_norm)):
+            if not math.isfinite(value):
+                raise NumericalError(
+                    f"the {what} is {value} at training step {step}: lower train.learning_rate "
+                    "(the weights of the last checkpoint are untouched)"
+                )
+        self.losses.append(loss)
+
+    def end_step(self, step: int, epoch: float) -> None:
+        """Record one optimiser step."""
+        self.step, self.epoch, loss = step, epoch, self.losses[-1]
+        if step % self.every == 0 or self.finished:
+            mean = sum(self.losses) / len(self.losses)
+            self.entries.append(
+                {"step": step, "loss": mean, "learning_rate": self.learning_rate, "seconds": round(self.seconds, 3)}
+            )
+            self.losses = []
+        self.tell(loss)
+
+    def tell(self, loss: float | None) -> None:
+        if self.on_progress is not None:
+            self.on_progress(self.step, self.total, loss)
+
+    def mark(self, checkpoint: Path) -> None:
+        """Write the marker, the last file of a checkpoint: with it, it is complete."""
+        files = {path.name: path.stat().st_size for path in sorted(checkpoint.iterdir()) if path.name != MARKER}
+        values = {name: getattr(self, name) for name in ("identity", "step", "total", "epoch", "losses", "entries")}
+        write_json(
+            checkpoint / MARKER, {**values, "seconds": self.seconds, "peak_memory_gib": self.peak_memory(), "files": files}
+        )
+
+    def continue_from(self, checkpoint: Path) -> None:
+        """Take up the record of a complete checkpoint.
+
+        Raises:
+            FolderError: it belongs to another training.
+        """
+        values = read_json(checkpoint / MARKER)
+        if values["identity"] != self.identity:
+            raise FolderError(
+                f"{checkpoint.parent} belongs to a training with other options, data or adapters: "
+                "choose another folder, or delete it to start again"
+            )
+        self.seconds_before, self.memory_before = values["seconds"], values["peak_memory_gib"]
+        for name in ("step", "total", "epoch", "losses", "entries"):
+            setattr(self, name, values[name])
+
+    def peak_memory(self) -> float:
+        """GiB; of this process and of those before it."""
+        if self.started is None:
+            return self.memory_before
+        return max(self.memory_before, _peak_memory_gib())
+
+    def result(self) -> TrainResult:
+        loss = self.entries[-1]["loss"]
+        return TrainResult(
+            self.step, self.epoch, round(self.seconds, 3), loss, round(self.peak_memory(), 3), self.parameters, self.entries
+        )
+
+
+def _peak_memory_gib() -> float:
+    import resource
+
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
+        return torch.cuda.max_memory_allocated() / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # macOS counts bytes, Linux KiB
+
+
+# --- the trainer -----------------------------------------------------------------------------------------------------
+
+
+def _build(
+    model: Any, tokenizer: Any, examples: Tokenized, config: Config, checkpoints: Path, run: _Run, callbacks: Sequence[Any]
+) -> Any:
+    from transformers import PrinterCallback
+
+    trainer_class, callback_class = _classes()
+    trainer = trainer_class(
+        run=run,
+        model=model,
+        args=_arguments(config.train, config.seed, checkpoints, next(model.parameters()).device),
+        train_dataset=examples.dataset(),
+        processing_class=tokenizer,
+        callbacks=[callback_class(run), *callbacks],
+    )
+    trainer.remove_callback(PrinterCallback)  # it stands in for the progress bar, and prints to stdout
+    return trainer
+
+
+def _arguments(options: TrainConfig, seed: int, checkpoints: Path, device: torch.device) -> Any:
+    """The options in TRL's words."""
+    from trl import SFTConfig
+
+    _check_names(options)
+    if options.precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ConfigError("train.precision=bf16, but this GPU has no bfloat16: set train.precision=fp32")
+    micro = options.micro_batch_size or options.batch_size
+    arguments = SFTConfig(
+        output_dir=str(checkpoints),
+        # data: tokenised already, so nothing is cut, packed or added
+        max_length=None,
+        packing=False,
+        padding_free=False,
+        completion_only_loss=True,
+        # optimisation
+        learning_rate=options.learning_rate,
+        num_train_epochs=options.epochs,
+        max_steps=options.max_steps or -1,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=options.batch_size // micro,
+        optim="adamw_torch",
+        lr_scheduler_type=options.scheduler,
+        warmup_steps=options.warmup_ratio,  # below 1 it is a share of the steps, rounded up
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
+        seed=seed,
+        data_seed=seed,
+        # precision and memory
+        bf16=options.precision == "bf16",
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type == "cuda",
+        activation_checkpointing=options.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if options.gradient_checkpointing else None,
+        # records
+        save_strategy="steps",
+        save_steps=options.save_steps,
+        save_total_limit=2,
+        logging_steps=options.logging_steps,
+        report_to=list(options.report_to),
+        disable_tqdm=True,
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one device, however many are visible: TRL refuses DataParallel
+    return arguments
+
+
+def _check_names(options: TrainConfig) -> None:
+    from transformers import SchedulerType
+    from transformers.integrations import get_available_reporting_integrations
+
+    schedulers = [entry.value for entry in SchedulerType]
+    if options.scheduler not in schedulers:
+        raise ConfigError(f"train.scheduler={options.scheduler!r}: {nearest(options.scheduler, schedulers)}")
+    installed = get_available_reporting_integrations()
+    for name in options.report_to:
+        if name not in installed:
+            raise ConfigError(f"train.report_to: {name!r} is not installed or not known: `pip install` it, or choose of {installed}")
+
+
+@functools.cache
+def _classes() -> tuple[Any, Any]:
+    """The trainer and the callback; made here because importing TRL takes seconds."""
+    from transformers import TrainerCallback
+    from trl import SFTTrainer
+
+    class Trainer(SFTTrainer):
+        """SFTTrainer that checks every step and keeps the trainable parameters only."""
+
+        def __init__(self, run: _Run, **options: Any) -> None:
+            self.run = run
+            super().__init__(**options)
+            # TRL divides by the number of answer tokens in the whole batch, if it is counted; models whose forward
+            # takes no **kwargs would get a mean over micro-batches
+            self.model_accepts_loss_kwargs = True
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+            loss: Tensor = super().training_step(*args, **kwargs)
+            self.run.micro.append(loss)
+            return loss
+
+        def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+            norm = super()._get_grad_norm(model, grad_norm)  # the last thing before the optimiser's step
+            self.run.check(self.state.global_step + 1, float(norm))
+            return norm
+
+        def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+            _write_weights(self.model, Path(output_dir or self.args.output_dir))
+
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+            _read_weights(self.model if model is None else model, Path(resume_from_checkpoint))
+
+        def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+            """A checkpoint is no model to publish."""
+
+        def _send_telemetry(self) -> None:
+            """Nothing is sent anywhere."""
+
+    class Callback(TrainerCallback):
+        """Tells the run what happens."""
+
+        def __init__(self, run: _Run) -> None:
+            self.run = run
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.run.begin(state.max_steps)
+
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.run.learning_rate = kwargs["optimizer"].param_groups[0]["lr"]
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.run.end_step(state.global_step, state.epoch)
+
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.run.mark(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    return Trainer, Callback
+
+
+@contextlib.contextmanager
+def _unchanged(model: Any) -> Iterator[None]:
+    """Take back what the trainer does to a model besides its weights: wrapped forwards, hooks and flags."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    names = ("forward", "_original_forward")
+    before = [(part, {name: vars(part)[name] for name in names if name in vars(part)}) for part in (model, base)]
+    training, cache = model.training, getattr(base.config, "use_cache", None)
+    checkpointing, hooks = base.is_activation_checkpointing, getattr(base, "_require_grads_hooks", None)
+    try:
+        yield
+    finally:
+        for part, attributes in before:
+            for name in names:
+                vars(part).pop(name, None)
+            vars(part).update(attributes)
+        if not checkpointing and base.is_activation_checkpointing:
+            base.activation_checkpointing_disable()
+        if not hooks:
+            base.disable_input_require_grads()
+        base.config.use_cache = cache
+        model.train(training)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' notices out of our output while it trains."""
+    from transformers import logging as notices
+
+    before = notices.get_verbosity()
+    notices.set_verbosity_error()
+    try:
+        yield
+    finally:
+        notices.set_verbosity(before)
+
+
+@contextlib.contextmanager
+def _memory_cure(options: TrainConfig) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        micro = options.micro_batch_size or options.batch_size
+        cure = f"set train.micro_batch_size={micro // 2}" if micro > 1 else "lower data.max_length"
+        raise FarssError(f"the GPU's memory is full with {micro} examples in a forward pass: {cure} and run again") from error
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def _write_weights(model: nn.Module, checkpoint: Path) -> None:
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    write_tensors(checkpoint / WEIGHTS, tensors)
+
+
+def _read_weights(model: nn.Module, checkpoint: Path) -> None:
+    """Copy the saved parameters over the model's, by name; all others stay."""
+    parameters = dict(model.named_parameters())
+    with safe_open(checkpoint / WEIGHTS, framework="pt") as file, torch.no_grad():
+        for name in file.keys():  # noqa: SIM118 (it is no dictionary)
+            saved: Tensor = file.get_tensor(name)
+            if name not in parameters or parameters[name].shape != saved.shape:
+                raise FolderError(
+                    f"{checkpoint} belongs to another model: this one has no parameter {name} of shape {tuple(saved.shape)}"
+                )
+            parameters[name].copy_(saved)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint folders, the newest first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+
+
+def _complete(checkpoint: Path) -> bool:
+    """Whether every file that the marker lists is there in full length: a killed run may also leave half of an old
+    checkpoint that it was deleting."""
+    if not (checkpoint / MARKER).is_file():
+        return False
+    files = read_json(checkpoint / MARKER)["files"]
+    return all((checkpoint / name).is_file() and (checkpoint / name).stat().st_size == size for name, size in files.items())
+
+
+def _newest(folder: Path) -> Path | None:
+    return next((path for path in _checkpoints(folder) if _complete(path)), None)
+
+
+def _remove_broken(folder: Path) -> Path | None:
+    """Delete half-written checkpoints; return the newest complete one."""
+    for path in _checkpoints(folder):
+        if not _complete(path):
+            log.warning("removing %s: it was not written to its end", path)
+            shutil.rmtree(path)
+    return _newest(folder)

@@ -1,0 +1,179 @@
+"""The sweep equals brute-force autograd, whatever the architecture, the batches and the padding."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+import transformers
+from conftest import examples
+
+from farss.artifacts import Survey
+from farss.data import batches, collate
+from farss.errors import ConfigError, NumericalError
+from farss.maths.directions import decompose
+from farss.maths.fisher import quadratic_form
+from farss.models import target_layers, weight_of
+from farss.survey import survey
+
+
+def collated(rows, size=2, side="right"):
+    return [collate(part, 0, side) for part in batches(rows, size)]
+
+
+def brute_force(model, rows):
+    """A and G of every linear layer, one example at a time, from ordinary autograd over the whole model."""
+    names, seen, tokens = list(target_layers(model)), {}, 0
+
+    def keep(name):
+        def hook(module, args, output):
+            output.retain_grad()
+            seen[name] = (args[0].detach(), output)
+
+        return hook
+
+    hooks = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    model.requires_grad_(True)
+    moments = {}
+    for row in rows:
+        batch = collate([row], 0)
+        labels = batch.pop("labels")
+        logits = model(**{k: v for k, v in batch.items() if k != "position_ids"}).logits[0, :-1]
+        torch.nn.functional.cross_entropy(logits, labels[0, 1:], ignore_index=-100, reduction="sum").backward()
+        tokens += len(row["input_ids"])
+        for name, (h, y) in seen.items():
+            a, g = moments.get(name, (0, 0))
+            moments[name] = (a + h[0].T @ h[0], g + y.grad[0].T @ y.grad[0])
+    for hook in hooks:
+        hook.remove()
+    return {name: (a / tokens, g / tokens) for name, (a, g) in moments.items()}
+
+
+def test_statistics_equal_brute_force(architecture, tmp_path):
+    rows = examples()
+    found = survey(architecture, collated(rows), tmp_path, cap=4)
+    expected = brute_force(architecture, rows)
+    assert set(found.layers) == set(expected)
+    for name, (a, g) in expected.items():
+        weight = weight_of(architecture.get_submodule(name)).detach()
+        u, sigma, v = decompose(weight)
+        known = found.directions(name)
+        assert found.layers[name].importance == pytest.approx((quadratic_form(weight, a, g) / weight.numel()).item(), rel=1e-9)
+        torch.testing.assert_close(known.sigma, sigma.float())
+        torch.testing.assert_close(known.lam, ((v.T @ a) * v.T).sum(1).float(), rtol=1e-5, atol=1e-12)
+        torch.testing.assert_close(known.gam, ((u.T @ g) * u.T).sum(1).float(), rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize(("size", "side", "order"), [(1, "right", 1), (6, "right", 1), (3, "left", 1), (2, "right", -1)])
+def test_batches_padding_and_order_do_not_matter(llama, tmp_path, size, side, order):
+    rows = examples()
+    one = survey(llama, collated(rows), tmp_path / "one", cap=4)
+    two = survey(llama, collated(rows[::order], size, side), tmp_path / "two", cap=4)
+    assert one.tokens == two.tokens == sum(len(row["input_ids"]) for row in rows)
+    for name in one.layers:
+        assert one.layers[name].importance == pytest.approx(two.layers[name].importance, rel=1e-9)
+        torch.testing.assert_close(one.directions(name).gam, two.directions(name).gam, rtol=1e-5, atol=1e-14)
+
+
+def test_same_seed_same_bytes(llama, tmp_path):
+    for place in ("one", "two"):
+        survey(llama, collated(examples()), tmp_path / place, cap=4)
+    for file in sorted((tmp_path / "one").glob("*.safetensors")):
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
+
+
+def test_the_model_is_left_as_it_was(llama, tmp_path):
+    llama.train()
+    before = {name: tensor.clone() for name, tensor in llama.state_dict().items()}
+    survey(llama, collated(examples()), tmp_path, cap=4)
+    assert llama.training
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in llama.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in llama.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in llama.modules())
+
+
+def test_survey_is_read_back_and_leaves_no_working_files(llama, tmp_path):
+    written = survey(llama, collated(examples()), tmp_path, cap=4)
+    assert Survey.load(tmp_path) == written
+    assert {file.name for file in tmp_path.iterdir()} == {"survey.json", *(f"block-{index:04d}.safetensors" for index in range(4))}
+
+
+def test_a_killed_survey_goes_on_to_the_same_bytes(tmp_path):
+    script = textwrap.dedent("""
+        import sys, os, signal
+        sys.path.insert(0, sys.argv[1])
+        from conftest import examples, small
+        from test_survey import collated
+        from farss.survey import survey
+        def tell(done, total, line):
+            if done == 2 and sys.argv[3] == "kill": os.kill(os.getpid(), signal.SIGKILL)
+        survey(small("llama-gqa"), collated(examples()), sys.argv[2], 4, on_progress=tell)
+    """)
+    here = os.path.dirname(__file__)
+
+    def start(folder, how):
+        return subprocess.run([sys.executable, "-c", script, here, str(tmp_path / folder), how], check=False).returncode
+
+    assert start("whole", "run") == 0
+    assert start("killed", "kill") == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "survey.json").exists()
+    done = {file: file.stat().st_mtime_ns for file in (tmp_path / "killed").glob("block-000[23].safetensors")}
+    assert len(done) == 2
+    assert start("killed", "run") == 0
+    assert all(file.stat().st_mtime_ns == time for file, time in done.items())
+    for file in (tmp_path / "whole").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "killed" / file.name).read_bytes()
+
+
+def test_sampled_fisher_draws_labels_from_the_model(llama, tmp_path):
+    by_data = survey(llama, collated(examples()), tmp_path / "a", 4)
+    drawn = [survey(llama, collated(examples()), tmp_path / f"{seed}{again}", 4, fisher="sampled", seed=seed) for seed, again in ((1, 0), (1, 1), (2, 0))]
+    name = next(iter(by_data.layers))
+    first, same, other = (result.layers[name].importance for result in drawn)
+    assert first == same
+    assert len({first, other, by_data.layers[name].importance}) == 3
+
+
+def test_encoder_with_a_classification_head(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.RobertaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=66, num_labels=3
+    )
+    model = transformers.RobertaForSequenceClassification(config).double().eval()
+    rows, labels = examples(4), torch.tensor([0, 2, 1, 0])
+    parts = [{**collate(rows[i : i + 2], 1), "labels": labels[i : i + 2]} for i in (0, 2)]
+    for part in parts:
+        part.pop("position_ids")
+    found = survey(model, parts, tmp_path, 4)
+    assert all(layer.importance > 0 for name, layer in found.layers.items() if layer.block == 0)
+    assert "roberta.encoder.layer.0.attention.self.query" in found.layers
+
+
+def test_a_single_target_layer(llama, tmp_path):
+    found = survey(llama, collated(examples()), tmp_path, 4, targets=["model.layers.2.mlp.down_proj"])
+    assert list(found.layers) == ["model.layers.2.mlp.down_proj"]
+
+
+def test_unknown_target_names_the_nearest(llama):
+    with pytest.raises(ConfigError, match=r"no linear layer is called 'q_prj': did you mean 'q_proj'"):
+        target_layers(llama, ["q_prj"])
+
+
+def test_nan_weights_are_named(llama, tmp_path):
+    llama.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(NumericalError, match=r"NaN"):
+        survey(llama, collated(examples()), tmp_path, 4)
+    assert not (tmp_path / "survey.json").exists()
+
+
+def test_mixture_of_experts_is_adapted_outside_the_experts(tmp_path):
+    config = transformers.MixtralConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4
+    )
+    torch.manual_seed(0)
+    model = transformers.MixtralForCausalLM(config).eval()
+    found = survey(model, collated(examples()), tmp_path, 4)
+    assert {name.rsplit(".", 1)[-1] for name in found.layers} == {"q_proj", "k_proj", "v_proj", "o_proj"}
