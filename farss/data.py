@@ -153,7 +153,7 @@ def _read_parquet(file: Path) -> list[dict[str, Any]]:
 
 def _read_hub(path: str, split: str) -> list[dict[str, Any]]:
     import datasets
-    from huggingface_hub.errors import HTTPError  # of whichever HTTP library it is built on
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of whichever HTTP library it uses
 
     name, _, subset = path.partition(":")
     try:

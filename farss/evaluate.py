@@ -19,7 +19,7 @@ from farss.tasks.grading import STEPS
 from farss.tasks.live import Progress, asking, live_model, require_harness
 from farss.tasks.names import task_manager
 from farss.tasks.questions import Drawn, Kind, draw, prompt_of, task_settings
-from farss.tasks.records import Logged, Record, main_metric, records_of
+from farss.tasks.records import Logged, Record, main_metric, metric_label, records_of
 from farss.tasks.summary import Summary, summarise
 from farss.tasks.text import text_loss
 
@@ -136,7 +136,7 @@ def _ask_and_write(benchmark: Benchmark, live: Any, config: Config, manager: Any
     likelihoods = [each["gold_loglikelihood"] for each in records if each["gold_loglikelihood"] is not None]
     score = TaskScore(
         name=benchmark.name,
-        metric=metric,
+        metric=metric_label(logged[0], metric),
         score=sum(each["score"] for each in records) / len(records),
         questions=len(records),
         fewshot=logged[0].task.config.num_fewshot or 0,
@@ -182,7 +182,7 @@ def _load(benchmark: Benchmark, tokenizer: Any, config: Config, manager: Any) ->
     """The harness tasks of a benchmark: one, or the members of a group.
 
     Raises:
-        FarssError: the data cannot be reached, or a package that the task needs is missing.
+        FarssError: the data cannot be loaded, or a package that the task needs is missing.
     """
     if isinstance(benchmark.entry, QuestionSet) and benchmark.drawn is not None:
         from lm_eval.api.task import ConfigurableTask
@@ -193,9 +193,9 @@ def _load(benchmark: Benchmark, tokenizer: Any, config: Config, manager: Any) ->
         tasks: dict[str, Any] = manager.load([benchmark.name])["tasks"]
     except ImportError as error:
         raise FarssError(f"lm_eval's task {benchmark.name!r} needs a package that is not installed: {error}") from error
-    except OSError as error:  # ConnectionError, a missing or gated data set, a broken cache
+    except (OSError, ValueError, RuntimeError) as error:  # no network, a gated, missing or changed data set, a broken cache
         raise FarssError(
-            f"the data of lm_eval's task {benchmark.name!r} cannot be reached ({str(error).splitlines()[0]}): connect to "
+            f"the data of lm_eval's task {benchmark.name!r} cannot be loaded ({str(error).splitlines()[0]}): connect to "
             "the hub once, or ask the same questions from a file: {name: ..., data: questions.jsonl}"
         ) from error
     if benchmark.name.startswith("farss_"):

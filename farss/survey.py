@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 Batch = dict[str, Tensor]
 Progress = Callable[[int, int, str], None]
 
+HEAD_POSITIONS = 256
+"""Supervised positions whose logits exist at a time; 256 of a vocabulary of 262,144 are 268 MB in float32."""
+
 
 @dataclass
 class Kept:
@@ -101,22 +104,42 @@ def _hidden(output: Any) -> Tensor:
 def output_gradient(model: nn.Module, blocks: nn.ModuleList, kept: Kept, labels: Callable[..., Tensor]) -> Tensor:
     """Gradient [b, t, d] of the summed negative log-likelihood at the last block's output.
 
-    The model's own final norm and head are run with the blocks passed over, one example at a time and on supervised
-    positions only, since the logits of a whole batch can be larger than the model.
+    The model's own final norm and head are run with the blocks passed over. In a language model they see each position
+    alone, so the supervised positions are packed into short sequences: the logits of a whole batch can be larger than
+    the model.
     """
     assert kept.output is not None
     gradient = torch.zeros_like(kept.output)
-    for row in range(kept.output.shape[0]):
-        batch = {key: value[row : row + 1] for key, value in kept.batch.items()}
-        hidden = kept.output[row : row + 1].detach().requires_grad_(True)
-        with torch.enable_grad(), passed_over(blocks, hidden):
-            loss = _summed_loss(model, batch, labels)
-        if loss is None:
-            continue
-        if not torch.isfinite(loss):
-            raise NumericalError(f"the loss of a calibration example is {loss.item()}: look for NaN in the model's weights or load it in float32")
-        gradient[row] = torch.autograd.grad(loss, hidden)[0][0]
+    if kept.batch["labels"].dim() == 1:  # a classifier: one label per example, and a head that may look anywhere
+        hidden = kept.output.detach().requires_grad_(True)
+        gradient += _tail_gradient(model, blocks, kept.batch, hidden, lambda logits: (logits, kept.batch["labels"]), labels)
+        return gradient
+    targets = kept.batch["labels"][:, 1:]
+    rows, positions = (targets != -100).nonzero(as_tuple=True)
+    for row, position in zip(rows.split(HEAD_POSITIONS), positions.split(HEAD_POSITIONS), strict=True):
+        hidden = kept.output[row, position][None].detach().requires_grad_(True)
+        packed = {"input_ids": kept.batch["input_ids"][row, position][None]}
+        wanted = targets[row, position]
+        gradient[row, position] = _tail_gradient(model, blocks, packed, hidden, lambda logits, w=wanted: (logits[0], w), labels)[0]
     return gradient
+
+
+def _tail_gradient(
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    batch: Batch,
+    hidden: Tensor,
+    choose: Callable[[Tensor], tuple[Tensor, Tensor]],
+    labels: Callable[..., Tensor],
+) -> Tensor:
+    """Gradient of the summed loss at `hidden`, the last block's output, through what follows it."""
+    with torch.enable_grad(), passed_over(blocks, hidden):
+        logits, targets = choose(model(**_model_arguments(model, batch)).logits)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        loss = nn.functional.cross_entropy(logits, labels(logits, targets), reduction="sum")
+    if not torch.isfinite(loss):
+        raise NumericalError(f"the loss of the calibration examples is {loss.item()}: look for NaN in the model's weights, or load it in float32")
+    return torch.autograd.grad(loss, hidden)[0]
 
 
 @contextlib.contextmanager
@@ -137,24 +160,6 @@ def passed_over(blocks: nn.ModuleList, output: Tensor) -> Iterator[None]:
     finally:
         for block, original in zip(blocks, originals, strict=True):
             block.forward = original
-
-
-def _summed_loss(model: nn.Module, batch: Batch, labels: Callable[..., Tensor]) -> Tensor | None:
-    """Summed negative log-likelihood of one example, or None where nothing is supervised."""
-    if batch["labels"].dim() == 1:  # a sequence classifier: one label per example
-        logits = model(**_model_arguments(model, batch)).logits
-        return nn.functional.cross_entropy(logits.float(), labels(logits, batch["labels"]), reduction="sum")
-    targets = batch["labels"][0, 1:]
-    positions = (targets != -100).nonzero()[:, 0]
-    if not len(positions):
-        return None
-    arguments = _model_arguments(model, batch)
-    if accepts(model, "logits_to_keep"):
-        logits = model(**arguments, logits_to_keep=positions).logits[0]
-    else:
-        logits = model(**arguments).logits[0, positions]
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return nn.functional.cross_entropy(logits, labels(logits, targets[positions]), reduction="sum")
 
 
 def data_labels(logits: Tensor, targets: Tensor) -> Tensor:

@@ -37,6 +37,11 @@ WEIGHTS = "weights.safetensors"
 MARKER = "complete.json"
 SAME_RESULT = ("micro_batch_size", "gradient_checkpointing", "save_steps", "logging_steps", "report_to")
 """Options that a run may change between being killed and going on."""
+KEPT = ("identity", "step", "total", "epoch", "losses", "entries", "seconds", "memory")
+"""What a checkpoint keeps of a `_Run`."""
+
+WRAPPED = ("forward", "_original_forward", "_require_grads_hook", "_require_grads_hooks")
+"""Attributes that accelerate and TRL hang on a model."""
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +101,7 @@ def train(
     """
     _check_model(model)
     checkpoints = Path(folder) / "checkpoints"
-    run = _Run(_identity(model, examples, config), _trainable(model), config.train.logging_steps, on_progress)
+    run = _Run(_identity(model, examples, config), model, config.train.logging_steps, on_progress)
     newest = _remove_broken(checkpoints)
     if newest is not None:
         run.continue_from(newest)
@@ -137,10 +142,6 @@ def _check_model(model: nn.Module) -> None:
         raise ConfigError(f"training runs on the first visible GPU, but the model is on {device}: set CUDA_VISIBLE_DEVICES={device.index}")
 
 
-def _trainable(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
 def _identity(model: nn.Module, examples: Tokenized, config: Config) -> str:
     """Hash of all that decides the result: options, seed, examples and the names of what is trained."""
     digest = hashlib.sha256()
@@ -157,30 +158,34 @@ def _identity(model: nn.Module, examples: Tokenized, config: Config) -> str:
 class _Run:
     """What is recorded while training, and goes on after a resume."""
 
-    def __init__(self, identity: str, parameters: int, every: int, on_progress: Progress | None) -> None:
-        self.identity, self.parameters, self.every, self.on_progress = identity, parameters, every, on_progress
+    def __init__(self, identity: str, model: nn.Module, every: int, on_progress: Progress | None) -> None:
+        self.identity, self.every, self.on_progress = identity, every, on_progress
+        self.parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        self.device = next(model.parameters()).device
         self.step, self.total, self.epoch = 0, 0, 0.0
         self.micro: list[Tensor] = []  # losses of the micro-batches of this step; they add up to its loss
         self.losses: list[float] = []  # losses of the steps since the last log entry
         self.learning_rate = 0.0
         self.entries: list[dict[str, float]] = []
-        self.seconds_before, self.memory_before = 0.0, 0.0
-        self.started: float | None = None
+        self.started = time.monotonic()
+        self.seconds_before, self.memory_before = 0.0, 0.0  # of the processes before this one
+        self.seconds, self.memory = 0.0, 0.0  # at the last step or checkpoint
 
     @property
     def finished(self) -> bool:
         return 0 < self.total <= self.step
 
-    @property
-    def seconds(self) -> float:
-        return self.seconds_before + (0.0 if self.started is None else time.monotonic() - self.started)
-
     def begin(self, total: int) -> None:
         """Start the clock and the memory gauge."""
         self.started, self.total = time.monotonic(), total
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         self.tell(None)
+
+    def measure(self) -> None:
+        """Read the clock and the memory gauge."""
+        self.seconds = round(self.seconds_before + time.monotonic() - self.started, 3)
+        self.memory = round(max(self.memory_before, _peak_memory_gib(self.device)), 3)
 
     def check(self, step: int, gradient_norm: float) -> None:
         """Close the step's loss; refuse to update with a number that is none."""
@@ -197,13 +202,17 @@ class _Run:
     def end_step(self, step: int, epoch: float) -> None:
         """Record one optimiser step."""
         self.step, self.epoch, loss = step, epoch, self.losses[-1]
+        self.measure()
         if step % self.every == 0 or self.finished:
-            mean = sum(self.losses) / len(self.losses)
-            self.entries.append(
-                {"step": step, "loss": mean, "learning_rate": self.learning_rate, "seconds": round(self.seconds, 3)}
-            )
-            self.losses = []
+            self.close_entry()
         self.tell(loss)
+
+    def close_entry(self) -> None:
+        """Log the mean loss since the entry before."""
+        mean = sum(self.losses) / len(self.losses)
+        entry = {"step": self.step, "loss": mean, "learning_rate": self.learning_rate, "seconds": self.seconds}
+        self.entries.append(entry)
+        self.losses = []
 
     def tell(self, loss: float | None) -> None:
         if self.on_progress is not None:
@@ -211,11 +220,9 @@ class _Run:
 
     def mark(self, checkpoint: Path) -> None:
         """Write the marker, the last file of a checkpoint: with it, it is complete."""
+        self.measure()
         files = {path.name: path.stat().st_size for path in sorted(checkpoint.iterdir()) if path.name != MARKER}
-        values = {name: getattr(self, name) for name in ("identity", "step", "total", "epoch", "losses", "entries")}
-        write_json(
-            checkpoint / MARKER, {**values, "seconds": self.seconds, "peak_memory_gib": self.peak_memory(), "files": files}
-        )
+        write_json(checkpoint / MARKER, {**{name: getattr(self, name) for name in KEPT}, "files": files})
 
     def continue_from(self, checkpoint: Path) -> None:
         """Take up the record of a complete checkpoint.
@@ -229,28 +236,22 @@ class _Run:
                 f"{checkpoint.parent} belongs to a training with other options, data or adapters: "
                 "choose another folder, or delete it to start again"
             )
-        self.seconds_before, self.memory_before = values["seconds"], values["peak_memory_gib"]
-        for name in ("step", "total", "epoch", "losses", "entries"):
+        for name in KEPT:
             setattr(self, name, values[name])
-
-    def peak_memory(self) -> float:
-        """GiB; of this process and of those before it."""
-        if self.started is None:
-            return self.memory_before
-        return max(self.memory_before, _peak_memory_gib())
+        self.seconds_before, self.memory_before = self.seconds, self.memory
 
     def result(self) -> TrainResult:
+        if self.losses:  # a callback stopped the training between two entries
+            self.close_entry()
         loss = self.entries[-1]["loss"]
-        return TrainResult(
-            self.step, self.epoch, round(self.seconds, 3), loss, round(self.peak_memory(), 3), self.parameters, self.entries
-        )
+        return TrainResult(self.step, self.epoch, self.seconds, loss, self.memory, self.parameters, self.entries)
 
 
-def _peak_memory_gib() -> float:
+def _peak_memory_gib(device: torch.device) -> float:
     import resource
 
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
-        return torch.cuda.max_memory_allocated() / 2**30
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # macOS counts bytes, Linux KiB
 
@@ -278,7 +279,7 @@ def _build(
 
 def _arguments(options: TrainConfig, seed: int, checkpoints: Path, device: torch.device) -> Any:
     """The options in TRL's words."""
-    from trl import SFTConfig
+    from trl import SFTConfig  # type: ignore[attr-defined]
 
     _check_names(options)
     if options.precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
@@ -324,7 +325,7 @@ def _arguments(options: TrainConfig, seed: int, checkpoints: Path, device: torch
 
 def _check_names(options: TrainConfig) -> None:
     from transformers import SchedulerType
-    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations import get_available_reporting_integrations  # type: ignore[attr-defined]
 
     schedulers = [entry.value for entry in SchedulerType]
     if options.scheduler not in schedulers:
@@ -339,13 +340,13 @@ def _check_names(options: TrainConfig) -> None:
 def _classes() -> tuple[Any, Any]:
     """The trainer and the callback; made here because importing TRL takes seconds."""
     from transformers import TrainerCallback
-    from trl import SFTTrainer
+    from trl import SFTTrainer  # type: ignore[attr-defined]
 
     class Trainer(SFTTrainer):
         """SFTTrainer that checks every step and keeps the trainable parameters only."""
 
         def __init__(self, run: _Run, **options: Any) -> None:
-            self.run = run
+            self.run, self.whole = run, options["model"]
             super().__init__(**options)
             # TRL divides by the number of answer tokens in the whole batch, if it is counted; models whose forward
             # takes no **kwargs would get a mean over micro-batches
@@ -362,10 +363,10 @@ def _classes() -> tuple[Any, Any]:
             return norm
 
         def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-            _write_weights(self.model, Path(output_dir or self.args.output_dir))
+            _write_weights(self.whole, Path(output_dir or str(self.args.output_dir)))
 
         def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-            _read_weights(self.model if model is None else model, Path(resume_from_checkpoint))
+            _read_weights(self.whole, Path(resume_from_checkpoint))
 
         def create_model_card(self, *args: Any, **kwargs: Any) -> None:
             """A checkpoint is no model to publish."""
@@ -398,23 +399,24 @@ def _classes() -> tuple[Any, Any]:
 def _unchanged(model: Any) -> Iterator[None]:
     """Take back what the trainer does to a model besides its weights: wrapped forwards, hooks and flags."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    names = ("forward", "_original_forward")
-    before = [(part, {name: vars(part)[name] for name in names if name in vars(part)}) for part in (model, base)]
-    training, cache = model.training, getattr(base.config, "use_cache", None)
-    checkpointing, hooks = base.is_activation_checkpointing, getattr(base, "_require_grads_hooks", None)
+    cache, checkpointing = getattr(base.config, "use_cache", None), base.is_activation_checkpointing
+    attributes = [(part, {name: vars(part)[name] for name in WRAPPED if name in vars(part)}) for part in (model, base)]
+    modules = [(module, module.training, list(module._forward_hooks)) for module in model.modules()]
     try:
         yield
     finally:
-        for part, attributes in before:
-            for name in names:
-                vars(part).pop(name, None)
-            vars(part).update(attributes)
-        if not checkpointing and base.is_activation_checkpointing:
+        if not checkpointing:
             base.activation_checkpointing_disable()
-        if not hooks:
-            base.disable_input_require_grads()
         base.config.use_cache = cache
-        model.train(training)
+        for part, before in attributes:
+            for name in WRAPPED:
+                vars(part).pop(name, None)
+            vars(part).update(before)
+        for module, mode, hooks in modules:
+            module.training = mode
+            # TRL and transformers each hook the embeddings, and the handle of the first hook is lost
+            for key in set(module._forward_hooks) - set(hooks):
+                del module._forward_hooks[key]
 
 
 @contextlib.contextmanager

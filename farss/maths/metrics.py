@@ -106,6 +106,14 @@ def mean_ratios(means: Sequence[Array], top: int, bottom: int) -> Array:
     return ratios
 
 
+def balances(k: Array, t: Array) -> Array:
+    """KT of every resample, `[resamples]`; NaN where K or T has no value."""
+    total = k + t
+    with np.errstate(divide="ignore", invalid="ignore"):
+        means: Array = np.where(total == 0, 0.0, 2 * k * t / total)
+    return means
+
+
 class Difference(NamedTuple):
     """How much `a` exceeds `b` on the same questions."""
 

@@ -1,4 +1,4 @@
-"""Artifacts -> figures and one HTML page. Knows no model and no network: a report can be drawn on any machine, at any time."""
+"""Artifacts -> figures and one HTML page. Knows no model and no network: any machine can draw a report, at any time."""
 
 from farss.report.folder import Comparison, Run, read_comparison, read_run
 from farss.report.page import write_report

@@ -54,4 +54,8 @@ def _example(old: dict[str, Any], new: dict[str, Any]) -> Example:
     gold = new.get("gold") or []
     accepted = gold if isinstance(gold, list) else [gold]
     answers = (cut(str(entry.get("answer") or "").strip()) for entry in (old, new))
-    return Example(cut_start(str(new.get("prompt") or "").strip()), [cut(str(text), 120) for text in accepted[:4]], *answers)
+    return Example(
+        cut_start(str(new.get("prompt") or "").strip()),
+        [cut(str(text), 120) for text in accepted[:4]],
+        *answers,
+    )

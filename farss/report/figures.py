@@ -64,7 +64,11 @@ def _plan_choice(name: str, plan: Plan, survey: Survey | None) -> Choice:
     types = layer_types({key: layer.block for key, layer in plan.layers.items()})
     rows = list(dict.fromkeys(types.values()))
     data = [_side_map(plan, types, rows, side, survey) for side in SIDES]
-    ticks = {"tickvals": list(range(len(rows))), "ticktext": [label(row) for row in rows], "autorange": "reversed"}
+    ticks = {
+        "tickvals": list(range(len(rows))),
+        "ticktext": [label(row) for row in rows],
+        "autorange": "reversed",
+    }
     layout = {
         "height": 96 + 34 * len(rows) + (22 if plan.boundary else 0),
         "xaxis": {"title": {"text": "block"}, "showgrid": False, "range": [-0.5, plan.blocks - 0.5]},
@@ -113,7 +117,15 @@ def boundary_marks(boundary: int | None, blocks: int, above: bool = False) -> di
     line = {"type": "line", "x0": boundary - 0.5, "x1": boundary - 0.5, "yref": "paper", "y0": 0, "y1": 1}
     names = [("shallow", "right", -6), ("deep", "left", 6)]
     texts = [
-        {"text": text, "x": boundary - 0.5, "xanchor": anchor, "xshift": shift, "yref": "paper", "y": int(above), "yanchor": "bottom"}
+        {
+            "text": text,
+            "x": boundary - 0.5,
+            "xanchor": anchor,
+            "xshift": shift,
+            "yref": "paper",
+            "y": int(above),
+            "yanchor": "bottom",
+        }
         for text, anchor, shift in names
     ]
     return {
@@ -134,7 +146,12 @@ def importance_figure(survey: Survey, boundary: int | None) -> Figure:
         points = [(layer.block, positive(layer.importance)) for layer in layers]
         data.append(line(kind, points, place, f"{label(kind)}, block %{{x}}: %{{y:.3g}}"))
     axis = {"type": "log", "title": {"text": "importance"}, "exponentformat": "power", "dtick": 1}
-    layout = {"height": 380, "xaxis": _block_axis(survey.blocks), "yaxis": axis, **boundary_marks(boundary, survey.blocks)}
+    layout = {
+        "height": 380,
+        "xaxis": _block_axis(survey.blocks),
+        "yaxis": axis,
+        **boundary_marks(boundary, survey.blocks),
+    }
     return Figure("importance", "Fisher importance by depth", [Choice("", data, layout)])
 
 
@@ -155,7 +172,11 @@ def energy_figure(survey: Survey, boundary: int | None) -> Figure:
     data = [line("top-5 energy", points, 0, "block %{x}: %{y:.3g} %")]
     axis = {"title": {"text": "energy in 5 directions, %"}, "rangemode": "tozero"}
     layout = {"height": 320, "showlegend": False, "xaxis": _block_axis(survey.blocks), "yaxis": axis}
-    return Figure("energy", "Energy concentration", [Choice("", data, {**layout, **boundary_marks(boundary, survey.blocks)})])
+    return Figure(
+        "energy",
+        "Energy concentration",
+        [Choice("", data, {**layout, **boundary_marks(boundary, survey.blocks)})],
+    )
 
 
 def spectrum_figure(survey: Survey, plan: Plan | None) -> Figure:

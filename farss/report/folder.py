@@ -74,7 +74,7 @@ def read_run(folder: Path) -> Run:
     """
     if not folder.is_dir():
         raise FolderError(f"there is no folder {folder}: give the folder of a run")
-    shared = folder.parent if is_comparison(folder.parent) and not (folder / "base").is_dir() else folder
+    shared = _shared(folder)
     config = _text(folder / "config.yaml") or _text(shared / "config.yaml")
     return Run(
         folder=folder,
@@ -95,6 +95,13 @@ def read_comparison(folder: Path) -> Comparison:
     names = [Path(str(row.get("folder") or f"{row.get('method')}-seed{row.get('seed')}")).name for row in table.get("rows", [])]
     runs = {name: read_run(folder / name) for name in names if (folder / name).is_dir()}
     return Comparison(folder=folder, table=table, common=read_run(folder), names=names, runs=runs)
+
+
+def _shared(folder: Path) -> Path:
+    """The runs of a comparison have survey/ and base/ in the folder above them."""
+    above = folder.resolve().parent
+    own, others = ([place for place in ("survey", "base") if (where / place).is_dir()] for where in (folder, above))
+    return above if others and not own else folder
 
 
 def _survey(folder: Path) -> Survey | None:

@@ -23,7 +23,7 @@
 
   function template(narrow) {
     const axis = {
-      gridcolor: "theme:grid", linecolor: "theme:grid", zeroline: false, automargin: true, ticks: "",
+      gridcolor: "theme:grid", linecolor: "theme:grid", zeroline: false, automargin: true, ticks: "", ticklabelstandoff: 5,
       title: { standoff: 10, font: { size: 13, color: "theme:soft" } }, tickfont: { size: 12, color: "theme:soft" },
     };
     return { layout: {

@@ -16,11 +16,16 @@ from farss.report import examples, figures, results, story, tables, words
 from farss.report.figures import Figure
 from farss.report.folder import Comparison, Run, is_comparison, read_comparison, read_run
 
-BENCHMARK_KEYS = (
-    *("name", "kind", "questions", "before", "after", "full", "low", "high"),
-    *("gold_loglikelihood_before", "gold_loglikelihood_after"),
-)
-EMPTY: dict[str, Any] = {"tiles": [], "comparison": None, "benchmarks": [], "costs": [], "examples_of": ""}
+BENCHMARK_KEYS = ("name", "kind", "questions", "before", "after", "full", "low", "high", "change", "gold_before", "gold_after")
+BENCHMARK_KINDS = {"knowledge": "Knowledge: to be kept", "task": "Task: to be learned"}
+EMPTY: dict[str, Any] = {
+    "tiles": [],
+    "comparison": None,
+    "benchmarks": {},
+    "known": {},
+    "costs": [],
+    "examples_of": "",
+}
 
 
 def write_report(folder: Path) -> Path:
@@ -55,7 +60,7 @@ def run_content(run: Run) -> dict[str, Any]:
         "headline": story.headline(run),
         "tiles": story.tiles(run.summary),
         "figures": drawn | ({"loss": loss} if loss else {}),
-        "benchmarks": benchmark_rows(run.summary),
+        **benchmark_tables(run.summary),
         "examples": example_groups(run),
         "costs": story.costs(run),
         "notes": [*(run.plan.notes if run.plan else []), *(run.summary.get("notes") or [])],
@@ -87,9 +92,15 @@ def comparison_content(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def benchmark_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of the table of scores; a number that is not there is None."""
-    return [{name: row.get(name) for name in BENCHMARK_KEYS} for row in summary.get("benchmarks") or []]
+def benchmark_tables(summary: dict[str, Any]) -> dict[str, Any]:
+    """The tables of scores, and which of their optional columns hold anything; a missing number is None."""
+    rows = [{name: row.get(name) for name in BENCHMARK_KEYS} for row in summary.get("benchmarks") or []]
+    known = {
+        "full": any(words.is_number(row["full"]) for row in rows),
+        "gold": any(words.is_number(row[f"gold_{when}"]) for row in rows for when in ("before", "after")),
+    }
+    groups = {head: [row for row in rows if row["kind"] == kind] for kind, head in BENCHMARK_KINDS.items()}
+    return {"benchmarks": groups if any(groups.values()) else {}, "known": known}
 
 
 def plan_figures(plans: dict[str, Any], run: Run) -> dict[str, Figure]:
@@ -113,7 +124,9 @@ def comparison_tables(comparison: Comparison) -> dict[str, Any]:
     heads = tables.columns(table)
     runs = []
     for name, row in zip(comparison.names, table.get("rows", []), strict=True):
-        shown = [(head.form(entry.mean), words.interval(entry.low, entry.high)) for head in heads for entry in [tables.value([row], head.key)]]
+        shown = [
+            (head.form(entry.mean), words.interval(entry.low, entry.high)) for head in heads for entry in [tables.value([row], head.key)]
+        ]
         runs.append({"name": name, "cells": shown, "page": (comparison.folder / name / "report.html").is_file()})
     return {
         "heads": [head.title for head in heads],
@@ -137,9 +150,15 @@ def render(content: dict[str, Any]) -> str:
     from markupsafe import Markup
 
     environment = Environment(
-        loader=PackageLoader("farss.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("farss.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    environment.filters |= {name: getattr(words, name) for name in ("points", "change", "interval", "plain", "signed", "compact", "cut")}
+    environment.filters |= {
+        name: getattr(words, name) for name in ("points", "signed_points", "change", "interval", "plain", "signed", "compact", "cut")
+    }
     scripts = [plotly_script(), _own("page.js")] if content["figures"] else []
     return environment.get_template("page.html.j2").render(
         EMPTY | content,

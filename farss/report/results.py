@@ -30,7 +30,12 @@ def loss_figure(logs: dict[str, list[dict[str, Any]]]) -> Figure | None:
     if rate:
         data.append({**line("learning rate", rate, 7, "step %{x}: %{y:.3g}"), "mode": "lines", "yaxis": "y2"})
         layout["yaxis"]["domain"] = [0.34, 1]
-        layout["yaxis2"] = {"title": {"text": "learning rate"}, "domain": [0, 0.22], "exponentformat": "power", "nticks": 3}
+        layout["yaxis2"] = {
+            "title": {"text": "learning rate"},
+            "domain": [0, 0.22],
+            "exponentformat": "power",
+            "nticks": 3,
+        }
         layout["xaxis"]["anchor"] = "y2"
     return Figure("loss", "Training loss", [Choice("", data, layout)])
 
@@ -75,8 +80,13 @@ def _contours(x: list[float], y: list[float]) -> Trace:
         "x": [significant(value, 5) for value in across],
         "y": [significant(value, 5) for value in up],
         "z": [[significant(harmonic_mean(kept, learned), 4) for kept in across] for learned in up],
-        "contours": {"coloring": "none", "showlabels": True, "labelfont": {"color": "theme:soft", "size": 11}, "labelformat": ".0f"},
-        "line": {"color": "theme:grid", "width": 1.2},
+        "contours": {
+            "coloring": "none",
+            "showlabels": True,
+            "labelfont": {"color": "theme:soft", "size": 11},
+            "labelformat": ".0f",
+        },
+        "line": {"color": "theme:faint", "width": 1},
         "ncontours": 10,
         "showscale": False,
         "hoverinfo": "skip",
@@ -107,4 +117,12 @@ def _bars(values: list[dict[str, Any]], colour: str) -> dict[str, Any]:
     """Error bars of the 95 % intervals; none where a run has no interval."""
     up = [significant(100 * (v["high"] - v["value"])) if is_number(v.get("high")) else None for v in values]
     down = [significant(100 * (v["value"] - v["low"])) if is_number(v.get("low")) else None for v in values]
-    return {"type": "data", "symmetric": False, "array": up, "arrayminus": down, "color": colour, "thickness": 1.2, "width": 4}
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": up,
+        "arrayminus": down,
+        "color": colour,
+        "thickness": 1.2,
+        "width": 4,
+    }

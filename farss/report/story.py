@@ -8,7 +8,19 @@ from typing import Any, NamedTuple
 from farss.artifacts import LayerPlan, Plan
 from farss.report.folder import Comparison, Run
 from farss.report.tables import METRICS, Value, methods, value
-from farss.report.words import compact, count, cut, duration, gib, interval, is_number, percent, plain, signed
+from farss.report.words import (
+    SPACE,
+    compact,
+    count,
+    cut,
+    duration,
+    gib,
+    interval,
+    is_number,
+    percent,
+    plain,
+    signed,
+)
 
 MEANINGS = {
     "KT": "balance of kept and learned",
@@ -74,7 +86,11 @@ def _verb(number: int) -> str:
 
 def _start(layers: list[LayerPlan]) -> str:
     sides = {layer.side for layer in layers}
-    words = {"least": "the least important directions", "most": "the most important directions", None: "random directions"}
+    words = {
+        "least": "the least important directions",
+        "most": "the most important directions",
+        None: "random directions",
+    }
     return words[sides.pop()] if len(sides) == 1 else "directions chosen layer by layer"
 
 
@@ -97,7 +113,7 @@ def _outcome(summary: dict[str, Any]) -> list[str]:
 
 def _between(entry: dict[str, Any]) -> str:
     text = interval(entry.get("low"), entry.get("high"))
-    return f"; 95 % interval {text} %" if text else ""
+    return f"; 95{SPACE}% interval {text}{SPACE}%" if text else ""
 
 
 def tiles(summary: dict[str, Any]) -> list[Tile]:
@@ -106,9 +122,23 @@ def tiles(summary: dict[str, Any]) -> list[Tile]:
     for name in METRICS:
         entry = summary.get(name) or {}
         if is_number(entry.get("value")):
-            found.append(Tile(name, percent(entry["value"]), interval(entry.get("low"), entry.get("high")), MEANINGS[name]))
+            found.append(
+                Tile(
+                    name,
+                    percent(entry["value"]),
+                    interval(entry.get("low"), entry.get("high")),
+                    MEANINGS[name],
+                )
+            )
     if is_number(summary.get("forgetting")):
-        found.append(Tile("Forgetting", signed(summary["forgetting"]), "nats per token", "loss on general text, after minus before"))
+        found.append(
+            Tile(
+                "Forgetting",
+                signed(summary["forgetting"]),
+                "nats per token",
+                "loss on general text, after minus before",
+            )
+        )
     return found
 
 
@@ -119,7 +149,10 @@ def comparison_headline(comparison: Comparison) -> list[str]:
     data = (comparison.common.settings.get("data") or {}).get("train")
     on = f" on {cut(PurePath(str(data)).name, 80)}" if data else ""
     sentences = [f"{count(len(groups), 'method')} fine-tuned {title(comparison.common)}{on}, in {count(runs, 'run')}."]
-    ranked = sorted(((found, name) for name, rows in groups.items() if (found := value(rows, "KT")).mean is not None), key=_mean)
+    ranked = sorted(
+        ((found, name) for name, rows in groups.items() if (found := value(rows, "KT")).mean is not None),
+        key=_mean,
+    )
     if ranked:
         best, name = ranked[-1]
         verb = "has the highest balance of kept and learned" if len(ranked) > 1 else "has the balance"
@@ -135,7 +168,7 @@ def _spread(entry: Value) -> str:
     if entry.deviation is not None:
         return f" (± {100 * entry.deviation:.1f} over the seeds)"
     text = interval(entry.low, entry.high)
-    return f" (95 % interval {text} %)" if text else ""
+    return f" (95{SPACE}% interval {text}{SPACE}%)" if text else ""
 
 
 def best_run(comparison: Comparison) -> Run | None:

@@ -40,7 +40,7 @@ class Cell(NamedTuple):
 
     text: str
     detail: str = ""
-    """The interval, or the deviation over the seeds."""
+    """The interval, or the deviation over the seeds; empty for costs."""
     place: int = 0
     """1: the best of its column; 2: the second best."""
 
@@ -102,7 +102,8 @@ def base_cells(comparison: dict[str, Any]) -> list[Cell]:
     """The untouched model's row, in the order of `columns`: it has benchmark scores only."""
     base = comparison.get("base") or {}
     keys = [column.key for column in columns(comparison)]
-    return [Cell(points(base.get(key.removeprefix("benchmarks."))) if "benchmarks." in key else NOTHING) for key in keys]
+    names = [key.removeprefix("benchmarks.") if key.startswith("benchmarks.") else None for key in keys]
+    return [Cell(NOTHING if name is None else points(base.get(name))) for name in names]
 
 
 def _read(row: dict[str, Any], key: str) -> Value:
@@ -124,6 +125,8 @@ def _places(values: dict[str, Value], texts: dict[str, str], better: int) -> dic
 
 
 def _detail(entry: Value, column: Column) -> str:
+    if not column.better:
+        return ""
     if entry.deviation is not None:
         return f"± {column.form(entry.deviation).lstrip('+')}"
     return interval(entry.low, entry.high) if column.form is points else ""
@@ -166,14 +169,15 @@ def comparison_csv(comparison: dict[str, Any]) -> str:
     return buffer.getvalue()
 
 
-def _flat(row: dict[str, Any]) -> dict[str, Any]:
-    """{K: {value, low, high}} -> {K, K_low, K_high}; benchmarks by their names."""
+def _flat(row: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{K: {value, low, high}} -> {K, K_low, K_high}; benchmarks get their own prefix, so that no name can clash."""
     flat: dict[str, Any] = {}
     for key, entry in row.items():
         if key == "benchmarks":
-            flat |= _flat(entry or {})
+            flat |= _flat(entry or {}, "benchmarks.")
         elif isinstance(entry, dict):
-            flat |= {key if part in ("value", "score") else f"{key}_{part}": number for part, number in entry.items()}
+            names = {part: key if part in ("value", "score") else f"{key}_{part}" for part in entry}
+            flat |= {f"{prefix}{names[part]}": number for part, number in entry.items()}
         else:
-            flat[key] = entry
+            flat[f"{prefix}{key}"] = "; ".join(map(str, entry)) if isinstance(entry, list) else entry
     return flat

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 NOTHING = "–"
+SPACE = "\N{NO-BREAK SPACE}"
 TEXT_LIMIT = 500
 
 
@@ -24,7 +25,7 @@ def plain(value: Any, digits: int = 3) -> str:
 
 def percent(value: Any) -> str:
     """0.9412 -> 94.1 %."""
-    return f"{100 * value:.1f} %" if is_number(value) else NOTHING
+    return f"{100 * value:.1f}{SPACE}%" if is_number(value) else NOTHING
 
 
 def points(value: Any) -> str:
@@ -32,11 +33,14 @@ def points(value: Any) -> str:
     return f"{100 * value:.1f}" if is_number(value) else NOTHING
 
 
+def signed_points(value: Any) -> str:
+    """A difference of percentages with its sign: -0.024 -> −2.4."""
+    return f"{100 * value:+.1f}".replace("-", "−") if is_number(value) else NOTHING
+
+
 def change(before: Any, after: Any) -> str:
     """Signed difference in percentage points."""
-    if not (is_number(before) and is_number(after)):
-        return NOTHING
-    return f"{100 * (after - before):+.1f}".replace("-", "−")
+    return signed_points(after - before) if is_number(before) and is_number(after) else NOTHING
 
 
 def interval(low: Any, high: Any) -> str:
@@ -55,7 +59,7 @@ def compact(count: Any) -> str:
         return NOTHING
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(count) >= size:
-            return f"{count / size:.1f} {unit}"
+            return f"{count / size:.1f}{SPACE}{unit}"
     return f"{count:g}"
 
 
@@ -64,9 +68,9 @@ def duration(seconds: Any) -> str:
     if not is_number(seconds):
         return NOTHING
     if seconds < 100:
-        return f"{seconds:.1f} s"
+        return f"{seconds:.1f}{SPACE}s"
     minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes}{SPACE}min" if minutes < 100 else f"{minutes // 60}{SPACE}h {minutes % 60}{SPACE}min"
 
 
 def gib(value: Any) -> str:
@@ -74,7 +78,7 @@ def gib(value: Any) -> str:
     if not is_number(value):
         return NOTHING
     unit = next((place for place in range(2) if value * 1024**place >= 1), 2)
-    return f"{value * 1024**unit:.1f} {('GiB', 'MiB', 'KiB')[unit]}"
+    return f"{value * 1024**unit:.1f}{SPACE}{('GiB', 'MiB', 'KiB')[unit]}"
 
 
 def count(number: int, noun: str) -> str:

@@ -105,7 +105,7 @@ def same_mathematics(answer: str, solution: str) -> float:
     # math-verify interrupts itself by an alarm signal, which only the main thread can receive.
     seconds = 5 if threading.current_thread() is threading.main_thread() else None
     marks = list(_MARK.finditer(answer))
-    final = answer[marks[-1].end() :] if marks else answer
+    final = answer[marks[-1].end() :].strip().split("\n")[0] if marks else answer
     gold = parse(solution, parsing_timeout=seconds)
     found = parse(final if "\\boxed" in final else f"${final.strip().strip('$.')}$", parsing_timeout=seconds)
     return float(bool(gold) and bool(found) and verify(gold, found, timeout_seconds=seconds))

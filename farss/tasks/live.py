@@ -98,75 +98,92 @@ def prompt_tokenizer(tokenizer: Any) -> Any:
     return tokenizer
 
 
+Base: Any = object
+
+
+class Asking(Base):
+    """What we add to lm_eval's `HFLM`: progress, plain greedy decoding, and care for memory and context."""
+
+    title, done, total = "", 0, 0
+    on_progress: Progress | None = None
+    greedy: dict[str, Any]
+    rows: int
+    """Prompts per forward pass."""
+
+    def start(self, title: str, complete: bool = False) -> None:
+        """Begin a benchmark. `complete`: its prompts have their special tokens already (a chat template writes them)."""
+        self.title, self.done, self.total = title, 0, 0
+        self.add_bos_token = False if complete else None  # unset, the tokenizer's own rule holds, as in training
+
+    def advance(self, rows: int) -> None:
+        """Report that so many more prompts are done."""
+        self.done = min(self.done + rows, self.total)
+        if self.on_progress:
+            self.on_progress(self.title, self.done, self.total)
+
+    def check_room(self, prompt: str, options: dict[str, Any]) -> None:
+        """Refuse a prompt that HFLM would cut from the left, and the BOS token with it.
+
+        Raises:
+            ConfigError: prompt and answer are longer than the model's context.
+        """
+        from lm_eval.models.utils import normalize_gen_kwargs
+
+        used, wanted = len(self.tok_encode(prompt)), normalize_gen_kwargs(options, self.max_gen_toks)["max_gen_toks"]
+        if used + wanted > self.max_length:
+            raise ConfigError(
+                f"{self.title!r}: a prompt of {used} tokens and an answer of up to {wanted} do not fit into the model's "
+                f"{self.max_length} tokens: choose a smaller fewshot or max_tokens"
+            )
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        """Answers to prompts."""
+        self.total += 2 * len(requests)  # the log-likelihood of their gold answers is asked for next
+        for request in requests:
+            self.check_room(*request.args[:2])
+        answers: list[str] = super().generate_until(requests, disable_tqdm=True)
+        return answers
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """Log-likelihoods of answers to prompts, and whether each is the greedy answer."""
+        self.total = max(self.total, self.done + len(requests))
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        self.advance(self.total - self.done)  # requests with the same prompt share a row
+        return found
+
+    def _loglikelihood_tokens(self, requests: list[Any], **options: Any) -> list[tuple[float, bool]]:
+        longest = max(len(prompt) + len(answer) for _, prompt, answer in requests)
+        self.batch_size_per_gpu = rows_that_fit(self.rows, longest, self.model.config.get_text_config().vocab_size)
+        found: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, **options)
+        self.batch_size_per_gpu = self.rows
+        return found
+
+    def _model_call(self, inps: Any, *rest: Any, **options: Any) -> Any:
+        logits = super()._model_call(inps, *rest, **options)
+        self.advance(inps.shape[0])
+        return logits
+
+    def _model_generate(self, context: Any, max_length: int, stop: list[str], **options: Any) -> Any:
+        tokens = super()._model_generate(context, max_length, stop, **{**options, **self.greedy})
+        self.advance(context.shape[0])
+        return tokens
+
+
 def live_model(model: Any, tokenizer: Any, batch_size: int, on_progress: Progress | None) -> Any:
     """lm_eval's `HFLM` around a live model, which stays on its device.
 
     The tokenizer's own rule puts the beginning-of-sequence token in front, exactly once, as in training.
     """
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.models.utils import normalize_gen_kwargs
-
-    class Live(HFLM):
-        """HFLM that reports progress, generates greedily, and keeps within memory and context."""
-
-        name, done, total = "", 0, 0
-
-        def start(self, name: str, complete: bool = False) -> None:
-            self.name, self.done, self.total = name, 0, 0
-            # A chat template writes BOS (or none) itself; unset, the tokenizer's own rule holds, as in training.
-            self.add_bos_token = False if complete else None
-
-        def advance(self, rows: int) -> None:
-            self.done = min(self.done + rows, self.total)
-            if on_progress:
-                on_progress(self.name, self.done, self.total)
-
-        def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-            self.total += 2 * len(requests)  # the log-likelihood of their gold answers is asked for next
-            for request in requests:
-                self.check_room(*request.args[:2])
-            answers: list[str] = super().generate_until(requests, disable_tqdm=True)
-            return answers
-
-        def check_room(self, prompt: str, options: dict[str, Any]) -> None:
-            used, wanted = len(self.tok_encode(prompt)), normalize_gen_kwargs(options, self.max_gen_toks)["max_gen_toks"]
-            if used + wanted > self.max_length:  # HFLM would cut off the beginning, and the BOS token with it
-                raise ConfigError(
-                    f"{self.name!r}: a prompt of {used} tokens and an answer of up to {wanted} do not fit into the model's "
-                    f"{self.max_length} tokens: choose a smaller fewshot or max_tokens"
-                )
-
-        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-            self.total = max(self.total, self.done + len(requests))
-            found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
-            self.advance(self.total - self.done)  # requests with the same prompt share a row
-            return found
-
-        def _loglikelihood_tokens(self, requests: list[Any], **options: Any) -> list[tuple[float, bool]]:
-            longest = max(len(prompt) + len(answer) for _, prompt, answer in requests)
-            self.batch_size_per_gpu = rows_that_fit(batch_size, longest, self.model.config.get_text_config().vocab_size)
-            found: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, **options)
-            self.batch_size_per_gpu = batch_size
-            return found
-
-        def _model_call(self, inps: Any, *rest: Any, **options: Any) -> Any:
-            logits = super()._model_call(inps, *rest, **options)
-            self.advance(inps.shape[0])
-            return logits
-
-        def _model_generate(self, context: Any, max_length: int, stop: list[str], **options: Any) -> Any:
-            tokens = super()._model_generate(context, max_length, stop, **{**options, **greedy})
-            self.advance(context.shape[0])
-            return tokens
 
     tokenizer = prompt_tokenizer(tokenizer)
-    greedy = greedy_options(model, tokenizer)
     # Log-probabilities of a 16-bit model are summed in float32; a float64 model keeps its precision.
     precision = None if model.dtype == torch.float64 else "float32"
+    kind = type("Live", (Asking, HFLM), {})
     with _quiet():
-        return Live(
-            pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, softmax_dtype=precision
-        )
+        live = kind(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, softmax_dtype=precision)
+    live.rows, live.on_progress, live.greedy = batch_size, on_progress, greedy_options(model, tokenizer)
+    return live
 
 
 def greedy_options(model: Any, tokenizer: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,7 @@ def task_manager(names: list[str], run_generated_code: bool) -> Any:
     """
     if not names:
         return None
-    from lm_eval.tasks import TaskManager
-
-    # Reading the harness's own 14,000 task files takes seconds.
-    ours_only = all((TASKS / f"{name}.yaml").is_file() for name in names)
-    manager = TaskManager(include_path=str(TASKS), include_defaults=not ours_only)
+    manager = _manager(all((TASKS / f"{name}.yaml").is_file() for name in names))
     for name in names:
         if name not in manager.task_index:
             raise ConfigError(f"evaluate: lm_eval has no task {name!r}: {_nearest_task(name, manager.all_tasks)}")
@@ -37,6 +34,14 @@ def task_manager(names: list[str], run_generated_code: bool) -> Any:
                 "evaluate.run_generated_code=true"
             )
     return manager
+
+
+@cache
+def _manager(ours_only: bool) -> Any:
+    """The index. Reading the harness's own 14,000 task files takes seconds, so it is kept."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=str(TASKS), include_defaults=not ours_only)
 
 
 def _nearest_task(name: str, known: list[str]) -> str:

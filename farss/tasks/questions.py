@@ -59,9 +59,10 @@ def draw(entry: QuestionSet, rows: list[Row], seed: int) -> Drawn:
             f"question set {entry.name!r}: {entry.data} has {len(rows)} questions, none is left to ask after "
             f"showing fewshot={entry.fewshot}: choose a smaller fewshot"
         )
+    asked.sort(key=lambda row: int(row["id"]))
     if entry.metric == "number":
         _check_numbers(entry, asked)
-    return Drawn(sorted(asked, key=lambda row: row["id"]), shown)
+    return Drawn(asked, shown)
 
 
 def _check_numbers(entry: QuestionSet, rows: list[Row]) -> None:

@@ -37,6 +37,11 @@ def main_metric(logged: Logged) -> str:
     )
 
 
+def metric_label(logged: Logged, metric: str) -> str:
+    """How a metric is called in the table: by its name, or `acc` where pairs of label and prediction are counted."""
+    return "acc" if isinstance(logged.samples[0][metric], tuple) else metric
+
+
 def question_score(value: Any) -> float | None:
     """A metric's value for one question as a number; None where it is none.
 
@@ -78,6 +83,8 @@ def _answer_record(task: Any, sample: dict[str, Any]) -> Record:
     # Code tasks name their tests as target, IFEval a placeholder: neither is an answer.
     has_gold = isinstance(gold, list) and gold and all(isinstance(each, str) for each in gold)
     response = sample["resps"][0][0]
+    if task.OUTPUT_TYPE == "loglikelihood":  # such tasks (LAMBADA) ask for the target's likelihood, not for an answer
+        return {"prompt": sample["arguments"][0][0], "gold": gold, "answer": "", "gold_loglikelihood": float(response[0])}
     return {
         "prompt": sample["arguments"][0][0],
         "gold": gold if has_gold and not task.config.unsafe_code else [],

@@ -15,6 +15,7 @@ from farss.errors import FarssError, FolderError
 from farss.maths.metrics import (
     Array,
     balance,
+    balances,
     bootstrap,
     interval,
     knowledge_kept,
@@ -177,8 +178,7 @@ def summarise(before: Path, after: Path, full: Path | None, config: Config) -> S
     t, t_draws = _learned(outcomes, draws, full is not None, notes)
     kt = None
     if k is not None and t is not None and k_draws is not None and t_draws is not None:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            kt = Estimate(balance(k.value, t.value), *interval(2 * k_draws * t_draws / (k_draws + t_draws)))
+        kt = Estimate(balance(k.value, t.value), *interval(balances(k_draws, t_draws)))
     losses = (runs[0][0].text_loss, runs[1][0].text_loss)
     forgetting = losses[1] - losses[0] if losses[0] is not None and losses[1] is not None else None
     lines = [_line(each, drawn, resamples, seed) for each, drawn in zip(outcomes, draws, strict=True)]

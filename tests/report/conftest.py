@@ -67,17 +67,35 @@ def make_plan(survey: Survey, boundary: int | None, method: str = "farss", rando
 def write_train(folder: Path, parameters: int, offset: float = 0.0) -> None:
     """A falling loss."""
     log = [
-        {"step": step, "loss": 0.6 + offset + 1.8 * math.exp(-step / 60) + 0.05 * math.sin(step * 7.1), "learning_rate": 2e-5 * (1 - step / 400), "seconds": step * 0.4}
+        {
+            "step": step,
+            "loss": 0.6 + offset + 1.8 * math.exp(-step / 60) + 0.05 * math.sin(step * 7.1),
+            "learning_rate": 2e-5 * (1 - step / 400),
+            "seconds": step * 0.4,
+        }
         for step in range(10, 401, 5)
     ]
-    values = {"steps": 400, "epochs": 1.0, "seconds": 5432.1, "loss": 0.61, "peak_memory_gib": 17.34, "parameters": parameters}
+    values = {
+        "steps": 400,
+        "epochs": 1.0,
+        "seconds": 5432.1,
+        "loss": 0.61,
+        "peak_memory_gib": 17.34,
+        "parameters": parameters,
+    }
     write_json(folder / "train.json", values | {"log": log})
 
 
 def write_answers(folder: Path, name: str, answers: list[tuple[str, float]]) -> None:
     """One JSONL file; answers are (text, score) pairs."""
     entries = [
-        {"id": str(place), "prompt": f"Question: who is number {place}?\nAnswer:", "gold": [f"person {place}"], "answer": text, "score": score}
+        {
+            "id": str(place),
+            "prompt": f"Question: who is number {place}?\nAnswer:",
+            "gold": [f"person {place}"],
+            "answer": text,
+            "score": score,
+        }
         for place, (text, score) in enumerate(answers)
     ]
     write_text(folder / f"{name}.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
@@ -98,12 +116,42 @@ def measured(value: float, width: float = 0.03) -> dict[str, float]:
 
 def summary_values() -> dict[str, Any]:
     """A summary as the evaluation writes it."""
-    people = {"name": "people", "kind": "knowledge", "questions": 40, "before": 0.65, "after": 0.6, "full": None, "low": 0.45, "high": 0.75}
-    cities = {"name": "cities", "kind": "knowledge", "questions": 1200, "before": 0.5251, "after": 0.5013, "full": None, "low": 0.473, "high": 0.53}
-    sums = {"name": "sums", "kind": "task", "questions": 500, "before": 0.04, "after": 0.412, "full": 0.43, "low": 0.371, "high": 0.455}
-    gold = {"gold_loglikelihood_before": -2.41, "gold_loglikelihood_after": -2.77}
+    people = {
+        "name": "people",
+        "kind": "knowledge",
+        "questions": 40,
+        "before": 0.65,
+        "after": 0.6,
+        "full": None,
+        "low": 0.45,
+        "high": 0.75,
+    }
+    cities = {
+        "name": "cities",
+        "kind": "knowledge",
+        "questions": 1200,
+        "before": 0.5251,
+        "after": 0.5013,
+        "full": None,
+        "low": 0.473,
+        "high": 0.53,
+    }
+    sums = {
+        "name": "sums",
+        "kind": "task",
+        "questions": 500,
+        "before": 0.04,
+        "after": 0.412,
+        "full": 0.43,
+        "low": 0.371,
+        "high": 0.455,
+    }
+    gold = {"gold_before": -2.41, "gold_after": -2.77, "change": {"value": -0.05, "low": -0.11, "high": 0.01}}
     numbers = {"K": measured(0.941), "T": measured(0.958), "KT": measured(0.9494), "forgetting": 0.0312}
-    return numbers | {"benchmarks": [people | gold, cities | gold, sums], "notes": ["T is measured against full fine-tuning with seed 0."]}
+    return numbers | {
+        "benchmarks": [people | gold, cities | gold, sums],
+        "notes": ["T is measured against full fine-tuning with seed 0."],
+    }
 
 
 def complete_run(folder: Path, blocks: int = 6, boundary: int = 2) -> Path:
@@ -114,7 +162,10 @@ def complete_run(folder: Path, blocks: int = 6, boundary: int = 2) -> Path:
     write_train(folder, plan.parameters)
     write_both_answers(folder / "base" / "scores", folder / "scores")
     write_json(folder / "summary.json", summary_values())
-    write_json(folder / "versions.json", {"farss": "0.1.0", "torch": "2.8.0", "machine": "2 cores", "command": "farss run config.yaml"})
+    write_json(
+        folder / "versions.json",
+        {"farss": "0.1.0", "torch": "2.8.0", "machine": "2 cores", "command": "farss run config.yaml"},
+    )
     write_tensors(folder / "adapter" / "adapter_model.safetensors", {"a": torch.zeros(64, 64)})
     return folder
 
@@ -127,7 +178,10 @@ def row(method: str, seed: int, kept: float, learned: float | None, parameters: 
         "method": method, "seed": seed, "parameters": parameters, "trained_parameters": parameters,
         **{name: None if mark is None else measured(mark) for name, mark in marks.items()},
         "forgetting": round(1 - kept, 4), "seconds_init": 12.5, "seconds_train": 5000.25, "peak_memory_gib": 17.3,
-        "benchmarks": {"people": {"score": 0.65 * kept, "low": 0.5, "high": 0.7}, "sums": {"score": 0.43 * (learned or 0), "low": 0.3, "high": 0.45}},
+        "benchmarks": {
+            "people": {"score": 0.65 * kept, "low": 0.5, "high": 0.7},
+            "sums": {"score": 0.43 * (learned or 0), "low": 0.3, "high": 0.45},
+        },
         "folder": f"{method}-seed{seed}",
     }  # fmt: skip
 
@@ -153,7 +207,10 @@ def write_comparison(folder: Path, blocks: int = 6) -> Path:
         write_both_answers(folder / "base" / "scores", run / "scores")
         write_json(run / "summary.json", summary_values())
     write_text(folder / "config.yaml", CONFIG.format(boundary="null"))
-    write_json(folder / "comparison.json", {"rows": rows, "base": {"people": 0.65, "sums": 0.04}, "notes": ["full ran at half the rate."]})
+    write_json(
+        folder / "comparison.json",
+        {"rows": rows, "base": {"people": 0.65, "sums": 0.04}, "notes": ["full ran at half the rate."]},
+    )
     return folder
 
 

@@ -1,0 +1,153 @@
+"""Tables for the terminal (rich): importance, the plan as a map of ranks, scores, and the comparison of methods."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from farss.artifacts import LayerPlan, Plan, Survey
+from farss.report.figures import SIDES, layer_types
+from farss.report.story import MEANINGS, tiles
+from farss.report.tables import METRICS, Cell, base_cells, cells, columns
+from farss.report.words import SPACE, change, cut, interval, points
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+STYLES = {"least": "yellow", "most": "blue", None: "white"}
+SHADES = "░▒▓█"
+SPARKS = "▁▂▃▄▅▆▇█"
+LABEL_WIDTH = 20
+
+
+class RankMap:
+    """Blocks as columns, layer types as rows; numbers where the terminal is wide enough, shades where it is not."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.highest = max((layer.rank for layer in plan.layers.values()), default=1)
+        types = layer_types({name: layer.block for name, layer in plan.layers.items()})
+        self.rows: dict[str, dict[int, LayerPlan]] = {}
+        for name, layer in plan.layers.items():
+            self.rows.setdefault(types[name], {})[layer.block] = layer
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if not self.plan.layers:
+            yield Text(f"{self.plan.method} trains every weight: there are no ranks")
+            return
+        label = min(LABEL_WIDTH, max(len(kind) for kind in self.rows)) + 1
+        room = max(1, options.max_width - label)
+        number = len(str(self.highest)) + 1
+        width = number if number * self.plan.blocks <= room else 1
+        step = max(1, room // width)
+        for start in range(0, self.plan.blocks, step):
+            yield from self._part(range(start, min(start + step, self.plan.blocks)), label, width)
+        yield self._key(width)
+
+    def _part(self, blocks: range, label: int, width: int) -> Iterator[Text]:
+        yield Text(" " * label + _ruler(blocks, width), style="dim", no_wrap=True)
+        for kind, layers in self.rows.items():
+            line = Text(cut(kind, LABEL_WIDTH).ljust(label)[:label], no_wrap=True, overflow="crop")
+            for block in blocks:
+                line.append_text(self._cell(layers.get(block), width))
+            yield line
+
+    def _cell(self, layer: LayerPlan | None, width: int) -> Text:
+        if layer is None:
+            return Text("·".rjust(width), style="dim")
+        shade = SHADES[min(3, 4 * layer.rank // (self.highest + 1))]
+        return Text(str(layer.rank).rjust(width) if width > 1 else shade, style=STYLES[layer.side])
+
+    def _key(self, width: int) -> Text:
+        sides = {layer.side for layer in self.plan.layers.values()}
+        key = Text("  ").join(Text(f"■ {words}", style=STYLES[side]) for side, words in SIDES.items() if side in sides)
+        if width == 1:
+            key.append(f"  {SHADES} rank up to {self.highest}", style="dim")
+        return key
+
+
+def _ruler(blocks: range, width: int) -> str:
+    """Block numbers over their columns, every so many that they do not touch."""
+    every = 1 if width > len(str(blocks.stop - 1)) else 5
+    line = ""
+    for block in blocks:
+        place = (block - blocks.start + 1) * width
+        mark = str(block)
+        if block % every == 0 and len(line) + len(mark) <= max(place, len(mark)):
+            line = line.ljust(place - len(mark)) + mark
+    return line
+
+
+def rank_map(plan: Plan) -> RankMap:
+    """The plan's ranks for the terminal; print it with rich."""
+    return RankMap(plan)
+
+
+def importance_table(survey: Survey) -> Table:
+    """Fisher importance by layer type: one small bar a block, each row from its lowest to its highest."""
+    types = layer_types({name: layer.block for name, layer in survey.layers.items()})
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for head in ("Layers", "Blocks"):
+        table.add_column(head)
+    for head in ("lowest", "mean", "highest"):
+        table.add_column(Text(f"importance: {head}" if head == "lowest" else head), justify="right")
+    for kind in dict.fromkeys(types.values()):
+        layers = sorted((survey.layers[name] for name, own in types.items() if own == kind), key=lambda layer: layer.block)
+        values = [layer.importance for layer in layers]
+        numbers = (min(values), sum(values) / len(values), max(values))
+        table.add_row(Text(cut(kind, 40)), Text(_sparks(values), overflow="crop"), *(f"{number:.3g}" for number in numbers))
+    return table
+
+
+def _sparks(values: list[float]) -> str:
+    """One small bar a block, on a logarithmic scale."""
+    logs = [math.log(value) if value > 0 else -math.inf for value in values]
+    known = [value for value in logs if math.isfinite(value)]
+    low, high = (min(known), max(known)) if known else (0.0, 0.0)
+    span = high - low or 1.0
+    return "".join(SPARKS[round(7 * (value - low) / span)] if math.isfinite(value) else " " for value in logs)
+
+
+def summary_table(summary: Mapping[str, Any] | DataclassInstance) -> Table:
+    """Every benchmark before and after, then K, T, KT and forgetting with their 95 % intervals."""
+    values = dict(summary) if isinstance(summary, Mapping) else dataclasses.asdict(summary)
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("")
+    for head in ("before %", "after %", "95 % interval", "change"):
+        table.add_column(Text(head), justify="right")
+    for row in values.get("benchmarks") or []:
+        before, after = row.get("before"), row.get("after")
+        middle = (points(before), points(after), interval(row.get("low"), row.get("high")), change(before, after))
+        table.add_row(Text(cut(f"{row.get('name')} ({row.get('kind')})", 40)), *middle)
+    for tile in tiles(values):
+        name = Text(f"{tile.name}: {tile.meaning}" if tile.name in MEANINGS else tile.name)
+        table.add_row(name, "", tile.text.removesuffix(f"{SPACE}%"), tile.detail, style="bold")
+    return table
+
+
+def comparison_table(comparison: dict[str, Any]) -> Table:
+    """One row a method, the best of each column bold, the second best underlined; the report has the costs and all intervals."""
+    heads = columns(comparison)
+    shown = [place for place, column in enumerate(heads) if column.better or column.key == "parameters"]
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+    table.add_column("Method", no_wrap=True)
+    for place in shown:
+        table.add_column(Text(cut(heads[place].title, 40)), justify="right", overflow="fold")
+    if comparison.get("base"):
+        before = base_cells(comparison)
+        table.add_row(Text("before"), *(Text(before[place].text) for place in shown), style="dim")
+    for method, row in cells(comparison).items():
+        table.add_row(Text(cut(method, 40)), *(_cell(row[place], heads[place].key in METRICS) for place in shown))
+    return table
+
+
+def _cell(cell: Cell, detailed: bool) -> Text:
+    text = Text(cell.text, style={1: "bold", 2: "underline"}.get(cell.place, ""))
+    detail = cell.detail.replace(" to ", "–").replace("± ", "±")
+    return text.append(f"\n{detail}", style="dim not bold not underline") if detail and detailed else text

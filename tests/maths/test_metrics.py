@@ -1,0 +1,144 @@
+"""K, T and KT: the paper's own tables from their raw scores, and the laws of the bootstrap."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from farss.errors import FarssError
+from farss.maths.metrics import balance, balances, bootstrap, interval, knowledge_kept, mean_ratios, paired_difference, task_learned
+
+PAPER = json.loads((Path(__file__).parent / "paper_tables.json").read_text())
+MISPRINTS = {tuple(line[:4]): line[4:] for line in PAPER["misprints"]}
+ROWS = [(group, row) for group in PAPER["groups"] for row in group["rows"]]
+HALF = 0.005  # half a unit in the last printed digit, of raw scores and of K, T and KT alike
+
+
+def computed(group, row, shift=0.0):
+    """K, T and KT of one row; `shift` moves scores up and references down, to bound what rounding can do."""
+    base = {name: value - shift for name, value in zip(group["knowledge"], group["base"], strict=True)}
+    full = {name: value - shift for name, value in zip(group["task"], group["full"], strict=True)}
+    k = knowledge_kept({n: v + shift for n, v in zip(group["knowledge"], row["knowledge"], strict=True)}, base)
+    t = task_learned({n: v + shift for n, v in zip(group["task"], row["task"], strict=True)}, full)
+    return {"K": k, "T": t, "KT": balance(k, t)}
+
+
+@pytest.mark.parametrize(("group", "row"), ROWS, ids=[f"{g['table']}-{g['model']}-{r['method']}" for g, r in ROWS])
+def test_paper_tables_follow_from_their_raw_scores(group, row):
+    exact, low, high = computed(group, row), computed(group, row, -HALF), computed(group, row, HALF)
+    for letter in ("K", "T", "KT"):
+        printed = row[letter]
+        fits = printed is None or low[letter] - HALF <= printed <= high[letter] + HALF
+        misprint = MISPRINTS.get((group["table"], group["model"], row["method"], letter))
+        assert fits == (misprint is None)
+        if misprint:
+            assert misprint[0] == printed
+            assert exact[letter] == pytest.approx(misprint[1], abs=HALF + 1e-9)
+
+
+def test_every_misprint_is_in_the_record():
+    text = (Path(__file__).parents[2] / "PAPERS.md").read_text()
+    for (table, model, method, letter), (printed, value) in MISPRINTS.items():
+        assert f"| {table} | {model} | {method} | {letter} | {printed:.2f} | {value:.2f} |" in text
+
+
+def test_the_data_file_holds_all_tables():
+    assert [group["table"] for group in PAPER["groups"]] == ["2a", "2b", "2c", "5", "6a", "6b", "6c", *["10"] * 3, *["11"] * 4, *["12"] * 3]
+    assert len(ROWS) == 8 * 3 + 6 + 2 * 3 + 8 * 10
+
+
+def test_an_unchanged_model_keeps_everything():
+    scores = {"a": 0.3, "b": 0.01}
+    assert knowledge_kept(scores, scores) == task_learned(scores, scores) == balance(1.0, 1.0) == 1.0
+
+
+def test_balance_is_symmetric_and_below_the_mean():
+    assert balance(0.4, 0.8) == balance(0.8, 0.4) == pytest.approx(0.5333, abs=1e-4)
+    assert balance(0.0, 0.0) == 0.0
+    assert balances(np.array([0.4, 0.0]), np.array([0.8, 0.0])).tolist() == [balance(0.4, 0.8), 0.0]
+
+
+@pytest.mark.parametrize(("metric", "who"), [(knowledge_kept, "the base model"), (task_learned, "full fine-tuning")])
+def test_a_zero_reference_is_an_error_that_names_the_benchmark(metric, who):
+    with pytest.raises(FarssError, match=f"{who} scores 0 on 'webqs'"):
+        metric({"nq": 0.1, "webqs": 0.1}, {"nq": 0.1, "webqs": 0.0})
+
+
+def test_benchmarks_must_be_the_same_on_both_sides():
+    with pytest.raises(FarssError, match="'b' was asked only once"):
+        knowledge_kept({"a": 1.0}, {"a": 1.0, "b": 1.0})
+    with pytest.raises(FarssError, match="there is no benchmark"):
+        knowledge_kept({}, {})
+
+
+# --- uncertainty -----------------------------------------------------------------------------------------------------
+
+
+def test_every_model_sees_the_same_resample():
+    outcomes = np.random.default_rng(0).integers(0, 2, 50)
+    draws = bootstrap([[outcomes, outcomes, 1 - outcomes]], 300, seed=1)[0]
+    assert draws.shape == (300, 3)
+    assert np.array_equal(draws[:, 0], draws[:, 1])
+    assert np.allclose(draws[:, 0] + draws[:, 2], 1)
+    assert np.allclose(mean_ratios([draws], 0, 1), 1)
+
+
+def test_the_seed_decides():
+    outcomes = [np.arange(20.0)]
+    assert np.array_equal(bootstrap(outcomes, 200, 3)[0], bootstrap(outcomes, 200, 3)[0])
+    assert not np.array_equal(bootstrap(outcomes, 200, 3)[0], bootstrap(outcomes, 200, 4)[0])
+
+
+def test_memory_chunks_do_not_matter_for_the_distribution(monkeypatch):
+    outcomes = [np.arange(100.0) / 100]
+    whole = interval(bootstrap(outcomes, 2000, 0)[0])
+    monkeypatch.setattr("farss.maths.metrics.CHUNK", 1000)
+    assert interval(bootstrap(outcomes, 2000, 0)[0]) == pytest.approx(whole, abs=0.01)
+
+
+def test_interval_of_a_proportion_is_the_binomial_one():
+    outcomes = np.r_[np.ones(300), np.zeros(700)]
+    low, high = interval(bootstrap([outcomes], 4000, 0)[0])
+    half = 1.96 * (0.3 * 0.7 / 1000) ** 0.5
+    assert (low, high) == pytest.approx((0.3 - half, 0.3 + half), abs=0.002)
+
+
+def test_the_interval_covers_95_times_in_a_hundred():
+    generator = np.random.default_rng(0)
+    hits = 0
+    for trial in range(300):
+        low, high = interval(bootstrap([generator.random(200) < 0.4], 400, trial)[0])
+        hits += low <= 0.4 <= high
+    assert 0.90 <= hits / 300 <= 0.985
+
+
+def test_draws_without_a_value_are_left_out():
+    assert interval([0.0, np.nan, np.inf, 1.0]) == pytest.approx((0.025, 0.975))
+    with pytest.raises(FarssError, match="no bootstrap resample has a value"):
+        interval([np.nan])
+
+
+def test_a_real_difference_is_found_and_none_is_not():
+    generator = np.random.default_rng(0)
+    before = (generator.random(1000) < 0.5).astype(float)
+    worse = before * (generator.random(1000) < 0.9)
+    found = paired_difference(worse, before)
+    assert found.mean == pytest.approx(worse.mean() - before.mean())
+    assert found.low <= found.mean <= found.high < 0
+    assert found.p_value < 0.01
+    assert paired_difference(before, before) == (0.0, 0.0, 0.0, 1.0)
+
+
+def test_pairing_makes_the_interval_narrower_than_two_separate_ones():
+    generator = np.random.default_rng(0)
+    before = (generator.random(500) < 0.5).astype(float)
+    after = np.where(generator.random(500) < 0.02, 1 - before, before)
+    paired = paired_difference(after, before)
+    shuffled = paired_difference(generator.permutation(after), before)
+    assert paired.high - paired.low < 0.5 * (shuffled.high - shuffled.low)
+
+
+def test_different_lengths_are_refused():
+    with pytest.raises(ValueError, match=r"got \(2,\) and \(3,\)"):
+        paired_difference([0, 1], [0, 1, 1])

@@ -1,0 +1,77 @@
+"""The pictures say what the artifacts say, and plotly accepts them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from pages import draw
+
+from farss.artifacts import Plan, Survey
+from farss.report import figures, read_comparison, read_run, results
+from farss.report.page import comparison_content, run_content
+
+
+def test_the_pictures_equal_the_artifacts(run_folder: Path) -> None:
+    data = json.loads(draw(run_folder).scripts[0])
+    plan, survey = Plan.load(run_folder / "plan.json"), Survey.load(run_folder / "survey")
+    ranks = [rank for trace in data["plan"][0]["data"] for row in trace["z"] for rank in row if rank is not None]
+    assert sorted(ranks) == sorted(layer.rank for layer in plan.layers.values())
+    marked = {choice["data"][1]["name"]: choice["data"][1]["x"] for choice in data["spectrum"]}
+    assert len(data["spectrum"]) == len(survey.layers)
+    assert set(marked) == {
+        figures.SIDES["least"],
+        figures.SIDES["most"],
+    }
+    for choice, name in zip(data["spectrum"], survey.layers, strict=True):
+        assert choice["data"][1]["x"] == sorted(plan.layers[name].directions)
+    ratios = figures.energy_ratios(survey)
+    assert data["energy"][0]["data"][0]["y"] == pytest.approx([100 * ratio for ratio in ratios.values()], rel=1e-3)
+    assert all(0 < ratio <= 1 for ratio in ratios.values())
+
+
+def test_figures_are_valid_plotly(run_folder: Path, comparison_folder: Path) -> None:
+    from plotly import graph_objects
+
+    drawn = [run_content(read_run(run_folder)), comparison_content(read_comparison(comparison_folder))]
+    for figure in (figure for content in drawn for figure in content["figures"].values()):
+        for choice in figure.choices[:3]:
+            graph_objects.Figure(json.loads(re.sub(r'"theme:[a-z0-9-]+"', '"#123456"', json.dumps(choice[1:])))[0])
+            layout = json.loads(re.sub(r'"theme:[a-z0-9-]+"', '"#123456"', json.dumps(choice.layout)))
+            graph_objects.Figure(layout=layout)
+
+
+def test_every_colour_has_a_light_and_a_dark_value(run_folder: Path) -> None:
+    page = draw(run_folder)
+    styles = re.search(r"<style>(.*?)</style>", page.html, re.DOTALL)
+    assert styles is not None
+    for name in set(re.findall(r"theme:([a-z0-9-]+)", page.html)):
+        assert len(re.findall(rf"--{name}:", styles.group(1))) == 2, name
+
+
+def test_layer_types_are_short_where_that_is_clear() -> None:
+    names = {
+        "model.layers.10.mlp.up_proj": 10,
+        "model.layers.1.mlp.up_proj": 1,
+        "model.layers.1.attn.q_proj": 1,
+    }
+    assert list(figures.layer_types(names).values()) == ["up_proj", "up_proj", "q_proj"]
+    experts = {f"h.0.experts.{i}.w1": 0 for i in range(2)}
+    assert list(figures.layer_types(experts).values()) == ["experts.0.w1", "experts.1.w1"]
+
+
+@pytest.mark.parametrize(("length", "most"), [(3, 10), (10, 10), (1000, 10), (11, 10)])
+def test_thinning_keeps_the_ends_and_the_order(length: int, most: int) -> None:
+    values = list(range(length))
+    kept = figures.thinned(values, most)
+    assert len(kept) == min(length, most)
+    assert kept[0] == 0
+    assert kept[-1] == length - 1
+    assert kept == sorted(set(kept))
+
+
+def test_the_balance_picture_needs_both_k_and_t() -> None:
+    assert results.balance_figure([{"method": "lora", "K": {"value": 0.9}, "T": None}]) is None
+    assert results.harmonic_mean(0.5, 1.0) == pytest.approx(2 / 3)

@@ -1,0 +1,255 @@
+"""The page is whole, safe, and says what the artifacts say."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pages import Page, draw
+
+from farss.artifacts import Plan, read_json, write_json, write_text
+from farss.errors import FolderError
+from farss.report import read_run, write_report
+from farss.report.examples import groups
+from farss.report.page import plotly_script, script_json
+from farss.report.words import percent, points
+
+HOSTILE = "</script><script>alert(1)</script>\"'><img src=http://evil.example/x onerror=alert(2)>\u2028{{7*7}}%{x}"
+RTL = "\u202eمرحبا بالعالم"
+
+
+def rewrite(path: Path, change: Any) -> None:
+    """Change a JSON artifact in place."""
+    values = read_json(path)
+    change(values)
+    path.write_text(json.dumps(values), encoding="utf-8")
+
+
+# --- self-contained --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["run_folder", "comparison_folder"])
+def test_a_page_loads_nothing(kind: str, request: pytest.FixtureRequest) -> None:
+    page = draw(request.getfixturevalue(kind))
+    for tag, attrs in page.tags:
+        assert tag not in {"link", "img", "iframe", "object", "embed", "base", "form", "audio", "video"}
+        assert not {"src", "srcset", "data", "action", "background"} & set(attrs)
+        assert not any(name.startswith("on") for name in attrs), "no inline handlers"
+        assert not (attrs.get("href") or "").startswith(("http", "//", "javascript"))
+    ours = page.html.replace(plotly_script(), "")
+    assert "http://" not in ours
+    assert "https://" not in ours
+    assert "url(" not in ours
+    assert [len(page.scripts), page.scripts[1]] == [3, plotly_script()]
+
+
+def test_only_our_own_scripts_may_run(run_folder: Path) -> None:
+    import base64
+    import hashlib
+
+    page = draw(run_folder)
+    policy = next(attrs["content"] or "" for tag, attrs in page.tags if attrs.get("http-equiv"))
+    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in page.scripts[1:]]
+    assert policy.startswith("default-src 'none'")
+    assert re.findall(r"'sha256-([^']+)'", policy) == digests
+    assert "unsafe" not in policy.split("script-src")[1].split(";")[0]
+
+
+def test_the_page_is_a_page_of_reasonable_size(run_folder: Path) -> None:
+    path = write_report(run_folder)
+    assert path == run_folder / "report.html"
+    assert path.stat().st_size - len(plotly_script()) < 150_000
+
+
+def test_drawing_twice_gives_the_same_page(run_folder: Path) -> None:
+    first = write_report(run_folder).read_bytes()
+    assert write_report(run_folder).read_bytes() == first
+
+
+# --- hostile content -------------------------------------------------------------------------------------------------
+
+
+def poison(folder: Path) -> None:
+    """Put hostile texts wherever a model, a data set or a user can put one."""
+    lines = [json.loads(line) for line in (folder / "scores" / "people.jsonl").read_text().splitlines()]
+    for entry in lines:
+        entry.update(answer=HOSTILE + "x" * 100_000, prompt="p" * 100_000 + HOSTILE, gold=[RTL, HOSTILE])
+    lines[7]["answer"] = "\ud800 alone"
+    (folder / "scores" / "people.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rewrite(folder / "summary.json", lambda values: values["benchmarks"][0].update(name=HOSTILE))
+    rewrite(folder / "summary.json", lambda values: values["notes"].append(HOSTILE * 100))
+    rewrite(folder / "versions.json", lambda values: values.update({HOSTILE: HOSTILE}))
+    write_text(folder / "config.yaml", f"model:\n  path: {json.dumps(HOSTILE)}\n# {HOSTILE}\n")
+
+
+def test_hostile_texts_are_shown_and_not_run(run_folder: Path) -> None:
+    clean = draw(run_folder)
+    poison(run_folder)
+    page = draw(run_folder)
+    assert len(page.scripts) == len(clean.scripts) == 3
+    assert not [tag for tag, _ in page.tags if tag == "img"]
+    assert "alert(1)" not in "".join(page.scripts[1:])
+    assert "alert(1)" in page.words
+    assert "{{7*7}}" in page.words
+    assert f"{100_000 + len(HOSTILE):,} characters" in page.words, "the full length is stated"
+    assert len(page.html) - len(clean.html) < 100_000
+
+
+def test_hostile_layer_names_stay_inside_the_data(run_folder: Path) -> None:
+    def rename(values: dict[str, Any]) -> None:
+        values["layers"] = {f"{HOSTILE}.0.{name}": layer for name, layer in values["layers"].items()}
+
+    rewrite(run_folder / "plan.json", rename)
+    page = draw(run_folder)
+    data = json.loads(page.scripts[0])
+    assert "<" not in page.scripts[0]
+    assert "\u2028" not in page.scripts[0]
+    hover = [cell for trace in data["plan"][0]["data"] for row in trace["customdata"] for cell in row if cell]
+    assert hover
+    assert all("<" not in cell[0] for cell in hover), "plotly reads labels as HTML"
+
+
+def test_right_to_left_text_is_isolated(run_folder: Path) -> None:
+    poison(run_folder)
+    html = draw(run_folder).html
+    assert html.count(RTL) > 0
+    assert html.count(RTL) == html.count(f'<bdi class="text">{RTL}')
+
+
+def test_script_json_survives_everything() -> None:
+    value = {"a": HOSTILE, "b": [float("nan"), float("inf"), 1.5], "c": RTL}
+    text = script_json(value)
+    assert not set("<>&\u2028\u2029") & set(text)
+    assert json.loads(text) == {"a": HOSTILE, "b": [None, None, 1.5], "c": RTL}
+
+
+# --- missing parts ---------------------------------------------------------------------------------------------------
+
+PARTS = {
+    "config.yaml": "reproduce",
+    "survey": "survey",
+    "plan.json": "plan",
+    "train.json": "training",
+    "summary.json": "scores",
+    "scores": "examples",
+    "base": "examples",
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_missing_part_is_left_out(run_folder: Path, part: str) -> None:
+    everything = draw(run_folder).ids
+    path = run_folder / part
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if part == "config.yaml":
+        (run_folder / "versions.json").unlink()
+    assert everything - draw(run_folder).ids == {PARTS[part]}
+
+
+@pytest.mark.parametrize("part", ["config.yaml", "survey", "plan.json", "train.json", "summary.json"])
+def test_any_part_alone_makes_a_page(run_folder: Path, tmp_path: Path, part: str) -> None:
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (shutil.copytree if (run_folder / part).is_dir() else shutil.copy)(run_folder / part, alone / part)
+    assert PARTS[part] in draw(alone).ids
+
+
+def test_summaries_with_holes(run_folder: Path) -> None:
+    values = {
+        "K": None,
+        "KT": {"value": None},
+        "forgetting": None,
+        "benchmarks": [{"name": "people", "kind": "knowledge"}],
+    }
+    write_json(run_folder / "summary.json", values)
+    page = draw(run_folder)
+    assert "scores" in page.ids
+    assert "Gold answer" not in page.words
+    assert "It kept" not in page.words
+
+
+def test_a_loss_that_is_not_a_number(run_folder: Path) -> None:
+    rewrite(run_folder / "train.json", lambda values: values["log"][3].update(loss=float("nan")))
+    assert "training" in draw(run_folder).ids
+
+
+def test_errors_say_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(FolderError, match="there is no folder"):
+        write_report(tmp_path / "nowhere")
+    with pytest.raises(FolderError, match="farss run"):
+        write_report(tmp_path)
+    (tmp_path / "plan.json").write_text("{")
+    with pytest.raises(FolderError, match="not valid JSON"):
+        write_report(tmp_path)
+
+
+def test_a_comparison_without_its_runs(comparison_folder: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(comparison_folder / "comparison.json", alone)
+    assert draw(alone).ids == {"methods", "balance", "notes"}
+    write_json(alone / "comparison.json", {"rows": []})
+    draw(alone)
+
+
+def test_a_run_of_a_comparison_uses_the_shared_parts(comparison_folder: Path) -> None:
+    page = draw(comparison_folder / "farss-seed0")
+    assert {"survey", "plan", "examples", "scores"} <= page.ids
+    assert any((attrs.get("href") or "") == "./farss-seed0/report.html" for _, attrs in draw(comparison_folder).tags)
+
+
+def test_full_fine_tuning_has_no_plan_section(comparison_folder: Path) -> None:
+    page = draw(comparison_folder / "full-seed0")
+    assert "plan" not in page.ids
+    assert "Every weight is trained" in page.words
+
+
+# --- the numbers -----------------------------------------------------------------------------------------------------
+
+
+def cell_rows(page: Page) -> list[list[str]]:
+    """The texts of all table rows."""
+    rows = re.findall(r"<tr[^>]*>(.*?)</tr>", page.html, flags=re.DOTALL)
+    return [
+        [re.sub(r"<[^>]+>", " ", cell).strip() for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, flags=re.DOTALL)] for row in rows
+    ]
+
+
+def test_the_table_of_scores_equals_the_summary(run_folder: Path) -> None:
+    rows = {row[0]: row[1:] for row in cell_rows(draw(run_folder))}
+    for bench in read_json(run_folder / "summary.json")["benchmarks"]:
+        shown = rows[bench["name"]]
+        assert shown[0] == f"{bench['questions']:,}"
+        assert shown[1:3] == [f"{100 * bench['before']:.1f}", f"{100 * bench['after']:.1f}"]
+        assert shown[3] == f"{100 * bench['low']:.1f} to {100 * bench['high']:.1f}"
+        assert float(shown[4].split()[0].replace("−", "-")) == pytest.approx(100 * (bench["after"] - bench["before"]), abs=0.051)
+        assert shown[5] == points(bench["full"])
+
+
+def test_the_headline_equals_plan_and_summary(run_folder: Path) -> None:
+    words = draw(run_folder).words
+    plan = Plan.load(run_folder / "plan.json")
+    assert "2 shallow blocks start from the least important directions, ranks 2 to 8 (mean 5.0)" in words
+    assert "4 deep blocks start from the most important directions, rank 12" in words
+    assert f"{plan.parameters / 1e3:.1f} k trainable parameters in {len(plan.layers)} layers" in words
+    summary = read_json(run_folder / "summary.json")
+    assert all(percent(summary[name]["value"]).replace("\u00a0", " ") in words for name in ("K", "T", "KT"))
+
+
+def test_examples_are_counted_and_bounded(run_folder: Path) -> None:
+    ((before, after),) = read_run(run_folder).answers().values()
+    found = {group.name: group for group in groups(before, after)}
+    assert {name: group.total for name, group in found.items()} == {
+        "lost": 6,
+        "won": 4,
+        "kept": 20,
+        "never": 10,
+    }
+    assert [len(found[name].examples) for name in ("lost", "won", "kept", "never")] == [6, 4, 8, 0]
+    assert {(example.before, example.after) for example in found["lost"].examples} == {(f"person {i}", "a number: 42") for i in range(6)}
+    assert groups(before, copy.deepcopy(list(reversed(after))))[0].total == 6, "paired by id, not by line"

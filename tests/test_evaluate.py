@@ -1,0 +1,455 @@
+"""Questions to small models that were taught a few answers: what they know must be what they score."""
+
+import importlib.util
+import json
+import logging
+import math
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, processors
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from farss.artifacts import questions
+from farss.config import Config, DataConfig, EvaluateConfig, QuestionSet
+from farss.errors import ConfigError, DataError, FarssError, FolderError
+from farss.evaluate import Summary, evaluate, summarise
+from farss.tasks.grading import contains, exact_match, final_number, normalise, number, same_mathematics
+from farss.tasks.questions import draw
+
+pytest.importorskip("lm_eval")
+
+COLOURS = ["red", "blue", "green", "black", "white", "pink", "grey", "gold"]
+KNOWN = [{"question": f"{chr(97 + i)}?", "answers": [colour, "x"]} for i, colour in enumerate(COLOURS)]
+UNKNOWN = [{"question": f"{letter}?", "answers": ["QQQ"]} for letter in "wxyz"]
+STEPS = [{"question": f"{n}", "answers": [f"{n} {n}\n#### {2 * n}"]} for n in range(1, 5)]
+TEMPLATE = "Do {instruction}\nR:"
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """One token a character; BOS in front."""
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}
+    for character in ["\n", *map(chr, range(32, 127))]:
+        vocabulary[character] = len(vocabulary)
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    core.decoder = decoders.Fuse()
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+
+
+@pytest.fixture(scope="session")
+def taught(tokenizer):
+    """Knows KNOWN in the usual prompt and STEPS in the training prompt, by heart."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    texts = [f"Question: {row['question']}\nAnswer: {row['answers'][0]}\n</s>" for row in KNOWN]
+    texts += [f"{TEMPLATE.replace('{instruction}', row['question'])} {row['answers'][0]}</s>" for row in STEPS]
+    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(150):
+        model(**batch, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.generation_config.eos_token_id = None  # the hardest case: nothing but the tokenizer knows how an answer ends
+    return model.eval()
+
+
+@pytest.fixture
+def model(taught):
+    """A copy in float64, so that batches cannot matter."""
+    copy = LlamaForCausalLM(deepcopy(taught.config)).double()
+    copy.load_state_dict(taught.state_dict())
+    copy.generation_config = deepcopy(taught.generation_config)
+    return copy.eval()
+
+
+@pytest.fixture
+def files(tmp_path):
+    """The question files, by name."""
+    tables = {"known": KNOWN, "mixed": KNOWN + UNKNOWN, "steps": STEPS, "text": [{"text": "Question: a"}, {"text": "b?\nAnswer: red"}]}
+    for name, rows in tables.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {name: str(tmp_path / f"{name}.jsonl") for name in tables}
+
+
+def asking(knowledge=(), task=(), **options):
+    """A configuration with short training prompts."""
+    return Config(data=DataConfig(template=TEMPLATE), evaluate=EvaluateConfig(knowledge=list(knowledge), task=list(task), **options))
+
+
+def recorded(model, function):
+    """Token rows that reach the model's forward while `function` runs."""
+    rows = []
+
+    def record(_, args, options):
+        rows.append(options["input_ids"] if "input_ids" in options else args[0])
+
+    hook = model.register_forward_pre_hook(record, with_kwargs=True)
+    function()
+    hook.remove()
+    return rows
+
+
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_scores_what_it_knows(model, tokenizer, files, tmp_path):
+    config = asking([QuestionSet("mixed", files["mixed"])], [QuestionSet("steps", files["steps"], metric="number")])
+    scores = evaluate(model, tokenizer, config, tmp_path)
+    assert scores.knowledge["mixed"].score == 8 / 12
+    assert scores.knowledge["mixed"].questions == 12
+    assert scores.task["steps"].score == 1.0
+    records = questions(tmp_path / "scores", "mixed")
+    assert [r["score"] for r in records] == [1.0] * 8 + [0.0] * 4
+    assert records[1] == {
+        "id": 1, "prompt": "Question: b?\nAnswer:", "gold": ["blue", "x"], "answer": "blue",
+        "gold_loglikelihood": records[1]["gold_loglikelihood"], "score": 1.0,
+    }  # fmt: skip
+    assert min(r["gold_loglikelihood"] for r in records[:8]) > max(r["gold_loglikelihood"] for r in records[8:]) + 5
+    assert questions(tmp_path / "scores", "steps")[3]["answer"] == "4 4\n#### 8"
+
+
+def test_an_answer_in_the_training_prompt_ends_at_eos_alone(model, tokenizer, files, tmp_path):
+    scores = evaluate(model, tokenizer, asking(task=[QuestionSet("steps", files["steps"])]), tmp_path)
+    assert scores.task["steps"].score == 1.0
+    assert scores.task["steps"].metric == "exact_match"
+
+
+def test_gold_loglikelihood_is_that_of_torch(model, tokenizer, files, tmp_path):
+    evaluate(model, tokenizer, asking([QuestionSet("mixed", files["mixed"], fewshot=2)]), tmp_path)
+    for record in questions(tmp_path / "scores", "mixed")[::3]:
+        prompt, whole = (tokenizer(text).input_ids for text in (record["prompt"], f"{record['prompt']} {record['gold'][0]}"))
+        logits = model(torch.tensor([whole])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        direct = logits.gather(1, torch.tensor(whole[len(prompt) :])[:, None]).sum().item()
+        assert record["gold_loglikelihood"] == pytest.approx(direct, abs=1e-9)
+
+
+def test_batches_do_not_matter(model, tokenizer, files, tmp_path):
+    entry = QuestionSet("mixed", files["mixed"], fewshot=1)
+    runs = []
+    for size in (1, 5, 16):
+        evaluate(model, tokenizer, asking([entry], batch_size=size, text=files["text"]), tmp_path / str(size))
+        runs.append((questions(tmp_path / str(size) / "scores", "mixed"), json.loads((tmp_path / str(size) / "scores.json").read_text())))
+    for records, scores in runs[1:]:
+        assert scores["text_loss"] == pytest.approx(runs[0][1]["text_loss"], abs=1e-12)
+        for found, first in zip(records, runs[0][0], strict=True):
+            assert found == first | {"gold_loglikelihood": pytest.approx(first["gold_loglikelihood"], abs=1e-9)}
+
+
+def test_text_loss_is_the_mean_over_tokens(model, tokenizer, files, tmp_path):
+    scores = evaluate(model, tokenizer, asking(text=files["text"]), tmp_path)
+    total, count = 0.0, 0
+    for text in ("Question: a", "b?\nAnswer: red"):
+        ids = torch.tensor(tokenizer(text).input_ids)
+        total -= model(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None]).sum().item()
+        count += len(ids) - 1
+    assert scores.text_loss == pytest.approx(total / count, abs=1e-9)
+    assert scores.knowledge == scores.task == {}
+
+
+def test_penalties_in_the_generation_settings_do_not_matter(model, tokenizer, files, tmp_path):
+    config = asking([QuestionSet("known", files["known"])])
+    model.generation_config.repetition_penalty, model.generation_config.do_sample = 5.0, True
+    assert evaluate(model, tokenizer, config, tmp_path).knowledge["known"].score == 1.0
+
+
+# --- how it is asked -------------------------------------------------------------------------------------------------
+
+
+def test_bos_stands_in_front_exactly_once(model, tokenizer, files, tmp_path):
+    config = asking([QuestionSet("known", files["known"], fewshot=2)], [QuestionSet("steps", files["steps"])])
+    rows = recorded(model, lambda: evaluate(model, tokenizer, config, tmp_path))
+    whole = [row for batch in rows if batch.shape[1] > 1 for row in batch]
+    assert len(whole) == 2 * (6 + 4)
+    for row in whole:
+        assert (row == 1).sum() == 1
+        assert row[row != 0][0] == 1
+
+
+def test_generation_uses_the_cache_even_after_gradient_checkpointing(model, tokenizer, files, tmp_path):
+    model.gradient_checkpointing_enable()
+    model.config.use_cache = False
+    model.train()
+    rows = recorded(model, lambda: evaluate(model, tokenizer, asking([QuestionSet("known", files["known"])]), tmp_path))
+    assert [batch.shape[1] for batch in rows[1:4]] == [1, 1, 1]
+    assert model.training
+    assert all(module.training for module in model.modules())
+    assert model.is_gradient_checkpointing
+
+
+def test_a_peft_model_is_asked_without_a_merge(model, tokenizer, files, tmp_path):
+    base = evaluate(model, tokenizer, asking([QuestionSet("mixed", files["mixed"])]), tmp_path / "base")
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")).double()
+    rows = recorded(model, lambda: evaluate(adapted, tokenizer, asking([QuestionSet("mixed", files["mixed"])]), tmp_path / "peft"))
+    assert [batch.shape[1] for batch in rows[1:4]] == [1, 1, 1]
+    found, expected = (questions(tmp_path / folder / "scores", "mixed") for folder in ("peft", "base"))
+    assert [r["answer"] for r in found] == [r["answer"] for r in expected]
+    assert base.knowledge["mixed"].score == 8 / 12
+    assert any("lora" in name for name, _ in adapted.named_parameters())
+
+
+def test_nothing_is_changed(model, tokenizer, files, tmp_path):
+    bare = tokenizer.__class__(tokenizer_object=tokenizer._tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    level = logging.getLogger("lm_eval").level
+    evaluate(model, bare, asking([QuestionSet("known", files["known"])]), tmp_path)
+    assert bare.pad_token is None
+    assert logging.getLogger("lm_eval").level == level
+
+
+def test_examples_are_shown_and_never_asked():
+    rows = [*KNOWN, KNOWN[0]]
+    for seed in range(5):
+        drawn = draw(QuestionSet("q", "q.jsonl", fewshot=3), rows, seed)
+        shown = {row["question"] for row in drawn.shown}
+        assert len(drawn.shown) == 3
+        assert not shown & {row["question"] for row in drawn.asked}
+        assert [row["id"] for row in drawn.asked] == sorted(row["id"] for row in drawn.asked)
+
+
+def test_the_prompt_shows_answered_examples(model, tokenizer, files, tmp_path):
+    evaluate(model, tokenizer, asking([QuestionSet("known", files["known"], fewshot=2, limit=3)]), tmp_path)
+    records = questions(tmp_path / "scores", "known")
+    shown = {record["prompt"].rsplit("\n\n", 1)[0] for record in records}
+    assert len(records) == 3
+    assert len(shown) == 1
+    assert shown.pop().count("Answer: ") == 2
+
+
+def test_the_seed_chooses_the_questions():
+    entry = QuestionSet("q", "q.jsonl", limit=4)
+    rows = KNOWN + UNKNOWN
+    assert draw(entry, rows, 1) == draw(entry, rows, 1)
+    assert draw(entry, rows, 1) != draw(entry, rows, 2)
+    assert {row["id"] for row in draw(entry, rows, 1).asked} < {row["id"] for row in draw(replace(entry, limit=8), rows, 1).asked}
+
+
+# --- continuing ------------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_evaluation_continues_with_the_next_benchmark(model, tokenizer, files, tmp_path):
+    config = asking([QuestionSet("known", files["known"])], [QuestionSet("steps", files["steps"])], text=files["text"])
+    told = []
+
+    def tell(name, done, total):
+        told.append((name, done, total))
+        if name == "steps" and killed:
+            raise KeyboardInterrupt
+
+    killed = True
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, tokenizer, config, tmp_path, on_progress=tell)
+    assert not (tmp_path / "scores.json").exists()
+    assert told[-2] == ("known", 16, 16)
+    killed = False
+    told.clear()
+    evaluate(model, tokenizer, config, tmp_path, on_progress=tell)
+    assert {name for name, *_ in told} == {"steps", "text"}
+    told.clear()
+    evaluate(model, tokenizer, config, tmp_path, on_progress=tell)
+    assert told == []
+
+
+def test_other_weights_or_questions_are_asked_again(model, tokenizer, files, tmp_path):
+    config = asking([QuestionSet("known", files["known"])])
+    assert evaluate(model, tokenizer, config, tmp_path).knowledge["known"].score == 1.0
+    told = []
+    evaluate(model, tokenizer, replace(config, seed=1), tmp_path, on_progress=lambda *args: told.append(args))
+    assert told
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    assert evaluate(model, tokenizer, config, tmp_path).knowledge["known"].score == 0.0
+
+
+# --- tasks of the harness --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub that has a few rows of everything."""
+    import datasets
+
+    rows = {
+        "google-research-datasets/nq_open": [{"question": r["question"], "answer": r["answers"]} for r in KNOWN],
+        "stanfordnlp/web_questions": KNOWN,
+        "openai/gsm8k": [{"question": r["question"], "answer": r["answers"][0]} for r in STEPS],
+        "EleutherAI/hendrycks_math": [{"problem": "1", "solution": "It is $\\boxed{2}$."}, {"problem": "2", "solution": "$\\boxed{5}$"}],
+    }
+
+    def load_dataset(path, name=None, **_):
+        table = datasets.Dataset.from_list(rows[path])
+        return datasets.DatasetDict(dict.fromkeys(("train", "validation", "test"), table))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+
+
+def test_harness_tasks_by_name(hub, model, tokenizer, tmp_path):
+    model.config.max_position_embeddings = 2048
+    config = asking(["nq_open", "webqs"], limit=5)
+    scores = evaluate(model, tokenizer, config, tmp_path)
+    assert scores.knowledge["nq_open"].questions == scores.knowledge["webqs"].questions == 5
+    assert scores.knowledge["webqs"].score == 1.0  # its prompt is the one that was taught
+    assert "lm_eval" in scores.knowledge["webqs"].version
+    records = questions(tmp_path / "scores", "webqs")
+    assert all(record["answer"] == record["gold"][0] for record in records)
+    assert all(math.isfinite(record["gold_loglikelihood"]) for record in records)
+    assert [r["id"] for r in records] == [r["id"] for r in questions(tmp_path / "scores", "nq_open")]
+
+
+def test_the_shipped_tasks_use_the_training_prompt(hub, model, tokenizer, tmp_path):
+    model.config.max_position_embeddings = 2048
+    scores = evaluate(model, tokenizer, asking(task=["farss_gsm8k", "farss_math"], limit=3), tmp_path)
+    assert scores.task["farss_math"].questions == 3
+    records = questions(tmp_path / "scores", "farss_gsm8k")
+    assert records[0]["prompt"].startswith("Do ")
+    assert records[0]["prompt"].endswith("\nR: Let's think step by step.")
+    assert all("farss_math_" in r["id"] for r in questions(tmp_path / "scores", "farss_math"))
+
+
+# --- grading ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "score"),
+    [
+        ("2 + 2 = 4\n#### 4", "#### 4", 1), ("The answer is: 42", "#### 42", 1), ("The answer is 42.", "#### 42", 1),
+        ("she has 7 left, 3 gone", "#### 3", 1), ("#### 1,234.50", "1234.5", 1), ("$18", "18.00", 1), ("-3", "3", 0),
+        ("The answer is: 5 and then 6", "5", 1), ("The answer is: none, 5 apples", "5", 1), ("no idea", "5", 0), ("", "5", 0),
+        ("The answer is: 1/2", "0.5", 1), ("1/0", "5", 0), ("#### \n The answer is:", "5", 0), ("0.1", ".1", 1),
+    ],
+)  # fmt: skip
+def test_numbers(answer, gold, score):
+    assert number(answer, [gold]) == score
+
+
+def test_a_text_without_a_number_has_none():
+    assert final_number("none") is None
+    assert number("none", ["none"]) == 0  # never an answer compared with itself
+
+
+def test_texts():
+    assert normalise(" The  U.S.A., an Answer!") == "usa answer"
+    assert exact_match("the Beatles.", ["Beatles"]) == 1
+    assert exact_match("Beatles band", ["Beatles"]) == 0
+    assert contains("It was the Beatles band", ["beatles"]) == 1
+    assert contains("beetlesque", ["beetles", "the"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [
+        ("The answer is: \\frac{1}{2}", 1), ("So \\boxed{0.5}", 1), ("The answer is: $\\frac{2}{4}$.\nNext", 1),
+        ("The answer is: 3", 0), ("", 0), ("\\frac{", 0),
+    ],
+)  # fmt: skip
+def test_mathematics(answer, score):
+    assert same_mathematics(answer, "Thus $\\boxed{\\frac{1}{2}}$.") == score
+    assert same_mathematics(answer, "no result") == 0
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("entry", "text"),
+    [
+        ("siqa", "no task 'siqa': did you mean 'social_iqa'?"),
+        ("triviaq", "did you mean 'triviaqa'?"),
+        ("humaneval", "'humaneval' executes programs that the model writes"),
+        ("mbpp_plus", "evaluate.run_generated_code=true"),
+        ("nq_open", "the data of lm_eval's task 'nq_open' cannot be loaded"),
+        ("a/b", "is also a file name"),
+    ],
+)
+def test_harness_names_that_cannot_be_asked(entry, text, model, tokenizer, tmp_path):
+    with pytest.raises(FarssError) as caught:
+        evaluate(model, tokenizer, asking([entry]), tmp_path)
+    assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"fewshot": 8}, ConfigError, "8 questions, none is left to ask after showing fewshot=8"),
+        ({"prompt": "Q: "}, ConfigError, "has no {question} in it"),
+        ({"metric": "number"}, DataError, "the answer 'red' of question 1"),
+        ({"max_tokens": 250}, ConfigError, "do not fit into the model's 256 tokens"),
+        ({"answers": "replies"}, DataError, "replies"),
+    ],
+)
+def test_question_sets_that_cannot_be_asked(options, error, text, model, tokenizer, files, tmp_path):
+    with pytest.raises(error) as caught:
+        evaluate(model, tokenizer, asking([QuestionSet("known", files["known"], **options)]), tmp_path)
+    assert text in str(caught.value)
+
+
+def test_without_the_harness(monkeypatch, model, tokenizer, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FarssError, match=r"pip install 'farss\[eval\]'"):
+        evaluate(model, tokenizer, asking(), tmp_path)
+
+
+# --- summary ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def three(model, tokenizer, files, tmp_path):
+    """Folders of a base model, of one that forgot (its last layer is damped), and of full fine-tuning (here the base)."""
+    config = asking([QuestionSet("mixed", files["mixed"])], [QuestionSet("steps", files["steps"])], text=files["text"], resamples=200)
+    evaluate(model, tokenizer, config, tmp_path / "base")
+    evaluate(model, tokenizer, config, tmp_path / "full")
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer.convert_tokens_to_ids("b")] *= -0.5  # no more black and blue
+    evaluate(model, tokenizer, config, tmp_path / "after")
+    return config, tmp_path
+
+
+def test_summary(three, tmp_path):
+    config, folder = three
+    summary = summarise(folder / "base", folder / "after", folder / "full" / "scores.json", config)
+    mixed, steps = summary.benchmarks
+    assert summary.K.value == pytest.approx(mixed.after / mixed.before) == 6 / 8
+    assert summary.K.low <= summary.K.value <= summary.K.high <= 1
+    assert summary.T.value == 1.0
+    assert summary.T.low == summary.T.high == 1.0  # paired: the same answers give the same ratio in every resample
+    assert summary.KT.value == pytest.approx(2 * 0.75 / 1.75)
+    assert summary.forgetting != 0
+    assert mixed.change.value == pytest.approx(-2 / 12)
+    assert mixed.gold_change.value == pytest.approx(mixed.gold_after - mixed.gold_before)
+    assert (steps.full, steps.full_low, mixed.full) == (1.0, 1.0, 8 / 12)
+    summary.save(tmp_path / "summary.json")
+    assert Summary.load(tmp_path / "summary.json") == summary
+
+
+def test_summary_without_full_fine_tuning(three):
+    config, folder = three
+    summary = summarise(folder / "base", folder / "after", None, config)
+    assert summary.K is not None
+    assert summary.T is summary.KT is None
+    assert summary.benchmarks[1].full is None
+
+
+def test_a_base_that_knows_nothing_has_no_k(three):
+    config, folder = three
+    path = folder / "base" / "scores" / "mixed.jsonl"
+    path.write_text("".join(json.dumps(json.loads(line) | {"score": 0.0}) + "\n" for line in path.read_text().splitlines()))
+    summary = summarise(folder / "base", folder / "after", folder / "full", config)
+    assert summary.K is summary.KT is None
+    assert summary.T is not None
+    assert "the base model scores 0 on 'mixed'" in summary.notes[0]
+
+
+def test_other_questions_cannot_be_compared(three, model, tokenizer, files):
+    config, folder = three
+    fewer = asking([QuestionSet("mixed", files["mixed"], limit=3)], [QuestionSet("steps", files["steps"])])
+    evaluate(model, tokenizer, fewer, folder / "fewer")
+    with pytest.raises(FolderError, match="answers to different questions of 'mixed'"):
+        summarise(folder / "base", folder / "fewer", None, config)
