@@ -286,4 +286,5 @@ def questions(folder: Path, name: str) -> list[dict[str, Any]]:
     path = folder / f"{name}.jsonl"
     if not path.is_file():
         raise FolderError(f"there is no {path}: run `farss evaluate` first")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    # Not splitlines(): answers may hold characters that it takes for line ends.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]

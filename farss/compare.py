@@ -62,7 +62,7 @@ def _sub_run(config: Config, method: str, seed: int, tell: Tell) -> Run:
 
     sub = from_dict(values)
     method_of(sub.plan)
-    return Run(sub, shared=Path(config.out), survey_seed=config.seed, tell=named)
+    return Run(sub, shared=Path(config.out), shared_seed=config.seed, tell=named)
 
 
 def _full_scores(config: Config, runs: list[Run], run: Run) -> Path | None:

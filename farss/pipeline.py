@@ -47,8 +47,8 @@ class Run:
     config: Config
     shared: Path | None = None
     """Folder whose `survey/` and `base/` are used instead of this run's own, in a comparison."""
-    survey_seed: int | None = None
-    """Seed of the shared survey; None: the run's own."""
+    shared_seed: int | None = None
+    """Seed of the shared survey and of the questions that are drawn; None: the run's own."""
     tell: Tell = _silent
     _live: Any = field(default=None, repr=False)
     """The trained model, while it is in memory."""
@@ -70,6 +70,11 @@ class Run:
     def common(self) -> Folder:
         """The folder that holds `survey/` and `base/`."""
         return Folder(self.shared) if self.shared else self.folder
+
+    @property
+    def common_config(self) -> Config:
+        """The configuration with the seed of what is shared, so that every run of a comparison is asked the same."""
+        return self.config if self.shared_seed is None else replace(self.config, seed=self.shared_seed)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -106,11 +111,12 @@ class Run:
 
     def survey(self) -> Survey:
         """`survey/`: the statistics and decompositions."""
-        config = self.config if self.survey_seed is None else replace(self.config, seed=self.survey_seed)
+        config = self.common_config
         options, place, cap = options_of(config, SURVEY_KEYS), self.common.path / "survey", survey_cap(config.plan)
         if self.common.is_done("survey", options):
             return _check_cap(Survey.load(place), cap)
-        examples = load_examples(config.data, self.tokenizer, config.seed) if self.survey_seed is not None else self.examples
+        same = config.seed == self.config.seed
+        examples = self.examples if same else load_examples(config.data, self.tokenizer, config.seed)
         chosen = sorted(choose(examples.rows, config.calibration.examples, config.seed), key=lambda row: -len(row["input_ids"]))
         parts = [collate(part, self.tokenizer.pad_token_id) for part in batches(chosen, config.calibration.batch_size)]
         model = load_model(config.model)
@@ -177,7 +183,7 @@ class Run:
         """`base/scores.json` (before), `scores.json` (after) and `summary.json`."""
         self.train()
         self.evaluate_base()
-        options = options_of(self.config, EVALUATE_KEYS)
+        options = options_of(self.common_config, EVALUATE_KEYS)
         if not self.folder.is_done("evaluate", options, redo=True):
             with self.folder.step("evaluate", options):
                 self._ask(self.trained(), self.path, "trained")
@@ -185,7 +191,7 @@ class Run:
 
     def evaluate_base(self) -> Scores:
         """`base/`: the untouched model's scores."""
-        options = options_of(self.config, ("model.path", *EVALUATE_KEYS))
+        options = options_of(self.common_config, ("model.path", *EVALUATE_KEYS))
         if not self.common.is_done("evaluate-base", options, redo=True):
             with self.common.step("evaluate-base", options):
                 self._ask(load_model(self.config.model), self.common.path / "base", "base")
@@ -234,8 +240,8 @@ class Run:
         return self._live.eval()
 
     def _ask(self, model: Any, folder: Path, who: str) -> None:
-        meta = {"model": self.config.model.path, "method": "base" if who == "base" else self.config.plan.method, "seed": self.config.seed}
-        evaluate(model, self.tokenizer, self.config, folder, meta, lambda name, done, total: self.tell(f"evaluate {who}", done, total, name))
+        meta = {"path": self.config.model.path, "method": "base" if who == "base" else self.config.plan.method}
+        evaluate(model, self.tokenizer, self.common_config, folder, meta, lambda name, done, total: self.tell(f"evaluate {who}", done, total, name))
 
 
 def check_questions(config: Config) -> None:

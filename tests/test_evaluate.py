@@ -19,6 +19,8 @@ from farss.errors import ConfigError, DataError, FarssError, FolderError
 from farss.evaluate import Summary, evaluate, summarise
 from farss.tasks.grading import contains, exact_match, final_number, normalise, number, same_mathematics
 from farss.tasks.questions import draw
+from farss.tasks.records import question_score
+from farss.tasks.text import rows_that_fit
 
 pytest.importorskip("lm_eval")
 
@@ -175,6 +177,17 @@ def test_bos_stands_in_front_exactly_once(model, tokenizer, files, tmp_path):
         assert row[row != 0][0] == 1
 
 
+@pytest.mark.parametrize(("opening", "count"), [("<s>", 1), ("", 0)])
+def test_a_chat_template_decides_about_bos_itself(opening, count, model, tokenizer, files, tmp_path):
+    chatty = deepcopy(tokenizer)
+    chatty.chat_template = opening + "{% for m in messages %}U{{ m['content'] }}{% endfor %}A"
+    config = replace(asking(task=[QuestionSet("steps", files["steps"])]), data=DataConfig(template="chat"))
+    rows = recorded(model, lambda: evaluate(model, chatty, config, tmp_path))
+    assert {int((row == 1).sum()) for batch in rows if batch.shape[1] > 1 for row in batch} == {count}
+    with pytest.raises(ConfigError, match="cannot be shown in a chat"):
+        evaluate(model, chatty, replace(config, evaluate=EvaluateConfig(task=[QuestionSet("s", files["steps"], fewshot=1)])), tmp_path)
+
+
 def test_generation_uses_the_cache_even_after_gradient_checkpointing(model, tokenizer, files, tmp_path):
     model.gradient_checkpointing_enable()
     model.config.use_cache = False
@@ -314,6 +327,20 @@ def test_the_shipped_tasks_use_the_training_prompt(hub, model, tokenizer, tmp_pa
     assert all("farss_math_" in r["id"] for r in questions(tmp_path / "scores", "farss_math"))
 
 
+@pytest.mark.parametrize(
+    ("value", "score"),
+    [(True, 1.0), (0.25, 0.25), ([True, False], 0.5), ((1, 1), 1.0), ((1, 0), 0.0), ("text", None), ([], None), (float("nan"), None)],
+)
+def test_metric_values_become_question_scores(value, score):
+    assert question_score(value) == score
+
+
+def test_logits_stay_below_their_bound():
+    assert rows_that_fit(16, 150, 32_000) == 16
+    assert rows_that_fit(16, 512, 262_144) == 2
+    assert rows_that_fit(16, 100_000, 262_144) == 1
+
+
 # --- grading ---------------------------------------------------------------------------------------------------------
 
 
@@ -435,6 +462,7 @@ def test_summary_without_full_fine_tuning(three):
     assert summary.K is not None
     assert summary.T is summary.KT is None
     assert summary.benchmarks[1].full is None
+    assert "evaluate.full_scores" in summary.notes[0]
 
 
 def test_a_base_that_knows_nothing_has_no_k(three):

@@ -211,7 +211,10 @@ def _learned(
 ) -> tuple[Estimate | None, Array | None]:
     """T and its draws; None and a note where it has no value."""
     tasks = [place for place, each in enumerate(outcomes) if each.kind == "task"]
-    if not tasks or not has_full:
+    if not tasks:
+        return None, None
+    if not has_full:
+        notes.append("T is not computed: it is relative to full fine-tuning, name its scores in evaluate.full_scores.")
         return None, None
     lacking = [outcomes[place].score.name for place in tasks if len(outcomes[place].scores) <= FULL]
     if lacking:
