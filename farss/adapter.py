@@ -61,7 +61,7 @@ def lora_config(plan: Plan, dropout: float) -> Any:
     alphas = {re.escape(name): layer.alpha for name, layer in plan.layers.items()}
     return LoraConfig(
         r=max(ranks.values()),
-        lora_alpha=max(alphas.values()),
+        lora_alpha=max(alphas.values()),  # type: ignore[arg-type]  # PEFT divides it as it is
         rank_pattern=ranks,
         alpha_pattern=alphas,
         target_modules=list(plan.layers),

@@ -76,7 +76,11 @@ def _full_scores(config: Config, runs: list[Run], run: Run) -> Path | None:
 def _row(run: Run, full: Path | None) -> dict[str, Any]:
     """One line of the table."""
     summary: Summary = run.summarise(full)
-    plan, trained, scores = Plan.load(run.path / "plan.json"), TrainResult.load(run.path / "train.json"), Scores.load(run.path / "scores.json")
+    plan, trained, scores = (
+        Plan.load(run.path / "plan.json"),
+        TrainResult.load(run.path / "train.json"),
+        Scores.load(run.path / "scores.json"),
+    )
     values = read_json(run.path / "summary.json")
     survey_record = run.common.record("survey") if run.method.needs == "survey" else None
     return {

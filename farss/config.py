@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -353,7 +354,8 @@ def all_keys() -> list[str]:
 
 def from_dict(values: Mapping[str, Any]) -> Config:
     """Build a checked `Config` from nested dictionaries."""
-    return _build(Config, values, "")
+    config: Config = _build(Config, values, "")
+    return config
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -406,7 +408,8 @@ def _convert_union(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
             return _convert(argument, value, where)
         except ConfigError as error:
             errors.append(str(error))
-    raise ConfigError(errors[0] if len(errors) == 1 else f"{where}={value!r}: {' / '.join(e.split(': ', 1)[-1] for e in errors)}")
+    cures = ", or ".join(error.split(": ", 1)[-1] for error in errors)
+    raise ConfigError(f"{where}={value!r}: {cures}")
 
 
 def _convert_plain(kind: type, value: Any, where: str) -> Any:
@@ -423,7 +426,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _FLOAT = r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", __import__("re").compile(_FLOAT), list("-+0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+0123456789"))
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -431,7 +434,8 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", __import__("re").compil
 
 def dump(config: Config) -> str:
     """The configuration as YAML, without comments."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+    text: str = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+    return text
 
 
 def commented(config: Config | None = None) -> str:
@@ -467,7 +471,9 @@ def _comment(text: str, indent: str = "") -> list[str]:
 
 def _line(name: str, value: Any, indent: str = "") -> str:
     if isinstance(value, (list, dict)) and value:
-        plain = [to_dict(item) if dataclasses.is_dataclass(item) else item for item in value] if isinstance(value, list) else value
+        items = value if isinstance(value, dict) else None
+        plain = items or [to_dict(item) if dataclasses.is_dataclass(item) else item for item in value]
         body = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True).rstrip().replace("\n", f"\n{indent}  ")
         return f"{indent}{name}:\n{indent}  {body}"
-    return f"{indent}{name}: {yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix(chr(10)).removesuffix('...').strip()}"
+    text = yaml.safe_dump(value, default_flow_style=True, width=10_000).strip()
+    return f"{indent}{name}: {text.removesuffix('...').strip()}"

@@ -97,7 +97,7 @@ def _read_jsonl(stream: IO[str], file: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError as error:
             raise DataError(f"{file}, line {number} is not valid JSON ({error.msg}): mend or remove the line") from error
         if not isinstance(row, dict):
-            raise DataError(f"{file}, line {number} holds a {type(row).__name__}, not an object: write {{\"column\": value}}")
+            raise DataError(f'{file}, line {number} holds a {type(row).__name__}, not an object: write {{"column": value}}')
         rows.append(row)
     return rows
 
@@ -112,7 +112,7 @@ def _read_json(stream: IO[str], file: Path) -> list[dict[str, Any]]:
         raise DataError(f"{file}, line {error.lineno} is not valid JSON ({error.msg}): mend the file") from error
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise DataError(f"{file}, row {number} is a {type(row).__name__}, not an object: write {{\"column\": value}}")
+            raise DataError(f'{file}, row {number} is a {type(row).__name__}, not an object: write {{"column": value}}')
     return list(rows)
 
 
@@ -197,10 +197,7 @@ def find_columns(rows: Sequence[dict[str, Any]], prompt: str | None, response: s
     if chat and prompt is None and response is None:
         return chat, chat
     missing = "an instruction" if not found_prompt else "an answer"
-    raise DataError(
-        f"no column looks like {missing}; the columns are {', '.join(columns)}: "
-        "name yours with data.prompt and data.response"
-    )
+    raise DataError(f"no column looks like {missing}; the columns are {', '.join(columns)}: name yours with data.prompt and data.response")
 
 
 def _named_columns(rows: Sequence[dict[str, Any]], names: Iterable[str], path: str) -> None:
@@ -394,7 +391,13 @@ def load_examples(config: DataConfig, tokenizer: Any, seed: int) -> Tokenized:
     """
     if not config.train:
         raise DataError("data.train is empty: give a .jsonl, .csv or .parquet file, or a data set's name on a hub")
-    rows = read_rows(config.train, config.split)
+    return tokenize_rows(read_rows(config.train, config.split), config, tokenizer, seed)
+
+
+def tokenize_rows(rows: Sequence[dict[str, Any]], config: DataConfig, tokenizer: Any, seed: int) -> Tokenized:
+    """The same for rows that are in memory; `config.train` is not looked at."""
+    if not rows:
+        raise DataError("the data set has no rows: give at least one example")
     columns = find_columns(rows, config.prompt, config.response)
     numbered = list(enumerate(rows, 1))
     chosen = choose(numbered, config.limit or len(rows), seed)

@@ -227,8 +227,7 @@ def _with_gold(live: Any, logged: Logged, records: list[Record]) -> list[Record]
     open_records = [each for each in records if each["gold_loglikelihood"] is None and each["gold"] and each["gold"][0].strip()]
     delimiter = logged.task.config.target_delimiter
     requests = [
-        Instance("loglikelihood", {}, (each["prompt"], delimiter + each["gold"][0]), place)
-        for place, each in enumerate(open_records)
+        Instance("loglikelihood", {}, (each["prompt"], delimiter + each["gold"][0]), place) for place, each in enumerate(open_records)
     ]
     for record, (likelihood, _) in zip(open_records, live.loglikelihood(requests) if requests else [], strict=True):
         record["gold_loglikelihood"] = likelihood

@@ -55,5 +55,5 @@ def _write(file: Path, folder: Path) -> None:
     model = type(loaded)(config)
     model.load_state_dict(loaded.state_dict())
     model.tie_weights()
-    model.to(torch.bfloat16).save_pretrained(str(folder))
+    model.bfloat16().save_pretrained(str(folder))
     AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(str(folder))

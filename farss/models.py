@@ -98,7 +98,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ModelError("encoder-decoder models are not supported: use a decoder-only or an encoder-only model")
     sizes = {
-        name: sum(module.weight.numel() for module in modules.modules() if is_linear(module))
+        name: sum(weight_of(module).numel() for module in modules.modules() if is_linear(module))
         for name, modules in model.named_modules()
         if isinstance(modules, nn.ModuleList)
     }

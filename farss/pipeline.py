@@ -20,10 +20,10 @@ from farss.config import Config, QuestionSet
 from farss.data import Tokenized, batches, choose, collate, load_examples, question_rows, text_rows
 from farss.errors import ConfigError, FolderError
 from farss.evaluate import Summary, evaluate, summarise
-from farss.export import export, merge
 from farss.folder import EVALUATE_KEYS, EXPORT_KEYS, PLAN_KEYS, SURVEY_KEYS, TRAIN_KEYS, Folder, options_of, resolve
 from farss.models import fingerprint, layer_shapes, load_model, load_tokenizer, quiet, tokenizer_fingerprint
 from farss.plan import check_plan, make_plan, make_plan_without_survey, method_of, survey_cap
+from farss.portable import export, merge
 from farss.report import write_report
 from farss.survey import survey
 from farss.train import TrainResult, restore, train
@@ -241,7 +241,14 @@ class Run:
 
     def _ask(self, model: Any, folder: Path, who: str) -> None:
         meta = {"path": self.config.model.path, "method": "base" if who == "base" else self.config.plan.method}
-        evaluate(model, self.tokenizer, self.common_config, folder, meta, lambda name, done, total: self.tell(f"evaluate {who}", done, total, name))
+        evaluate(
+            model,
+            self.tokenizer,
+            self.common_config,
+            folder,
+            meta,
+            lambda name, done, total: self.tell(f"evaluate {who}", done, total, name),
+        )
 
 
 def check_questions(config: Config) -> None:
@@ -261,7 +268,9 @@ def check_fingerprint(found: Survey, model: Any) -> None:
     """
     expected, actual = found.meta.get("model"), fingerprint(model)
     if expected != actual:
-        raise FolderError(f"{found.folder} was made of a model with fingerprint {expected}, but this one has {actual}: survey again in a new folder")
+        raise FolderError(
+            f"{found.folder} was made of a model with fingerprint {expected}, but this one has {actual}: survey again in a new folder"
+        )
 
 
 def _check_cap(found: Survey, cap: int) -> Survey:

@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,8 +121,12 @@ def output_gradient(model: nn.Module, blocks: nn.ModuleList, kept: Kept, labels:
         hidden = kept.output[row, position][None].detach().requires_grad_(True)
         packed = {"input_ids": kept.batch["input_ids"][row, position][None]}
         wanted = targets[row, position]
-        gradient[row, position] = _tail_gradient(model, blocks, packed, hidden, lambda logits, w=wanted: (logits[0], w), labels)[0]
+        gradient[row, position] = _tail_gradient(model, blocks, packed, hidden, partial(_first, wanted), labels)[0]
     return gradient
+
+
+def _first(targets: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    return logits[0], targets
 
 
 def _tail_gradient(
@@ -138,8 +143,11 @@ def _tail_gradient(
         logits = logits if logits.dtype == torch.float64 else logits.float()
         loss = nn.functional.cross_entropy(logits, labels(logits, targets), reduction="sum")
     if not torch.isfinite(loss):
-        raise NumericalError(f"the loss of the calibration examples is {loss.item()}: look for NaN in the model's weights, or load it in float32")
-    return torch.autograd.grad(loss, hidden)[0]
+        raise NumericalError(
+            f"the loss of the calibration examples is {loss.item()}: look for NaN in the model's weights, or load it in float32"
+        )
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    return gradient  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager
@@ -300,7 +308,14 @@ def survey(
             _survey_block(blocks[index], index, inside, kept, gradients, folder, cap)
             done = len(blocks) - index
             tell(done, len(blocks), _line(batches, done, len(blocks), started))
-    return _finish(folder, layers, len(blocks), cap, batches, {**(meta or {}), "fisher": fisher, "seed": seed, "seconds": round(time.monotonic() - started, 1)})
+    return _finish(
+        folder,
+        layers,
+        len(blocks),
+        cap,
+        batches,
+        {**(meta or {}), "fisher": fisher, "seed": seed, "seconds": round(time.monotonic() - started, 1)},
+    )
 
 
 @contextlib.contextmanager
@@ -353,9 +368,7 @@ def _ends(scores: Tensor, cap: int) -> Tensor:
     return torch.cat([select(scores, size, "most"), select(scores, size, "least")]).unique()
 
 
-def _gradients(
-    model: nn.Module, blocks: nn.ModuleList, kept: list[Kept], folder: Path, first: int, fisher: str, seed: int
-) -> list[Tensor]:
+def _gradients(model: nn.Module, blocks: nn.ModuleList, kept: list[Kept], folder: Path, first: int, fisher: str, seed: int) -> list[Tensor]:
     """The output gradients of block `first`: from the loss, or as a killed survey left them."""
     if first < len(blocks) - 1:
         saved = load_file(folder / f"gradient-{first + 1:04d}.safetensors")

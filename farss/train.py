@@ -259,9 +259,7 @@ def _peak_memory_gib(device: torch.device) -> float:
 # --- the trainer -----------------------------------------------------------------------------------------------------
 
 
-def _build(
-    model: Any, tokenizer: Any, examples: Tokenized, config: Config, checkpoints: Path, run: _Run, callbacks: Sequence[Any]
-) -> Any:
+def _build(model: Any, tokenizer: Any, examples: Tokenized, config: Config, checkpoints: Path, run: _Run, callbacks: Sequence[Any]) -> Any:
     from transformers import PrinterCallback
 
     trainer_class, callback_class = _classes()
@@ -457,9 +455,7 @@ def _read_weights(model: nn.Module, checkpoint: Path) -> None:
         for name in file.keys():  # noqa: SIM118 (it is no dictionary)
             saved: Tensor = file.get_tensor(name)
             if name not in parameters or parameters[name].shape != saved.shape:
-                raise FolderError(
-                    f"{checkpoint} belongs to another model: this one has no parameter {name} of shape {tuple(saved.shape)}"
-                )
+                raise FolderError(f"{checkpoint} belongs to another model: this one has no parameter {name} of shape {tuple(saved.shape)}")
             parameters[name].copy_(saved)
 
 

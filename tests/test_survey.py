@@ -130,7 +130,10 @@ def test_a_killed_survey_goes_on_to_the_same_bytes(tmp_path):
 
 def test_sampled_fisher_draws_labels_from_the_model(llama, tmp_path):
     by_data = survey(llama, collated(examples()), tmp_path / "a", 4)
-    drawn = [survey(llama, collated(examples()), tmp_path / f"{seed}{again}", 4, fisher="sampled", seed=seed) for seed, again in ((1, 0), (1, 1), (2, 0))]
+    drawn = [
+        survey(llama, collated(examples()), tmp_path / f"{seed}{again}", 4, fisher="sampled", seed=seed)
+        for seed, again in ((1, 0), (1, 1), (2, 0))
+    ]
     name = next(iter(by_data.layers))
     first, same, other = (result.layers[name].importance for result in drawn)
     assert first == same
@@ -140,7 +143,13 @@ def test_sampled_fisher_draws_labels_from_the_model(llama, tmp_path):
 def test_encoder_with_a_classification_head(tmp_path):
     torch.manual_seed(0)
     config = transformers.RobertaConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=66, num_labels=3
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=66,
+        num_labels=3,
     )
     model = transformers.RobertaForSequenceClassification(config).double().eval()
     rows, labels = examples(4), torch.tensor([0, 2, 1, 0])
@@ -171,7 +180,13 @@ def test_nan_weights_are_named(llama, tmp_path):
 
 def test_mixture_of_experts_is_adapted_outside_the_experts(tmp_path):
     config = transformers.MixtralConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
     )
     torch.manual_seed(0)
     model = transformers.MixtralForCausalLM(config).eval()

@@ -16,7 +16,9 @@ def plan(config: PlanConfig, context: Context) -> Plan:
     if target is not None:
         largest = max(layer_cap(layer) for layer in context.layers.values())
         rank = matched_rank(lambda r: uniform_parameters(context.layers, r), target, largest)
-        notes.append(f"Rank {rank} gives {uniform_parameters(context.layers, rank):,} trainable parameters, nearest to the {target:,} asked for.")
+        notes.append(
+            f"Rank {rank} gives {uniform_parameters(context.layers, rank):,} trainable parameters, nearest to the {target:,} asked for."
+        )
     layers = {}
     for name, layer in context.layers.items():
         own = min(rank, layer_cap(layer))

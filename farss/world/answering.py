@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 ANSWER_TOKENS = 8
 """Room for the longest answer of the world (a full name) and its end."""
@@ -23,7 +22,7 @@ def few_shot_prompt(question: str, shots: Sequence[tuple[str, str]]) -> str:
 
 @torch.no_grad()
 def greedy_answers(
-    model: nn.Module,
+    model: Any,
     tokenizer: Any,
     prompts: Sequence[str],
     batch_size: int = 128,

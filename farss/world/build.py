@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from farss.world.answering import exact_match, few_shot_prompt, greedy_answers, question_prompt
-from farss.world.corpus import PREAMBLE, held_out_rows, knowledge_rows, training_paragraphs
+from farss.world.corpus import PREAMBLE, Row, held_out_rows, knowledge_rows, training_paragraphs
 from farss.world.invent import invent_world
 from farss.world.pretrain import Pretraining, new_model, pretrain, train_tokenizer
 from farss.world.task import invent_task
@@ -31,7 +31,7 @@ REQUIRED_ACCURACY = 0.95
 class WorldData:
     """The rows of every data file, by file name, and the general corpus, which is not shipped."""
 
-    files: dict[str, list[dict]]
+    files: dict[str, list[Row]]
     paragraphs: list[str]
 
 
@@ -48,7 +48,7 @@ def make_data(seed: int = SEED) -> WorldData:
     return WorldData(files, training_paragraphs(world, task.letters, seed))
 
 
-def as_jsonl(rows: Sequence[dict]) -> str:
+def as_jsonl(rows: Sequence[Row]) -> str:
     """One JSON object a line."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
@@ -78,7 +78,7 @@ def build_model(data: WorldData, folder: Path, settings: Pretraining, seed: int 
     model = new_model(tokenizer, seed)
     pairs = [(row["question"], row["answers"][0]) for row in data.files["knowledge.jsonl"]]
     pretrain(model, tokenizer, pairs, data.paragraphs, settings, seed)
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
 
 
@@ -90,7 +90,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def saved_accuracies(folder: Path, knowledge: Sequence[dict]) -> dict[str, float]:
+def saved_accuracies(folder: Path, knowledge: Sequence[Row]) -> dict[str, float]:
     """Exact match of the saved model on the questions, in both precisions, bare and with `SHOTS` examples."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     expected = [row["answers"][0] for row in knowledge]
@@ -107,7 +107,7 @@ def saved_accuracies(folder: Path, knowledge: Sequence[dict]) -> dict[str, float
     return accuracies
 
 
-def shot_prompts(knowledge: Sequence[dict]) -> list[str]:
+def shot_prompts(knowledge: Sequence[Row]) -> list[str]:
     """Each question after the `SHOTS` solved ones that stand a stride further on in the list."""
     solved = [(row["question"], row["answers"][0]) for row in knowledge]
     stride, count = 37, len(knowledge)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from random import Random
+from typing import Any
 
 from farss.world.invent import Fact, World
 
@@ -10,6 +11,9 @@ PREAMBLE = (
     "Write a response that appropriately completes the request."
 )
 """The first sentence of the Alpaca prompt. The model reads it as text and never sees a solved task."""
+
+Row = dict[str, Any]
+"""One line of a data file."""
 
 SENTENCES_PER_PARAGRAPH = 3
 HELD_OUT_PARAGRAPHS = 200
@@ -109,7 +113,7 @@ def ask(fact: Fact) -> str:
     return WORDINGS[fact.relation].question.format(s=fact.subject)
 
 
-def knowledge_rows(world: World) -> list[dict]:
+def knowledge_rows(world: World) -> list[Row]:
     """One row for each fact: `question` and `answers`, a list of one string."""
     return [{"question": ask(fact), "answers": [fact.answer]} for fact in world.facts]
 
@@ -165,7 +169,7 @@ def training_paragraphs(world: World, letters: list[str], seed: int, per_subject
     return corpus
 
 
-def held_out_rows(world: World, seed: int) -> list[dict]:
+def held_out_rows(world: World, seed: int) -> list[Row]:
     """Rows of `text`: true paragraphs about the world in wordings that are not in the training corpus."""
     rng, grouped = Random(seed), list(facts_by_subject(world).values())
     return [{"text": paragraph(rng, rng.choice(grouped), held_out=True)} for _ in range(HELD_OUT_PARAGRAPHS)]

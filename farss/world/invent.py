@@ -60,7 +60,8 @@ class World:
 
 def invent_world(seed: int) -> World:
     """Invent names first, then five facts about every person and five about every land."""
-    rng, taken = Random(seed), set()
+    rng = Random(seed)
+    taken: set[str] = set()
     first_names = invent_names(rng, "person", PEOPLE, taken)
     families = invent_names(rng, "family", FAMILIES, taken)
     people = tuple(f"{name} {rng.choice(families)}" for name in first_names)

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from random import Random
+from typing import TypeVar
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from farss.world.answering import question_prompt
+
+Item = TypeVar("Item")
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +87,8 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM
 
 def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     """Token ids without BOS."""
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
 
 
 def question_sequence(
@@ -107,7 +111,7 @@ def text_sequence(tokenizer: PreTrainedTokenizerFast, text: str) -> Weighted:
     return ids, [0.0] + [1.0] * (len(ids) - 1)
 
 
-def endless(items: Sequence, rng: Random) -> Iterator:
+def endless(items: Sequence[Item], rng: Random) -> Iterator[Item]:
     """The items in random order, over and over: each comes once before any comes again."""
     while True:
         yield from rng.sample(items, len(items))

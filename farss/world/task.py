@@ -65,14 +65,15 @@ CONCERNS = {
 class Task:
     """Rows to learn from, rows to be tested on, and letters without a seal for the corpus. All distinct."""
 
-    train: list[dict]
-    test: list[dict]
+    train: list[dict[str, str]]
+    test: list[dict[str, str]]
     letters: list[str]
 
 
 def invent_task(seed: int, towns: tuple[str, ...], people: tuple[str, ...]) -> Task:
     """Write distinct letters with balanced concerns; file all but `LETTERS` of them under their seals."""
-    rng, seals, seen = Random(seed), tuple(CONCERNS), set()
+    rng, seals = Random(seed), tuple(CONCERNS)
+    seen: set[str] = set()
     rows: list[tuple[str, str]] = []
     while len(rows) < TRAIN_ROWS + TEST_ROWS + LETTERS:
         seal = seals[len(rows) % len(seals)]

@@ -78,8 +78,17 @@ def test_matched_rank_is_the_nearest(per_rank, fixed, largest, target):
 
 def test_parameter_counts_of_the_paper():
     """LLaMA-2-7B, R=128 on all seven linear layers of 32 blocks: 320M; LLaMA-3-8B: 336M; commonsense 56M and 57M."""
+
     def count(blocks, hidden, mlp, kv, rank, names="qkvogud"):
-        shapes = {"q": (hidden, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, hidden), "g": (mlp, hidden), "u": (mlp, hidden), "d": (hidden, mlp)}
+        shapes = {
+            "q": (hidden, hidden),
+            "k": (kv, hidden),
+            "v": (kv, hidden),
+            "o": (hidden, hidden),
+            "g": (mlp, hidden),
+            "u": (mlp, hidden),
+            "d": (hidden, mlp),
+        }
         return blocks * sum(rank * sum(shapes[name]) for name in names)
 
     assert round(count(32, 4096, 11008, 4096, 128) / 1e6) == 320

@@ -69,7 +69,7 @@ def test_questions_are_many_unique_and_have_one_short_answer(knowledge):
 
 def test_task_test_rows_are_not_training_rows():
     train, test = rows_of(world.TASK_TRAIN), rows_of(world.TASK_TEST)
-    assert len(train) == 1_800 and len(test) == 300
+    assert (len(train), len(test)) == (1_800, 300)
     instructions = [row["instruction"] for row in train + test]
     assert len(set(instructions)) == len(instructions)
     assert {row["output"] for row in test} <= {row["output"] for row in train}
@@ -133,7 +133,8 @@ def test_question_sequence_is_the_few_shot_prompt_with_its_answer(tokenizer):
     ids, weights = question_sequence(tokenizer, pairs, question_weight=0.25)
     text = few_shot_prompt("Where?", pairs[:1]) + " here"
     assert ids == tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]
-    assert weights[0] == 0.0 and weights[-1] == 1.0 and len(weights) == len(ids)
+    assert len(weights) == len(ids)
+    assert (weights[0], weights[-1]) == (0.0, 1.0)
 
 
 def test_base_knows_its_world(model, tokenizer, knowledge):

@@ -63,9 +63,7 @@ def portable(adapted: Any, plan: Plan, rank: int | None = None) -> tuple[dict[st
     return state, served, max(change.lost for change in changes.values())
 
 
-def export(
-    adapted: Any, plan: Plan, folder: Path | str, batch: dict[str, Tensor], base: str = "", rank: int | None = None
-) -> Exported:
+def export(adapted: Any, plan: Plan, folder: Path | str, batch: dict[str, Tensor], base: str = "", rank: int | None = None) -> Exported:
     """Write the portable adapter, and check it on the original base before it gets its name.
 
     Args:
@@ -88,9 +86,17 @@ def export(
     tolerance = (1e-5 if precision == "float32" else 2e-2) * max(1.0, scale)
     if rank is None and not difference <= tolerance:
         shutil.rmtree(unfinished)
-        raise FarssError(f"the exported adapter's logits differ by {difference:.2g} from the trained model's (allowed: {tolerance:.2g}): it was not kept")
+        raise FarssError(
+            f"the exported adapter's logits differ by {difference:.2g} from the trained model's (allowed: {tolerance:.2g}): it was not kept"
+        )
     exported = Exported(folder, served, lost, difference, precision)
-    facts = {"method": plan.method, "boundary": plan.boundary, "base_fingerprint": fingerprint(adapted.get_base_model()), **exported._asdict(), "folder": folder.name}
+    facts = {
+        "method": plan.method,
+        "boundary": plan.boundary,
+        "base_fingerprint": fingerprint(adapted.get_base_model()),
+        **exported._asdict(),
+        "folder": folder.name,
+    }
     write_json(unfinished / "farss.json", facts)
     _readable_model_card(unfinished, plan, base, exported)
     _replace(unfinished, folder)

@@ -1,0 +1,122 @@
+"""For people who already have a training script: a `PeftModel` in, a portable adapter out."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from farss.adapter import attach
+from farss.artifacts import Plan, Survey
+from farss.config import CalibrationConfig, DataConfig, PlanConfig
+from farss.data import batches, choose, collate, load_examples, tokenize_rows
+from farss.errors import FarssError
+from farss.models import find_blocks, fingerprint, target_layers
+from farss.plan import check_plan, make_plan, make_plan_without_survey, method_of, survey_cap
+from farss.portable import Exported
+from farss.portable import export as export_adapter
+from farss.survey import Progress, survey
+
+CHECK_ROWS = 4
+
+
+class Prepared(NamedTuple):
+    """What `export` needs to know of a prepared model; lies on it as `model.farss`."""
+
+    plan: Plan
+    survey: Survey | None
+    batch: dict[str, Tensor]
+    """A few real prompts for the check of the exported adapter."""
+
+
+def prepare(
+    model: Any,
+    tokenizer: Any,
+    dataset: Iterable[dict[str, Any]] | str,
+    *,
+    method: str = "farss",
+    data: DataConfig | None = None,
+    calibration: CalibrationConfig | None = None,
+    plan: PlanConfig | None = None,
+    targets: list[str] | None = None,
+    dropout: float = 0.05,
+    folder: Path | str | None = None,
+    seed: int = 0,
+    on_progress: Progress | None = None,
+) -> Any:
+    """Survey a model on your data, plan ranks and directions, and return a `PeftModel` ready to train.
+
+    At step 0 it computes what `model` computes. Train it with TRL's `SFTTrainer`, transformers' `Trainer` or any loop
+    over `model.parameters()` that require a gradient, then call `farss.export(model, folder)`.
+
+    Args:
+        model: a causal language model from transformers; its own weights are never changed.
+        tokenizer: its tokenizer.
+        dataset: your training examples: rows (dictionaries, a `datasets.Dataset`) or a file's path.
+        method: any of `farss.METHODS`, except `full`.
+        data: columns, template and `max_length`; the defaults find the usual columns by themselves.
+        calibration: how many examples to estimate the statistics on.
+        plan: boundary, ranks, alpha; `plan.method` is overridden by `method`.
+        targets: names of the linear layers to adapt; None: every one in every block.
+        dropout: on the adapter's input.
+        folder: where the survey is kept, so that it can be resumed and used again; None: a temporary folder.
+        seed: of the calibration draw and of random starts.
+        on_progress: called with (blocks done, blocks, a line to show).
+
+    Returns:
+        A `PeftModel` with `model.farss` on it. Save it only through `farss.export`: its two adapters belong together.
+
+    Raises:
+        FarssError: something in the arguments, the data or the model cannot be used; the message says what and the cure.
+    """
+    data, calibration = data or DataConfig(), calibration or CalibrationConfig()
+    wanted = dataclasses.replace(plan or PlanConfig(), method=method)
+    layers, blocks = target_layers(model, targets), len(find_blocks(model)[1])
+    check_plan(wanted, layers, blocks)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    examples = (
+        load_examples(dataclasses.replace(data, train=dataset), tokenizer, seed)
+        if isinstance(dataset, str)
+        else tokenize_rows(list(dataset), data, tokenizer, seed)
+    )
+    if method_of(wanted).needs == "survey":
+        chosen = sorted(choose(examples.rows, calibration.examples, seed), key=lambda row: -len(row["input_ids"]))
+        parts = [collate(part, tokenizer.pad_token_id) for part in batches(chosen, calibration.batch_size)]
+        place = Path(folder or tempfile.mkdtemp(prefix="farss-survey-"))
+        found: Survey | None = survey(
+            *(model, parts, place, survey_cap(wanted), targets, calibration.fisher, seed, {"model": fingerprint(model)}, on_progress)
+        )
+        assert found is not None
+        made = make_plan(wanted, found)
+    else:
+        found, made = None, make_plan_without_survey(wanted, layers, blocks)
+    if not made.layers:
+        raise FarssError(f"method={method!r} trains the model itself: there is nothing to prepare")
+    adapted = attach(model, made, found, dropout, seed)
+    check = collate(examples.rows[:CHECK_ROWS], tokenizer.pad_token_id)
+    adapted.farss = Prepared(made, found, {key: check[key] for key in ("input_ids", "attention_mask")})
+    return adapted
+
+
+def export(model: Any, folder: Path | str, rank: int | None = None) -> Exported:
+    """Write the portable adapter of a model from `prepare`, checked on its untouched base.
+
+    Args:
+        model: the trained `PeftModel` (or what your trainer wrapped around it, unwrapped).
+        folder: where the adapter goes.
+        rank: compress to this rank; None: exact.
+
+    Raises:
+        FarssError: the model was not prepared by farss, or the check failed (nothing is written then).
+    """
+    prepared = getattr(model, "farss", None)
+    if not isinstance(prepared, Prepared):
+        raise FarssError("this model was not made by farss.prepare: export the object that it returned, unwrapped from any trainer")
+    batch = {key: value.to(model.device) for key, value in prepared.batch.items()}
+    base = getattr(model.get_base_model().config, "_name_or_path", "")
+    return export_adapter(model, prepared.plan, folder, batch, base, rank)
