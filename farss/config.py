@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import itertools
 import re
 import types
 import typing
@@ -459,7 +460,7 @@ def field_help(cls: type) -> dict[str, str]:
     """Map each field of a dataclass to the docstring under it."""
     body = ast.parse(inspect.cleandoc(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
     texts: dict[str, str] = {}
-    for statement, following in zip(body, body[1:], strict=False):
+    for statement, following in itertools.pairwise(body):
         if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
             texts[statement.target.id] = " ".join(following.value.value.split())  # type: ignore[union-attr, attr-defined]
     return texts

@@ -295,7 +295,7 @@ def survey(
     """
     folder = Path(folder)
     layers = target_layers(model, targets)
-    prefix, blocks = find_blocks(model)
+    _, blocks = find_blocks(model)
     started, tell = time.monotonic(), on_progress or (lambda done, total, line: None)
     device = next(model.parameters()).device
     with frozen(model):

@@ -9,7 +9,7 @@ import textwrap
 import pytest
 import torch
 import transformers
-from conftest import examples
+from small_models import examples
 
 from farss.artifacts import Survey
 from farss.data import batches, collate
@@ -105,7 +105,7 @@ def test_a_killed_survey_goes_on_to_the_same_bytes(tmp_path):
     script = textwrap.dedent("""
         import sys, os, signal
         sys.path.insert(0, sys.argv[1])
-        from conftest import examples, small
+        from small_models import examples, small
         from test_survey import collated
         from farss.survey import survey
         def tell(done, total, line):

@@ -37,7 +37,7 @@ def decompose(weight: Tensor) -> Decomposition:
 def _through_gram(weight: Tensor) -> Decomposition:
     wide = weight.shape[0] <= weight.shape[1]
     gram = weight @ weight.T if wide else weight.T @ weight
-    values, vectors = torch.linalg.eigh(gram)
+    _, vectors = torch.linalg.eigh(gram)
     vectors = vectors.flip(1)
     other = (weight.T if wide else weight) @ vectors
     sigma = other.norm(dim=0)  # more accurate for small directions than the root of the eigenvalue

@@ -19,7 +19,13 @@ def demo_config(out: str) -> Config:
     values["evaluate"] |= {
         "knowledge": [{"name": "world_facts", "data": str(world.KNOWLEDGE), "max_tokens": ANSWER_TOKENS}],
         "task": [
-            {"name": "letter_seals", "data": str(world.TASK_TEST), "question": "instruction", "answers": "output", "max_tokens": ANSWER_TOKENS}
+            {
+                "name": "letter_seals",
+                "data": str(world.TASK_TEST),
+                "question": "instruction",
+                "answers": "output",
+                "max_tokens": ANSWER_TOKENS,
+            }
         ],
         "text": str(world.TEXT),
     }

@@ -1,5 +1,6 @@
 """Laws of the inverse rank allocation."""
 
+import itertools
 import math
 
 import pytest
@@ -19,7 +20,7 @@ def test_inside_the_bounds_and_monotone(budget, values, r_min, r_max, data):
     ranks = BUDGETS[budget](values, r_avg, r_min, [r_max] * len(values))
     assert all(r_min <= rank <= r_max for rank in ranks)
     pairs = sorted(zip(values, ranks, strict=True))
-    for (low, more), (high, less) in zip(pairs, pairs[1:], strict=False):
+    for (low, more), (high, less) in itertools.pairwise(pairs):
         assert low == high or more >= less
 
 

@@ -1,0 +1,66 @@
+"""Small models and token rows built in memory. Nothing here needs a network."""
+
+import torch
+import transformers
+
+VOCABULARY = 97
+
+
+def small(kind: str, **options):
+    """A small random model of an architecture, float64, in eval mode."""
+    common = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 80,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "attn_implementation": "sdpa",
+    }
+    special = {
+        "llama": (transformers.LlamaConfig, {}),
+        "llama-gqa": (transformers.LlamaConfig, {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True}),
+        "gemma3": (
+            transformers.Gemma3TextConfig,
+            {"num_key_value_heads": 1, "head_dim": 16, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
+        ),
+        "qwen3": (transformers.Qwen3Config, {"num_key_value_heads": 2, "head_dim": 8}),
+        "gpt2": (
+            transformers.GPT2Config,
+            {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64},
+        ),
+        "phi3": (transformers.Phi3Config, {"num_key_value_heads": 2}),
+        "gpt-neox": (transformers.GPTNeoXConfig, {}),
+    }
+    config_class, extra = special[kind]
+    values = {**common, **extra, **options}
+    if kind == "gpt2":
+        keep = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "attn_implementation")
+        values = {**{key: common[key] for key in keep}, **extra, "n_layer": values.get("num_hidden_layers", 4)}
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config_class(**values), dtype=torch.float64)
+    with torch.no_grad():  # default initialisation is so small that every layer is nearly linear
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(5)
+            elif "bias" in name:
+                parameter.normal_(std=0.1)
+    return model.eval()
+
+
+ARCHITECTURES = ("llama", "llama-gqa", "gemma3", "qwen3", "gpt2", "phi3", "gpt-neox")
+
+
+def examples(count=6, length=11, seed=0):
+    """Token rows of different lengths with a supervised end, as `data.Tokenized.rows` holds them."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for index in range(count):
+        size = length - (index * 2) % 5
+        ids = torch.randint(3, VOCABULARY, (size,), generator=generator).tolist()
+        rows.append({"input_ids": ids, "completion_mask": [0] * 4 + [1] * (size - 4)})
+    return rows
