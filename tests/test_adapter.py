@@ -1,0 +1,102 @@
+"""The adapted model equals the base at step 0, whatever the method, and leaves the base untouched."""
+
+import pytest
+import torch
+from small_models import ARCHITECTURES, examples, small
+
+from farss.adapter import START, TRAINED, attach, lora_layers
+from farss.config import PlanConfig
+from farss.data import batches, collate
+from farss.errors import FarssError
+from farss.maths.directions import decompose
+from farss.models import find_blocks, target_layers, weight_of
+from farss.plan import make_plan, make_plan_without_survey
+from farss.survey import survey
+
+CONFIG = PlanConfig(boundary=2, rank=8, r_min=1, r_avg=4, r_max=6, alpha=16.0)
+
+
+def surveyed(kind, folder, dtype=torch.float32):
+    model = small(kind).to(dtype)
+    found = survey(model, [collate(part, 0) for part in batches(examples(), 3)], folder, cap=8)
+    return model, found, make_plan(CONFIG, found)
+
+
+def logits(model):
+    batch = collate(examples(), 0)
+    with torch.no_grad():
+        found = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return found[batch["attention_mask"].bool()]
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_step_zero_equals_the_base(kind, tmp_path):
+    """Law 3, in float32."""
+    model, found, plan = surveyed(kind, tmp_path)
+    before = logits(model)
+    adapted = attach(model, plan, found, dropout=0.05).eval()
+    scale = max(1.0, before.abs().max().item())
+    assert (logits(adapted) - before).abs().max() <= 1e-5 * scale
+
+
+def test_step_zero_in_bfloat16_is_the_base_too(tmp_path):
+    model, found, plan = surveyed("llama", tmp_path, torch.bfloat16)
+    before = logits(model)
+    difference = (logits(attach(model, plan, found).eval()) - before).abs().max().item()
+    assert difference <= 2**-7 * before.abs().max().item()  # one unit in the last place of the largest logit
+
+
+def test_the_start_is_the_chosen_part_of_the_weight(tmp_path):
+    model, found, plan = surveyed("gpt2", tmp_path)
+    weights = {name: weight_of(model.get_submodule(name)).double() for name in plan.layers}
+    adapted = attach(model, plan, found)
+    for name, module in lora_layers(adapted, plan).items():
+        u, sigma, v = decompose(weights[name])
+        chosen = plan.layers[name].directions
+        start = module.scaling[TRAINED] * module.lora_B[TRAINED].weight @ module.lora_A[TRAINED].weight
+        torch.testing.assert_close(start.double(), (u[:, chosen] * sigma[chosen]) @ v[:, chosen].T, rtol=1e-4, atol=1e-5)
+
+
+def test_the_base_is_untouched_and_only_the_adapter_trains(tmp_path):
+    model, found, plan = surveyed("llama", tmp_path)
+    before = {name: weight_of(model.get_submodule(name)).clone() for name in plan.layers}
+    adapted = attach(model, plan, found)
+    trainable = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    assert sum(parameter.numel() for parameter in trainable) == plan.parameters
+    for parameter in trainable:
+        parameter.data += 1
+    for name, weight in before.items():
+        assert torch.equal(weight_of(adapted.base_model.model.get_submodule(name).base_layer), weight)
+
+
+def test_both_adapters_are_rounded_alike(tmp_path):
+    model, found, plan = surveyed("llama", tmp_path)
+    for module in lora_layers(attach(model, plan, found), plan).values():
+        assert torch.equal(module.lora_A[TRAINED].weight, module.lora_A[START].weight)
+        assert torch.equal(module.lora_B[TRAINED].weight, -module.lora_B[START].weight)
+
+
+def test_lora_starts_at_the_base_and_depends_on_the_seed():
+    starts = []
+    for seed in (0, 0, 1):
+        model = small("llama").float()
+        before = logits(model)
+        plan = make_plan_without_survey(PlanConfig(method="lora", rank=4), target_layers(model), len(find_blocks(model)[1]))
+        adapted = attach(model, plan, seed=seed).eval()
+        assert torch.equal(logits(adapted), before)
+        starts.append(next(iter(lora_layers(adapted, plan).values())).lora_A[TRAINED].weight)
+    assert torch.equal(starts[0], starts[1])
+    assert not torch.equal(starts[0], starts[2])
+
+
+def test_full_fine_tuning_trains_the_model_itself():
+    model = small("llama")
+    plan = make_plan_without_survey(PlanConfig(method="full"), target_layers(model), 4)
+    assert attach(model, plan) is model
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_directions_without_their_survey_are_refused(tmp_path):
+    model, _, plan = surveyed("llama", tmp_path)
+    with pytest.raises(FarssError, match="give the survey its plan was made from"):
+        attach(model, plan)

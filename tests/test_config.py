@@ -1,0 +1,86 @@
+"""The configuration survives a round trip, documents itself, and refuses what it does not know by name."""
+
+import dataclasses
+
+import pytest
+import yaml
+
+from farss.config import Config, all_keys, commented, dump, field_help, from_dict, load, override, to_dict
+from farss.errors import ConfigError
+
+FIXED = (
+    "model.path data.train data.max_length calibration.examples plan.method plan.boundary plan.rank plan.r_min plan.r_avg plan.r_max "
+    "plan.alpha plan.budget train.learning_rate seed out"
+).split()
+
+
+def test_the_promised_option_names_exist():
+    assert set(FIXED) <= set(all_keys())
+
+
+def test_printed_configuration_is_the_default_and_documents_every_option(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(commented(), encoding="utf-8")
+    assert load(path) == Config()
+    text = commented()
+    for entry in dataclasses.fields(Config):
+        section = getattr(Config(), entry.name)
+        for help_text in field_help(type(section)).values() if dataclasses.is_dataclass(section) else ():
+            assert f"# {help_text}" in text
+
+
+def test_round_trip_with_question_sets(tmp_path):
+    config = override(Config(), ["evaluate.knowledge=[triviaqa, {name: ours, data: q.jsonl, fewshot: 5}]", "compare.settings={full: {seed: 3}}"])
+    assert from_dict(yaml.safe_load(dump(config))) == config
+    path = tmp_path / "run.yaml"
+    path.write_text(commented(config), encoding="utf-8")
+    assert load(path) == config
+
+
+def test_numbers_as_people_write_them():
+    assert override(Config(), ["train.learning_rate=1e-4"]).train.learning_rate == 1e-4
+    assert override(Config(), ["train.epochs=3"]).train.epochs == 3.0
+    assert override(Config(), ["plan.alpha=64"]).plan.alpha == 64
+    assert override(Config(), ["plan.alpha=constant"]).plan.alpha == "constant"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train.lerning_rate=1", "unknown key 'train.lerning_rate': did you mean 'train.learning_rate'?"),
+        ("tran.seed=1", "unknown key 'tran.seed'"),
+        ("plan.rank=1.5", "plan.rank=1.5: give a whole number"),
+        ("plan.rank=0", "plan.rank=0: a rank is 1 or more"),
+        ("plan.r_avg=90", "plan.r_avg=90 is larger than plan.r_max=64"),
+        ("plan.alpha=-1", "plan.alpha=-1.0: give a number above 0"),
+        ("plan.alpha=big", "plan.alpha='big'"),
+        ("plan.budget=papr", "plan.budget='papr': did you mean 'paper'?"),
+        ("plan.boundary=0", "plan.boundary=0: give 1 or more"),
+        ("train.micro_batch_size=5", "does not divide train.batch_size=16"),
+        ("data.template=nothing", "choose alpaca, chat or plain"),
+        ("evaluate.knowledge=[{name: a, data: b, questoin: c}]", "did you mean 'evaluate.knowledge[0].question'?"),
+        ("evaluate.task=[a, a]", "asks 'a' twice"),
+        ("seed", "'seed' is not of the form key=value"),
+        ("train=3", "train is 3: give `key: value` pairs"),
+    ],
+)
+def test_mistakes_are_named_with_their_cure(text, message):
+    with pytest.raises(ConfigError) as caught:
+        override(Config(), [text])
+    assert message in str(caught.value)
+
+
+def test_missing_and_broken_files(tmp_path):
+    with pytest.raises(ConfigError, match=r"there is no configuration file .*`farss config >"):
+        load(tmp_path / "none.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1", encoding="utf-8")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load(broken)
+    broken.write_text("- 1", encoding="utf-8")
+    with pytest.raises(ConfigError, match="holds a list"):
+        load(broken)
+
+
+def test_plain_dictionaries_only():
+    assert from_dict(to_dict(Config())) == Config()

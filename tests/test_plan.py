@@ -1,0 +1,135 @@
+"""Plans from one survey: sides by the block, ranks by importance, any later choice without a new pass."""
+
+import dataclasses
+
+import pytest
+import torch
+from small_models import examples, small
+
+from farss.artifacts import Plan
+from farss.config import PlanConfig
+from farss.data import batches, collate
+from farss.errors import ConfigError
+from farss.maths.directions import select
+from farss.methods.base import uniform_parameters
+from farss.models import find_blocks, target_layers
+from farss.plan import check_plan, make_plan, make_plan_without_survey, survey_cap
+from farss.survey import survey
+
+BASE = PlanConfig(boundary=2, rank=8, r_min=1, r_avg=4, r_max=6)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    parts = [collate(part, 0) for part in batches(examples(), 3)]
+    return survey(small("llama-gqa"), parts, tmp_path_factory.mktemp("survey"), cap=16)
+
+
+def test_side_is_decided_by_the_block_never_by_the_rank(found):
+    for rank in (2, 8):
+        plan = make_plan(dataclasses.replace(BASE, rank=rank), found)
+        for layer in plan.layers.values():
+            assert layer.side == ("least" if layer.block < 2 else "most")
+
+
+def test_directions_are_the_ends_of_the_score_order(found):
+    plan = make_plan(BASE, found)
+    for name, layer in plan.layers.items():
+        scores = found.directions(name).scores
+        assert layer.directions == select(scores, layer.rank, layer.side).tolist()
+        assert len(layer.directions) == layer.rank <= min(layer.shape)
+        chosen, rest = scores[layer.directions], scores[[i for i in range(len(scores)) if i not in layer.directions]]
+        if len(rest):
+            assert (chosen.max() <= rest.min()) if layer.side == "least" else (chosen.min() >= rest.max())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"boundary": 1},
+        {"boundary": 4},
+        {"rank": 16},
+        {"r_avg": 2, "r_max": 3},
+        {"budget": "exact"},
+        {"shallow_directions": "most"},
+        {"deep_directions": "least"},
+        {"alpha": 32.0},
+        {"match_params": "lora"},
+    ],
+)
+def test_one_survey_answers_every_plan(found, tmp_path, changes):
+    config = dataclasses.replace(BASE, **changes)
+    parts = [collate(part, 0) for part in batches(examples(), 3)]
+    fresh = survey(small("llama-gqa"), parts, tmp_path, cap=survey_cap(config))
+    assert make_plan(config, found) == make_plan(config, fresh)
+    for name, layer in make_plan(config, found).layers.items():
+        for one, two in zip(found.vectors(name, layer.directions), fresh.vectors(name, layer.directions), strict=True):
+            assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize(("alpha", "scaling"), [("uniform", 1.0), (16.0, 2.0), (4, 0.5)])
+def test_one_scale_in_every_layer(found, alpha, scaling):
+    plan = make_plan(dataclasses.replace(BASE, alpha=alpha), found)
+    assert {layer.scaling for layer in plan.layers.values()} == {scaling}
+    assert len({layer.rank for layer in plan.layers.values()}) > 1
+
+
+def test_constant_alpha_reproduces_the_released_code(found):
+    plan = make_plan(dataclasses.replace(BASE, alpha="constant"), found)
+    assert {layer.alpha for layer in plan.layers.values()} == {8.0}
+
+
+def test_matched_parameters_are_within_one_rank_step(found):
+    plan = make_plan(dataclasses.replace(BASE, match_params="lora"), found)
+    target = uniform_parameters(found.layers, BASE.rank)
+    step = sum(sum(layer.shape) for layer in plan.layers.values() if layer.block >= 2)
+    assert abs(plan.parameters - target) <= step
+    assert plan.rank > BASE.rank
+    assert f"{plan.parameters:,}" in plan.notes[-1]
+
+
+def test_the_budget_that_clipping_loses_is_told(found):
+    paper, exact = (make_plan(dataclasses.replace(BASE, budget=budget), found) for budget in ("paper", "exact"))
+    handed_out = sum(layer.rank for layer in exact.layers.values() if layer.block < 2)
+    assert handed_out == BASE.r_avg * 14
+    assert not exact.notes
+    lost = sum(layer.rank for layer in paper.layers.values() if layer.block < 2)
+    assert (lost == handed_out) == (not paper.notes)
+
+
+def test_saved_and_loaded(found, tmp_path):
+    plan = make_plan(BASE, found)
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+
+
+def test_default_boundary_lies_between_the_eighth_and_the_quarter():
+    from farss.methods.farss import choose_boundary
+
+    for blocks in (12, 18, 24, 32, 40, 42, 80):
+        assert blocks // 8 <= choose_boundary(PlanConfig(), blocks) <= -(-blocks // 4) + 1
+    assert choose_boundary(PlanConfig(), 1) == 1
+
+
+def test_lora_needs_no_survey_and_has_no_directions():
+    model = small("llama")
+    plan = make_plan_without_survey(PlanConfig(method="lora", rank=8), target_layers(model), len(find_blocks(model)[1]))
+    assert {layer.rank for layer in plan.layers.values()} == {8}
+    assert not any(layer.directions for layer in plan.layers.values())
+    assert plan.parameters == uniform_parameters(target_layers(model), 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"boundary": 5}, r"plan.boundary=5, but the model has 4 blocks: choose 1..4"),
+        ({"rank": 200}, r"plan.rank=200, but no target layer has a rank above 32"),
+        ({"method": "lorra"}, r"plan.method='lorra' is not a method: did you mean 'lora'"),
+        ({"boundary": 4, "match_params": "lora"}, r"every block is shallow: lower plan.boundary"),
+    ],
+)
+def test_what_the_model_does_not_allow(found, changes, message):
+    config = dataclasses.replace(BASE, **changes)
+    with pytest.raises(ConfigError, match=message):
+        check_plan(config, found.layers, found.blocks)
+        make_plan(config, found)

@@ -1,0 +1,141 @@
+"""The exported adapter gives the trained model's logits on the untouched base, under every reader's rules."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from small_models import small
+from test_adapter import logits, surveyed
+
+from farss import portable as portable_module
+from farss.adapter import START, TRAINED, adapter_change, attach
+from farss.data import collate
+from farss.errors import FarssError
+from farss.maths.compress import compress
+from farss.portable import SERVED_RANKS, export, merge
+from small_models import examples  # isort: skip
+
+
+def trained(kind, folder, dtype=torch.float32):
+    """A model after a made-up training."""
+    model, found, plan = surveyed(kind, folder / "survey", dtype)
+    adapted = attach(model, plan, found)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+    return adapted.eval(), plan
+
+
+def prompts():
+    batch = collate(examples(3), 0)
+    return {key: batch[key] for key in ("input_ids", "attention_mask")}
+
+
+@pytest.mark.parametrize("kind", ["llama-gqa", "gemma3", "gpt2", "phi3", "gpt-neox"])
+def test_stock_peft_on_the_untouched_base(kind, tmp_path):
+    adapted, plan = trained(kind, tmp_path)
+    expected = logits(adapted)
+    done = export(adapted, plan, tmp_path / "adapter", prompts(), base="base")
+    assert torch.equal(logits(adapted), expected)  # the check left no trace
+    stock = PeftModel.from_pretrained(small(kind).float(), str(tmp_path / "adapter")).eval()
+    tolerance = 1e-5 * max(1.0, expected.abs().max().item())
+    assert (logits(stock) - expected).abs().max() <= tolerance
+    assert done.logit_difference <= tolerance
+    assert (logits(small(kind).float()) - expected).abs().max() > 100 * tolerance  # training did change something
+
+
+def test_bfloat16_base_to_a_thousandth(tmp_path):
+    adapted, plan = trained("llama", tmp_path, torch.bfloat16)
+    done = export(adapted, plan, tmp_path / "adapter", prompts())
+    assert done.logit_difference <= 1e-3
+    assert done.precision == "float32"
+    assert next(adapted.get_base_model().parameters()).dtype == torch.bfloat16
+    stock = PeftModel.from_pretrained(small("llama").bfloat16(), str(tmp_path / "adapter")).eval()
+    assert (logits(stock.float()) - logits(adapted.float())).abs().max() <= 1e-3
+
+
+def test_one_rank_alpha_equal_to_it_and_no_patterns(tmp_path):
+    adapted, plan = trained("llama", tmp_path)
+    done = export(adapted, plan, tmp_path / "adapter", prompts())
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == done.rank == 16
+    assert done.rank in SERVED_RANKS
+    assert not config["rank_pattern"]
+    assert not config["alpha_pattern"]
+    assert not config["use_rslora"]
+    state = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {tensor.shape[0] for key, tensor in state.items() if "lora_A" in key} == {done.rank}
+    assert {tensor.shape[1] for key, tensor in state.items() if "lora_B" in key} == {done.rank}
+    assert not any(START in key or TRAINED in key for key in state)
+
+
+def test_every_reader_sees_the_same_change(tmp_path):
+    """PEFT and vLLM scale by one alpha / r, llama.cpp by alpha / each tensor's own rank."""
+    adapted, plan = trained("llama", tmp_path)
+    export(adapted, plan, tmp_path / "adapter", prompts())
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    state = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    for name in plan.layers:
+        a, b = (state[f"base_model.model.{name}.lora_{part}.weight"].double() for part in "AB")
+        left, right = adapter_change(adapted, plan, name)
+        for scaling in (config["lora_alpha"] / config["r"], config["lora_alpha"] / a.shape[0]):
+            torch.testing.assert_close(scaling * b @ a, left @ right, rtol=1e-5, atol=1e-6)
+
+
+def test_merged_model_equals_the_trained_one(tmp_path):
+    import transformers
+
+    class NoTokenizer:
+        def save_pretrained(self, folder):
+            return None
+
+    for kind in ("llama", "gpt2"):
+        adapted, plan = trained(kind, tmp_path / kind)
+        merge(adapted, plan, NoTokenizer(), tmp_path / kind / "model", torch.float32)
+        merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / kind / "model").eval()
+        expected = logits(adapted)
+        assert (logits(merged) - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max().item())
+
+
+def test_compression_says_what_it_lost(tmp_path):
+    adapted, plan = trained("llama", tmp_path)
+    exact = export(adapted, plan, tmp_path / "exact", prompts())
+    small_one = export(adapted, plan, tmp_path / "small", prompts(), rank=2)
+    assert exact.lost == 0
+    assert 0 < small_one.lost < 1
+    assert small_one.rank == 8  # the next rank that servers accept
+    assert small_one.logit_difference > exact.logit_difference
+
+
+def test_an_adapter_that_would_score_wrong_is_not_kept(tmp_path, monkeypatch):
+    adapted, plan = trained("llama", tmp_path)
+    honest = portable_module.portable
+
+    def wrong(*args):
+        state, rank, lost = honest(*args)
+        key = next(key for key in state if "lora_B" in key)
+        return {**state, key: state[key] + 0.5}, rank, lost
+
+    monkeypatch.setattr(portable_module, "portable", wrong)
+    with pytest.raises(FarssError, match="logits differ by"):
+        export(adapted, plan, tmp_path / "adapter", prompts())
+    assert not list(tmp_path.glob("*adapter*"))
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+def test_compress_is_the_best_of_its_rank(rank):
+    left, right = (torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s, shape in enumerate([(9, 6), (6, 7)]))
+    b, a, lost = compress(left, right, rank)
+    sigma = torch.linalg.svdvals(left @ right)
+    expected = 0.0 if rank is None else (sigma[rank:].norm() / sigma.norm()).item()
+    assert lost == pytest.approx(expected, abs=1e-12)
+    assert ((b @ a - left @ right).norm() / sigma.norm()).item() == pytest.approx(expected, abs=1e-12)
+    torch.testing.assert_close(b.norm(dim=0), a.norm(dim=1))
+
+
+def test_compress_nothing():
+    b, a, lost = compress(torch.zeros(4, 2), torch.zeros(2, 3))
+    assert (b.shape, a.shape, lost) == ((4, 0), (0, 3), 0.0)
