@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from farss.config import Config, commented, load, override
-from farss.errors import FarssError
+from farss.errors import FarssError, UsageError
 
 app = typer.Typer(
     help="Fine-tune a language model on your data without losing what it knew.",
@@ -223,7 +223,7 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder, or its run
 
     place = Path(load(folder).out) if folder.is_file() else folder
     if not (place / "config.yaml").is_file():
-        raise FarssError(f"{place} is no run folder: there is no config.yaml in it")
+        raise UsageError(f"{place} is no run folder: there is no config.yaml in it")
     _where({"report": write_report(place)})
 
 

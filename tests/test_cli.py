@@ -1,0 +1,61 @@
+"""Words to calls, user errors to one sentence and an exit code."""
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from farss import world
+from farss.cli import app
+from farss.config import Config, from_dict
+from farss.methods import METHODS
+
+COMMANDS = "demo config run survey plan train evaluate export report compare methods gemma".split()
+
+
+def farss(*arguments, cwd=None):
+    return subprocess.run([sys.executable, "-m", "farss.cli", *map(str, arguments)], capture_output=True, text=True, cwd=cwd, check=False)
+
+
+def test_every_command_has_help():
+    listed = CliRunner().invoke(app, ["--help"]).output
+    for command in COMMANDS:
+        assert command in listed
+        assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0
+
+
+def test_config_prints_a_usable_file():
+    output = CliRunner().invoke(app, ["config"]).output
+    assert from_dict(yaml.safe_load(output.replace("2.0e-05", "0.00002").replace("2e-05", "0.00002"))) == Config()
+
+
+def test_methods_lists_them_all():
+    output = CliRunner().invoke(app, ["methods"]).output
+    assert all(name in output for name in METHODS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["run", "missing.yaml"], 2, "there is no configuration file missing.yaml"),
+        (["run", "run.yaml", "train.lr=1"], 2, "unknown key 'train.lr'"),
+        (["run", "run.yaml", "model.path=nowhere/at/all"], 2, "there is no such folder"),
+        (["run", "run.yaml", f"model.path={world.MODEL}", "plan.boundary=77"], 2, "the model has 12 blocks"),
+        (["report", "."], 2, "is no run folder"),
+    ],
+)
+def test_one_sentence_and_an_exit_code(tmp_path, arguments, code, message):
+    (tmp_path / "run.yaml").write_text(f"data: {{train: '{world.TASK_TRAIN}', limit: 20}}\nplan: {{rank: 16}}\n")
+    result = farss(*arguments, cwd=tmp_path)
+    assert result.returncode == code
+    assert message in " ".join(result.stderr.split())
+    assert result.stderr.startswith("farss: ")
+    assert "Traceback" not in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+
+
+def test_importing_loads_nothing_heavy():
+    code = "import sys, farss, farss.config; print([m for m in ('torch', 'transformers', 'peft', 'trl', 'lm_eval', 'datasets') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

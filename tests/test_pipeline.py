@@ -1,0 +1,242 @@
+"""The whole line on a small model: skipped when done, refused when changed, the same after a SIGKILL in any step."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_models import small
+from transformers import AutoTokenizer
+
+from farss import world
+from farss.artifacts import Plan, Survey
+from farss.compare import compare
+from farss.config import from_dict, load, override
+from farss.errors import ConfigError, DataError, FolderError, ModelError
+from farss.folder import resolve
+from farss.pipeline import Run
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """A small random LLaMA with the world's tokenizer, on disk."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = AutoTokenizer.from_pretrained(world.MODEL)
+    ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    model = small("llama-gqa", vocab_size=len(tokenizer), max_position_embeddings=256, **ids).float()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def settings(model_folder, out):
+    return {
+        "model": {"path": str(model_folder)},
+        "data": {"train": str(world.TASK_TRAIN), "max_length": 96, "limit": 64},
+        "calibration": {"examples": 8, "batch_size": 4},
+        "plan": {"boundary": 1, "rank": 8, "r_avg": 4, "r_max": 6},
+        "train": {"learning_rate": 1e-3, "max_steps": 6, "batch_size": 4, "save_steps": 2, "logging_steps": 1, "precision": "fp32"},
+        "evaluate": {
+            "knowledge": [{"name": "facts", "data": str(world.KNOWLEDGE), "limit": 6, "max_tokens": 2}],
+            "task": [{"name": "seals", "data": str(world.TASK_TEST), "question": "instruction", "answers": "output", "limit": 6, "max_tokens": 2}],
+            "text": str(world.TEXT),
+            "resamples": 100,
+        },
+        "out": str(out),
+    }
+
+
+@pytest.fixture
+def config(model_folder, tmp_path):
+    return from_dict(settings(model_folder, tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def done(model_folder, tmp_path_factory):
+    """A finished run."""
+    run = Run(from_dict(settings(model_folder, tmp_path_factory.mktemp("done") / "run")))
+    run.all()
+    return run
+
+
+def test_everything_lies_where_it_should(done):
+    names = {path.name for path in done.path.iterdir()}
+    expected = "config.yaml versions.json survey plan.json checkpoints train.json adapter base scores scores.json summary.json report.html steps"
+    assert names == set(expected.split())
+    assert {path.name for path in (done.path / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "farss.json", "README.md"}
+    assert not list(done.path.rglob("adapter_config.json"))[1:]  # nowhere else could one be loaded by mistake
+    assert not list(done.path.rglob("*.part"))
+
+
+def test_the_promised_content_of_survey_and_plan(done):
+    survey = json.loads((done.path / "survey" / "survey.json").read_text())
+    plan = json.loads((done.path / "plan.json").read_text())
+    tensors = {}
+    for file in (done.path / "survey").glob("*.safetensors"):
+        tensors |= load_file(file)
+    assert set(survey["layers"]) == set(plan["layers"])
+    for name, layer in survey["layers"].items():
+        assert layer["importance"] > 0
+        k = min(layer["shape"])
+        for part in ("sigma", "lam", "gam"):
+            assert tensors[f"{name}.{part}"].shape == (k,)
+            assert tensors[f"{name}.{part}"].dtype == torch.float32
+        assert (tensors[f"{name}.sigma"].diff() <= 0).all()
+        planned = plan["layers"][name]
+        assert planned["side"] == ("least" if layer["block"] < 1 else "most")
+        assert len(planned["directions"]) == planned["rank"]
+        assert planned["alpha"] == planned["rank"]
+
+
+def test_a_finished_run_is_not_done_again(done):
+    before = {path: path.stat().st_mtime_ns for path in done.path.rglob("*") if path.is_file()}
+    again = Run(load(done.path / "config.yaml"))  # replayed from its own folder
+    again.all()
+    rewritten = {path.name for path in before if path.stat().st_mtime_ns != before[path]}
+    assert rewritten <= {"config.yaml", "versions.json", "summary.json", "report.html"}
+
+
+@pytest.mark.parametrize(("text", "key"), [("train.learning_rate=2e-3", "train.learning_rate"), ("data.limit=32", "data.limit"), ("plan.rank=4", "plan.rank")])
+def test_a_folder_of_another_configuration_is_refused(done, text, key):
+    before = (done.path / "train.json").read_bytes()
+    with pytest.raises(FolderError, match=f"made with {key}="):
+        Run(override(done.config, [text])).all()
+    assert (done.path / "train.json").read_bytes() == before
+
+
+def test_training_can_be_rebuilt_in_another_process(done):
+    fresh = Run(done.config)
+    live = fresh.trained()
+    summary = fresh.evaluate()
+    assert summary.KT is None or summary.KT.value >= 0
+    state = load_file(done.path / "adapter" / "adapter_model.safetensors")
+    fresh.folder.path.joinpath("steps", "export.json").unlink()
+    fresh.export()
+    again = load_file(done.path / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(tensor, again[name]) for name, tensor in state.items())
+    assert live is fresh.trained()
+
+
+def test_replanning_needs_no_new_survey(config):
+    run = Run(config)
+    run.claim()
+    first = run.plan()
+    stamp = (run.path / "survey" / "survey.json").stat().st_mtime_ns
+    second = Run(override(config, ["plan.boundary=2", "plan.budget=exact"]))
+    second.claim()
+    assert second.plan() != first
+    assert (run.path / "survey" / "survey.json").stat().st_mtime_ns == stamp
+    assert Plan.load(run.path / "plan.json").boundary == 2
+
+
+def test_a_survey_of_another_model_is_refused(config, model_folder, tmp_path):
+    run = Run(config)
+    run.claim()
+    run.plan()
+    file = run.path / "survey" / "survey.json"
+    values = json.loads(file.read_text())
+    values["meta"]["model"] = "0123456789abcdef"
+    file.write_text(json.dumps(values))
+    with pytest.raises(FolderError, match=r"fingerprint 0123456789abcdef, but this one has [0-9a-f]{16}"):
+        Run(config).train()
+
+
+def test_comparison_shares_survey_and_base(model_folder, tmp_path):
+    values = settings(model_folder, tmp_path / "all")
+    values["plan"]["match_params"] = "lora"
+    values["compare"] = {"methods": ["full", "lora", "farss"], "seeds": [0, 1], "settings": {"full": {"train.learning_rate": 1e-4}}}
+    folder = compare(from_dict(values), lambda *_: None)
+    comparison = json.loads((folder / "comparison.json").read_text())
+    assert [(row["method"], row["seed"]) for row in comparison["rows"]] == [(m, s) for s in (0, 1) for m in ("full", "lora", "farss")]
+    assert {row["learning_rate"] for row in comparison["rows"] if row["method"] == "full"} == {1e-4}
+    assert not list(folder.glob("*-seed*/survey"))
+    assert not list(folder.glob("*-seed*/base"))
+    assert Survey.load(folder / "survey").examples == 8
+    by_method = {row["method"]: row["parameters"] for row in comparison["rows"]}
+    assert by_method["farss"] == pytest.approx(by_method["lora"], rel=0.15)
+    assert (folder / "comparison.md").read_text().count("\n| ") >= 4
+    assert (folder / "full-seed0" / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (["model.path=/nowhere"], ModelError, "there is no such folder"),
+        (["model.path=''"], ModelError, "model.path is empty"),
+        (["data.train=''"], ConfigError, "data.train is empty"),
+        (["data.train=/nowhere.jsonl"], DataError, "/nowhere.jsonl"),
+        (["data.prompt=nothing"], DataError, "nothing"),
+        (["data.max_length=8"], DataError, "data.max_length"),
+        (["plan.boundary=9"], ConfigError, "the model has 4 blocks"),
+        (["plan.rank=99"], ConfigError, "plan.rank=99"),
+        (["plan.method=frass"], ConfigError, "did you mean 'farss'"),
+        (["evaluate.knowledge=[{name: x, data: /nowhere.jsonl}]"], DataError, "/nowhere.jsonl"),
+        (["out=${NOT_SET_ANYWHERE}/x"], ConfigError, "NOT_SET_ANYWHERE is not set"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(config, tmp_path, changes, error, message):
+    with pytest.raises(error) as caught:
+        Run(override(config, changes)).all()
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("precious")
+    with pytest.raises(FolderError, match="is not empty and is no run folder"):
+        Run(config).all()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_paths_are_absolute_and_variables_expanded(config, monkeypatch, tmp_path):
+    monkeypatch.setenv("PLACE", str(world.TASK_TRAIN.parent))
+    monkeypatch.chdir(tmp_path)
+    found = resolve(override(config, ["data.train=${PLACE}/task_train.jsonl", "out=here"]))
+    assert found.data.train == str(world.TASK_TRAIN)
+    assert found.out == str(tmp_path / "here")
+
+
+# --- killed in any step ----------------------------------------------------------------------------------------------
+
+MOMENTS = {
+    "survey": "survey/block-0002.safetensors",
+    "train": "checkpoints/checkpoint-2/complete.json",
+    "export": "steps/export.json",
+    "evaluate": "base/scores/facts.json",
+}
+
+
+def start(config_file, until=None):
+    """Run the command line; SIGKILL it as soon as the file `until` exists."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen([sys.executable, "-m", "farss.cli", "run", str(config_file)], env=environment, stdout=subprocess.DEVNULL)
+    while until is not None and process.poll() is None:
+        if until.exists():
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.002)
+    return process.wait()
+
+
+def test_killed_in_every_step_it_ends_at_the_same_result(model_folder, done, tmp_path):
+    values = settings(model_folder, tmp_path / "run")
+    config_file = tmp_path / "run.yaml"
+    config_file.write_text(json.dumps(values))
+    for moment in MOMENTS.values():
+        assert start(config_file, tmp_path / "run" / moment) == -signal.SIGKILL, moment
+    assert start(config_file) == 0
+    whole, killed = done.path, tmp_path / "run"
+    for file in sorted((whole / "survey").glob("*.safetensors")):
+        assert file.read_bytes() == (killed / "survey" / file.name).read_bytes(), file.name
+    assert (whole / "plan.json").read_bytes() == (killed / "plan.json").read_bytes()
+    one, two = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (whole, killed))
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+    for name in ("facts", "seals"):
+        assert (whole / "scores" / f"{name}.jsonl").read_bytes() == (killed / "scores" / f"{name}.jsonl").read_bytes()
