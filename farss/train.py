@@ -109,7 +109,7 @@ def train(
             _read_weights(model, newest)
             return run.result()
         log.info("continuing from %s", newest)
-    with _unchanged(model), _quiet(), _memory_cure(config.train):
+    with _unchanged(model), _quiet(), _answers_only(), _memory_cure(config.train):
         trainer = _build(model, tokenizer, examples, config, checkpoints, run, callbacks)
         trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
     return run.result()
@@ -428,6 +428,26 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         notices.set_verbosity(before)
+
+
+@contextlib.contextmanager
+def _answers_only() -> Iterator[None]:
+    """Let TRL's output layer score answer tokens only, on every device.
+
+    Without Triton it scores the prompts and the padding too, and multiplies by zero: with short answers and a
+    vocabulary of 262,144 that is four fifths of a step's time. The loss is the same.
+    """
+    from trl.trainer import utils
+
+    before = getattr(utils, "_use_triton", None)
+    if before is None:  # a TRL that decides otherwise: slower at worst
+        yield
+        return
+    utils._use_triton = lambda device: True
+    try:
+        yield
+    finally:
+        utils._use_triton = before
 
 
 @contextlib.contextmanager
