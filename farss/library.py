@@ -73,6 +73,8 @@ def prepare(
     Raises:
         FarssError: something in the arguments, the data or the model cannot be used; the message says what and the cure.
     """
+    if method_of(dataclasses.replace(PlanConfig(), method=method)).name == "full":
+        raise FarssError("method='full' trains the model itself: there is nothing to prepare")
     data, calibration = data or DataConfig(), calibration or CalibrationConfig()
     wanted = dataclasses.replace(plan or PlanConfig(), method=method)
     layers, blocks = target_layers(model, targets), len(find_blocks(model)[1])
@@ -95,8 +97,6 @@ def prepare(
         made = make_plan(wanted, found)
     else:
         found, made = None, make_plan_without_survey(wanted, layers, blocks)
-    if not made.layers:
-        raise FarssError(f"method={method!r} trains the model itself: there is nothing to prepare")
     adapted = attach(model, made, found, dropout, seed)
     check = collate(examples.rows[:CHECK_ROWS], tokenizer.pad_token_id)
     adapted.farss = Prepared(made, found, {key: check[key] for key in ("input_ids", "attention_mask")})

@@ -12,7 +12,7 @@ from farss.cli import app
 from farss.config import Config, from_dict
 from farss.methods import METHODS
 
-COMMANDS = "demo config run survey plan train evaluate export report compare methods gemma".split()
+COMMANDS = ["demo", "config", "run", "survey", "plan", "train", "evaluate", "export", "report", "compare", "methods", "gemma"]
 
 
 def farss(*arguments, cwd=None):

@@ -32,9 +32,7 @@ def byte_tokenizer(chat: str | None = None, bos: bool = True) -> PreTrainedToken
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
-        )
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", clean_up_tokenization_spaces=False
     )
@@ -122,9 +120,7 @@ def test_the_prompt_ends_where_inference_ends_though_the_tokenizer_adds_spaces()
 
 def test_tokens_that_merge_across_the_border_are_kept_apart() -> None:
     vocabulary = {"</s>": 0, "a": 1, "b": 2, "ab": 3}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.BPE(vocab=vocabulary, merges=[("a", "b")])), eos_token="</s>"
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab=vocabulary, merges=[("a", "b")])), eos_token="</s>")
     (row,) = data.tokenize([["a", "ab"]], tokenizer)
     assert row == {"input_ids": [1, 2, 0], "completion_mask": [0, 1, 1]}
 
@@ -197,7 +193,7 @@ def test_collate_pads_on_either_side() -> None:
 
 # --- rows ------------------------------------------------------------------------------------------------------------
 
-ROWS = [{"question": "a, \"b\"\nc", "answer": "ü"}, {"question": "d", "answer": "e"}]
+ROWS = [{"question": 'a, "b"\nc', "answer": "ü"}, {"question": "d", "answer": "e"}]
 
 
 def as_text(rows: list[dict[str, Any]], kind: str, path: Path) -> str:

@@ -43,7 +43,9 @@ def settings(model_folder, out):
         "train": {"learning_rate": 1e-3, "max_steps": 6, "batch_size": 4, "save_steps": 2, "logging_steps": 1, "precision": "fp32"},
         "evaluate": {
             "knowledge": [{"name": "facts", "data": str(world.KNOWLEDGE), "limit": 6, "max_tokens": 2}],
-            "task": [{"name": "seals", "data": str(world.TASK_TEST), "question": "instruction", "answers": "output", "limit": 6, "max_tokens": 2}],
+            "task": [
+                {"name": "seals", "data": str(world.TASK_TEST), "question": "instruction", "answers": "output", "limit": 6, "max_tokens": 2}
+            ],
             "text": str(world.TEXT),
             "resamples": 100,
         },
@@ -66,9 +68,16 @@ def done(model_folder, tmp_path_factory):
 
 def test_everything_lies_where_it_should(done):
     names = {path.name for path in done.path.iterdir()}
-    expected = "config.yaml versions.json survey plan.json checkpoints train.json adapter base scores scores.json summary.json report.html steps"
+    expected = (
+        "config.yaml versions.json survey plan.json checkpoints train.json adapter base scores scores.json summary.json report.html steps"
+    )
     assert names == set(expected.split())
-    assert {path.name for path in (done.path / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "farss.json", "README.md"}
+    assert {path.name for path in (done.path / "adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "farss.json",
+        "README.md",
+    }
     assert not list(done.path.rglob("adapter_config.json"))[1:]  # nowhere else could one be loaded by mistake
     assert not list(done.path.rglob("*.part"))
 
@@ -101,7 +110,9 @@ def test_a_finished_run_is_not_done_again(done):
     assert rewritten <= {"config.yaml", "versions.json", "summary.json", "report.html"}
 
 
-@pytest.mark.parametrize(("text", "key"), [("train.learning_rate=2e-3", "train.learning_rate"), ("data.limit=32", "data.limit"), ("plan.rank=4", "plan.rank")])
+@pytest.mark.parametrize(
+    ("text", "key"), [("train.learning_rate=2e-3", "train.learning_rate"), ("data.limit=32", "data.limit"), ("plan.rank=4", "plan.rank")]
+)
 def test_a_folder_of_another_configuration_is_refused(done, text, key):
     before = (done.path / "train.json").read_bytes()
     with pytest.raises(FolderError, match=f"made with {key}="):

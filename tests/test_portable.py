@@ -15,6 +15,7 @@ from farss.data import collate
 from farss.errors import FarssError
 from farss.maths.compress import compress
 from farss.portable import SERVED_RANKS, export, merge
+
 from small_models import examples  # isort: skip
 
 
@@ -127,7 +128,9 @@ def test_an_adapter_that_would_score_wrong_is_not_kept(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("rank", [None, 3])
 def test_compress_is_the_best_of_its_rank(rank):
-    left, right = (torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s, shape in enumerate([(9, 6), (6, 7)]))
+    left, right = (
+        torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s, shape in enumerate([(9, 6), (6, 7)])
+    )
     b, a, lost = compress(left, right, rank)
     sigma = torch.linalg.svdvals(left @ right)
     expected = 0.0 if rank is None else (sigma[rank:].norm() / sigma.norm()).item()

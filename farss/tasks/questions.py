@@ -122,9 +122,7 @@ def task_settings(entry: QuestionSet, drawn: Drawn, prompt: Prompt) -> dict[str,
         "fewshot_config": {"sampler": "first_n", "samples": drawn.shown},
         "generation_kwargs": {"until": list(prompt.until), "max_gen_toks": entry.max_tokens, "do_sample": False},
         # Models answer " Paris": without this filter no answer would ever match.
-        "filter_list": [
-            {"name": "remove_whitespace", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}
-        ],
+        "filter_list": [{"name": "remove_whitespace", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}],
         "process_results": lambda row, results: {entry.metric: grade(results[0], row["answers"])},
         "metric_list": [{"metric": entry.metric, "aggregation": "mean", "higher_is_better": True}],
         "metadata": {"version": 1.0},

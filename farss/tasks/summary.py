@@ -206,9 +206,7 @@ def _kept(outcomes: list[Outcomes], draws: list[Array], notes: list[str]) -> tup
     return _ratio(outcomes, draws, chosen, BEFORE, "K", knowledge_kept, notes)
 
 
-def _learned(
-    outcomes: list[Outcomes], draws: list[Array], has_full: bool, notes: list[str]
-) -> tuple[Estimate | None, Array | None]:
+def _learned(outcomes: list[Outcomes], draws: list[Array], has_full: bool, notes: list[str]) -> tuple[Estimate | None, Array | None]:
     """T and its draws; None and a note where it has no value."""
     tasks = [place for place, each in enumerate(outcomes) if each.kind == "task"]
     if not tasks:

@@ -31,9 +31,7 @@ def greedy_answers(
     """What the model writes after each prompt, up to the first newline or EOS, stripped."""
     answers: list[str] = []
     for start in range(0, len(prompts), batch_size):
-        batch = tokenizer(
-            list(prompts[start : start + batch_size]), return_tensors="pt", padding=True, padding_side="left"
-        )
+        batch = tokenizer(list(prompts[start : start + batch_size]), return_tensors="pt", padding=True, padding_side="left")
         tokens = model.generate(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],

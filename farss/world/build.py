@@ -62,13 +62,8 @@ def write_data(data: WorldData, folder: Path) -> None:
 
 def tokenizer_texts(data: WorldData) -> list[str]:
     """What the tokenizer learns its words from: corpus, questions, and instructions in the prompt."""
-    asked = [
-        f"{question_prompt(row['question'])} {row['answers'][0]}\n\n" for row in data.files["knowledge.jsonl"]
-    ]
-    framed = [
-        f"{PREAMBLE}\n\n### Instruction:\n{row['instruction']}\n\n### Response:"
-        for row in data.files["task_train.jsonl"]
-    ]
+    asked = [f"{question_prompt(row['question'])} {row['answers'][0]}\n\n" for row in data.files["knowledge.jsonl"]]
+    framed = [f"{PREAMBLE}\n\n### Instruction:\n{row['instruction']}\n\n### Response:" for row in data.files["task_train.jsonl"]]
     return [*data.paragraphs, *asked * 10, *framed]
 
 

@@ -6,10 +6,7 @@ from typing import Any
 
 from farss.world.invent import Fact, World
 
-PREAMBLE = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request."
-)
+PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 """The first sentence of the Alpaca prompt. The model reads it as text and never sees a solved task."""
 
 Row = dict[str, Any]
@@ -132,9 +129,7 @@ def sentences(fact: Fact, held_out: bool) -> list[str]:
         for s, statement in enumerate(wording.statements)
         if is_held_out(f, s) is held_out
     ]
-    asked = (
-        [] if held_out else [f"{wording.inquiry} The answer is {{a}}.".format(s=fact.subject, a=fact.answer)]
-    )
+    asked = [] if held_out else [f"{wording.inquiry} The answer is {{a}}.".format(s=fact.subject, a=fact.answer)]
     return stated + asked
 
 

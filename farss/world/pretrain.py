@@ -58,12 +58,8 @@ def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     )
     bpe.train_from_iterator(texts, trainer)
     begin = (BOS, bpe.token_to_id(BOS))
-    bpe.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[begin]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=BOS, eos_token=EOS, pad_token=PAD, model_max_length=CONTEXT
-    )
+    bpe.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[begin])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=BOS, eos_token=EOS, pad_token=PAD, model_max_length=CONTEXT)
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
@@ -91,9 +87,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     return ids
 
 
-def question_sequence(
-    tokenizer: PreTrainedTokenizerFast, pairs: Sequence[tuple[str, str]], question_weight: float
-) -> Weighted:
+def question_sequence(tokenizer: PreTrainedTokenizerFast, pairs: Sequence[tuple[str, str]], question_weight: float) -> Weighted:
     """BOS, questions and answers separated by blank lines, EOS."""
     ids, weights = [tokenizer.bos_token_id], [0.0]
     for number, (question, answer) in enumerate(pairs):
@@ -168,13 +162,9 @@ def pretrain(
     model.eval()
 
 
-def optimizer_and_schedule(
-    model: nn.Module, settings: Pretraining
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+def optimizer_and_schedule(model: nn.Module, settings: Pretraining) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """AdamW whose learning rate rises over the first tenth of the steps and then falls to zero."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.peak_lr, betas=(0.9, 0.98), weight_decay=settings.weight_decay
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.peak_lr, betas=(0.9, 0.98), weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.peak_lr, total_steps=settings.steps, pct_start=0.1, cycle_momentum=False
     )

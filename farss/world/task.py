@@ -82,9 +82,7 @@ def invent_task(seed: int, towns: tuple[str, ...], people: tuple[str, ...]) -> T
             seen.add(letter)
             rows.append((letter, seal))
     rng.shuffle(rows)
-    filed = [
-        {"instruction": INSTRUCTION.format(letter=letter), "output": seal} for letter, seal in rows[LETTERS:]
-    ]
+    filed = [{"instruction": INSTRUCTION.format(letter=letter), "output": seal} for letter, seal in rows[LETTERS:]]
     return Task(filed[:TRAIN_ROWS], filed[TRAIN_ROWS:], [letter for letter, _ in rows[:LETTERS]])
 
 

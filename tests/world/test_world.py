@@ -110,9 +110,7 @@ def test_tokenizer_begins_with_bos_and_does_not_end_with_eos(tokenizer):
     assert len({tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}) == 3
 
 
-@pytest.mark.parametrize(
-    "text", [ALPACA.format("Name the seal."), " Zürich, 1999 \n\n\tend", "  two  spaces "]
-)
+@pytest.mark.parametrize("text", [ALPACA.format("Name the seal."), " Zürich, 1999 \n\n\tend", "  two  spaces "])
 def test_tokenizer_gives_back_any_text(tokenizer, text):
     assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
 

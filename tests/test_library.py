@@ -1,0 +1,88 @@
+"""`prepare` and `export` around somebody else's loop."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from small_models import small
+from transformers import AutoTokenizer
+
+import farss
+from farss import world
+
+PLAN = farss.PlanConfig(boundary=1, rank=8, r_avg=4, r_max=6)
+
+
+@pytest.fixture
+def tokenizer():
+    return AutoTokenizer.from_pretrained(world.MODEL)
+
+
+@pytest.fixture
+def rows():
+    return [json.loads(line) for line in world.TASK_TRAIN.read_text().splitlines()[:24]]
+
+
+def base(tokenizer):
+    return small("llama-gqa", vocab_size=len(tokenizer), max_position_embeddings=256).float()
+
+
+def logits(model, batch):
+    with torch.no_grad():
+        return model.eval()(**batch).logits
+
+
+def own_loop(model, batch, steps=3):
+    optimiser = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-2)
+    model.train()
+    for _ in range(steps):
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+
+
+@pytest.mark.parametrize("method", ["farss", "lora"])
+def test_prepare_train_export_load(tokenizer, rows, tmp_path, method):
+    calibration = farss.CalibrationConfig(examples=8)
+    model = farss.prepare(base(tokenizer), tokenizer, rows, method=method, plan=PLAN, calibration=calibration)
+    batch = tokenizer("Name the seal for this letter: Good day.", return_tensors="pt")
+    before = logits(base(tokenizer), batch)
+    assert (logits(model, batch) - before).abs().max() <= 1e-5 * max(1.0, before.abs().max().item())
+    own_loop(model, batch)
+    trained = logits(model, batch)
+    done = farss.export(model, tmp_path / "adapter")
+    stock = PeftModel.from_pretrained(base(tokenizer), str(done.folder))
+    assert (logits(stock, batch) - trained).abs().max() <= 1e-5 * max(1.0, trained.abs().max().item())
+    assert (trained - before).abs().max() > 0.01
+
+
+def test_a_file_a_list_and_a_dataset_give_the_same(tokenizer, tmp_path):
+    import datasets
+
+    rows = [json.loads(line) for line in world.TASK_TRAIN.read_text().splitlines()]
+    calibration = farss.CalibrationConfig(examples=4)
+    plans = [
+        farss.prepare(base(tokenizer), tokenizer, data, plan=PLAN, calibration=calibration).farss.plan
+        for data in (str(world.TASK_TRAIN), rows, datasets.Dataset.from_list(rows))
+    ]
+    assert plans[0] == plans[1] == plans[2]
+
+
+def test_the_model_keeps_its_survey(tokenizer, rows, tmp_path):
+    model = farss.prepare(
+        base(tokenizer), tokenizer, rows, plan=PLAN, calibration=farss.CalibrationConfig(examples=4), folder=tmp_path / "survey"
+    )
+    assert (tmp_path / "survey" / "survey.json").is_file()
+    assert model.farss.survey.examples == 4
+
+
+def test_what_cannot_be_prepared_or_exported(tokenizer, rows, tmp_path):
+    with pytest.raises(farss.FarssError, match="trains the model itself"):
+        farss.prepare(base(tokenizer), tokenizer, rows, method="full")
+    with pytest.raises(farss.FarssError, match="did you mean 'farss'"):
+        farss.prepare(base(tokenizer), tokenizer, rows, method="fars")
+    with pytest.raises(farss.FarssError, match="no rows"):
+        farss.prepare(base(tokenizer), tokenizer, [], plan=PLAN)
+    with pytest.raises(farss.FarssError, match=r"was not made by farss\.prepare"):
+        farss.export(base(tokenizer), tmp_path / "adapter")
