@@ -152,7 +152,8 @@ class Survey:
         missing = [index for index in directions if index not in place]
         if missing:
             raise FarssError(
-                f"the survey kept {self.cap} directions at each end of {name}, but the plan asks for more: survey again with a higher plan.rank"
+                f"the survey kept {self.cap} directions at each end of {name}, but the plan asks for more: "
+                "survey again with a higher plan.rank"
             )
         rows = torch.tensor([place[index] for index in directions], dtype=torch.long)
         return u[:, rows], v[:, rows]

@@ -180,7 +180,8 @@ def _readable_model_card(folder: Path, plan: Plan, base: str, exported: Exported
         "",
         f"- trained as: {plan.method}, {plan.parameters:,} parameters, {plan.blocks} blocks"
         + (f", the first {plan.boundary} of them shallow" if plan.boundary else ""),
-        f"- checked: its logits on the base differ from the trained model's by at most {exported.logit_difference:.1e} ({exported.precision})",
+        "- checked: its logits on the base differ from the trained model's by at most "
+        f"{exported.logit_difference:.1e} ({exported.precision})",
     ]
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -365,7 +365,8 @@ def _read_out(name: str, known: Statistics, cap: int) -> tuple[float, dict[str, 
 def _ends(scores: Tensor, cap: int) -> Tensor:
     """Indices of the `cap` highest and the `cap` lowest scores, ascending, each once."""
     size = min(cap, scores.numel())
-    return torch.cat([select(scores, size, "most"), select(scores, size, "least")]).unique()
+    both: Tensor = torch.cat([select(scores, size, "most"), select(scores, size, "least")]).unique()
+    return both
 
 
 def _gradients(model: nn.Module, blocks: nn.ModuleList, kept: list[Kept], folder: Path, first: int, fisher: str, seed: int) -> list[Tensor]:

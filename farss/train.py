@@ -443,11 +443,11 @@ def _answers_only() -> Iterator[None]:
     if before is None:  # a TRL that decides otherwise: slower at worst
         yield
         return
-    utils._use_triton = lambda device: True
+    setattr(utils, "_use_triton", lambda device: True)  # noqa: B010 (mypy knows no such name)
     try:
         yield
     finally:
-        utils._use_triton = before
+        setattr(utils, "_use_triton", before)  # noqa: B010
 
 
 @contextlib.contextmanager

@@ -57,5 +57,6 @@ def test_one_sentence_and_an_exit_code(tmp_path, arguments, code, message):
 
 
 def test_importing_loads_nothing_heavy():
-    code = "import sys, farss, farss.config; print([m for m in ('torch', 'transformers', 'peft', 'trl', 'lm_eval', 'datasets') if m in sys.modules])"
+    heavy = ("torch", "transformers", "peft", "trl", "lm_eval", "datasets")
+    code = f"import sys, farss, farss.config; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

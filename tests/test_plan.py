@@ -131,5 +131,10 @@ def test_lora_needs_no_survey_and_has_no_directions():
 def test_what_the_model_does_not_allow(found, changes, message):
     config = dataclasses.replace(BASE, **changes)
     with pytest.raises(ConfigError, match=message):
-        check_plan(config, found.layers, found.blocks)
-        make_plan(config, found)
+        check_and_plan(config, found)
+
+
+def check_and_plan(config, found):
+    """As a run does: what can be known before the survey is checked first."""
+    check_plan(config, found.layers, found.blocks)
+    make_plan(config, found)

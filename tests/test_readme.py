@@ -23,8 +23,9 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_exist(page):
     commands = set(get_command(app).commands)
-    for word in re.findall(r"(?m)^(?:\$ )?farss (\w+)", page.read_text(encoding="utf-8")):
-        assert word in commands
+    for block in re.findall(r"```bash\n(.*?)```|`(farss [^`]*)`", page.read_text(encoding="utf-8"), re.DOTALL):
+        for word in re.findall(r"(?m)^farss (\w+)", "\n".join(block)):
+            assert word in commands
 
 
 def test_make_targets_exist():
