@@ -7,14 +7,14 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.table import Table
 from rich.text import Text
 
 from farss.artifacts import LayerPlan, Plan, Survey
 from farss.report.figures import SIDES, layer_types
 from farss.report.story import MEANINGS, tiles
-from farss.report.tables import METRICS, Cell, base_cells, cells, columns
+from farss.report.tables import Cell, base_cells, cells, columns
 from farss.report.words import SPACE, change, cut, interval, points
 
 if TYPE_CHECKING:
@@ -131,19 +131,32 @@ def summary_table(summary: Mapping[str, Any] | DataclassInstance) -> Table:
     return table
 
 
-def comparison_table(comparison: dict[str, Any]) -> Table:
-    """One row a method, the best of each column bold, the second best underlined; the report has the costs and all intervals."""
+def comparison_table(comparison: dict[str, Any]) -> Group:
+    """The balance and the costs of each method, and below them its benchmarks; the report has the rest.
+
+    The best of each column is bold, the second best underlined. Two tables, so that they fit 80 columns.
+    """
+    keys = [column.key for column in columns(comparison)]
+    benchmarks = [place for place, key in enumerate(keys) if key.startswith("benchmarks.")]
+    balance = [place for place, key in enumerate(keys) if place not in benchmarks and key != "peak_memory_gib"]
+    parts: list[Any] = [_methods_table(comparison, balance)]
+    if benchmarks:
+        parts += ["", _methods_table(comparison, benchmarks, before=True)]
+    return Group(*parts)
+
+
+def _methods_table(comparison: dict[str, Any], shown: list[int], before: bool = False) -> Table:
+    """One row a method, with these of its columns."""
     heads = columns(comparison)
-    shown = [place for place, column in enumerate(heads) if column.better or column.key == "parameters"]
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
     table.add_column("Method", no_wrap=True)
     for place in shown:
         table.add_column(Text(cut(heads[place].title, 40)), justify="right", overflow="fold")
-    if comparison.get("base"):
-        before = base_cells(comparison)
-        table.add_row(Text("before"), *(Text(before[place].text) for place in shown), style="dim")
+    if before and comparison.get("base"):
+        base = base_cells(comparison)
+        table.add_row(Text("before"), *(Text(base[place].text) for place in shown), style="dim")
     for method, row in cells(comparison).items():
-        table.add_row(Text(cut(method, 40)), *(_cell(row[place], heads[place].key in METRICS) for place in shown))
+        table.add_row(Text(cut(method, 40)), *(_cell(row[place], heads[place].better != 0) for place in shown))
     return table
 
 

@@ -56,7 +56,7 @@ def columns(comparison: dict[str, Any]) -> list[Column]:
     wanted = [
         Column("parameters", "Parameters", compact),
         *(Column(name, f"{name} %", points, 1) for name in METRICS),
-        Column("forgetting", "Forgetting (nats)", signed, -1),
+        Column("forgetting", "Forgetting", signed, -1),
         *(Column(f"benchmarks.{name}", f"{name} %", points, 1) for name in benchmark_names(comparison)),
         Column("seconds_init", "Start", duration),
         Column("seconds_train", "Training", duration),
