@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,9 @@ from torch import Tensor
 from farss.errors import FarssError, FolderError
 
 Side = Literal["least", "most"]
+
+NEARLY_FULL_BYTES = 2**22
+"""With less than this free, a failed write is taken for a full disk."""
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -40,6 +44,18 @@ def whole_file(path: Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def disk_cure(folder: Path) -> Iterator[None]:
+    """Turn whatever a library raises on a full disk into one sentence; torch says `unexpected pos`, for example."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        if full or shutil.disk_usage(folder).free < NEARLY_FULL_BYTES:
+            raise FarssError(f"the disk is full: {folder} could not be written; free some space and run again") from error
+        raise
 
 
 def write_text(path: Path, text: str) -> None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from farss.artifacts import read_json, write_json, write_text
+from farss.artifacts import disk_cure, read_json, write_json, write_text
 from farss.config import Config, dump, from_dict, to_dict
 from farss.errors import ConfigError, FolderError
 
@@ -88,7 +88,8 @@ class Folder:
         facts: dict[str, Any] = {}
         path = self.path / "steps" / f"{step}.json"
         write_json(path, {"options": options, "done": False})
-        yield facts
+        with disk_cure(self.path):
+            yield facts
         write_json(path, {"options": options, "done": True, **facts})
 
 

@@ -1,0 +1,60 @@
+"""Files that exist are whole, and a full disk is one sentence."""
+
+import errno
+
+import pytest
+import torch
+
+from farss.artifacts import disk_cure, questions, read_json, whole_file, write_json, write_tensors
+from farss.errors import FarssError, FolderError
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a" / "x.json"
+    with pytest.raises(KeyError), whole_file(path) as temporary:
+        temporary.write_text("half")
+        raise KeyError
+    assert list(path.parent.iterdir()) == []
+    write_json(path, {"a": 1})
+    with pytest.raises(KeyError), whole_file(path) as temporary:
+        raise KeyError
+    assert read_json(path) == {"a": 1}
+    assert [file.name for file in path.parent.iterdir()] == ["x.json"]
+
+
+def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
+    with pytest.raises(FarssError, match="the disk is full: .* free some space"), whole_file(tmp_path / "x"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(FarssError, match="the disk is full"), disk_cure(tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(RuntimeError, match="unexpected pos"), disk_cure(tmp_path):
+        raise RuntimeError("unexpected pos")  # the disk has room: another error, which must be seen
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 0}))
+    with pytest.raises(FarssError, match="the disk is full"), disk_cure(tmp_path):
+        raise RuntimeError("unexpected pos")
+
+
+def test_safetensors_on_a_full_disk(tmp_path, monkeypatch):
+    def full(*args):
+        raise ValueError("Error while serializing: No space left on device (os error 28)")
+
+    monkeypatch.setattr("farss.artifacts.save_file", full)
+    with pytest.raises(FarssError, match="the disk is full"):
+        write_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(1)})
+    assert not list(tmp_path.iterdir())
+
+
+def test_broken_and_missing_files_are_named(tmp_path):
+    with pytest.raises(FolderError, match=r"there is no .*x\.json: run the step that writes it"):
+        read_json(tmp_path / "x.json")
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(FolderError, match="is not valid JSON"):
+        read_json(tmp_path / "x.json")
+    with pytest.raises(FolderError, match="run `farss evaluate` first"):
+        questions(tmp_path, "facts")
+
+
+def test_answers_may_hold_any_line_separator(tmp_path):
+    text = '{"answer": "a\u2028b\u0085c"}\n{"answer": "d"}\n'
+    (tmp_path / "facts.jsonl").write_text(text, encoding="utf-8")
+    assert [entry["answer"] for entry in questions(tmp_path, "facts")] == ["a\u2028b\u0085c", "d"]
