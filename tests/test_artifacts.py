@@ -11,19 +11,25 @@ from farss.errors import FarssError, FolderError
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
     path = tmp_path / "a" / "x.json"
-    with pytest.raises(KeyError), whole_file(path) as temporary:
-        temporary.write_text("half")
-        raise KeyError
+    with pytest.raises(KeyError):
+        write_half(path)
     assert list(path.parent.iterdir()) == []
     write_json(path, {"a": 1})
-    with pytest.raises(KeyError), whole_file(path) as temporary:
-        raise KeyError
+    with pytest.raises(KeyError):
+        write_half(path)
     assert read_json(path) == {"a": 1}
     assert [file.name for file in path.parent.iterdir()] == ["x.json"]
 
 
+def write_half(path):
+    """A write that is cut off."""
+    with whole_file(path) as temporary:
+        temporary.write_text("half")
+        raise KeyError
+
+
 def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
-    with pytest.raises(FarssError, match="the disk is full: .* free some space"), whole_file(tmp_path / "x"):
+    with pytest.raises(FarssError, match=r"the disk is full: .* free some space"), whole_file(tmp_path / "x"):
         raise OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(FarssError, match="the disk is full"), disk_cure(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
