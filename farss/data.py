@@ -20,7 +20,7 @@ from typing import IO, Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from farss.config import DataConfig, QuestionSet, nearest
+from farss.config import CalibrationConfig, DataConfig, QuestionSet, nearest
 from farss.errors import DataError
 
 Row = dict[str, list[int]]
@@ -485,6 +485,12 @@ def batches(rows: Sequence[T], batch_size: int) -> Iterator[list[T]]:
     """Consecutive rows, `batch_size` at a time; the last batch may be smaller."""
     for start in range(0, len(rows), batch_size):
         yield list(rows[start : start + batch_size])
+
+
+def calibration_batches(rows: Sequence[Row], config: CalibrationConfig, pad_id: int, seed: int) -> list[dict[str, Tensor]]:
+    """The batches on which statistics are estimated: rows drawn with the seed, similar lengths together."""
+    chosen = sorted(choose(rows, config.examples, seed), key=lambda row: -len(row["input_ids"]))
+    return [collate(part, pad_id) for part in batches(chosen, config.batch_size)]
 
 
 def collate(rows: Sequence[Row], pad_id: int, side: Literal["right", "left"] = "right") -> dict[str, Tensor]:

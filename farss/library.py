@@ -13,7 +13,7 @@ from torch import Tensor
 from farss.adapter import attach
 from farss.artifacts import Plan, Survey
 from farss.config import CalibrationConfig, DataConfig, PlanConfig
-from farss.data import batches, choose, collate, load_examples, tokenize_rows
+from farss.data import calibration_batches, collate, load_examples, tokenize_rows
 from farss.errors import FarssError
 from farss.models import find_blocks, fingerprint, target_layers
 from farss.plan import check_plan, make_plan, make_plan_without_survey, method_of, survey_cap
@@ -87,8 +87,7 @@ def prepare(
         else tokenize_rows(list(dataset), data, tokenizer, seed)
     )
     if method_of(wanted).needs == "survey":
-        chosen = sorted(choose(examples.rows, calibration.examples, seed), key=lambda row: -len(row["input_ids"]))
-        parts = [collate(part, tokenizer.pad_token_id) for part in batches(chosen, calibration.batch_size)]
+        parts = calibration_batches(examples.rows, calibration, tokenizer.pad_token_id, seed)
         place = Path(folder or tempfile.mkdtemp(prefix="farss-survey-"))
         found: Survey | None = survey(
             *(model, parts, place, survey_cap(wanted), targets, calibration.fisher, seed, {"model": fingerprint(model)}, on_progress)

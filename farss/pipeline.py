@@ -17,7 +17,7 @@ import torch
 from farss.adapter import attach
 from farss.artifacts import Plan, Scores, Survey, write_json
 from farss.config import Config, QuestionSet
-from farss.data import Tokenized, batches, choose, collate, load_examples, question_rows, text_rows
+from farss.data import Tokenized, calibration_batches, collate, load_examples, question_rows, text_rows
 from farss.errors import ConfigError, FolderError
 from farss.evaluate import Summary, evaluate, summarise
 from farss.folder import EVALUATE_KEYS, EXPORT_KEYS, PLAN_KEYS, SURVEY_KEYS, TRAIN_KEYS, Folder, options_of, resolve
@@ -117,8 +117,7 @@ class Run:
             return _check_cap(Survey.load(place), cap)
         same = config.seed == self.config.seed
         examples = self.examples if same else load_examples(config.data, self.tokenizer, config.seed)
-        chosen = sorted(choose(examples.rows, config.calibration.examples, config.seed), key=lambda row: -len(row["input_ids"]))
-        parts = [collate(part, self.tokenizer.pad_token_id) for part in batches(chosen, config.calibration.batch_size)]
+        parts = calibration_batches(examples.rows, config.calibration, self.tokenizer.pad_token_id, config.seed)
         model = load_model(config.model)
         meta = {"model": fingerprint(model), "tokenizer": tokenizer_fingerprint(self.tokenizer), "path": config.model.path}
         with self.common.step("survey", options) as facts:

@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from farss.data import prompt_text
 from farss.world.answering import exact_match, few_shot_prompt, greedy_answers, question_prompt
-from farss.world.corpus import PREAMBLE, Row, held_out_rows, knowledge_rows, training_paragraphs
+from farss.world.corpus import Row, held_out_rows, knowledge_rows, training_paragraphs
 from farss.world.invent import invent_world
 from farss.world.pretrain import Pretraining, new_model, pretrain, train_tokenizer
 from farss.world.task import invent_task
@@ -63,7 +64,7 @@ def write_data(data: WorldData, folder: Path) -> None:
 def tokenizer_texts(data: WorldData) -> list[str]:
     """What the tokenizer learns its words from: corpus, questions, and instructions in the prompt."""
     asked = [f"{question_prompt(row['question'])} {row['answers'][0]}\n\n" for row in data.files["knowledge.jsonl"]]
-    framed = [f"{PREAMBLE}\n\n### Instruction:\n{row['instruction']}\n\n### Response:" for row in data.files["task_train.jsonl"]]
+    framed = [prompt_text("alpaca", row["instruction"]) for row in data.files["task_train.jsonl"]]
     return [*data.paragraphs, *asked * 10, *framed]
 
 

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
+from farss.data import ALPACA
 from farss.world.invent import Fact, World
 
-PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+PREAMBLE = ALPACA.split("\n")[0]
 """The first sentence of the Alpaca prompt. The model reads it as text and never sees a solved task."""
 
 Row = dict[str, Any]
