@@ -27,6 +27,7 @@ def compare(config: Config, tell: Tell) -> Path:
     runs = [_sub_run(config, method, seed, tell) for seed in seeds(config) for method in config.compare.methods]
     for run in runs:
         run.check_inputs()
+        run.check_unchanged()
     Folder(config.out).claim(config, versions())
     for run in runs:
         run.all_but_report()

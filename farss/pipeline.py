@@ -94,8 +94,9 @@ class Run:
         return method_of(self.config.plan)
 
     def claim(self) -> None:
-        """Check the inputs and make the folder ours. Nothing is written before the inputs are known to be usable."""
+        """Check the inputs and make the folder ours. Nothing is written before all of it is known to be usable."""
         self.check_inputs()
+        self.check_unchanged()
         self.folder.claim(self.config, versions())
 
     def check_inputs(self) -> None:
@@ -107,12 +108,39 @@ class Run:
         layers, blocks = layer_shapes(self.config.model)
         check_plan(self.config.plan, layers, blocks)
 
+    def check_unchanged(self) -> None:
+        """Refuse a folder that holds results of other options.
+
+        Raises:
+            FolderError: the first option that differs is named.
+        """
+        self.common.is_done("survey", self._survey_options, redo=self.method.needs != "survey")
+        self.folder.is_done("plan", self._plan_options, redo=self._may_replan)
+        self.folder.is_done("train", self._train_options)
+
+    @property
+    def _survey_options(self) -> dict[str, Any]:
+        return options_of(self.common_config, SURVEY_KEYS)
+
+    @property
+    def _plan_options(self) -> dict[str, Any]:
+        return options_of(self.config, PLAN_KEYS)
+
+    @property
+    def _train_options(self) -> dict[str, Any]:
+        return options_of(self.config, (*PLAN_KEYS, *TRAIN_KEYS))
+
+    @property
+    def _may_replan(self) -> bool:
+        """A plan costs seconds: it is made again as long as nothing was trained from it."""
+        return self.folder.record("train") is None
+
     # --- steps ------------------------------------------------------------------------------------------------------
 
     def survey(self) -> Survey:
         """`survey/`: the statistics and decompositions."""
         config = self.common_config
-        options, place, cap = options_of(config, SURVEY_KEYS), self.common.path / "survey", survey_cap(config.plan)
+        options, place, cap = self._survey_options, self.common.path / "survey", survey_cap(config.plan)
         if self.common.is_done("survey", options):
             return _check_cap(Survey.load(place), cap)
         same = config.seed == self.config.seed
@@ -130,8 +158,8 @@ class Run:
 
     def plan(self) -> Plan:
         """`plan.json`: ranks and directions. Made again when its options change and nothing was trained from it."""
-        options = options_of(self.config, PLAN_KEYS)
-        if self.folder.is_done("plan", options, redo=self.folder.record("train") is None):
+        options = self._plan_options
+        if self.folder.is_done("plan", options, redo=self._may_replan):
             return Plan.load(self.path / "plan.json")
         if self.method.needs == "survey":
             result = make_plan(self.config.plan, self.survey())
@@ -144,7 +172,7 @@ class Run:
 
     def train(self) -> TrainResult:
         """`checkpoints/` and `train.json`."""
-        plan, options = self.plan(), options_of(self.config, (*PLAN_KEYS, *TRAIN_KEYS))
+        plan, options = self.plan(), self._train_options
         if self.folder.is_done("train", options):
             return TrainResult.load(self.path / "train.json")
         model = self._adapted(plan)
@@ -180,8 +208,8 @@ class Run:
 
     def evaluate(self) -> Summary:
         """`base/scores.json` (before), `scores.json` (after) and `summary.json`."""
-        self.train()
         self.evaluate_base()
+        self.train()
         options = options_of(self.common_config, EVALUATE_KEYS)
         if not self.folder.is_done("evaluate", options, redo=True):
             with self.folder.step("evaluate", options):
@@ -215,8 +243,11 @@ class Run:
     def all_but_report(self) -> None:
         """Every step that the table of a comparison needs."""
         self.claim()
+        asks = bool(self.config.evaluate.knowledge or self.config.evaluate.task)
+        if asks:
+            self.evaluate_base()  # first: one model in memory at a time, and a question that cannot be asked is found early
         self.export()
-        if self.config.evaluate.knowledge or self.config.evaluate.task:
+        if asks:
             self.evaluate()
         self._live = None  # the next run of a comparison needs the memory
 
