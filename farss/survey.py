@@ -21,18 +21,21 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from farss.artifacts import Layer, Survey, read_json, write_json, write_tensors
-from farss.errors import ModelError, NumericalError
+from farss.artifacts import Layer, Survey, fingerprint, read_json, write_json, write_tensors
+from farss.errors import FolderError, ModelError, NumericalError
 from farss.maths.directions import Decomposition, decompose, direction_scores, select
 from farss.maths.fisher import importance
 from farss.maths.moments import Moment, kept_rows
 from farss.models import accepts, find_blocks, target_layers, weight_of
+from farss.models import fingerprint as model_fingerprint
 
 log = logging.getLogger(__name__)
 
 Batch = dict[str, Tensor]
 Progress = Callable[[int, int, str], None]
 
+PROGRESS = "progress.json"
+"""In the survey's folder while it is unfinished."""
 HEAD_POSITIONS = 256
 """Supervised positions whose logits exist at a time; 256 of a vocabulary of 262,144 are 268 MB in float32."""
 
@@ -292,30 +295,61 @@ def survey(
     Raises:
         NumericalError: a weight, activation, gradient or loss is NaN or infinite; the layer is named.
         ModelError: the architecture is not supported.
+        FolderError: the folder holds a survey of something else.
     """
     folder = Path(folder)
     layers = target_layers(model, targets)
     _, blocks = find_blocks(model)
-    started, tell = time.monotonic(), on_progress or (lambda done, total, line: None)
+    key = identity(model, batches, list(layers), fisher, seed)
+    if (folder / "survey.json").is_file():
+        return _same_survey(Survey.load(folder), key, cap)
+    spent = _begin(folder, key, cap)
+    started, tell = time.monotonic() - spent, on_progress or (lambda done, total, line: None)
     device = next(model.parameters()).device
     with frozen(model):
         tell(0, len(blocks), "forward pass")
-        kept = [record_inputs(model, blocks, {key: x.to(device) for key, x in batch.items()}) for batch in batches]
+        kept = [record_inputs(model, blocks, {name: x.to(device) for name, x in batch.items()}) for batch in batches]
         first = _first_undone(folder, len(blocks))
         gradients = _gradients(model, blocks, kept, folder, first, fisher, seed)
         for index in range(first, -1, -1):
             inside = {name: model.get_submodule(name) for name, layer in layers.items() if layer.block == index}
             _survey_block(blocks[index], index, inside, kept, gradients, folder, cap)
+            write_json(folder / PROGRESS, {"key": key, "cap": cap, "seconds": time.monotonic() - started})
             done = len(blocks) - index
             tell(done, len(blocks), _line(batches, done, len(blocks), started))
-    return _finish(
-        folder,
-        layers,
-        len(blocks),
-        cap,
-        batches,
-        {**(meta or {}), "fisher": fisher, "seed": seed, "seconds": round(time.monotonic() - started, 1)},
-    )
+    facts = {**(meta or {}), "key": key, "fisher": fisher, "seed": seed, "seconds": round(time.monotonic() - started, 1)}
+    return _finish(folder, layers, len(blocks), cap, batches, facts)
+
+
+def identity(model: nn.Module, batches: list[Batch], layers: list[str], fisher: str, seed: int) -> str:
+    """Hash of everything a survey's numbers depend on (how the examples are batched aside)."""
+    rows = [tensor.tolist() for batch in batches for _, tensor in sorted(batch.items())]
+    return fingerprint([model_fingerprint(model), rows, layers, fisher, seed])
+
+
+def _same_survey(found: Survey, key: str, cap: int) -> Survey:
+    if found.meta.get("key") != key:
+        raise FolderError(f"{found.folder} holds a survey of another model or of other data: choose another folder, or delete it")
+    if found.cap < cap:
+        raise FolderError(
+            f"{found.folder} kept {found.cap} directions at each end, and {cap} are wanted: choose another folder, or delete it"
+        )
+    return found
+
+
+def _begin(folder: Path, key: str, cap: int) -> float:
+    """Mark a folder as ours, or check that the unfinished survey in it is this one.
+
+    Returns:
+        The seconds that were spent on it before.
+    """
+    if (folder / PROGRESS).is_file():
+        progress = read_json(folder / PROGRESS)
+        if (progress["key"], progress["cap"]) != (key, cap):
+            raise FolderError(f"{folder} holds an unfinished survey of another model, other data or another rank: delete it")
+        return float(progress["seconds"])
+    write_json(folder / PROGRESS, {"key": key, "cap": cap, "seconds": 0.0})
+    return 0.0
 
 
 @contextlib.contextmanager
@@ -409,6 +443,6 @@ def _finish(folder: Path, layers: dict[str, Layer], blocks: int, cap: int, batch
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
     result = Survey(folder, measured, blocks, cap, examples, tokens, meta)
     result.save()
-    for path in [*folder.glob("block-*.json"), *folder.glob("gradient-*.safetensors")]:
+    for path in [*folder.glob("block-*.json"), *folder.glob("gradient-*.safetensors"), folder / PROGRESS]:
         path.unlink()
     return result

@@ -13,7 +13,7 @@ from small_models import examples
 
 from farss.artifacts import Survey
 from farss.data import batches, collate
-from farss.errors import ConfigError, NumericalError
+from farss.errors import ConfigError, FolderError, NumericalError
 from farss.maths.directions import decompose
 from farss.maths.fisher import quadratic_form
 from farss.models import target_layers, weight_of
@@ -126,6 +126,32 @@ def test_a_killed_survey_goes_on_to_the_same_bytes(tmp_path):
     assert all(file.stat().st_mtime_ns == time for file, time in done.items())
     for file in (tmp_path / "whole").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "killed" / file.name).read_bytes()
+
+
+def test_a_folder_of_another_survey_is_refused_and_the_same_one_read(llama, tmp_path):
+    first = survey(llama, collated(examples()), tmp_path, cap=4)
+    stamp = (tmp_path / "survey.json").stat().st_mtime_ns
+    assert survey(llama, collated(examples()), tmp_path, cap=3) == first
+    assert (tmp_path / "survey.json").stat().st_mtime_ns == stamp
+    with pytest.raises(FolderError, match="other data"):
+        survey(llama, collated(examples(seed=1)), tmp_path, cap=4)
+    with pytest.raises(FolderError, match="kept 4 directions at each end, and 5 are wanted"):
+        survey(llama, collated(examples()), tmp_path, cap=5)
+
+
+def test_an_unfinished_survey_of_other_data_is_refused(llama, tmp_path):
+    class Stop(Exception):
+        pass
+
+    def stop(done, total, line):
+        if done == 1:
+            raise Stop
+
+    with pytest.raises(Stop):
+        survey(llama, collated(examples()), tmp_path, cap=4, on_progress=stop)
+    with pytest.raises(FolderError, match="unfinished survey"):
+        survey(llama, collated(examples(seed=1)), tmp_path, cap=4)
+    assert survey(llama, collated(examples()), tmp_path, cap=4).examples == 6
 
 
 def test_sampled_fisher_draws_labels_from_the_model(llama, tmp_path):
