@@ -213,7 +213,7 @@ class Run:
         options = options_of(self.common_config, EVALUATE_KEYS)
         if not self.folder.is_done("evaluate", options, redo=True):
             with self.folder.step("evaluate", options):
-                self._ask(self.trained(), self.path, "trained")
+                self._ask(self._handed_over(), self.path, "trained")
         return self.summarise(self.config.evaluate.full_scores)
 
     def evaluate_base(self) -> Scores:
@@ -268,6 +268,12 @@ class Run:
             self._live = self._adapted(self.plan())
             restore(self._live, self.path)
         return self._live.eval()
+
+    def _handed_over(self) -> Any:
+        """The trained model in the precision in which it is handed over: full fine-tuning trains in float32, and is
+        saved as the base was."""
+        model = self.trained()
+        return model if self.plan().layers else model.to(_stored_dtype(self.config))
 
     def _ask(self, model: Any, folder: Path, who: str) -> None:
         meta = {"path": self.config.model.path, "method": "base" if who == "base" else self.config.plan.method}
