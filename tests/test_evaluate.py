@@ -481,3 +481,14 @@ def test_other_questions_cannot_be_compared(three, model, tokenizer, files):
     evaluate(model, tokenizer, fewer, folder / "fewer")
     with pytest.raises(FolderError, match="answers to different questions of 'mixed'"):
         summarise(folder / "base", folder / "fewer", None, config)
+
+
+def test_only_the_answers_positions_are_scored():
+    from farss.tasks.live import answer_span
+
+    answers = {(1, 2, 3, 4, 5): 2, (1, 2, 3): 1, (7, 8, 9, 0): 1}
+    assert answer_span([[5, 2, 3, 4]], {(5, 2, 3, 4): 2}) == 2
+    assert answer_span([[5, 2, 3, 4], [1, 2, 3, 0]], {(5, 2, 3, 4): 1, (1, 2, 3): 1}) == 2  # one position of padding
+    assert answer_span([[1, 2, 3, 4, 5]], answers) == 5 - 3 + 1  # its beginning is a row of its own: the wider span is safe
+    assert answer_span([[7, 8, 9, 0]], answers) == 1
+    assert answer_span([[1, 2, 3, 4, 5], [6, 6, 6, 6, 6]], answers) == 5  # unknown: everything

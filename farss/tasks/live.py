@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from farss.errors import ConfigError, FarssError, ModelError
+from farss.models import accepts
 from farss.tasks.text import rows_that_fit
 
 Progress = Callable[[str, int, int], None]
@@ -40,13 +41,29 @@ def asking(model: Any, run_generated_code: bool = False) -> Iterator[None]:
     for module in checkpointed:
         module.gradient_checkpointing = False
     try:
-        with torch.no_grad(), _quiet(), _code_allowed(run_generated_code):
+        with torch.no_grad(), _quiet(), _code_allowed(run_generated_code), _compact_head(model):
             yield
     finally:
         for module, mode in zip(modules, training, strict=True):
             module.training = mode
         for module in checkpointed:
             module.gradient_checkpointing = True
+
+
+@contextlib.contextmanager
+def _compact_head(model: Any) -> Iterator[None]:
+    """Give the output layer contiguous rows.
+
+    While a prompt is read, generation keeps the last position of each row, a view with gaps. On CPUs torch multiplies
+    such a view by a copy of the whole output weight for each row: 18 s instead of 0.03 s for 32 prompts on Gemma 3 270M.
+    """
+    head = model.get_output_embeddings()
+    hook = None if head is None else head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
+    try:
+        yield
+    finally:
+        if hook is not None:
+            hook.remove()
 
 
 @contextlib.contextmanager
@@ -98,6 +115,24 @@ def prompt_tokenizer(tokenizer: Any) -> Any:
     return tokenizer
 
 
+def answer_span(rows: list[list[int]], answers: dict[tuple[int, ...], int]) -> int:
+    """How many positions from the end of a right-padded batch hold all of its answers' log-likelihoods.
+
+    Args:
+        rows: [b][t] token ids, padded with anything.
+        answers: length of the answer at the end of each unpadded row.
+
+    A row whose padding happens to spell another row's tokens may match twice; the wider span is taken.
+    """
+    width, span = len(rows[0]), 0
+    for row in rows:
+        lengths = [length for length in range(1, width + 1) if tuple(row[:length]) in answers]
+        if not lengths:  # cut by the harness: all of its positions
+            return width
+        span = max(span, *(width - length + answers[tuple(row[:length])] for length in lengths))
+    return min(span, width)
+
+
 Base: Any = object
 
 
@@ -107,6 +142,8 @@ class Asking(Base):
     title, done, total = "", 0, 0
     on_progress: Progress | None = None
     greedy: dict[str, Any]
+    answers: dict[tuple[int, ...], int]
+    """Length of the answer at the end of each row of tokens that is being scored."""
     rows: int
     """Prompts per forward pass."""
 
@@ -153,13 +190,22 @@ class Asking(Base):
 
     def _loglikelihood_tokens(self, requests: list[Any], **options: Any) -> list[tuple[float, bool]]:
         longest = max(len(prompt) + len(answer) for _, prompt, answer in requests)
+        self.answers = {}
+        for _, prompt, answer in requests:
+            row = tuple((prompt + answer)[:-1])
+            self.answers[row] = max(len(answer), self.answers.get(row, 0))
         self.batch_size_per_gpu = rows_that_fit(self.rows, longest, self.model.config.get_text_config().vocab_size)
         found: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, **options)
         self.batch_size_per_gpu = self.rows
         return found
 
     def _model_call(self, inps: Any, *rest: Any, **options: Any) -> Any:
-        logits = super()._model_call(inps, *rest, **options)
+        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        if accepts(base, "logits_to_keep"):
+            # HFLM counts from the end where it is given fewer logits than tokens
+            logits = self.model(inps, logits_to_keep=answer_span(inps.tolist(), self.answers)).logits
+        else:
+            logits = super()._model_call(inps, *rest, **options)
         self.advance(inps.shape[0])
         return logits
 
