@@ -221,6 +221,8 @@ class EvaluateConfig:
     """The same for the task. farss_gsm8k asks GSM8K with the training prompt."""
     text: str | None = None
     """File of general text (column `text`); forgetting is the mean token loss on it, after minus before."""
+    text_rows: int | None = 500
+    """Read this many rows of it, drawn with the seed; null: all."""
     full_scores: str | None = None
     """scores.json of a full fine-tuning run, the reference of T (eq. 37); null: T is not computed."""
     batch_size: int = 16
@@ -235,6 +237,7 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         _check(self.batch_size >= 1, f"evaluate.batch_size={self.batch_size}: give 1 or more")
         _check(self.limit is None or self.limit >= 1, f"evaluate.limit={self.limit}: give 1 or more, or null for all")
+        _check(self.text_rows is None or self.text_rows >= 1, f"evaluate.text_rows={self.text_rows}: give 1 or more, or null for all")
         _check(self.resamples >= 100, f"evaluate.resamples={self.resamples}: give 100 or more")
         names = [entry if isinstance(entry, str) else entry.name for entry in [*self.knowledge, *self.task]]
         twice = sorted({name for name in names if names.count(name) > 1})

@@ -12,7 +12,7 @@ from typing import Any
 
 from farss.artifacts import Scores, TaskScore, fingerprint, read_json, write_json, write_text
 from farss.config import Config, QuestionSet, to_dict
-from farss.data import prompt_text, question_rows, text_rows
+from farss.data import choose, prompt_text, question_rows, text_rows
 from farss.errors import ConfigError, FarssError
 from farss.models import fingerprint as weights_fingerprint
 from farss.tasks.grading import STEPS
@@ -253,6 +253,7 @@ def _text_loss(
     if config.evaluate.text is None:
         return None
     texts = text_rows(config.evaluate.text)
+    texts = choose(texts, config.evaluate.text_rows or len(texts), config.seed)
     key = fingerprint({"texts": texts, "length": config.data.max_length, "identity": identity})
     path = folder / ".text_loss.json"
     if path.is_file() and (found := read_json(path)).get("key") == key:
