@@ -1,0 +1,107 @@
+"""How much two measures save on a CPU with a large vocabulary: training on answer tokens only, and a compact output layer.
+
+    farss gemma models/gemma-3-270m
+    FARSS_DATA=../shared/data python benchmarks/cpu_speed.py models/gemma-3-270m
+
+Each figure is measured with and without the measure in one run, one after the other, and printed as seconds and ratio.
+"""
+
+import argparse
+import contextlib
+import os
+import statistics
+import tempfile
+from pathlib import Path
+
+import torch
+
+from farss import train as train_room
+from farss.config import from_dict
+from farss.evaluate import evaluate
+from farss.models import load_model, load_tokenizer
+from farss.pipeline import Run, versions
+from farss.tasks import live
+
+STEPS = 4
+QUESTIONS = 32
+
+
+def run_config(model: str, data: Path, out: str, method: str):
+    """A few steps on Banking77."""
+    return from_dict(
+        {
+            "model": {"path": model},
+            "data": {"train": str(data / "banking77" / "train.jsonl"), "prompt": "text", "response": "category", "limit": 16 * STEPS},
+            "plan": {"method": method, "rank": 64},
+            "train": {"max_steps": STEPS, "logging_steps": 1, "gradient_checkpointing": False},
+            "evaluate": {
+                "knowledge": [
+                    {
+                        "name": "nq_open",
+                        "data": str(data / "nq_open" / "dev.jsonl"),
+                        "answers": "answer",
+                        "fewshot": 5,
+                        "limit": QUESTIONS,
+                        "max_tokens": 16,
+                    }
+                ],
+                "batch_size": QUESTIONS,
+            },
+            "out": out,
+        }
+    )
+
+
+def step_seconds(model: str, data: Path, method: str) -> float:
+    """Median seconds of a training step, the first one left out."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Run(run_config(model, data, f"{folder}/run", method)).train().log
+    ends = [entry["seconds"] for entry in log]
+    return statistics.median(end - start for start, end in zip(ends, ends[1:], strict=False))
+
+
+def question_seconds(model: str, data: Path) -> float:
+    """Seconds for the answers and log-likelihoods of the questions."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = run_config(model, data, f"{folder}/run", "lora")
+        scores = evaluate(load_model(config.model), load_tokenizer(config.model), config, Path(folder))
+    return scores.knowledge["nq_open"].seconds
+
+
+def without(room, name: str):
+    """A context in which one of a room's measures does nothing."""
+
+    @contextlib.contextmanager
+    def patched():
+        measure = getattr(room, name)
+        setattr(room, name, lambda *args: contextlib.nullcontext())
+        try:
+            yield
+        finally:
+            setattr(room, name, measure)
+
+    return patched()
+
+
+def show(what: str, before: float, after: float) -> None:
+    print(f"| {what} | {before:.1f} s | {after:.1f} s | {before / after:.1f} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder of a causal language model")
+    model = parser.parse_args().model
+    data = Path(os.environ.get("FARSS_DATA", "../shared/data"))
+    print(", ".join(f"{name} {version}" for name, version in versions().items()), f"({torch.get_num_threads()} threads)")
+    print("\n| what | without | with | ratio |\n|---|---:|---:|---:|")
+    for method in ("lora", "full"):
+        with without(train_room, "_answers_only"):
+            before = step_seconds(model, data, method)
+        show(f"{method}: a step of 16 examples", before, step_seconds(model, data, method))
+    with without(live, "_compact_head"):
+        before = question_seconds(model, data)
+    show(f"{QUESTIONS} five-shot questions", before, question_seconds(model, data))
+
+
+if __name__ == "__main__":
+    main()
