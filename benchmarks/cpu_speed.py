@@ -8,6 +8,7 @@ Each figure is measured with and without the measure in one run, one after the o
 
 import argparse
 import contextlib
+import itertools
 import os
 import statistics
 import tempfile
@@ -57,7 +58,7 @@ def step_seconds(model: str, data: Path, method: str) -> float:
     with tempfile.TemporaryDirectory() as folder:
         log = Run(run_config(model, data, f"{folder}/run", method)).train().log
     ends = [entry["seconds"] for entry in log]
-    return statistics.median(end - start for start, end in zip(ends, ends[1:], strict=False))
+    return statistics.median(end - start for start, end in itertools.pairwise(ends))
 
 
 def question_seconds(model: str, data: Path) -> float:
