@@ -80,6 +80,9 @@ class CalibrationConfig:
     """Examples per forward pass; changes the memory, not the result."""
     fisher: Literal["empirical", "sampled"] = "empirical"
     """empirical: gradients at the data's own answers; sampled: at answers drawn from the model (the true Fisher)."""
+    svd: Literal["exact", "fast"] = "exact"
+    """exact: decompositions in float64; fast: in float32 wherever a block cannot become shallow (about 1 % of the
+    chosen directions may differ; the survey measures how many)."""
 
     def __post_init__(self) -> None:
         _check(self.examples >= 1, f"calibration.examples={self.examples}: give 1 or more")

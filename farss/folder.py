@@ -15,7 +15,7 @@ from farss.artifacts import disk_cure, read_json, write_json, write_text
 from farss.config import Config, dump, from_dict, to_dict
 from farss.errors import ConfigError, FolderError
 
-SURVEY_KEYS = ("model.path", "model.targets", "data", "calibration.examples", "calibration.fisher", "seed")
+SURVEY_KEYS = ("model.path", "model.targets", "data", "calibration.examples", "calibration.fisher", "calibration.svd", "seed")
 PLAN_KEYS = ("model.path", "model.targets", "plan")
 TRAIN_KEYS = (
     *("model.path", "model.dtype", "data", "seed", "train.learning_rate", "train.epochs", "train.max_steps"),

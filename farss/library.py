@@ -90,7 +90,8 @@ def prepare(
         parts = calibration_batches(examples.rows, calibration, tokenizer.pad_token_id, seed)
         place = Path(folder or tempfile.mkdtemp(prefix="farss-survey-"))
         found: Survey | None = survey(
-            *(model, parts, place, survey_cap(wanted), targets, calibration.fisher, seed, {"model": fingerprint(model)}, on_progress)
+            *(model, parts, place, survey_cap(wanted), targets, calibration.fisher, seed, {"model": fingerprint(model)}, on_progress),
+            svd=calibration.svd,
         )
         assert found is not None
         made = make_plan(wanted, found)

@@ -27,12 +27,16 @@ def device_of(config: ModelConfig) -> torch.device:
         raise ConfigError(f"model.device={config.device!r} cannot be used on this machine: choose auto or cpu") from error
 
 
-def load_model(config: ModelConfig, dtype: torch.dtype | None = None) -> Any:
+def load_model(config: ModelConfig, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Any:
     """Load a causal language model, frozen and in `eval()` mode.
+
+    On a CPU, and in the precision of the files, weights stay in the files until they are used, and the system may drop
+    them again: a model larger than memory can be loaded.
 
     Args:
         config: where it lies and how to load it.
         dtype: overrides `config.dtype` (full fine-tuning trains float32 weights).
+        device: overrides `config.device`.
 
     Raises:
         ModelError: the folder is missing, unreadable or not a supported model.
@@ -41,7 +45,7 @@ def load_model(config: ModelConfig, dtype: torch.dtype | None = None) -> Any:
 
     wanted = dtype if dtype is not None else (config.dtype if config.dtype == "auto" else getattr(torch, config.dtype))
     model = _from_pretrained(AutoModelForCausalLM, config, dtype=wanted)
-    return model.to(device_of(config)).requires_grad_(False).eval()
+    return model.to(device or device_of(config)).requires_grad_(False).eval()
 
 
 def load_tokenizer(config: ModelConfig) -> Any:

@@ -21,7 +21,7 @@ from farss.data import Tokenized, calibration_batches, collate, load_examples, q
 from farss.errors import ConfigError, FolderError
 from farss.evaluate import Summary, evaluate, summarise
 from farss.folder import EVALUATE_KEYS, EXPORT_KEYS, PLAN_KEYS, SURVEY_KEYS, TRAIN_KEYS, Folder, options_of, resolve
-from farss.models import fingerprint, layer_shapes, load_model, load_tokenizer, quiet, tokenizer_fingerprint
+from farss.models import device_of, fingerprint, layer_shapes, load_model, load_tokenizer, quiet, tokenizer_fingerprint
 from farss.plan import check_plan, make_plan, make_plan_without_survey, method_of, survey_cap
 from farss.portable import export, merge
 from farss.report import write_report
@@ -146,12 +146,13 @@ class Run:
         same = config.seed == self.config.seed
         examples = self.examples if same else load_examples(config.data, self.tokenizer, config.seed)
         parts = calibration_batches(examples.rows, config.calibration, self.tokenizer.pad_token_id, config.seed)
-        model = load_model(config.model)
+        model = load_model(config.model, device=torch.device("cpu"))  # blocks go to the GPU one at a time
         meta = {"model": fingerprint(model), "tokenizer": tokenizer_fingerprint(self.tokenizer), "path": config.model.path}
         with self.common.step("survey", options) as facts:
             result = survey(
                 *(model, parts, place, cap, config.model.targets, config.calibration.fisher, config.seed, meta),
                 lambda done, total, line: self.tell("survey", done, total, line),
+                *(config.calibration.svd, device_of(config.model)),
             )
             facts |= {"seconds": result.meta["seconds"]}
         return result

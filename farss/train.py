@@ -14,7 +14,6 @@ import hashlib
 import logging
 import math
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from farss.artifacts import fingerprint, read_json, write_json, write_tensors
 from farss.config import Config, TrainConfig, nearest
 from farss.data import Tokenized
 from farss.errors import ConfigError, FarssError, FolderError, NumericalError
+from farss.memory import peak_gib
 
 Progress = Callable[[int, int, float | None], None]
 """Called with the step, the number of steps and the loss of that step (None before the first)."""
@@ -185,7 +185,7 @@ class _Run:
     def measure(self) -> None:
         """Read the clock and the memory gauge."""
         self.seconds = round(self.seconds_before + time.monotonic() - self.started, 3)
-        self.memory = round(max(self.memory_before, _peak_memory_gib(self.device)), 3)
+        self.memory = round(max(self.memory_before, peak_gib(self.device)), 3)
 
     def check(self, step: int, gradient_norm: float) -> None:
         """Close the step's loss; refuse to update with a number that is none."""
@@ -245,15 +245,6 @@ class _Run:
             self.close_entry()
         loss = self.entries[-1]["loss"]
         return TrainResult(self.step, self.epoch, self.seconds, loss, self.memory, self.parameters, self.entries)
-
-
-def _peak_memory_gib(device: torch.device) -> float:
-    import resource
-
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # macOS counts bytes, Linux KiB
 
 
 # --- the trainer -----------------------------------------------------------------------------------------------------

@@ -51,7 +51,8 @@ def test_the_start_is_the_chosen_part_of_the_weight(tmp_path):
     weights = {name: weight_of(model.get_submodule(name)).double() for name in plan.layers}
     adapted = attach(model, plan, found)
     for name, module in lora_layers(adapted, plan).items():
-        u, sigma, v = decompose(weights[name])
+        parts = decompose(weights[name])
+        (u, v), sigma = parts.vectors(), parts.sigma
         chosen = plan.layers[name].directions
         start = module.scaling[TRAINED] * module.lora_B[TRAINED].weight @ module.lora_A[TRAINED].weight
         torch.testing.assert_close(start.double(), (u[:, chosen] * sigma[chosen]) @ v[:, chosen].T, rtol=1e-4, atol=1e-5)

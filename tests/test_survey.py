@@ -59,7 +59,7 @@ def test_statistics_equal_brute_force(architecture, tmp_path):
     assert set(found.layers) == set(expected)
     for name, (a, g) in expected.items():
         weight = weight_of(architecture.get_submodule(name)).detach()
-        u, sigma, v = decompose(weight)
+        (u, v), sigma = decompose(weight).vectors(), decompose(weight).sigma
         known = found.directions(name)
         assert found.layers[name].importance == pytest.approx((quadratic_form(weight, a, g) / weight.numel()).item(), rel=1e-9)
         torch.testing.assert_close(known.sigma, sigma.float())

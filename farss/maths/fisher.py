@@ -5,20 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def importance(sigma: Tensor, activation: Tensor, gradient: Tensor, shape: tuple[int, int]) -> float:
-    """Fisher importance `tr(G W A W^T) / (m n)` (eq. 8), in the singular basis.
+def importance(activation: Tensor, gradient: Tensor, shape: tuple[int, int]) -> float:
+    """Fisher importance `tr(G W A W^T) / (m n)` (eq. 8) from two moments of one size.
 
     Args:
-        sigma: [k] singular values of `W [m, n]`.
-        activation: [k, k], `V^T A V`.
-        gradient: [k, k], `U^T G U`.
-        shape: (m, n).
-
-    With `W = U diag(sigma) V^T` the trace is `sum_ij (U^T G U)_ij sigma_j (V^T A V)_ji sigma_i`.
+        activation: `A [n, n]`, or `W A W^T [m, m]`, the moment of the activations after the weight.
+        gradient: correspondingly `W^T G W [n, n]`, or `G [m, m]`.
+        shape: (m, n) of `W`.
     """
-    sigma = sigma.double()
-    form = gradient.double() * activation.double().T * sigma[:, None] * sigma[None, :]
-    return form.sum().item() / (shape[0] * shape[1])
+    return (activation.double() * gradient.double()).sum().item() / (shape[0] * shape[1])
 
 
 def quadratic_form(change: Tensor, activation: Tensor, gradient: Tensor) -> Tensor:

@@ -1,46 +1,79 @@
-"""Second moments of activations and output gradients, in the singular basis of a weight."""
+"""Second moments of activations and output gradients, and the products they are made of."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-# Projecting t rows of size d on k directions and squaring costs t (d k + k^2), squaring them as they are t d^2:
-# projecting first wins from d > 1.62 k.
-PROJECT_FROM = (1 + 5**0.5) / 2
+STRIPS = 4
+"""A symmetric product in 4 strips takes 10 / 16 of the whole one; more strips are too thin to be computed fast."""
 
 
 class Moment:
-    """Running sum of `x x^T` over rows `x [d]`, read out in the basis `Q [d, k]`: `Q^T E[x x^T] Q`."""
+    """Running mean of `(M^T x)(M^T x)^T [w, w]` over rows `x [d]`; without a map `M [d, w]`, of `x x^T`."""
 
-    def __init__(self, basis: Tensor, dtype: torch.dtype = torch.float32) -> None:
-        """Args: basis: [d, k], orthonormal columns. dtype: of the products and the sums (float32 or better)."""
-        size, directions = basis.shape
-        self.projects = size > PROJECT_FROM * directions
-        self.basis = basis
-        self.projection = basis.to(dtype)
-        width = directions if self.projects else size
-        self.total = torch.zeros(width, width, dtype=dtype, device=basis.device)
+    def __init__(self, dtype: torch.dtype = torch.float32, through: Tensor | None = None) -> None:
+        """Args: dtype: of products and sums, float32 or better. through: the map M."""
+        self.dtype = dtype
+        self.through = through
+        self.total: Tensor | None = None
         self.count = 0
 
-    def add(self, rows: Tensor, square: Tensor | None = None) -> Tensor:
-        """Add rows `[t, d]`; `square`, if given, is their `x^T x [d, d]` from another layer with the same input.
-
-        Returns:
-            The product that was added.
-        """
-        if square is None or self.projects:
-            rows = rows.to(self.total.dtype)
-            rows = rows @ self.projection if self.projects else rows
-            square = rows.T @ rows
-        self.total += square
+    def add(self, rows: Tensor) -> None:
+        """Add rows `[t, d]`."""
+        if self.through is None:
+            with _bfloat16_units(rows.dtype == torch.bfloat16 and self.dtype == torch.float32):
+                square = squared(rows.to(self.dtype))
+        else:
+            square = squared(product(rows, self.through, self.dtype))
+        self.total = square if self.total is None else self.total.add_(square)
         self.count += rows.shape[0]
-        return square
 
-    def in_basis(self) -> Tensor:
-        """[k, k] float64: the mean, in the singular basis."""
-        mean = self.total.double() / self.count
-        return mean if self.projects else self.basis.double().T @ mean @ self.basis.double()
+    @property
+    def mean(self) -> Tensor:
+        """[w, w]"""
+        assert self.total is not None
+        return self.total / self.count
+
+
+def energies(moment: Tensor, basis: Tensor) -> Tensor:
+    """[k]: `q_i^T E q_i` of a moment `E [w, w]` along the columns of `Q [w, k]`."""
+    basis = basis.to(moment.dtype)
+    return (basis * (moment @ basis)).sum(0)
+
+
+def squared(rows: Tensor) -> Tensor:
+    """`x^T x [d, d]` of rows `[t, d]`: the upper half in strips, then mirrored."""
+    size = rows.shape[1]
+    result = rows.new_empty(size, size)
+    edges = [size * strip // STRIPS for strip in range(STRIPS + 1)]
+    for start, end in pairwise(edges):
+        torch.mm(rows[:, start:end].T, rows[:, start:], out=result[start:end, start:])
+        result[end:, start:end] = result[start:end, end:].T
+    return result
+
+
+def product(rows: Tensor, matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x M [t, w]` of rows `[t, d]` and `M [d, w]`, with sums of at least float32."""
+    exact = rows.dtype == matrix.dtype == torch.bfloat16 and dtype == torch.float32
+    with _bfloat16_units(exact):
+        return rows.to(dtype) @ matrix.to(dtype)
+
+
+@contextmanager
+def _bfloat16_units(allowed: bool) -> Iterator[None]:
+    """Let float32 products run on bfloat16 matrix units, which is exact for factors that hold bfloat16 values."""
+    before = torch.get_float32_matmul_precision()
+    if allowed:
+        torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def kept_rows(x: Tensor, mask: Tensor) -> Tensor:

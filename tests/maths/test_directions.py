@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farss.maths.directions import decompose, direction_scores, factors, is_accurate, select
+from farss.maths.directions import decompose, direction_scores, factors, overlap, select
 from farss.maths.fisher import importance, quadratic_form
-from farss.maths.moments import Moment
+from farss.maths.moments import Moment, energies, product, squared
 
 
 def psd(size, seed):
@@ -19,38 +19,80 @@ def matrix(m, n, seed=0):
     return torch.randn(m, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
+def svd(weight):
+    parts = decompose(weight)
+    return *parts.vectors(), parts.sigma
+
+
+def assert_decomposes(weight, tolerance=1e-9):
+    """Both bases are orthonormal and rebuild the weight."""
+    u, v, sigma = svd(weight)
+    identity = torch.eye(len(sigma), dtype=torch.float64)
+    scale = max(sigma[0].item(), 1e-300)
+    torch.testing.assert_close(u.T @ u, identity, rtol=0, atol=tolerance)
+    torch.testing.assert_close(v.T @ v, identity, rtol=0, atol=tolerance)
+    torch.testing.assert_close((u * sigma) @ v.T / scale, weight / scale, rtol=0, atol=tolerance)
+    torch.testing.assert_close(sigma / scale, torch.linalg.svdvals(weight) / scale, rtol=0, atol=tolerance)
+    assert (sigma[:-1] >= sigma[1:]).all()
+
+
 @pytest.mark.parametrize("shape", [(7, 5), (5, 7), (6, 6), (1, 4), (40, 8)])
 def test_decomposition_rebuilds_the_weight(shape):
-    weight = matrix(*shape)
-    u, sigma, v = decompose(weight)
-    torch.testing.assert_close((u * sigma) @ v.T, weight)
-    torch.testing.assert_close(sigma, torch.linalg.svdvals(weight))
-    assert is_accurate(weight, decompose(weight), 1e-9)
+    assert_decomposes(matrix(*shape))
+    u, _, _ = svd(matrix(*shape))
     assert (u.gather(0, u.abs().argmax(0)[None]) > 0).all()
 
 
-@pytest.mark.parametrize("condition", [1e2, 1e6, 1e14])
-def test_decomposition_of_ill_conditioned_weights(condition):
-    u, _, v = decompose(matrix(12, 9))
-    sigma = torch.logspace(0, -torch.log10(torch.tensor(condition)).item(), 9, dtype=torch.float64)
-    weight = (u * sigma) @ v.T
-    assert is_accurate(weight, decompose(weight))
-    torch.testing.assert_close(decompose(weight).sigma, sigma, rtol=1e-6, atol=1e-14)
+def conditioned(shape, condition, seed=0):
+    """A matrix whose singular values fall evenly from 1 to 1 / condition."""
+    u, v, _ = svd(matrix(*shape, seed))
+    sigma = torch.logspace(0, -torch.log10(torch.tensor(condition)).item(), min(shape), dtype=torch.float64)
+    return (u * sigma) @ v.T, sigma
+
+
+@pytest.mark.parametrize("shape", [(12, 9), (9, 12), (10, 10)])
+@pytest.mark.parametrize("condition", [1e2, 1e4, 9e4, 1e6, 1e14])
+def test_decomposition_of_ill_conditioned_weights(shape, condition):
+    weight, sigma = conditioned(shape, condition)
+    assert_decomposes(weight, 1e-7)
+    torch.testing.assert_close(svd(weight)[2], sigma, rtol=1e-6, atol=1e-14)
 
 
 def test_rank_deficient_and_zero_weights():
-    thin = matrix(8, 2) @ matrix(2, 6)
-    assert is_accurate(thin, decompose(thin))
-    assert decompose(torch.zeros(4, 3)).sigma.tolist() == [0, 0, 0]
+    assert_decomposes(matrix(8, 2) @ matrix(2, 6))
+    assert_decomposes(torch.zeros(4, 3, dtype=torch.float64))
+    assert svd(torch.zeros(4, 3))[2].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (30, 40), (30, 30)])
+def test_some_vectors_are_those_of_all(shape):
+    weight, _ = conditioned(shape, 1e4)
+    parts, which = decompose(weight), torch.tensor([29, 3, 0, 28])
+    for some, every in zip(parts.vectors(which), parts.vectors(), strict=True):
+        torch.testing.assert_close(some, every[:, which])
+
+
+@pytest.mark.parametrize("shape", [(60, 40), (40, 60), (50, 50)])
+def test_float32_decomposition_is_close_at_the_strong_end(shape):
+    weight = matrix(*shape)
+    exact, fast = decompose(weight), decompose(weight, torch.float32)
+    torch.testing.assert_close(fast.sigma.double(), exact.sigma, rtol=1e-4, atol=1e-4 * exact.sigma[0].item())
+    first = torch.arange(5)
+    for one, other in zip(exact.vectors(first), fast.vectors(first), strict=True):
+        assert ((one * other).sum(0).abs() > 1 - 1e-5).all()
+
+
+def test_overlap_counts_common_indices():
+    assert overlap(torch.tensor([1, 2, 3, 4]), torch.tensor([4, 2, 9, 8])) == 0.5
 
 
 def test_identity_moments_give_sigma_squared_and_mean_square():
     """Law 1: A = G = I gives s_i = sigma_i^2 and I = mean(W^2)."""
     weight = matrix(7, 5)
-    _, sigma, _ = decompose(weight)
+    _, _, sigma = svd(weight)
     ones, identity = torch.ones(5, dtype=torch.float64), torch.eye(5, dtype=torch.float64)
     torch.testing.assert_close(direction_scores(sigma, ones, ones), sigma**2)
-    assert importance(sigma, identity, identity, (7, 5)) == pytest.approx(weight.square().mean().item())
+    assert importance(identity, weight.T @ weight, (7, 5)) == pytest.approx(weight.square().mean().item())
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (5, 7), (6, 6)])
@@ -58,14 +100,15 @@ def test_importance_and_scores_are_the_dense_quadratic_form(shape):
     """Law 1: for random A, G both equal vec(X)^T (A kron G) vec(X)."""
     m, n = shape
     weight, a, g = matrix(m, n), psd(n, 1), psd(m, 2)
-    u, sigma, v = decompose(weight)
+    u, v, sigma = svd(weight)
     kronecker = torch.kron(a, g)
 
     def dense(x):
         flat = x.T.reshape(-1)  # vec stacks columns
         return (flat @ kronecker @ flat).item()
 
-    assert importance(sigma, v.T @ a @ v, u.T @ g @ u, shape) == pytest.approx(dense(weight) / (m * n))
+    assert importance(a, weight.T @ g @ weight, shape) == pytest.approx(dense(weight) / (m * n))
+    assert importance(weight @ a @ weight.T, g, shape) == pytest.approx(dense(weight) / (m * n))
     assert quadratic_form(weight, a, g).item() == pytest.approx(dense(weight))
     scores = direction_scores(sigma, (v.T @ a @ v).diagonal(), (u.T @ g @ u).diagonal())
     for i in range(len(sigma)):
@@ -83,20 +126,41 @@ def test_selection_orders_by_score_then_index(values, data):
 
 @pytest.mark.parametrize("scaling", [0.25, 1.0, 2.0, 128.0])
 def test_factors_are_exactly_the_chosen_part(scaling):
-    u, sigma, v = decompose(matrix(9, 6))
+    u, v, sigma = svd(matrix(9, 6))
     chosen = [4, 0, 5]
     b, a = factors(u[:, chosen], sigma[chosen], v[:, chosen], scaling)
     torch.testing.assert_close(scaling * b @ a, (u[:, chosen] * sigma[chosen]) @ v[:, chosen].T)
     torch.testing.assert_close(b.norm(dim=0), a.norm(dim=1))
 
 
-@pytest.mark.parametrize("shape", [(20, 5), (9, 6), (6, 6)])
-def test_moments_in_the_basis_whichever_way_they_are_summed(shape):
-    size, directions = shape
-    basis = torch.linalg.qr(matrix(size, directions)).Q
-    rows = matrix(31, size, 3)
-    moment = Moment(basis, torch.float64)
-    for part in rows.split(7):
-        moment.add(part)
-    assert moment.projects == (size > 1.62 * directions)
-    torch.testing.assert_close(moment.in_basis(), basis.T @ (rows.T @ rows / 31) @ basis)
+@pytest.mark.parametrize("size", [1, 7, 31])
+def test_moments_are_means_whatever_the_parts(size):
+    rows, basis, through = matrix(31, 6, 3), torch.linalg.qr(matrix(4, 4)).Q, matrix(6, 4)
+    plain, mapped = Moment(torch.float64), Moment(torch.float64, through)
+    for part in rows.split(size):
+        plain.add(part)
+        mapped.add(part)
+    mean = rows.T @ rows / 31
+    torch.testing.assert_close(plain.mean, mean)
+    torch.testing.assert_close(mapped.mean, through.T @ mean @ through)
+    torch.testing.assert_close(energies(mapped.mean, basis), (basis.T @ mapped.mean @ basis).diagonal())
+
+
+@pytest.mark.parametrize("shape", [(9, 6), (6, 9)])
+def test_after_the_weight_or_on_its_vectors_is_the_same(shape):
+    """u_i . delta = v_i . (W^T delta) / sigma_i, and v_i . h = u_i . (W h) / sigma_i."""
+    weight = matrix(*shape)
+    parts, rows = decompose(weight), matrix(31, 9, 5)
+    after, on = Moment(torch.float64, weight if parts.tall else weight.T), Moment(torch.float64, parts.far())
+    after.add(rows)
+    on.add(rows)
+    torch.testing.assert_close(energies(after.mean, parts.near) / parts.sigma**2, on.mean.diagonal())
+
+
+def test_products_of_bfloat16_values_are_those_of_float32():
+    """Wherever they are computed: a bfloat16 product has 16 significant bits, and sums are of 24 or more."""
+    x, y = matrix(50, 64).bfloat16(), matrix(64, 20, 1).bfloat16()
+    exact = x.double() @ y.double()
+    torch.testing.assert_close(product(x, y, torch.float32).double(), exact, rtol=0, atol=2e-6 * 64)
+    assert torch.get_float32_matmul_precision() == "highest"
+    torch.testing.assert_close(squared(x.float()).double(), x.double().T @ x.double(), rtol=0, atol=2e-6 * 64)

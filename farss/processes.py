@@ -1,0 +1,83 @@
+"""Several processes, as `torchrun` starts them. One process is the ordinary case, and every call is then free."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def started_as_several() -> bool:
+    """Whether a launcher such as torchrun started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Join the other processes, if there are any, each with its own GPU where there are GPUs."""
+    if not started_as_several():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Which of the processes this is."""
+    return dist.get_rank() if _several() else 0
+
+
+def size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if _several() else 1
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def add_up(tensor: Tensor) -> None:
+    """Replace a tensor by its sum over the processes."""
+    if _several():
+        dist.all_reduce(tensor)
+
+
+def shared(value: Any, source: int = 0) -> Any:
+    """The value that process `source` holds."""
+    if not _several():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=source)
+    return box[0]
+
+
+def shared_tensor(tensor: Tensor, source: int) -> Tensor:
+    """The tensor that process `source` holds; the others give one of the same shape to be filled."""
+    if _several():
+        dist.broadcast(tensor, src=source)
+    return tensor
+
+
+def gathered(value: Any) -> list[Any]:
+    """The values of all processes, on process 0; nothing on the others."""
+    if not _several():
+        return [value]
+    box: list[Any] = [None] * size()
+    dist.gather_object(value, box if rank() == 0 else None)
+    return box if rank() == 0 else []
+
+
+def wait() -> None:
+    """Go on when every process has come here."""
+    if _several():
+        dist.barrier()

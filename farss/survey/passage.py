@@ -1,0 +1,202 @@
+"""The way of one batch through a model, cut at the blocks: what each block is called with, and the loss at the end."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from farss.errors import ModelError, NumericalError
+from farss.models import accepts
+
+Batch = dict[str, Tensor]
+
+HEAD_POSITIONS = 256
+"""Supervised positions whose logits exist at a time; 256 of a vocabulary of 262,144 are 268 MB in float32."""
+TRIAL_TOKENS = 16
+"""Length of the example on which the model's own forward pass is compared with that of its blocks."""
+
+
+@dataclass
+class Passage:
+    """One batch."""
+
+    batch: Batch
+    """On the device where the model computes."""
+    start: Tensor
+    """[b, t, d]: what enters the first block."""
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    """For each block, its other arguments (position embeddings, masks); blocks share the same tensors."""
+    uniforms: Tensor | None = None
+    """[b, t], or [b] for a classifier: uniform draws from which labels are sampled; None: the data's own labels."""
+
+    @property
+    def mask(self) -> Tensor:
+        """[b, t], true on real tokens."""
+        return self.batch["attention_mask"].bool()
+
+
+class _Stop(Exception):
+    """Raised by a stand-in: what follows the last block is not needed."""
+
+
+def enter(model: nn.Module, blocks: nn.ModuleList, batch: Batch, uniforms: Tensor | None = None) -> Passage:
+    """Embed a batch and keep what each block would be called with. No block computes anything."""
+    found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    first: list[Tensor] = []
+
+    def note(index: int, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        first.append(hidden_states.detach())
+        found.append((args, kwargs))
+        if index == len(blocks) - 1:
+            raise _Stop
+        return hidden_states
+
+    with torch.no_grad(), replaced(blocks, note), contextlib.suppress(_Stop):
+        model(**_arguments(model, batch))
+    return Passage(batch, first[0], found, uniforms)
+
+
+def through(block: nn.Module, index: int, passage: Passage, hidden: Tensor) -> Tensor:
+    """The output [b, t, d] of a block for its input [b, t, d]."""
+    args, kwargs = passage.calls[index]
+    output = block(hidden, *args, **kwargs)
+    result: Tensor = output[0] if isinstance(output, tuple) else output
+    return result
+
+
+def check_passage(model: nn.Module, blocks: nn.ModuleList, batch: Batch) -> None:
+    """Compare the model's own forward pass with that of its blocks, one after the other, on a short example.
+
+    Raises:
+        ModelError: they differ, because the model hands something from block to block beside the hidden states.
+    """
+    short = _short(batch)
+    own: list[Tensor] = []
+
+    def stop(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        own.append(output[0] if isinstance(output, tuple) else output)
+        raise _Stop
+
+    hook = blocks[-1].register_forward_hook(stop)
+    try:
+        with torch.no_grad(), contextlib.suppress(_Stop):
+            model(**_arguments(model, short))
+    finally:
+        hook.remove()
+    passage = enter(model, blocks, short)
+    hidden = passage.start
+    with torch.no_grad():
+        for index, block in enumerate(blocks):
+            hidden = through(block, index, passage, hidden)
+    distance = (hidden - own[0]).abs().max().item()
+    if not distance <= 1e-2 * own[0].abs().max().item() and torch.isfinite(own[0]).all():
+        raise ModelError(
+            f"{type(model).__name__} hands more than hidden states from block to block (walking its blocks one by one "
+            f"changes the result by {distance:.2g}): this architecture is not supported"
+        )
+
+
+def _short(batch: Batch) -> Batch:
+    """The first real tokens of a batch's first example."""
+    real = batch["attention_mask"][0].bool()
+    return {key: x[:1, real][:, :TRIAL_TOKENS] for key, x in batch.items() if x.dim() == 2 and key != "labels"}
+
+
+def _arguments(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    arguments: dict[str, Any] = {key: value for key, value in batch.items() if key != "labels" and accepts(model, key)}
+    return {**arguments, "use_cache": False} if accepts(model, "use_cache") else arguments
+
+
+@contextlib.contextmanager
+def replaced(blocks: nn.ModuleList, stand_in: Callable[..., Tensor]) -> Iterator[None]:
+    """Call `stand_in(index, hidden_states, ...)` in the place of every block."""
+    originals = [block.forward for block in blocks]
+    for index, block in enumerate(blocks):
+        block.forward = partial(stand_in, index)
+    try:
+        yield
+    finally:
+        for block, original in zip(blocks, originals, strict=True):
+            block.forward = original
+
+
+# --- the loss --------------------------------------------------------------------------------------------------------
+
+
+def output_gradient(model: nn.Module, blocks: nn.ModuleList, passage: Passage, output: Tensor) -> Tensor:
+    """Gradient [b, t, d] of the summed negative log-likelihood at the last block's output [b, t, d].
+
+    The model's own final norm and head are run with the blocks passed over. In a language model they see each position
+    alone, so the supervised positions are packed into short sequences: the logits of a whole batch can be larger than
+    the model.
+    """
+    labels = passage.batch["labels"]
+    if labels.dim() == 1:  # a classifier: one label per example, and a head that may look anywhere
+        return _tail_gradient(model, blocks, passage.batch, output, labels, passage.uniforms)
+    gradient = torch.zeros_like(output)
+    targets = labels[:, 1:]
+    places = (targets != -100).nonzero()
+    for rows, positions in (part.T for part in places.split(HEAD_POSITIONS)):
+        packed = {"input_ids": passage.batch["input_ids"][rows, positions][None]}
+        wanted = targets[rows, positions]
+        uniforms = passage.uniforms[rows, positions] if passage.uniforms is not None else None
+        gradient[rows, positions] = _tail_gradient(model, blocks, packed, output[rows, positions][None], wanted, uniforms)[0]
+    return gradient
+
+
+def _tail_gradient(
+    model: nn.Module, blocks: nn.ModuleList, batch: Batch, output: Tensor, targets: Tensor, uniforms: Tensor | None
+) -> Tensor:
+    """Gradient of the summed loss at `output`, the last block's output, through what follows it."""
+    hidden = output.detach().requires_grad_(True)
+
+    def pass_over(index: int, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden if index == len(blocks) - 1 else hidden_states
+
+    with torch.enable_grad(), replaced(blocks, pass_over):
+        logits = model(**_arguments(model, batch)).logits
+        logits = logits.reshape(-1, logits.shape[-1])
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        loss = nn.functional.cross_entropy(logits, targets if uniforms is None else sampled(logits, uniforms), reduction="sum")
+    if not torch.isfinite(loss):
+        raise NumericalError(
+            f"the loss of the calibration examples is {loss.item()}: look for NaN in the model's weights, or load it in float32"
+        )
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    return gradient
+
+
+def sampled(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Labels [n] drawn from the model's own distribution (true Fisher: Martens 2020; Kunstner et al. 2019).
+
+    Args:
+        logits: [n, c].
+        uniforms: [n], uniform in [0, 1).
+    """
+    cumulative = logits.detach().double().softmax(-1).cumsum(-1)
+    drawn = torch.searchsorted(cumulative, (uniforms.to(cumulative) * cumulative[:, -1])[:, None], right=True)[:, 0]
+    return drawn.clamp(max=logits.shape[-1] - 1)
+
+
+def uniform_draws(batch: Batch, seed: int, first: int) -> Tensor:
+    """[b, t] (or [b]) uniform numbers that depend on the seed and each example's place in the data, and on nothing else.
+
+    Args:
+        first: place of the batch's first example.
+    """
+    labels = batch["labels"]
+    draws = torch.zeros(labels.shape, dtype=torch.float64)
+    for row in range(labels.shape[0]):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + first + row)
+        if labels.dim() == 1:
+            draws[row] = torch.rand((), generator=generator, dtype=torch.float64)
+            continue
+        supervised = (labels[row, 1:] != -100).nonzero()[:, 0]
+        draws[row, supervised] = torch.rand(supervised.numel(), generator=generator, dtype=torch.float64)
+    return draws

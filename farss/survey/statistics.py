@@ -1,0 +1,211 @@
+"""What is recorded of a layer while its block is walked, and what is read out of it afterwards.
+
+Both moments of a layer `W [m, n]` are summed in the smaller of its two dimensions, k. On that (near) side these are the
+rows themselves. On the other (far) side they are the rows after `W`: with `z = W^T delta`,
+`v_i . z = sigma_i (u_i . delta)`, so nothing of the larger dimension squared ever exists, and the importance is one sum,
+`tr(G W A W^T) = tr(A E[z z^T])`. Only directions that are too weak to be divided by their sigma are summed on their far
+singular vectors as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from farss import processes
+from farss.artifacts import Layer
+from farss.errors import ModelError, NumericalError
+from farss.maths.directions import Decomposition, decompose, direction_scores, overlap, select
+from farss.maths.fisher import importance
+from farss.maths.moments import Moment, energies, kept_rows
+from farss.models import weight_of
+
+
+@dataclass
+class Statistics:
+    """One target layer, while its block is walked."""
+
+    layer: Layer
+    weight: Tensor
+    """[m, n]"""
+    owner: int
+    """The process that decomposes it."""
+    parts: Decomposition | None
+    """Present in the owner."""
+    near: Moment
+    """Of the rows of the smaller side: activations where m >= n, gradients otherwise."""
+    far: Moment
+    """Of the other side's rows after the weight."""
+    weak: Moment | None
+    """Of the far rows on the weak directions' singular vectors; None where every direction is strong."""
+
+    @property
+    def tall(self) -> bool:
+        """Whether the near side is that of the activations."""
+        return self.weight.shape[0] >= self.weight.shape[1]
+
+    @property
+    def moments(self) -> list[Moment]:
+        """All that is summed."""
+        return [self.near, self.far, *([self.weak] if self.weak else [])]
+
+    def record_far(self, rows: Tensor) -> None:
+        """Add rows [t, d] of the far side."""
+        self.far.add(rows)
+        if self.weak:
+            self.weak.add(rows)
+
+
+class Readout(NamedTuple):
+    """What the survey keeps of one layer."""
+
+    importance: float
+    tensors: dict[str, Tensor]
+    """sigma, lam, gam [k]; kept [c]; u [m, c], v [n, c]; float32."""
+    overlap: dict[str, float] | None = None
+    """Share of the exact choice that a float32 decomposition chose, at each end."""
+
+
+def start(layer: Layer, module: nn.Module, owner: int, precision: torch.dtype) -> Statistics:
+    """Decompose a layer's weight, in its owner, and make room for its moments."""
+    weight = weight_of(module).detach()
+    if not torch.isfinite(weight).all():
+        raise NumericalError(f"the weights of {layer.name} hold NaN or infinite values: the model's file is damaged")
+    parts = decompose(weight, precision) if processes.rank() == owner else None
+    sums = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    rows = weight if weight.shape[0] >= weight.shape[1] else weight.T
+    weak = processes.shared(parts.far_weak.shape[1] if parts else 0, owner)
+    vectors = parts.far_weak.to(sums).contiguous() if parts else rows.new_empty((rows.shape[0], weak), dtype=sums)
+    on_weak = Moment(sums, processes.shared_tensor(vectors, owner)) if weak else None
+    return Statistics(layer, weight, owner, parts, Moment(sums), Moment(sums, rows), on_weak)
+
+
+# --- recording -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def recording(modules: dict[str, nn.Module], known: dict[str, Statistics], mask: Tensor) -> Iterator[None]:
+    """While active, every forward and backward through the layers adds to their moments."""
+    seen: dict[int, tuple[Tensor, Moment]] = {}
+    hooks = [module.register_forward_hook(_record(known[name], mask, seen)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _record(known: Statistics, mask: Tensor, seen: dict[int, tuple[Tensor, Moment]]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        x = args[0]
+        if not known.tall:
+            known.record_far(_rows(known, x.detach(), mask))
+            output.register_hook(lambda gradient: known.near.add(_rows(known, gradient.detach(), mask)))
+            return
+        if id(x) in seen and seen[id(x)][0] is x:
+            known.near = seen[id(x)][1]  # layers that read the same input share its moment
+        else:
+            known.near.add(_rows(known, x.detach(), mask))
+            seen[id(x)] = (x, known.near)
+        output.register_hook(lambda gradient: known.record_far(_rows(known, gradient.detach(), mask)))
+
+    return hook
+
+
+def _rows(known: Statistics, x: Tensor, mask: Tensor) -> Tensor:
+    try:
+        return kept_rows(x, mask)
+    except ValueError as error:
+        raise ModelError(
+            f"{known.layer.name} does not see every token once ({error}), as in a mixture of experts: "
+            f"name the other layers in model.targets, such as [q_proj, k_proj, v_proj, o_proj]"
+        ) from error
+
+
+def add_up(known: dict[str, Statistics]) -> None:
+    """Sum the moments over the processes."""
+    moments = {id(moment): moment for one in known.values() for moment in one.moments}
+    for moment in moments.values():
+        if moment.total is not None:
+            processes.add_up(moment.total)
+            count = torch.tensor([moment.count])
+            processes.add_up(count)
+            moment.count = int(count)
+
+
+# --- reading out -----------------------------------------------------------------------------------------------------
+
+
+def read_out(known: Statistics, cap: int, tokens: int, check: bool) -> Readout:
+    """Importance, statistics and kept directions of one layer, in its owner.
+
+    Args:
+        cap: directions kept at each end of the score order.
+        tokens: how many rows it must have seen.
+        check: compare the choice with that of a float64 decomposition.
+    """
+    assert known.parts is not None
+    _check_counts(known, tokens)
+    worth = _importance(known)
+    sigma, lam, gam = _scored(known, known.parts)
+    scores = direction_scores(sigma, lam, gam)
+    kept = _ends(scores, cap)
+    u, v = known.parts.vectors(kept)
+    found = {"sigma": sigma, "lam": lam, "gam": gam, "kept": kept, "u": u.float(), "v": v.float()}
+    compared = _overlap(scores, direction_scores(*_scored(known, decompose(known.weight))), cap) if check else None
+    return Readout(worth, {part: tensor.cpu().contiguous() for part, tensor in found.items()}, compared)
+
+
+def _importance(known: Statistics) -> float:
+    near, far = known.near.mean, known.far.mean
+    names = ("activations", "gradients") if known.tall else ("gradients", "activations")
+    for what, mean in zip(names, (near, far), strict=True):
+        if not torch.isfinite(mean).all():
+            raise NumericalError(
+                f"the {what} of {known.layer.name} hold NaN or infinite values: load the model in float32 (model.dtype=float32)"
+            )
+    return importance(near, far, known.layer.shape)
+
+
+def _scored(known: Statistics, parts: Decomposition) -> tuple[Tensor, Tensor, Tensor]:
+    """sigma, lambda, gamma [k] float32."""
+    near = energies(known.near.mean, parts.near)
+    far = energies(known.far.mean, parts.near).double()
+    weak = known.weak.mean.diagonal().double() if known.weak else far[:0]
+    strong = far.numel() - weak.numel()
+    far = torch.cat([far[:strong] / parts.sigma[:strong].double().square(), weak])
+    lam, gam = (near, far) if known.tall else (far, near)
+    return parts.sigma.float(), lam.float(), gam.float()
+
+
+def _check_counts(known: Statistics, tokens: int) -> None:
+    name = known.layer.name
+    gradients = known.far if known.tall else known.near
+    if not gradients.count:
+        raise ModelError(f"no gradient reaches {name}: leave it out of model.targets")
+    for moment in known.moments:
+        if moment.count != tokens:
+            raise ModelError(f"{name} saw {moment.count} tokens of {tokens}: leave it out of model.targets")
+
+
+def _ends(scores: Tensor, cap: int) -> Tensor:
+    """Indices of the `cap` highest and the `cap` lowest scores, ascending, each once."""
+    size = min(cap, scores.numel())
+    both: Tensor = torch.cat([select(scores, size, "most"), select(scores, size, "least")]).unique()
+    return both
+
+
+def _overlap(scores: Tensor, exact: Tensor, cap: int) -> dict[str, float]:
+    size = min(cap, scores.numel())
+    return {side: overlap(select(scores, size, side), select(exact, size, side)) for side in ("most", "least")}
+
+
+def summary(readouts: list[Readout]) -> dict[str, Any] | None:
+    """Mean overlap of a block's layers at each end."""
+    known = [readout.overlap for readout in readouts if readout.overlap]
+    return {side: sum(one[side] for one in known) / len(known) for side in ("most", "least")} if known else None

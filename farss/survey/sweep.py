@@ -1,0 +1,345 @@
+"""Model + calibration examples -> Survey, one block at a time.
+
+Forwards, every batch goes through a block before the next block is touched, and what enters each block is kept on disk.
+Then the blocks are walked from last to first: a block is re-run from its kept input, the gradient of its output is pushed
+back through it, and its linear layers record the second moments of their inputs and output gradients. The gradient of its
+input is the output gradient of the block before. This is gradient checkpointing over the data set: exact, and only one
+block's statistics ever exist. Weights are only read, block by block, so they may lie in a file larger than memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from farss import processes
+from farss.artifacts import Layer, Survey, fingerprint, read_json, write_json, write_tensors
+from farss.errors import FarssError, FolderError
+from farss.memory import peak_gib, used_gib
+from farss.models import find_blocks, target_layers
+from farss.models import fingerprint as model_fingerprint
+from farss.survey.kept import GRADIENT, INPUT, Kept, check_space
+from farss.survey.passage import Batch, Passage, check_passage, enter, output_gradient, through, uniform_draws
+from farss.survey.statistics import Readout, Statistics, add_up, read_out, recording, start, summary
+
+Progress = Callable[[int, int, str], None]
+Svd = Literal["exact", "fast"]
+
+PROGRESS = "progress.json"
+"""In the survey's folder while it is unfinished."""
+
+
+def survey(
+    model: nn.Module,
+    batches: list[Batch],
+    folder: Path | str,
+    cap: int,
+    targets: list[str] | None = None,
+    fisher: str = "empirical",
+    seed: int = 0,
+    meta: dict[str, Any] | None = None,
+    on_progress: Progress | None = None,
+    svd: Svd = "exact",
+    device: torch.device | None = None,
+) -> Survey:
+    """Estimate the Kronecker-factored Fisher statistics of every target layer and keep what any plan can ask for.
+
+    As one of several processes that were joined (`farss.processes.joined`), each takes its share of the batches and of
+    the decompositions; the first one writes.
+
+    Args:
+        model: a causal language model, or an encoder with a classification head (labels [b]).
+        batches: `input_ids`, `attention_mask`, `labels` (-100: not supervised), each [b, t]; the same in all processes.
+        folder: `survey.json` and one safetensors file a block are written here; a killed survey goes on from them.
+        cap: the singular vectors of this many directions at each end of the score order are kept.
+        targets: names of the layers, such as `["q_proj"]`; empty: every linear layer of every block.
+        fisher: `empirical` (labels of the data) or `sampled` (labels drawn from the model).
+        on_progress: called with (blocks done, blocks, a line to show).
+        svd: `exact` decomposes in float64; `fast` in float32, except for the blocks that may become shallow.
+        device: compute here, one block at a time; None: where the model is.
+
+    Raises:
+        NumericalError: a weight, activation, gradient or loss is NaN or infinite; the layer is named.
+        ModelError: the architecture is not supported.
+        FolderError: the folder holds a survey of something else.
+        FarssError: the disk cannot hold the states that are kept while it runs.
+    """
+    folder = Path(folder)
+    layers = target_layers(model, targets)
+    _, blocks = find_blocks(model)
+    key = identity(model, batches, list(layers), fisher, seed, svd)
+    if (folder / "survey.json").is_file():
+        return _same_survey(Survey.load(folder), key, cap)
+    if len(batches) < processes.size():
+        raise FarssError(f"{processes.size()} processes for {len(batches)} batches: start fewer processes, or lower calibration.batch_size")
+    spent = processes.shared(_begin(folder, key, cap) if processes.rank() == 0 else None)
+    started = time.monotonic() - spent
+    sweep = Sweep(model, blocks, layers, folder, cap, svd, device or next(model.parameters()).device, on_progress or _silent)
+
+    def note() -> None:
+        write_json(folder / PROGRESS, {**_mark(key, cap), "seconds": time.monotonic() - started})
+
+    with frozen(model):
+        sweep.run(batches, seed if fisher == "sampled" else None, note)
+    if processes.rank() == 0:
+        facts = {"key": key, "fisher": fisher, "seed": seed, "svd": svd, "processes": processes.size()}
+        facts |= {"seconds": round(time.monotonic() - started, 1), "peak_memory_gib": round(peak_gib(sweep.device), 2)}
+        _finish(folder, layers, len(blocks), cap, batches, {**(meta or {}), **facts})
+    processes.wait()
+    return Survey.load(folder)
+
+
+def _silent(done: int, total: int, line: str) -> None:
+    return None
+
+
+@dataclass
+class Sweep:
+    """The two ways through the blocks, each going on where a killed one stopped."""
+
+    model: nn.Module
+    blocks: nn.ModuleList
+    layers: dict[str, Layer]
+    folder: Path
+    cap: int
+    svd: Svd
+    device: torch.device
+    tell: Progress
+
+    def run(self, batches: list[Batch], draws: int | None, note: Callable[[], None]) -> None:
+        """Go forwards, unless that was done, then backwards from the newest undone block.
+
+        Args:
+            batches: of all processes.
+            draws: seed of the labels that are drawn from the model; None: the data's own labels.
+            note: called by the first process when a block is done.
+        """
+        self.kept = Kept(self.folder)
+        self.tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+        last, lowest = len(self.blocks) - 1, min(layer.block for layer in self.layers.values())
+        undone = self._first_undone()
+        if undone == last and not self.kept.blocks(INPUT):
+            check_passage(self.model, self.blocks, moved(batches[0], next(self.model.parameters()).device))
+            self._announce(batches)
+        with placed(self._outside_blocks(), self.device):
+            passages = self._passages(batches, draws)
+            if undone == last and last not in self.kept.blocks(GRADIENT):
+                self.forwards(passages)
+            begun = time.monotonic()
+            for index in range(undone, lowest - 1, -1):
+                self.backwards(index, passages)
+                if processes.rank() == 0:
+                    note()
+                speed = self.tokens * (undone - index + 1) / (time.monotonic() - begun)
+                line = f"block {index}, {speed:,.0f} tokens/s through a block, {used_gib(self.device):.1f} GiB in use"
+                self.tell(last - index + 1, last - lowest + 1, line)
+
+    def forwards(self, passages: list[Passage]) -> None:
+        """Send every batch through each block in turn, and the last block's output through the loss."""
+        last = len(self.blocks) - 1
+        first = max(self.kept.blocks(INPUT), default=0)
+        if not first:
+            self.kept.write(INPUT, 0, [passage.start for passage in passages])
+        for passage in passages:
+            passage.start = passage.start.new_empty(0)
+        for index in range(first, len(self.blocks)):
+            self.tell(0, len(self.blocks), f"forward pass, block {index}")
+            states = self.kept.read(INPUT, index, self.device)
+            with placed(tensors_of(self.blocks[index]), self.device), torch.no_grad():
+                states = [through(self.blocks[index], index, *pair) for pair in zip(passages, states, strict=True)]
+            if index < last:
+                self.kept.write(INPUT, index + 1, states)
+        gradients = [output_gradient(self.model, self.blocks, *pair) for pair in zip(passages, states, strict=True)]
+        self.kept.write(GRADIENT, last, gradients)
+
+    def backwards(self, index: int, passages: list[Passage]) -> None:
+        """Walk one block, decompose its layers and write what is kept of them."""
+        block, inside = self.blocks[index], {name: layer for name, layer in self.layers.items() if layer.block == index}
+        modules = {name: self.model.get_submodule(name) for name in inside}
+        precision, check = self._precision(index)
+        with placed(tensors_of(block), self.device):
+            known = {
+                name: start(layer, modules[name], place % processes.size(), precision) for place, (name, layer) in enumerate(inside.items())
+            }
+            gradients = self._walk(block, index, passages, modules, known)
+            add_up(known)
+            own = {name: one for name, one in known.items() if one.owner == processes.rank()}
+            found = {name: read_out(one, self.cap, self.tokens, check) for name, one in own.items()}
+        if index:
+            self.kept.write(GRADIENT, index - 1, gradients)
+        parts = processes.gathered(found)  # all gradients are written when the first process has these
+        if parts:
+            readouts = {name: readout for part in parts for name, readout in part.items()}
+            self._write(index, {name: readouts[name] for name in inside})
+        processes.wait()
+        self.kept.drop(GRADIENT, index)
+        self.kept.drop(INPUT, index)
+
+    def _walk(
+        self, block: nn.Module, index: int, passages: list[Passage], modules: dict[str, nn.Module], known: dict[str, Statistics]
+    ) -> list[Tensor]:
+        """Push the output gradients of a block back through it.
+
+        Returns:
+            The gradients of its input, [b, t, d] a batch.
+        """
+        inputs, gradients = self.kept.read(INPUT, index, self.device), self.kept.read(GRADIENT, index, self.device)
+        result = []
+        for passage, state, gradient in zip(passages, inputs, gradients, strict=True):
+            hidden = state.detach().requires_grad_(True)
+            with torch.enable_grad(), recording(modules, known, passage.mask):
+                output = through(block, index, passage, hidden)
+                result.append(torch.autograd.grad(output, hidden, gradient.to(output.dtype))[0])
+        return result
+
+    def _write(self, index: int, readouts: dict[str, Readout]) -> None:
+        tensors = {f"{name}.{part}": tensor for name, readout in readouts.items() for part, tensor in readout.tensors.items()}
+        write_tensors(self.folder / f"block-{index:04d}.safetensors", tensors)
+        facts = {"importance": {name: readout.importance for name, readout in readouts.items()}, "overlap": summary([*readouts.values()])}
+        write_json(self.folder / f"block-{index:04d}.json", facts)  # from here on, the block is done
+
+    def _precision(self, index: int) -> tuple[torch.dtype, bool]:
+        """Of the decompositions of a block, and whether they are compared with exact ones."""
+        count = len(self.blocks)
+        if self.svd == "exact" or index < shallow_end(count):
+            return torch.float64, False
+        return torch.float32, index == count - 1
+
+    def _first_undone(self) -> int:
+        """The block that comes next on the way back: the one before the newest that is done."""
+        done = [int(path.stem.removeprefix("block-")) for path in self.folder.glob("block-????.json")]
+        return int(processes.shared(min(done, default=len(self.blocks)) - 1))
+
+    def _passages(self, batches: list[Batch], draws: int | None) -> list[Passage]:
+        """This process's share of the batches, embedded."""
+        firsts = [0, *itertools.accumulate(len(batch["input_ids"]) for batch in batches)]
+        result = []
+        for place in range(processes.rank(), len(batches), processes.size()):
+            batch = batches[place]
+            uniforms = uniform_draws(batch, draws, firsts[place]).to(self.device) if draws is not None else None
+            result.append(enter(self.model, self.blocks, moved(batch, self.device), uniforms))
+        return result
+
+    def _announce(self, batches: list[Batch]) -> None:
+        """Say how much disk the states take, and refuse where there is not enough.
+
+        The gradients of two blocks lie beside the inputs of all of them.
+        """
+        width = self.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator, union-attr]
+        dtype = next(self.model.parameters()).dtype
+        needed = sum(batch["input_ids"].numel() for batch in batches) * width * dtype.itemsize * (len(self.blocks) + 2)
+        check_space(self.folder, needed)
+        self.tell(0, len(self.blocks), f"keeps {needed / 1e9:.2f} GB of block inputs on disk while it runs")
+
+    def _outside_blocks(self) -> list[Tensor]:
+        """Parameters and buffers that belong to no block: embeddings, final norm, head."""
+        inside = {id(tensor) for tensor in tensors_of(self.blocks)}
+        return [tensor for tensor in tensors_of(self.model) if id(tensor) not in inside]
+
+
+def shallow_end(blocks: int) -> int:
+    """One past the last block that the paper's range of boundaries can make shallow (section 3.1)."""
+    return math.ceil(blocks / 4) + 1
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    """Parameters and buffers."""
+    return [*module.parameters(), *module.buffers()]
+
+
+def moved(batch: Batch, device: torch.device) -> Batch:
+    """A batch on a device."""
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+@contextmanager
+def placed(tensors: list[Tensor], device: torch.device) -> Iterator[None]:
+    """Have these tensors' values on a device for a while."""
+    before = [tensor.data for tensor in tensors]
+    for tensor in tensors:
+        tensor.data = tensor.data.to(device)
+    try:
+        yield
+    finally:
+        for tensor, data in zip(tensors, before, strict=True):
+            tensor.data = data
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """The model in `eval()` mode with every parameter frozen; both are put back afterwards."""
+    training, trainable = model.training, [p for p in model.parameters() if p.requires_grad]
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        model.train(training)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+# --- the folder ------------------------------------------------------------------------------------------------------
+
+
+def identity(model: nn.Module, batches: list[Batch], layers: list[str], fisher: str, seed: int, svd: Svd) -> str:
+    """Hash of everything a survey's numbers depend on (how the examples are batched aside)."""
+    rows = [tensor.tolist() for batch in batches for _, tensor in sorted(batch.items())]
+    return fingerprint([model_fingerprint(model), rows, layers, fisher, seed, svd])
+
+
+def _same_survey(found: Survey, key: str, cap: int) -> Survey:
+    if found.meta.get("key") != key:
+        raise FolderError(f"{found.folder} holds a survey of another model or of other data: choose another folder, or delete it")
+    if found.cap < cap:
+        raise FolderError(
+            f"{found.folder} kept {found.cap} directions at each end, and {cap} are wanted: choose another folder, or delete it"
+        )
+    return found
+
+
+def _mark(key: str, cap: int) -> dict[str, Any]:
+    return {"key": key, "cap": cap, "processes": processes.size()}
+
+
+def _begin(folder: Path, key: str, cap: int) -> float:
+    """Mark a folder as ours, or check that the unfinished survey in it is this one.
+
+    Returns:
+        The seconds that were spent on it before.
+    """
+    mark = _mark(key, cap)
+    if (folder / PROGRESS).is_file():
+        progress = read_json(folder / PROGRESS)
+        if {name: progress.get(name) for name in mark} == mark:
+            return float(progress["seconds"])
+        if (progress["key"], progress["cap"]) == (key, cap):
+            raise FolderError(f"{folder} holds a survey that {progress.get('processes')} processes began: go on with as many, or delete it")
+        raise FolderError(f"{folder} holds an unfinished survey of another model, other data or another rank: delete it")
+    write_json(folder / PROGRESS, {**mark, "seconds": 0.0})
+    return 0.0
+
+
+def _finish(folder: Path, layers: dict[str, Layer], blocks: int, cap: int, batches: list[Batch], meta: dict[str, Any]) -> None:
+    """Gather the importances and write `survey.json`."""
+    importances: dict[str, float] = {}
+    for path in sorted(folder.glob("block-????.json")):
+        facts = read_json(path)
+        importances |= facts["importance"]
+        if facts["overlap"]:
+            meta["overlap"] = facts["overlap"]
+    measured = {name: Layer(name, x.block, x.shape, importances[name]) for name, x in layers.items()}
+    examples = sum(batch["input_ids"].shape[0] for batch in batches)
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    Survey(folder, measured, blocks, cap, examples, tokens, meta).save()
+    for path in [*folder.glob("block-????.json"), folder / PROGRESS]:
+        path.unlink()
+    Kept(folder).clear()
