@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -72,7 +73,12 @@ class Bars:
 
 @contextmanager
 def bars() -> Iterator[Callable[[str, int, int, str], None]]:
-    """Progress bars on a terminal; a line for each finished step elsewhere."""
+    """Progress bars on a terminal; a line for each finished step elsewhere; nothing in any process but the first."""
+    from farss import processes
+
+    if processes.rank():
+        yield lambda step, done, total, line: None
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -91,13 +97,26 @@ class LogLines:
 
     def __init__(self) -> None:
         self.shown: dict[str, int] = {}
+        self.begun: dict[str, tuple[float, int]] = {}
 
     def tell(self, step: str, done: int, total: int, line: str) -> None:
         """Print a line if the step has come a tenth further."""
+        start, first = self.begun.get(step, (0.0, done))
+        if done == first:  # preparations do not count
+            start = time.monotonic()
+            self.begun[step] = (start, first)
         tenth = 10 * done // max(total, 1)
-        if self.shown.get(step) != tenth:
-            self.shown[step] = tenth
-            console.print(f"{step}: {done} of {total}{f', {_escape(line)}' if line else ''}", highlight=False, soft_wrap=True)
+        if self.shown.get(step) == tenth:
+            return
+        self.shown[step] = tenth
+        parts = [f"{step}: {done} of {total}", *([_escape(line)] if line else [])]
+        if first < done < total:
+            parts.append(f"{_duration((time.monotonic() - start) / (done - first) * (total - done))} left")
+        console.print(", ".join(parts), highlight=False, soft_wrap=True)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
@@ -153,12 +172,19 @@ def compare(
 
 @app.command()
 def survey(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Estimate the Fisher statistics and decompose the weights."""
-    from farss.terminal import importance_table
+    """Estimate the Fisher statistics and decompose the weights; under torchrun, in several processes."""
+    from farss import processes
+    from farss.terminal import extremes_table, importance_table, survey_facts
 
-    with _single(config, overrides) as one:
-        found = one.survey()
+    with processes.joined():
+        first = processes.rank() == 0
+        with _single(config, overrides, several=True) as one:
+            found = one.survey()
+    if not first:
+        return
     console.print(importance_table(found))
+    console.print(extremes_table(found))
+    console.print(survey_facts(found), highlight=False)
     _where({"survey": one.common.path / "survey"})
 
 
@@ -241,10 +267,12 @@ def gemma(folder: Annotated[Path, typer.Argument(help="New folder for the model.
 
 
 @contextmanager
-def _single(config: Path, overrides: list[str] | None) -> Iterator[Any]:
+def _single(config: Path, overrides: list[str] | None, several: bool = False) -> Iterator[Any]:
     """A run of one step, with its progress bars."""
     from farss.pipeline import Run
 
+    if not several:
+        _refuse_several()
     values = load(config, overrides or ())
     with bars() as tell:
         one = Run(values, tell=tell)
@@ -252,9 +280,17 @@ def _single(config: Path, overrides: list[str] | None) -> Iterator[Any]:
         yield one
 
 
+def _refuse_several() -> None:
+    from farss import processes
+
+    if processes.started_as_several():
+        raise UsageError("only `farss survey` runs in several processes: start this command without torchrun")
+
+
 def _run(config: Config) -> None:
     from farss.pipeline import Run
 
+    _refuse_several()
     if config.compare.methods:
         _run_comparison(config)
         return

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from farss import processes
 from farss.artifacts import disk_cure, read_json, write_json, write_text
 from farss.config import Config, dump, from_dict, to_dict
 from farss.errors import ConfigError, FolderError
@@ -47,6 +48,8 @@ class Folder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise FolderError(f"out={str(self.path)!r} cannot be made: {error.strerror}") from error
+        if processes.rank():
+            return
         heading = "".join(f"# {name} {version}\n" for name, version in versions.items())
         write_text(self.path / "config.yaml", heading + dump(config))
         write_json(self.path / "versions.json", versions)
@@ -87,10 +90,13 @@ class Folder:
         """
         facts: dict[str, Any] = {}
         path = self.path / "steps" / f"{step}.json"
-        write_json(path, {"options": options, "done": False})
+        first = processes.rank() == 0
+        if first:
+            write_json(path, {"options": options, "done": False})
         with disk_cure(self.path):
             yield facts
-        write_json(path, {"options": options, "done": True, **facts})
+        if first:
+            write_json(path, {"options": options, "done": True, **facts})
 
 
 def options_of(config: Config, keys: tuple[str, ...]) -> dict[str, Any]:

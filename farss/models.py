@@ -20,7 +20,7 @@ from farss.errors import ConfigError, ModelError
 def device_of(config: ModelConfig) -> torch.device:
     """The device that `model.device` means on this machine."""
     if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     try:
         return torch.zeros(0, device=config.device).device
     except (RuntimeError, AssertionError) as error:

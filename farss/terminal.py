@@ -105,6 +105,34 @@ def importance_table(survey: Survey) -> Table:
     return table
 
 
+def extremes_table(survey: Survey, count: int = 10) -> Table:
+    """The most and the least important layers side by side."""
+    ordered = sorted(survey.layers.values(), key=lambda layer: layer.importance, reverse=True)
+    types = layer_types({name: layer.block for name, layer in survey.layers.items()})
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for head in ("Most important", "Least important"):
+        table.add_column(head)
+        table.add_column("block", justify="right")
+        table.add_column("importance", justify="right")
+    for pair in zip(ordered[:count], ordered[: -count - 1 : -1], strict=True):
+        table.add_row(*(text for layer in pair for text in (cut(types[layer.name], 30), str(layer.block), f"{layer.importance:.3g}")))
+    return table
+
+
+def survey_facts(survey: Survey) -> str:
+    """What a survey cost, in a sentence or two."""
+    meta = survey.meta
+    text = f"{survey.examples} examples, {survey.tokens:,} tokens, {meta.get('seconds', 0):.0f} s"
+    text += f", peak memory {meta['peak_memory_gib']:.1f} GiB" if "peak_memory_gib" in meta else ""
+    if "overlap" in meta:
+        most, least = (meta["overlap"][side] for side in ("most", "least"))
+        text += (
+            f"\nfloat32 decompositions: in the last block, {most:.2%} of the {survey.cap} most important directions of each layer "
+            f"and {least:.2%} of the least important ones are those of the exact decomposition"
+        )
+    return text
+
+
 def _sparks(values: list[float]) -> str:
     """One small bar a block, on a logarithmic scale."""
     logs = [math.log(value) if value > 0 else -math.inf for value in values]

@@ -9,22 +9,32 @@ import textwrap
 import pytest
 import torch
 import transformers
-from small_models import examples
+from small_models import examples, small
 
 from farss.artifacts import Survey
 from farss.data import batches, collate
-from farss.errors import ConfigError, FolderError, NumericalError
-from farss.maths.directions import decompose
+from farss.errors import ConfigError, FarssError, FolderError, ModelError, NumericalError
+from farss.maths.directions import decompose, direction_scores, select
 from farss.maths.fisher import quadratic_form
 from farss.models import target_layers, weight_of
 from farss.survey import survey
+from farss.survey.passage import enter, sampled, through
+from farss.survey.sweep import shallow_end
 
 
 def collated(rows, size=2, side="right"):
     return [collate(part, 0, side) for part in batches(rows, size)]
 
 
-def brute_force(model, rows):
+def language_loss(model, row):
+    """Summed loss of one example's supervised tokens."""
+    batch = collate([row], 0)
+    labels = batch.pop("labels")
+    logits = model(**{k: v for k, v in batch.items() if k != "position_ids"}).logits[0, :-1]
+    return torch.nn.functional.cross_entropy(logits, labels[0, 1:], ignore_index=-100, reduction="sum")
+
+
+def brute_force(model, rows, loss=language_loss):
     """A and G of every linear layer, one example at a time, from ordinary autograd over the whole model."""
     names, seen, tokens = list(target_layers(model)), {}, 0
 
@@ -39,10 +49,7 @@ def brute_force(model, rows):
     model.requires_grad_(True)
     moments = {}
     for row in rows:
-        batch = collate([row], 0)
-        labels = batch.pop("labels")
-        logits = model(**{k: v for k, v in batch.items() if k != "position_ids"}).logits[0, :-1]
-        torch.nn.functional.cross_entropy(logits, labels[0, 1:], ignore_index=-100, reduction="sum").backward()
+        loss(model, row).backward()
         tokens += len(row["input_ids"])
         for name, (h, y) in seen.items():
             a, g = moments.get(name, (0, 0))
@@ -52,19 +59,67 @@ def brute_force(model, rows):
     return {name: (a / tokens, g / tokens) for name, (a, g) in moments.items()}
 
 
-def test_statistics_equal_brute_force(architecture, tmp_path):
-    rows = examples()
-    found = survey(architecture, collated(rows), tmp_path, cap=4)
-    expected = brute_force(architecture, rows)
+def assert_equals(found, model, expected):
+    """Importance, statistics and chosen directions are those of full covariances and LAPACK's decomposition."""
     assert set(found.layers) == set(expected)
     for name, (a, g) in expected.items():
-        weight = weight_of(architecture.get_submodule(name)).detach()
-        (u, v), sigma = decompose(weight).vectors(), decompose(weight).sigma
-        known = found.directions(name)
+        weight = weight_of(model.get_submodule(name)).detach()
+        u, sigma, vh = torch.linalg.svd(weight, full_matrices=False)
+        v, known = vh.T, found.directions(name)
         assert found.layers[name].importance == pytest.approx((quadratic_form(weight, a, g) / weight.numel()).item(), rel=1e-9)
+        scores = direction_scores(sigma, ((v.T @ a) * v.T).sum(1), ((u.T @ g) * u.T).sum(1))
+        for side in ("least", "most"):
+            chosen = select(scores, 4, side)
+            assert select(known.scores, 4, side).tolist() == chosen.tolist()
+            kept_u, kept_v = found.vectors(name, chosen.tolist())
+            start = (kept_u * known.sigma[chosen]) @ kept_v.T
+            torch.testing.assert_close(start.double(), (u[:, chosen] * sigma[chosen]) @ v[:, chosen].T, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(known.sigma, sigma.float())
         torch.testing.assert_close(known.lam, ((v.T @ a) * v.T).sum(1).float(), rtol=1e-5, atol=1e-12)
         torch.testing.assert_close(known.gam, ((u.T @ g) * u.T).sum(1).float(), rtol=1e-5, atol=1e-12)
+
+
+def test_statistics_equal_brute_force(architecture, tmp_path):
+    rows = examples()
+    assert_equals(survey(architecture, collated(rows), tmp_path, cap=4), architecture, brute_force(architecture, rows))
+
+
+def test_weak_directions_equal_brute_force(llama, tmp_path):
+    """Where the weights are so ill-conditioned that the moments after the weight lose the weak directions."""
+    for name in target_layers(llama):
+        module, count = llama.get_submodule(name), min(llama.get_submodule(name).weight.shape)
+        u, _, vh = torch.linalg.svd(module.weight.detach(), full_matrices=False)
+        module.weight.data = (u * torch.logspace(0, -4, count, dtype=torch.float64)) @ vh
+    rows = examples()
+    assert_equals(survey(llama, collated(rows), tmp_path, cap=4), llama, brute_force(llama, rows))
+
+
+def test_bfloat16_models_agree_with_float64_sums(tmp_path):
+    """Sums of a bfloat16 model are float32 or better: they are those of float64 sums of the same rows to 1e-4."""
+    model, rows = small("llama-gqa").bfloat16(), examples()
+    found = survey(model, collated(rows), tmp_path, cap=4)
+    layers, blocks = target_layers(model), model.model.layers
+    passages = [enter(model, blocks, batch) for batch in collated(rows)]
+    states = [passage.start for passage in passages]
+    with torch.no_grad():
+        for index, block in enumerate(blocks):
+            kept, inputs = {}, []
+            hooks = [
+                model.get_submodule(name).register_forward_hook(lambda m, args, out, name=name: inputs.append((name, args[0])))
+                for name, layer in layers.items()
+                if layer.block == index
+            ]
+            states = [through(block, index, *pair) for pair in zip(passages, states, strict=True)]
+            for hook in hooks:
+                hook.remove()
+            masks = [passage.mask for passage in passages for _ in hooks]
+            for (name, x), mask in zip(inputs, masks, strict=True):
+                kept.setdefault(name, []).append(x[mask].double())
+            for name, parts in kept.items():
+                rows_ = torch.cat(parts)
+                v = decompose(weight_of(model.get_submodule(name))).vectors()[1]
+                expected = (rows_ @ v.double()).square().mean(0)
+                torch.testing.assert_close(found.directions(name).lam.double(), expected, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize(("size", "side", "order"), [(1, "right", 1), (6, "right", 1), (3, "left", 1), (2, "right", -1)])
@@ -101,7 +156,8 @@ def test_survey_is_read_back_and_leaves_no_working_files(llama, tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == {"survey.json", *(f"block-{index:04d}.safetensors" for index in range(4))}
 
 
-def test_a_killed_survey_goes_on_to_the_same_bytes(tmp_path):
+@pytest.mark.parametrize("moment", ["forward pass, block 2", "block 2, "])
+def test_a_killed_survey_goes_on_to_the_same_bytes(tmp_path, moment):
     script = textwrap.dedent("""
         import sys, os, signal
         sys.path.insert(0, sys.argv[1])
@@ -109,21 +165,23 @@ def test_a_killed_survey_goes_on_to_the_same_bytes(tmp_path):
         from test_survey import collated
         from farss.survey import survey
         def tell(done, total, line):
-            if done == 2 and sys.argv[3] == "kill": os.kill(os.getpid(), signal.SIGKILL)
+            if line.startswith(sys.argv[4]) and sys.argv[3] == "kill": os.kill(os.getpid(), signal.SIGKILL)
         survey(small("llama-gqa"), collated(examples()), sys.argv[2], 4, on_progress=tell)
     """)
     here = os.path.dirname(__file__)
 
     def start(folder, how):
-        return subprocess.run([sys.executable, "-c", script, here, str(tmp_path / folder), how], check=False).returncode
+        return subprocess.run([sys.executable, "-c", script, here, str(tmp_path / folder), how, moment], check=False).returncode
 
     assert start("whole", "run") == 0
     assert start("killed", "kill") == -signal.SIGKILL
     assert not (tmp_path / "killed" / "survey.json").exists()
-    done = {file: file.stat().st_mtime_ns for file in (tmp_path / "killed").glob("block-000[23].safetensors")}
-    assert len(done) == 2
+    pattern = "input-000[012].safetensors" if moment.startswith("forward") else "block-000[23].safetensors"
+    done = {file: file.stat().st_mtime_ns for file in (tmp_path / "killed").glob(pattern)}
+    assert len(done) == (3 if moment.startswith("forward") else 2)
     assert start("killed", "run") == 0
-    assert all(file.stat().st_mtime_ns == time for file, time in done.items())
+    if not moment.startswith("forward"):
+        assert all(file.stat().st_mtime_ns == time for file, time in done.items())
     for file in (tmp_path / "whole").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "killed" / file.name).read_bytes()
 
@@ -166,6 +224,66 @@ def test_sampled_fisher_draws_labels_from_the_model(llama, tmp_path):
     assert len({first, other, by_data.layers[name].importance}) == 3
 
 
+def test_drawn_labels_do_not_depend_on_the_batches(llama, tmp_path):
+    one = survey(llama, collated(examples(), 1), tmp_path / "one", 4, fisher="sampled")
+    two = survey(llama, collated(examples(), 4), tmp_path / "two", 4, fisher="sampled")
+    for name in one.layers:
+        assert one.layers[name].importance == pytest.approx(two.layers[name].importance, rel=1e-9)
+
+
+def test_labels_are_drawn_with_the_models_probabilities():
+    logits = torch.tensor([0.1, 0.6, 0.3], dtype=torch.float64).log().expand(20_000, 3)
+    uniforms = torch.rand(20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    shares = sampled(logits, uniforms).bincount(minlength=3) / 20_000
+    torch.testing.assert_close(shares, torch.tensor([0.1, 0.6, 0.3]), rtol=0, atol=0.015)
+
+
+def test_fast_is_exact_where_blocks_may_become_shallow(tmp_path):
+    model = small("llama", num_hidden_layers=8)
+    exact = survey(model, collated(examples()), tmp_path / "exact", 4)
+    fast = survey(model, collated(examples()), tmp_path / "fast", 4, svd="fast")
+    assert "overlap" not in exact.meta
+    assert fast.meta["overlap"]["most"] >= 0.9
+    for name, layer in fast.layers.items():
+        one, other = exact.directions(name), fast.directions(name)
+        assert layer.importance == pytest.approx(exact.layers[name].importance, rel=1e-9)
+        if layer.block < shallow_end(8):
+            assert torch.equal(one.sigma, other.sigma)
+            assert torch.equal(one.scores, other.scores)
+        else:
+            torch.testing.assert_close(one.sigma, other.sigma, rtol=1e-3, atol=1e-4)
+
+
+def test_a_model_that_hands_more_from_block_to_block_is_refused(llama, tmp_path):
+    class Counting(torch.nn.Module):
+        """A block whose output depends on how often blocks were called before."""
+
+        calls = 0
+
+        def __init__(self, block):
+            super().__init__()
+            self.block = block
+
+        def forward(self, hidden_states, *args, **kwargs):
+            Counting.calls += 1
+            return self.block(hidden_states, *args, **kwargs) * (1 + Counting.calls)
+
+        def __getattr__(self, name):
+            return super().__getattr__(name) if name == "block" else getattr(super().__getattr__("block"), name)
+
+    for index in range(4):
+        llama.model.layers[index] = Counting(llama.model.layers[index])
+    with pytest.raises(ModelError, match="more than hidden states from block to block"):
+        survey(llama, collated(examples()), tmp_path, 4)
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_computed(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr("farss.survey.kept.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    with pytest.raises(FarssError, match=r"keeps 0\.0 GB in .* while it runs, and 0\.0 GB are free"):
+        survey(llama, collated(examples()), tmp_path, 4)
+    assert {file.name for file in tmp_path.iterdir()} == {"progress.json"}
+
+
 def test_encoder_with_a_classification_head(tmp_path):
     torch.manual_seed(0)
     config = transformers.RobertaConfig(
@@ -183,7 +301,12 @@ def test_encoder_with_a_classification_head(tmp_path):
     for part in parts:
         part.pop("position_ids")
     found = survey(model, parts, tmp_path, 4)
-    assert all(layer.importance > 0 for name, layer in found.layers.items() if layer.block == 0)
+    asked = iter(labels)
+
+    def loss(model, row):
+        return torch.nn.functional.cross_entropy(model(torch.tensor([row["input_ids"]])).logits, next(asked)[None])
+
+    assert_equals(found, model, brute_force(model, rows, loss))
     assert "roberta.encoder.layer.0.attention.self.query" in found.layers
 
 
