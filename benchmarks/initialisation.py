@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-from report import environment, table, write_result  # beside this file
+from common import WORK, data_file, environment, make_model, measured, run_file, table, write_section
 
 RANK = 128
+LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CONTESTANTS = {
     "farss survey, exact": "survey-exact",
     "farss survey, fast": "survey-fast",
@@ -29,50 +27,6 @@ CONTESTANTS = {
     "PEFT PiSSA, niter 4": "pissa_niter_4",
     "PEFT CorDA": "corda",
 }
-
-
-# --- the model -------------------------------------------------------------------------------------------------------
-
-
-def make_model(folder: Path, data: Path, blocks: int = 12, hidden: int = 1024, mlp: int = 2816, heads: int = 16) -> Path:
-    """A LLaMA-shaped model with random weights, and a tokenizer of 4,096 pieces trained on the data."""
-    if (folder / "model.safetensors").is_file():
-        return folder
-    import torch
-    from datasets import load_dataset
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    rows = load_dataset("json", data_files=str(data), split="train")
-    pieces = Tokenizer(models.BPE())
-    pieces.pre_tokenizer, pieces.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=4096, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False)
-    pieces.train_from_iterator((f"{row['question']}\n{row['answer']}" for row in rows), trainer)
-    PreTrainedTokenizerFast(tokenizer_object=pieces, pad_token="<pad>", bos_token="<s>", eos_token="</s>").save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=hidden,
-        intermediate_size=mlp,
-        num_hidden_layers=blocks,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    return folder
-
-
-def run_file(folder: Path, model: Path, data: Path, examples: int, svd: str) -> Path:
-    """A run file for `farss survey`."""
-    path = folder / f"{svd}.yaml"
-    path.write_text(
-        f"model: {{path: {model}}}\ndata: {{train: {data}, max_length: 512}}\n"
-        f"calibration: {{examples: {examples}, batch_size: 8, svd: {svd}}}\nplan: {{rank: {RANK}}}\nout: {folder / 'run'}\n"
-    )
-    return path
 
 
 # --- the contestants, each in its own process ------------------------------------------------------------------------
@@ -94,6 +48,7 @@ def contestant(name: str, run: Path) -> None:
         model, tokenizer = _loaded(config)
         farss.prepare(
             *(model, tokenizer, config.data.train),
+            targets=LAYERS,
             data=config.data,
             calibration=config.calibration,
             plan=config.plan,
@@ -102,7 +57,7 @@ def contestant(name: str, run: Path) -> None:
         return
     from peft import LoraConfig, get_peft_model
 
-    options = {"r": RANK, "lora_alpha": RANK, "target_modules": "all-linear", "init_lora_weights": name}
+    options = {"r": RANK, "lora_alpha": RANK, "target_modules": LAYERS, "init_lora_weights": name}
     model, tokenizer = _loaded(config)
     if name == "corda":
         _corda(model, tokenizer, config, options)
@@ -129,41 +84,14 @@ def _corda(model, tokenizer, config, options) -> None:
     batches = calibration_batches(examples.rows, config.calibration, tokenizer.pad_token_id, config.seed)
 
     def run_model() -> None:
-        for batch in batches:
-            with torch.no_grad():
-                model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        for batch in batches:  # PEFT's hook takes one example at a time
+            for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+                with torch.no_grad():
+                    model(input_ids=ids[mask.bool()][None])
 
     lora = LoraConfig(**options, corda_config=CordaConfig(corda_method="ipm"))
     preprocess_corda(model, lora, run_model=run_model)
     get_peft_model(model, lora)
-
-
-# --- measuring -------------------------------------------------------------------------------------------------------
-
-
-def measured(command: list[str], log: Path) -> dict[str, float]:
-    """Seconds, peak resident memory and peak anonymous memory (GiB) of a whole process."""
-    begun = time.monotonic()
-    with open(log, "ab") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-        anonymous = 0
-        while True:
-            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-            if pid:
-                break
-            anonymous = max(anonymous, _anonymous_kib(process.pid))
-            time.sleep(0.02)
-    if status:
-        sys.exit(f"{' '.join(command)} failed: see {log}")
-    return {"seconds": time.monotonic() - begun, "peak_gib": usage.ru_maxrss / 2**20, "anonymous_gib": anonymous / 2**20}
-
-
-def _anonymous_kib(pid: int) -> int:
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
 
 def compare(model: Path, data: Path, examples: int, rounds: int, names: list[str], log: Path) -> dict[str, dict[str, float]]:
@@ -172,7 +100,7 @@ def compare(model: Path, data: Path, examples: int, rounds: int, names: list[str
     for number, name in itertools.product(range(rounds), names):
         with tempfile.TemporaryDirectory() as folder:
             key = CONTESTANTS[name]
-            run = run_file(Path(folder), model, data, examples, key.rsplit("-", 1)[-1] if "-" in key else "exact")
+            run = run_file(Path(folder), model, data, examples=examples, svd=key.rsplit("-", 1)[-1] if "-" in key else "exact", rank=RANK)
             result = measured([sys.executable, __file__, "--contestant", key, "--run", str(run)], log)
         found[name].append(result)
         print(f"round {number + 1}, {name}: {result['seconds']:.1f} s, {result['peak_gib']:.2f} GiB", flush=True)
@@ -183,7 +111,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--examples", type=int, default=16)
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "farss-benchmarks")
     parser.add_argument("--only", help="contestants, separated by commas")
     parser.add_argument("--contestant", help=argparse.SUPPRESS)
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
@@ -191,10 +118,10 @@ def main() -> None:
     if options.contestant:
         contestant(options.contestant, options.run)
         return
-    data = Path(os.environ.get("FARSS_DATA", "../shared/data")) / "gsm8k" / "train.jsonl.gz"
-    model = make_model(options.work / "model-163m", data)
+    data = data_file("gsm8k/train.jsonl.gz")
+    model = make_model(WORK / "llama-163m", data)
     names = list(CONTESTANTS) if not options.only else [name for name in CONTESTANTS if CONTESTANTS[name] in options.only.split(",")]
-    medians = compare(model, data, options.examples, options.rounds, names, options.work / "initialisation.log")
+    medians = compare(model, data, options.examples, options.rounds, names, WORK / "initialisation.log")
     base = medians.get("PEFT PiSSA")
     rows = [
         {
@@ -207,8 +134,7 @@ def main() -> None:
         }
         for name, one in medians.items()
     ]
-    print(table(rows))
-    write_result("initialisation", {"rows": rows, "examples": options.examples, "rounds": options.rounds, **environment()})
+    write_section("initialisation", f"{table(rows)}\n\n({options.examples} examples, medians of {options.rounds}; {environment()})")
 
 
 if __name__ == "__main__":

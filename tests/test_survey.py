@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from functools import partial
 
 import pytest
 import torch
@@ -99,13 +100,17 @@ def test_bfloat16_models_agree_with_float64_sums(tmp_path):
     model, rows = small("llama-gqa").bfloat16(), examples()
     found = survey(model, collated(rows), tmp_path, cap=4)
     layers, blocks = target_layers(model), model.model.layers
+
+    def keep(name, inputs, module, args, output):
+        inputs.append((name, args[0]))
+
     passages = [enter(model, blocks, batch) for batch in collated(rows)]
     states = [passage.start for passage in passages]
     with torch.no_grad():
         for index, block in enumerate(blocks):
             kept, inputs = {}, []
             hooks = [
-                model.get_submodule(name).register_forward_hook(lambda m, args, out, name=name: inputs.append((name, args[0])))
+                model.get_submodule(name).register_forward_hook(partial(keep, name, inputs))
                 for name, layer in layers.items()
                 if layer.block == index
             ]

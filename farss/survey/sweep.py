@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,18 +81,20 @@ def survey(
         return _same_survey(Survey.load(folder), key, cap)
     if len(batches) < processes.size():
         raise FarssError(f"{processes.size()} processes for {len(batches)} batches: start fewer processes, or lower calibration.batch_size")
-    spent = processes.shared(_begin(folder, key, cap) if processes.rank() == 0 else None)
-    started = time.monotonic() - spent
+    before = processes.shared(_begin(folder, key, cap) if processes.rank() == 0 else None)
+    started = time.monotonic()
     sweep = Sweep(model, blocks, layers, folder, cap, svd, device or next(model.parameters()).device, on_progress or _silent)
+    sweep.parts.update(before["parts"])
 
-    def note() -> None:
-        write_json(folder / PROGRESS, {**_mark(key, cap), "seconds": time.monotonic() - started})
+    def so_far() -> dict[str, Any]:
+        seconds = round(before["seconds"] + time.monotonic() - started, 1)
+        return {"seconds": seconds, "parts": {name: round(spent, 1) for name, spent in sweep.parts.items()}}
 
     with frozen(model):
-        sweep.run(batches, seed if fisher == "sampled" else None, note)
+        sweep.run(batches, seed if fisher == "sampled" else None, lambda: write_json(folder / PROGRESS, {**_mark(key, cap), **so_far()}))
     if processes.rank() == 0:
         facts = {"key": key, "fisher": fisher, "seed": seed, "svd": svd, "processes": processes.size()}
-        facts |= {"seconds": round(time.monotonic() - started, 1), "peak_memory_gib": round(peak_gib(sweep.device), 2)}
+        facts |= {**so_far(), "peak_memory_gib": round(peak_gib(sweep.device), 2)}
         _finish(folder, layers, len(blocks), cap, batches, {**(meta or {}), **facts})
     processes.wait()
     return Survey.load(folder)
@@ -114,6 +116,8 @@ class Sweep:
     svd: Svd
     device: torch.device
     tell: Progress
+    parts: dict[str, float] = field(default_factory=dict)
+    """Seconds by part, over all attempts."""
 
     def run(self, batches: list[Batch], draws: int | None, note: Callable[[], None]) -> None:
         """Go forwards, unless that was done, then backwards from the newest undone block.
@@ -133,7 +137,8 @@ class Sweep:
         with placed(self._outside_blocks(), self.device):
             passages = self._passages(batches, draws)
             if undone == last and last not in self.kept.blocks(GRADIENT):
-                self.forwards(passages)
+                with self._timed("forward pass"):
+                    self.forwards(passages)
             begun = time.monotonic()
             for index in range(undone, lowest - 1, -1):
                 self.backwards(index, passages)
@@ -167,13 +172,17 @@ class Sweep:
         modules = {name: self.model.get_submodule(name) for name in inside}
         precision, check = self._precision(index)
         with placed(tensors_of(block), self.device):
-            known = {
-                name: start(layer, modules[name], place % processes.size(), precision) for place, (name, layer) in enumerate(inside.items())
-            }
-            gradients = self._walk(block, index, passages, modules, known)
-            add_up(known)
-            own = {name: one for name, one in known.items() if one.owner == processes.rank()}
-            found = {name: read_out(one, self.cap, self.tokens, check) for name, one in own.items()}
+            with self._timed("decompositions"):
+                known = {
+                    name: start(layer, modules[name], place % processes.size(), precision)
+                    for place, (name, layer) in enumerate(inside.items())
+                }
+            with self._timed("statistics"):
+                gradients = self._walk(block, index, passages, modules, known)
+                add_up(known)
+            with self._timed("scores and vectors"):
+                own = {name: one for name, one in known.items() if one.owner == processes.rank()}
+                found = {name: read_out(one, self.cap, self.tokens, check) for name, one in own.items()}
         if index:
             self.kept.write(GRADIENT, index - 1, gradients)
         parts = processes.gathered(found)  # all gradients are written when the first process has these
@@ -206,6 +215,12 @@ class Sweep:
         write_tensors(self.folder / f"block-{index:04d}.safetensors", tensors)
         facts = {"importance": {name: readout.importance for name, readout in readouts.items()}, "overlap": summary([*readouts.values()])}
         write_json(self.folder / f"block-{index:04d}.json", facts)  # from here on, the block is done
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        begun = time.monotonic()
+        yield
+        self.parts[part] = self.parts.get(part, 0.0) + time.monotonic() - begun
 
     def _precision(self, index: int) -> tuple[torch.dtype, bool]:
         """Of the decompositions of a block, and whether they are compared with exact ones."""
@@ -310,22 +325,23 @@ def _mark(key: str, cap: int) -> dict[str, Any]:
     return {"key": key, "cap": cap, "processes": processes.size()}
 
 
-def _begin(folder: Path, key: str, cap: int) -> float:
+def _begin(folder: Path, key: str, cap: int) -> dict[str, Any]:
     """Mark a folder as ours, or check that the unfinished survey in it is this one.
 
     Returns:
-        The seconds that were spent on it before.
+        The `seconds` that were spent on it before, in all and by `parts`.
     """
     mark = _mark(key, cap)
     if (folder / PROGRESS).is_file():
         progress = read_json(folder / PROGRESS)
         if {name: progress.get(name) for name in mark} == mark:
-            return float(progress["seconds"])
+            return dict(progress)
         if (progress["key"], progress["cap"]) == (key, cap):
             raise FolderError(f"{folder} holds a survey that {progress.get('processes')} processes began: go on with as many, or delete it")
         raise FolderError(f"{folder} holds an unfinished survey of another model, other data or another rank: delete it")
-    write_json(folder / PROGRESS, {**mark, "seconds": 0.0})
-    return 0.0
+    fresh = {**mark, "seconds": 0.0, "parts": {}}
+    write_json(folder / PROGRESS, fresh)
+    return fresh
 
 
 def _finish(folder: Path, layers: dict[str, Layer], blocks: int, cap: int, batches: list[Batch], meta: dict[str, Any]) -> None:
