@@ -1,6 +1,6 @@
 """FARSS: fine-tune a language model on your data without losing what it knew.
 
-`prepare` and `export` are for your own training script. The steps of `farss run` are functions of their own:
+`prepare`, `export` and `load_adapter` are for your own scripts. The steps of `farss run` are functions of their own:
 `farss.survey.survey`, `farss.plan.make_plan`, `farss.adapter.attach`, `farss.train.train`, `farss.evaluate.evaluate`,
 `farss.portable.export`, `farss.report.write_report`; `farss.pipeline.Run` puts them in order.
 """
@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from farss.errors import FarssError
     from farss.library import export, prepare
     from farss.methods import METHODS
+    from farss.portable import load_adapter
 
-__all__ = ["METHODS", "CalibrationConfig", "DataConfig", "FarssError", "PlanConfig", "export", "prepare"]
+__all__ = ["METHODS", "CalibrationConfig", "DataConfig", "FarssError", "PlanConfig", "export", "load_adapter", "prepare"]
 
 _HOMES = {
     "METHODS": "farss.methods",
@@ -24,6 +25,7 @@ _HOMES = {
     "FarssError": "farss.errors",
     "PlanConfig": "farss.config",
     "export": "farss.library",
+    "load_adapter": "farss.portable",
     "prepare": "farss.library",
 }
 

@@ -227,10 +227,12 @@ def export(
     overrides: Overrides = None,
     to: Annotated[str | None, typer.Option(help="peft or merged; default: export.to.")] = None,
     rank: Annotated[int | None, typer.Option(help="Compress to this rank; default: export.rank.")] = None,
+    energy: Annotated[float | None, typer.Option(help="Compress to this share of each change; default: export.energy.")] = None,
 ) -> None:
     """Write the portable adapter (or the merged model), checked on the untouched base."""
     extra = [f"export.to={to}"] if to else []
     extra += [f"export.rank={rank}"] if rank else []
+    extra += [f"export.energy={energy}"] if energy else []
     with _single(config, [*(overrides or []), *extra]) as one:
         target = one.export()
     facts = one.folder.record("export") or {}

@@ -255,8 +255,11 @@ class ExportConfig:
     """peft: one plain LoRA for the untouched base model; merged: a whole model."""
     rank: int | None = None
     """Compress the adapter to this rank; null: keep all of it."""
+    energy: float | None = None
+    """Compress each layer to this share (0 to 1) of its change's squared Frobenius norm; null: keep all of it."""
 
     def __post_init__(self) -> None:
+        _check(self.energy is None or 0 < self.energy <= 1, f"export.energy={self.energy}: give a share above 0 and up to 1, or null")
         _check(self.rank is None or self.rank >= 1, f"export.rank={self.rank}: give 1 or more, or null to keep all")
 
 

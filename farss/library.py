@@ -31,6 +31,7 @@ class Prepared(NamedTuple):
     survey: Survey | None
     batch: dict[str, Tensor]
     """A few real prompts for the check of the exported adapter."""
+    tokenizer: Any
 
 
 def prepare(
@@ -99,17 +100,18 @@ def prepare(
         found, made = None, make_plan_without_survey(wanted, layers, blocks)
     adapted = attach(model, made, found, dropout, seed)
     check = collate(examples.rows[:CHECK_ROWS], tokenizer.pad_token_id)
-    adapted.farss = Prepared(made, found, {key: check[key] for key in ("input_ids", "attention_mask")})
+    adapted.farss = Prepared(made, found, {key: check[key] for key in ("input_ids", "attention_mask")}, tokenizer)
     return adapted
 
 
-def export(model: Any, folder: Path | str, rank: int | None = None) -> Exported:
+def export(model: Any, folder: Path | str, rank: int | None = None, energy: float | None = None) -> Exported:
     """Write the portable adapter of a model from `prepare`, checked on its untouched base.
 
     Args:
         model: the trained `PeftModel` (or what your trainer wrapped around it, unwrapped).
         folder: where the adapter goes.
         rank: compress to this rank; None: exact.
+        energy: compress each layer to this share of its change's squared Frobenius norm; None: exact.
 
     Raises:
         FarssError: the model was not prepared by farss, or the check failed (nothing is written then).
@@ -119,4 +121,4 @@ def export(model: Any, folder: Path | str, rank: int | None = None) -> Exported:
         raise FarssError("this model was not made by farss.prepare: export the object that it returned, unwrapped from any trainer")
     batch = {key: value.to(model.device) for key, value in prepared.batch.items()}
     base = getattr(model.get_base_model().config, "_name_or_path", "")
-    return export_adapter(model, prepared.plan, folder, batch, base, rank)
+    return export_adapter(model, prepared.plan, folder, batch, base, rank, energy, prepared.tokenizer)

@@ -163,11 +163,26 @@ def accepts(model: nn.Module, argument: str) -> bool:
     return argument in inspect.signature(model.forward).parameters
 
 
+def base_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a base model without what PEFT put into it."""
+    state = model.state_dict().items()
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in state if "lora_" not in name}
+
+
+def base_fingerprint(model: Any) -> str:
+    """The `fingerprint` of a model's untouched base, whether adapters are on it or not."""
+    return _hash(base_weights(model.get_base_model() if hasattr(model, "get_base_model") else model))
+
+
 def fingerprint(model: nn.Module) -> str:
     """Hash of the architecture and of a spread of every weight, independent of the precision it is loaded in
     as long as that precision holds the stored values."""
+    return _hash(model.state_dict())
+
+
+def _hash(state: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(state.items()):
         flat = tensor.detach().reshape(-1)
         picked = flat[:: max(1, flat.numel() // 256)]
         digest.update(f"{name}{tuple(tensor.shape)}".encode())

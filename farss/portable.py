@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from farss.adapter import START, TRAINED, adapter_change
-from farss.artifacts import Plan, write_json, write_tensors
+from farss.artifacts import Plan, read_json, write_json, write_tensors
 from farss.errors import FarssError
 from farss.maths.compress import compress
-from farss.models import fingerprint
+from farss.models import base_fingerprint, base_weights, tokenizer_fingerprint
 
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """vLLM accepts these and no others (`max_lora_rank`), so the exported rank is padded up to one of them."""
@@ -42,17 +42,18 @@ class Exported(NamedTuple):
     """Precision in which that was measured."""
 
 
-def portable(adapted: Any, plan: Plan, rank: int | None = None) -> tuple[dict[str, Tensor], int, float]:
+def portable(adapted: Any, plan: Plan, rank: int | None = None, energy: float | None = None) -> tuple[dict[str, Tensor], int, float]:
     """The change of every layer as plain LoRA factors of one rank, on the original weights.
 
     Args:
         adapted: the trained `PeftModel`.
         rank: compress to this rank; None: exact.
+        energy: compress each layer to this share of its squared Frobenius norm; None: exact.
 
     Returns:
         (PEFT state dict in float32, rank, largest relative Frobenius error of a layer).
     """
-    changes = {name: compress(*adapter_change(adapted, plan, name), rank) for name in plan.layers}
+    changes = {name: compress(*adapter_change(adapted, plan, name), rank, energy) for name in plan.layers}
     needed = max(1, *(change.a.shape[0] for change in changes.values()))
     served = next((allowed for allowed in SERVED_RANKS if allowed >= needed), needed)
     state: dict[str, Tensor] = {}
@@ -63,7 +64,16 @@ def portable(adapted: Any, plan: Plan, rank: int | None = None) -> tuple[dict[st
     return state, served, max(change.lost for change in changes.values())
 
 
-def export(adapted: Any, plan: Plan, folder: Path | str, batch: dict[str, Tensor], base: str = "", rank: int | None = None) -> Exported:
+def export(
+    adapted: Any,
+    plan: Plan,
+    folder: Path | str,
+    batch: dict[str, Tensor],
+    base: str = "",
+    rank: int | None = None,
+    energy: float | None = None,
+    tokenizer: Any = None,
+) -> Exported:
     """Write the portable adapter, and check it on the original base before it gets its name.
 
     Args:
@@ -72,7 +82,8 @@ def export(adapted: Any, plan: Plan, folder: Path | str, batch: dict[str, Tensor
         folder: where the adapter goes; it must not exist.
         batch: a few real prompts (`input_ids`, `attention_mask`) for the check.
         base: name or folder of the base model, for `adapter_config.json`.
-        rank: compress to this rank; None: exact.
+        rank, energy: compress, see `portable`; None: exact.
+        tokenizer: the base's; its fingerprint is kept beside that of the base.
 
     Raises:
         FarssError: the adapter does not give the trained model's logits. Nothing is left at `folder`.
@@ -80,11 +91,11 @@ def export(adapted: Any, plan: Plan, folder: Path | str, batch: dict[str, Tensor
     folder = Path(folder)
     unfinished = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(unfinished, ignore_errors=True)
-    state, served, lost = portable(adapted, plan, rank)
+    state, served, lost = portable(adapted, plan, rank, energy)
     _write_adapter(unfinished, state, served, plan, base)
     difference, scale, precision = check(adapted, unfinished, batch)
     tolerance = (1e-5 if precision == "float32" else 2e-2) * max(1.0, scale)
-    if rank is None and not difference <= tolerance:
+    if rank is None and energy is None and not difference <= tolerance:
         shutil.rmtree(unfinished)
         raise FarssError(
             f"the exported adapter's logits differ by {difference:.2g} from the trained model's (allowed: {tolerance:.2g}): it was not kept"
@@ -93,7 +104,9 @@ def export(adapted: Any, plan: Plan, folder: Path | str, batch: dict[str, Tensor
     facts = {
         "method": plan.method,
         "boundary": plan.boundary,
-        "base_fingerprint": fingerprint(adapted.get_base_model()),
+        "base": base,
+        "base_fingerprint": base_fingerprint(adapted),
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer) if tokenizer is not None else None,
         **exported._asdict(),
         "folder": folder.name,
     }
@@ -101,6 +114,36 @@ def export(adapted: Any, plan: Plan, folder: Path | str, batch: dict[str, Tensor
     _readable_model_card(unfinished, plan, base, exported)
     _replace(unfinished, folder)
     return exported
+
+
+def load_adapter(model: Any, folder: Path | str, tokenizer: Any = None, trainable: bool = False) -> Any:
+    """Put an exported adapter on its base model, and on no other.
+
+    Plain `PeftModel.from_pretrained` does the same without asking whether the base is the right one.
+
+    Args:
+        model: the base model.
+        folder: an exported adapter.
+        tokenizer: the base's; checked where it is given.
+        trainable: whether its training is to be continued.
+
+    Raises:
+        FarssError: it was made for another model, another version of it or another tokenizer.
+    """
+    from peft import PeftModel
+
+    folder = Path(folder)
+    if not (folder / "farss.json").is_file():
+        raise FarssError(f"{folder} is no adapter of farss: there is no farss.json in it; load it with PeftModel.from_pretrained")
+    facts = read_json(folder / "farss.json")
+    found = {"base": base_fingerprint(model), "tokenizer": tokenizer_fingerprint(tokenizer) if tokenizer is not None else None}
+    for what, actual in found.items():
+        expected = facts.get(f"{what}_fingerprint")
+        if actual and expected and actual != expected:
+            raise FarssError(
+                f"{folder} was made for a {what} with fingerprint {expected}, but this one has {actual}: load {facts.get('base')!r} as it was"
+            )
+    return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
 
 
 def _write_adapter(folder: Path, state: dict[str, Tensor], rank: int, plan: Plan, base: str) -> None:
@@ -214,10 +257,7 @@ def merge(adapted: Any, plan: Plan, tokenizer: Any, folder: Path | str, dtype: t
 
 def _merged_state(adapted: Any, plan: Plan) -> dict[str, Tensor]:
     """The base's own state dict, with each planned layer's change added to its weight in float32."""
-    state: dict[str, Tensor] = {}
-    for name, tensor in adapted.get_base_model().state_dict().items():
-        if ".lora_" not in name and "lora_" not in name.rsplit(".", 2)[-2]:
-            state[name.replace(".base_layer.", ".")] = tensor
+    state = base_weights(adapted.get_base_model())
     for name in plan.layers:
         left, right = adapter_change(adapted, plan, name)
         weight = state[f"{name}.weight"]

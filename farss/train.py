@@ -29,6 +29,7 @@ from farss.config import Config, TrainConfig, nearest
 from farss.data import Tokenized
 from farss.errors import ConfigError, FarssError, FolderError, NumericalError
 from farss.memory import peak_gib
+from farss.models import base_fingerprint
 
 Progress = Callable[[int, int, float | None], None]
 """Called with the step, the number of steps and the loss of that step (None before the first)."""
@@ -37,7 +38,7 @@ WEIGHTS = "weights.safetensors"
 MARKER = "complete.json"
 SAME_RESULT = ("micro_batch_size", "gradient_checkpointing", "save_steps", "logging_steps", "report_to")
 """Options that a run may change between being killed and going on."""
-KEPT = ("identity", "step", "total", "epoch", "losses", "entries", "seconds", "memory")
+KEPT = ("identity", "base", "start", "step", "total", "epoch", "losses", "entries", "seconds", "memory")
 """What a checkpoint keeps of a `_Run`."""
 
 WRAPPED = ("forward", "_original_forward", "_require_grads_hook", "_require_grads_hooks")
@@ -127,7 +128,31 @@ def restore(model: Any, folder: Path) -> None:
     marker = read_json(newest / MARKER)
     if marker["step"] < marker["total"]:
         raise FolderError(f"the training in {folder} stopped at step {marker['step']} of {marker['total']}: run it again to go on")
+    check_base(newest, marker, base_fingerprint(model), _start_fingerprint(model))
     _read_weights(model, newest)
+
+
+def check_base(checkpoint: Path, marker: dict[str, Any], base: str, start: str) -> None:
+    """Refuse trained weights that belong to another base model or another start.
+
+    Raises:
+        FolderError: with both fingerprints.
+    """
+    for what, expected, actual in (("base model", marker["base"], base), ("start of the adapters", marker["start"], start)):
+        if expected != actual:
+            raise FolderError(
+                f"{checkpoint} was trained from a {what} with fingerprint {expected}, but this one has {actual}: restore that one"
+            )
+
+
+def _start_fingerprint(model: nn.Module) -> str:
+    """Hash of the frozen adapters, which take the start out of the base."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if "lora_" in name and not parameter.requires_grad:
+            digest.update(name.encode())
+            digest.update(parameter.detach().to("cpu", torch.float32).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _check_model(model: nn.Module) -> None:
@@ -160,6 +185,7 @@ class _Run:
 
     def __init__(self, identity: str, model: nn.Module, every: int, on_progress: Progress | None) -> None:
         self.identity, self.every, self.on_progress = identity, every, on_progress
+        self.base, self.start = base_fingerprint(model), _start_fingerprint(model)
         self.parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         self.device = next(model.parameters()).device
         self.step, self.total, self.epoch = 0, 0, 0.0
@@ -236,6 +262,7 @@ class _Run:
                 f"{checkpoint.parent} belongs to a training with other options, data or adapters: "
                 "choose another folder, or delete it to start again"
             )
+        check_base(checkpoint, values, self.base, self.start)
         for name in KEPT:
             setattr(self, name, values[name])
         self.seconds_before, self.memory_before = self.seconds, self.memory

@@ -14,7 +14,8 @@ from farss.adapter import START, TRAINED, adapter_change, attach
 from farss.data import collate
 from farss.errors import FarssError
 from farss.maths.compress import compress
-from farss.portable import SERVED_RANKS, export, merge
+from farss.models import base_fingerprint, fingerprint
+from farss.portable import SERVED_RANKS, export, load_adapter, merge
 
 from small_models import examples  # isort: skip
 
@@ -46,6 +47,34 @@ def test_stock_peft_on_the_untouched_base(kind, tmp_path):
     assert (logits(stock) - expected).abs().max() <= tolerance
     assert done.logit_difference <= tolerance
     assert (logits(small(kind).float()) - expected).abs().max() > 100 * tolerance  # training did change something
+
+
+def test_an_adapter_is_loaded_on_its_own_base_only(tmp_path):
+    adapted, plan = trained("llama", tmp_path)
+    expected = logits(adapted)
+    export(adapted, plan, tmp_path / "adapter", prompts(), base="the base")
+    loaded = load_adapter(small("llama").float(), tmp_path / "adapter").eval()
+    torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=1e-4)
+    other = small("llama").float()
+    other.model.layers[3].mlp.up_proj.weight.data += 1e-3
+    with pytest.raises(FarssError, match=r"made for a base with fingerprint [0-9a-f]{16}, but this one has [0-9a-f]{16}: load 'the base'"):
+        load_adapter(other, tmp_path / "adapter")
+    with pytest.raises(FarssError, match=r"there is no farss\.json"):
+        load_adapter(other, tmp_path)
+
+
+def test_the_bases_fingerprint_is_the_same_with_adapters_on_it(tmp_path):
+    adapted, _ = trained("gpt2", tmp_path)
+    assert base_fingerprint(adapted) == base_fingerprint(small("gpt2").float()) == fingerprint(small("gpt2").float())
+
+
+def test_a_loaded_adapter_can_be_trained_on(tmp_path):
+    adapted, plan = trained("llama", tmp_path)
+    export(adapted, plan, tmp_path / "adapter", prompts())
+    loaded = load_adapter(small("llama").float(), tmp_path / "adapter", trainable=True)
+    trainable = [name for name, parameter in loaded.named_parameters() if parameter.requires_grad]
+    assert trainable
+    assert all("lora_" in name for name in trainable)
 
 
 def test_bfloat16_base_to_a_thousandth(tmp_path):
@@ -137,6 +166,19 @@ def test_compress_is_the_best_of_its_rank(rank):
     assert lost == pytest.approx(expected, abs=1e-12)
     assert ((b @ a - left @ right).norm() / sigma.norm()).item() == pytest.approx(expected, abs=1e-12)
     torch.testing.assert_close(b.norm(dim=0), a.norm(dim=1))
+
+
+@pytest.mark.parametrize("energy", [0.3, 0.9, 1.0])
+def test_compress_keeps_the_fewest_directions_with_the_energy(energy):
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((9, 5), (5, 7)))
+    squares = torch.linalg.svdvals(left @ right)[:5].square()
+    shares = squares.cumsum(0) / squares.sum()
+    b, _, lost = compress(left, right, energy=energy)
+    kept = b.shape[1]
+    assert shares[kept - 1] >= energy - 1e-12
+    assert kept == 1 or shares[kept - 2] < energy
+    assert lost == pytest.approx((1 - shares[kept - 1]).clamp_min(0).sqrt().item(), abs=1e-6)
 
 
 def test_compress_nothing():

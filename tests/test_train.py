@@ -283,7 +283,7 @@ def test_restore_errors(tmp_path: Path) -> None:
     with pytest.raises(FolderError, match="stopped at step 2 of 4: run it again to go on"):
         restore(whole_model(), tmp_path)
     train(whole_model(), tokenizer(), examples(), options(max_steps=4), tmp_path)
-    with pytest.raises(FolderError, match=r"belongs to another model: this one has no parameter .*k_proj.weight of shape"):
+    with pytest.raises(FolderError, match=r"from a base model with fingerprint [0-9a-f]{16}, but this one has [0-9a-f]{16}"):
         restore(whole_model(kv_heads=1), tmp_path)
 
 
@@ -293,6 +293,19 @@ def test_checkpoints_of_another_training_are_refused(tmp_path: Path) -> None:
         with pytest.raises(FolderError, match="belongs to a training with other options, data or adapters: choose another"):
             train(whole_model(), tokenizer(), data, config, tmp_path)
     train(whole_model(), tokenizer(), examples(), options(max_steps=2, micro_batch_size=1), tmp_path)  # the same result
+
+
+def test_another_base_or_another_start_is_refused_with_both_fingerprints(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        train(adapted_model(), tokenizer(), examples(), options(max_steps=4), tmp_path, callbacks=[Kill(2)])
+    for layer, what in (
+        ("model.layers.0.mlp.gate_proj", "base model"),
+        ("model.layers.0.self_attn.q_proj.lora_A.frozen", "start of the adapters"),
+    ):
+        other = adapted_model()
+        other.base_model.model.get_submodule(layer).weight.data += 1
+        with pytest.raises(FolderError, match=rf"trained from a {what} with fingerprint [0-9a-f]{{16}}, but this one has [0-9a-f]{{16}}"):
+            train(other, tokenizer(), examples(), options(max_steps=4), tmp_path)
 
 
 # --- numbers that are none -------------------------------------------------------------------------------------------

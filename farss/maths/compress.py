@@ -19,11 +19,15 @@ class Compressed(NamedTuple):
     """Relative Frobenius error, 0 .. 1."""
 
 
-def compress(left: Tensor, right: Tensor, rank: int | None = None) -> Compressed:
+def compress(left: Tensor, right: Tensor, rank: int | None = None, energy: float | None = None) -> Compressed:
     """Best approximation of `P Q` (`P [m, q]`, `Q [q, n]`) of a rank, in float64, without forming the m x n product.
 
     QR of each factor, then an SVD of the small core; each side gets the root of the singular values, so that both
-    factors have the same size and rounding them loses least. `rank=None` keeps everything above rounding error.
+    factors have the same size and rounding them loses least.
+
+    Args:
+        rank: keep at most this many directions; None: everything above rounding error.
+        energy: keep the fewest directions with this share of the squared Frobenius norm; None: all.
     """
     q_left, r_left = torch.linalg.qr(left.double())
     q_right, r_right = torch.linalg.qr(right.double().T)
@@ -31,6 +35,9 @@ def compress(left: Tensor, right: Tensor, rank: int | None = None) -> Compressed
     noise = torch.finfo(torch.float64).eps * max(left.shape[1], 1) * r_left.norm() * r_right.norm()
     keep = int((sigma > noise).sum())
     keep = keep if rank is None else min(keep, rank)
+    if energy is not None:
+        shares = sigma.square().cumsum(0) / sigma.square().sum().clamp_min(torch.finfo(sigma.dtype).tiny)
+        keep = min(keep, int((shares < energy).sum()) + 1)
     root = sigma[:keep].sqrt()
     total = sigma.norm().item()
     lost = sigma[keep:].norm().item() / total if total else 0.0
