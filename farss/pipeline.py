@@ -202,16 +202,8 @@ class Run:
             else:
                 batch = collate(self.examples.rows[:CHECK_PROMPTS], self.tokenizer.pad_token_id)
                 batch = {key: batch[key].to(self.trained().device) for key in ("input_ids", "attention_mask")}
-                done = export(
-                    self.trained(),
-                    plan,
-                    target,
-                    batch,
-                    self.config.model.path,
-                    self.config.export.rank,
-                    self.config.export.energy,
-                    self.tokenizer,
-                )
+                choice = self.config.export
+                done = export(self.trained(), plan, target, batch, self.config.model.path, choice.rank, choice.energy, self.tokenizer)
                 facts |= {"logit_difference": done.logit_difference, "precision": done.precision, "rank": done.rank, "lost": done.lost}
         self.tell("export", 1, 1, "")
         return target

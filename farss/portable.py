@@ -141,7 +141,8 @@ def load_adapter(model: Any, folder: Path | str, tokenizer: Any = None, trainabl
         expected = facts.get(f"{what}_fingerprint")
         if actual and expected and actual != expected:
             raise FarssError(
-                f"{folder} was made for a {what} with fingerprint {expected}, but this one has {actual}: load {facts.get('base')!r} as it was"
+                f"{folder} was made for a {what} with fingerprint {expected}, but this one has {actual}: "
+                f"load {facts.get('base')!r} as it was"
             )
     return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
 

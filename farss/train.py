@@ -128,7 +128,9 @@ def restore(model: Any, folder: Path) -> None:
     marker = read_json(newest / MARKER)
     if marker["step"] < marker["total"]:
         raise FolderError(f"the training in {folder} stopped at step {marker['step']} of {marker['total']}: run it again to go on")
-    check_base(newest, marker, base_fingerprint(model), _start_fingerprint(model))
+    with safe_open(newest / WEIGHTS, framework="pt") as file:
+        trained = set(file.keys())
+    check_base(newest, marker, base_fingerprint(model), _start_fingerprint(model, trained))
     _read_weights(model, newest)
 
 
@@ -141,15 +143,16 @@ def check_base(checkpoint: Path, marker: dict[str, Any], base: str, start: str) 
     for what, expected, actual in (("base model", marker["base"], base), ("start of the adapters", marker["start"], start)):
         if expected != actual:
             raise FolderError(
-                f"{checkpoint} was trained from a {what} with fingerprint {expected}, but this one has {actual}: restore that one"
+                f"{checkpoint} was trained from a {what} with fingerprint {expected}, but this one has {actual}: "
+                "give the one it was trained from, or choose another folder"
             )
 
 
-def _start_fingerprint(model: nn.Module) -> str:
-    """Hash of the frozen adapters, which take the start out of the base."""
+def _start_fingerprint(model: nn.Module, trained: set[str]) -> str:
+    """Hash of the adapters that are not trained: they take the start out of the base."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        if "lora_" in name and not parameter.requires_grad:
+        if "lora_" in name and name not in trained:
             digest.update(name.encode())
             digest.update(parameter.detach().to("cpu", torch.float32).numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -185,7 +188,8 @@ class _Run:
 
     def __init__(self, identity: str, model: nn.Module, every: int, on_progress: Progress | None) -> None:
         self.identity, self.every, self.on_progress = identity, every, on_progress
-        self.base, self.start = base_fingerprint(model), _start_fingerprint(model)
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.base, self.start = base_fingerprint(model), _start_fingerprint(model, trained)
         self.parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         self.device = next(model.parameters()).device
         self.step, self.total, self.epoch = 0, 0, 0.0
