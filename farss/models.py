@@ -146,6 +146,24 @@ def target_layers(model: nn.Module, targets: list[str] | None = None) -> dict[st
     return {name: layer for name, layer in found.items() if any(_matches(name, target) for target in targets)}
 
 
+def left_out(model: nn.Module) -> list[str]:
+    """What is never adapted inside the blocks: the experts of a mixture, where they are one three-dimensional parameter.
+
+    Returns:
+        One sentence a kind of parameter; empty for most models.
+    """
+    prefix, _ = find_blocks(model)
+    found: dict[str, tuple[int, tuple[int, ...]]] = {}
+    for name, parameter in model.named_parameters():
+        if name.startswith(f"{prefix}.") and parameter.dim() == 3:
+            kind = name.removeprefix(f"{prefix}.").partition(".")[2]
+            found[kind] = (found.get(kind, (0,))[0] + 1, tuple(parameter.shape))
+    return [
+        f"Not adapted: {kind} in {count} blocks, {shape[0]} experts in one parameter of shape {shape}."
+        for kind, (count, shape) in found.items()
+    ]
+
+
 def _matches(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
@@ -209,9 +227,14 @@ def quiet() -> None:
 
 def layer_shapes(config: ModelConfig) -> tuple[dict[str, Layer], int]:
     """Target layers and number of blocks from `config.json` alone, without loading a weight."""
+    model = empty_model(config)
+    return target_layers(model, config.targets), len(find_blocks(model)[1])
+
+
+def empty_model(config: ModelConfig) -> Any:
+    """The model without its weights, from `config.json` alone."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     architecture = _from_pretrained(AutoConfig, config)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(architecture, trust_remote_code=config.trust_remote_code)
-    return target_layers(model, config.targets), len(find_blocks(model)[1])
+        return AutoModelForCausalLM.from_config(architecture, trust_remote_code=config.trust_remote_code)

@@ -21,7 +21,17 @@ from farss.data import Tokenized, calibration_batches, collate, load_examples, q
 from farss.errors import ConfigError, FolderError
 from farss.evaluate import Summary, evaluate, summarise
 from farss.folder import EVALUATE_KEYS, EXPORT_KEYS, PLAN_KEYS, SURVEY_KEYS, TRAIN_KEYS, Folder, options_of, resolve
-from farss.models import device_of, fingerprint, layer_shapes, load_model, load_tokenizer, quiet, tokenizer_fingerprint
+from farss.models import (
+    device_of,
+    empty_model,
+    fingerprint,
+    layer_shapes,
+    left_out,
+    load_model,
+    load_tokenizer,
+    quiet,
+    tokenizer_fingerprint,
+)
 from farss.plan import check_plan, make_plan, make_plan_without_survey, method_of, survey_cap
 from farss.portable import export, merge
 from farss.report import write_report
@@ -166,6 +176,7 @@ class Run:
             result = make_plan(self.config.plan, self.survey())
         else:
             result = make_plan_without_survey(self.config.plan, *layer_shapes(self.config.model))
+        result = replace(result, notes=[*result.notes, *(left_out(empty_model(self.config.model)) if result.layers else [])])
         self.tell("plan", 1, 1, f"{result.parameters:,} parameters")
         with self.folder.step("plan", options):
             result.save(self.path / "plan.json")

@@ -17,7 +17,7 @@ from farss.data import batches, collate
 from farss.errors import ConfigError, FarssError, FolderError, ModelError, NumericalError
 from farss.maths.directions import decompose, direction_scores, select
 from farss.maths.fisher import quadratic_form
-from farss.models import target_layers, weight_of
+from farss.models import left_out, target_layers, weight_of
 from farss.survey import survey
 from farss.survey.passage import enter, sampled, through
 from farss.survey.sweep import shallow_end
@@ -346,3 +346,8 @@ def test_mixture_of_experts_is_adapted_outside_the_experts(tmp_path):
     model = transformers.MixtralForCausalLM(config).eval()
     found = survey(model, collated(examples()), tmp_path, 4)
     assert {name.rsplit(".", 1)[-1] for name in found.layers} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert left_out(model) == [
+        "Not adapted: mlp.experts.gate_up_proj in 2 blocks, 4 experts in one parameter of shape (4, 96, 32).",
+        "Not adapted: mlp.experts.down_proj in 2 blocks, 4 experts in one parameter of shape (4, 32, 48).",
+    ]
+    assert left_out(small("llama")) == []
