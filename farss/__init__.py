@@ -12,11 +12,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from farss.config import CalibrationConfig, DataConfig, PlanConfig
     from farss.errors import FarssError
-    from farss.library import export, prepare
+    from farss.library import export, prepare, trainer_callback
     from farss.methods import METHODS
     from farss.portable import load_adapter
 
-__all__ = ["METHODS", "CalibrationConfig", "DataConfig", "FarssError", "PlanConfig", "export", "load_adapter", "prepare"]
+__all__ = [
+    "METHODS",
+    "CalibrationConfig",
+    "DataConfig",
+    "FarssError",
+    "PlanConfig",
+    "export",
+    "load_adapter",
+    "prepare",
+    "trainer_callback",
+]
 
 _HOMES = {
     "METHODS": "farss.methods",
@@ -27,6 +37,7 @@ _HOMES = {
     "export": "farss.library",
     "load_adapter": "farss.portable",
     "prepare": "farss.library",
+    "trainer_callback": "farss.library",
 }
 
 

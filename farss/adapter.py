@@ -1,41 +1,52 @@
-"""Plan + model -> PeftModel. The base model's weights are never changed.
+"""Plan + model -> PeftModel.
 
 FARSS starts from a part of the weight itself, `s B0 A0`, which must be taken out of the base for the adapted model to
-equal the base at step 0. It is taken out by a second, frozen adapter that holds `(A0, -B0)`: exact in any precision, and
-the base stays what it was, so it can be shared, evaluated and exported to at any time.
+equal the base at step 0. By default a second, frozen adapter that holds `(A0, -B0)` does that: exact in any precision, and
+the base stays what it was, so it can be quantised, shared, evaluated and exported to at any time. `base="residual"`
+subtracts it from the weights in memory instead, which saves a thin product a step and rounds the difference.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from farss.artifacts import Plan, Survey
-from farss.errors import FarssError
+from farss.config import Base
+from farss.errors import FarssError, ModelError
 from farss.maths.directions import factors
-from farss.models import weight_of
+from farss.models import ORIGINAL, is_packed, is_transposed, shape_of
 
-TRAINED = "default"
-"""PEFT's name of the adapter that trains."""
+TRAINED = "trained"
+"""Name of the adapter that trains. It is not PEFT's `default`, so that a checkpoint of somebody's trainer lies in
+subfolders: whoever loads the checkpoint as if it were an adapter gets an error and not a wrong model."""
 START = "farss_start"
 """Name of the frozen adapter that takes the start out of the base."""
 
 
-def attach(model: nn.Module, plan: Plan, survey: Survey | None = None, dropout: float = 0.0, seed: int = 0) -> Any:
+def attach(
+    model: nn.Module, plan: Plan, survey: Survey | None = None, dropout: float = 0.0, seed: int = 0, base: Base = "untouched"
+) -> Any:
     """Put the adapters of a plan on a model.
 
     Args:
-        model: the base model; its weights stay as they are.
+        model: the base model.
         plan: from `make_plan`.
         survey: the survey the plan was made from, for methods that start from singular directions.
         dropout: on the trained adapter's input.
         seed: of the random start, where a method has one.
+        base: `untouched` takes the start out by a frozen adapter; `residual` subtracts it from the weights in memory.
 
     Returns:
         A `PeftModel`, or the model itself with every weight trainable for full fine-tuning.
+
+    Raises:
+        ModelError: the weights are quantised, and `base` is `residual`.
     """
     from peft import get_peft_model
 
@@ -48,6 +59,8 @@ def attach(model: nn.Module, plan: Plan, survey: Survey | None = None, dropout: 
             raise FarssError(f"method {plan.method!r} starts from singular directions: give the survey its plan was made from")
         adapted.add_adapter(START, lora_config(plan, 0.0))
         _copy_start(adapted, plan, survey)
+        if base == "residual":
+            _take_out(adapted, plan)
     activate(adapted)
     return adapted
 
@@ -72,10 +85,15 @@ def lora_config(plan: Plan, dropout: float) -> Any:
     )
 
 
+def active_adapters(adapted: Any) -> list[str]:
+    """The adapters that count: the frozen one only where the base still holds the start."""
+    residual = any(hasattr(module, ORIGINAL) for module in adapted.modules())
+    return [name for name in (TRAINED, START) if name in adapted.peft_config and not (residual and name == START)]
+
+
 def activate(adapted: Any) -> None:
-    """Make both adapters count, and only the trained one train."""
-    names = [name for name in (TRAINED, START) if name in adapted.peft_config]
-    adapted.base_model.set_adapter(names)
+    """Make the right adapters count, and only the trained one train."""
+    adapted.base_model.set_adapter(active_adapters(adapted))
     for name, parameter in adapted.named_parameters():
         parameter.requires_grad_(f".{TRAINED}." in name and "lora_" in name)
 
@@ -103,6 +121,32 @@ def _copy_start(adapted: Any, plan: Plan, survey: Survey) -> None:
                 module.lora_B[adapter].weight.copy_(sign * b)
 
 
+def _take_out(adapted: Any, plan: Plan) -> None:
+    """Subtract the start from every planned weight, in float32 and then rounded; the original stays beside it."""
+    for name, module in lora_layers(adapted, plan).items():
+        layer = module.base_layer
+        if is_packed(layer):
+            raise ModelError(f"{name} is quantised: nothing can be subtracted from it; set adapter.base=untouched")
+        start = module.scaling[TRAINED] * module.lora_B[TRAINED].weight.detach().float() @ module.lora_A[TRAINED].weight.detach().float()
+        start = start.T if is_transposed(layer) else start
+        setattr(layer, ORIGINAL, layer.weight.data)
+        layer.weight.data = (layer.weight.data.float() - start).to(layer.weight.dtype)
+
+
+@contextmanager
+def untouched_base(adapted: Any) -> Iterator[None]:
+    """The base's own weights for a while, where the start was subtracted from them."""
+    layers = [module for module in adapted.modules() if hasattr(module, ORIGINAL)]
+    residuals = [layer.weight.data for layer in layers]
+    for layer in layers:
+        layer.weight.data = getattr(layer, ORIGINAL).to(layer.weight.dtype)
+    try:
+        yield
+    finally:
+        for layer, residual in zip(layers, residuals, strict=True):
+            layer.weight.data = residual
+
+
 def adapter_change(adapted: Any, plan: Plan, name: str) -> tuple[Tensor, Tensor]:
     """What training changed in one layer, as thin factors on the original weight.
 
@@ -116,5 +160,5 @@ def adapter_change(adapted: Any, plan: Plan, name: str) -> tuple[Tensor, Tensor]
         if adapter in module.lora_A:
             left.append(module.scaling[adapter] * module.lora_B[adapter].weight.detach().double())
             right.append(module.lora_A[adapter].weight.detach().double())
-    assert left[0].shape[0] == weight_of(module.base_layer).shape[0], name
+    assert left[0].shape[0] == shape_of(module.base_layer)[0], name
     return torch.cat(left, 1), torch.cat(right, 0)

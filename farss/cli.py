@@ -225,7 +225,7 @@ def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
 def export(
     config: ConfigFile,
     overrides: Overrides = None,
-    to: Annotated[str | None, typer.Option(help="peft or merged; default: export.to.")] = None,
+    to: Annotated[str | None, typer.Option(help="peft, gguf or merged; default: export.to.")] = None,
     rank: Annotated[int | None, typer.Option(help="Compress to this rank; default: export.rank.")] = None,
     energy: Annotated[float | None, typer.Option(help="Compress to this share of each change; default: export.energy.")] = None,
 ) -> None:

@@ -33,6 +33,8 @@ class ModelConfig:
     """Folder of the base model (safetensors and tokenizer), or its name on a hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the frozen weights; auto: as they are stored."""
+    quantization: Literal["none", "nf4"] = "none"
+    """nf4: hold the frozen weights in bitsandbytes' 4-bit format while training, as QLoRA does."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda or cuda:1."""
     targets: list[str] = field(default_factory=list)
@@ -128,6 +130,18 @@ class PlanConfig:
             _check(0 < self.alpha < float("inf"), f"plan.alpha={self.alpha}: give a number above 0")
         if isinstance(self.match_params, int):
             _check(self.match_params >= 1, f"plan.match_params={self.match_params}: give a number of parameters above 0")
+
+
+Base = Literal["untouched", "residual"]
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """How the adapter's start is taken out of the base model."""
+
+    base: Base = "untouched"
+    """untouched: by a second, frozen adapter, exact in any precision. residual: subtracted from the weights in memory,
+    a little faster, rounded to their precision. Either way the exported adapter is for the original base model."""
 
 
 @dataclass(frozen=True)
@@ -251,8 +265,9 @@ class EvaluateConfig:
 class ExportConfig:
     """The adapter that is handed over."""
 
-    to: Literal["peft", "merged"] = "peft"
-    """peft: one plain LoRA for the untouched base model; merged: a whole model."""
+    to: Literal["peft", "merged", "gguf"] = "peft"
+    """peft: one plain LoRA for the untouched base model; gguf: the same, and beside it a file for llama.cpp; merged: a
+    whole model."""
     rank: int | None = None
     """Compress the adapter to this rank; null: keep all of it."""
     energy: float | None = None
@@ -283,6 +298,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
@@ -296,8 +312,18 @@ class Config:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
+REFUSED = {
+    "rslora": "FARSS scales its factors by alpha / R itself, and rsLoRA would scale the start too: set plan.alpha",
+    "dora": "DoRA rescales the columns of W + s B A, so with FARSS's start the model would not begin as the base model",
+}
+"""Why PEFT options that people ask for together with FARSS are not options here."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return `: did you mean X?`, or the list of what is known, for an error message about `name`."""
+    last = name.rpartition(".")[2].removeprefix("use_").lower()
+    if last in REFUSED:
+        return REFUSED[last]
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(known)}"

@@ -16,10 +16,29 @@ from farss.artifacts import disk_cure, read_json, write_json, write_text
 from farss.config import Config, dump, from_dict, to_dict
 from farss.errors import ConfigError, FolderError
 
-SURVEY_KEYS = ("model.path", "model.targets", "data", "calibration.examples", "calibration.fisher", "calibration.svd", "seed")
+SURVEY_KEYS = (
+    "model.path",
+    "model.quantization",
+    "model.targets",
+    "data",
+    "calibration.examples",
+    "calibration.fisher",
+    "calibration.svd",
+    "seed",
+)
 PLAN_KEYS = ("model.path", "model.targets", "plan")
 TRAIN_KEYS = (
-    *("model.path", "model.dtype", "data", "seed", "train.learning_rate", "train.epochs", "train.max_steps"),
+    *(
+        "model.path",
+        "model.dtype",
+        "model.quantization",
+        "adapter",
+        "data",
+        "seed",
+        "train.learning_rate",
+        "train.epochs",
+        "train.max_steps",
+    ),
     *("train.batch_size", "train.scheduler", "train.warmup_ratio", "train.weight_decay", "train.dropout"),
     *("train.max_grad_norm", "train.precision"),
 )

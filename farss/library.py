@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from farss.adapter import attach
+from farss.adapter import activate, attach
 from farss.artifacts import Plan, Survey
-from farss.config import CalibrationConfig, DataConfig, PlanConfig
+from farss.config import Base, CalibrationConfig, DataConfig, PlanConfig
 from farss.data import calibration_batches, collate, load_examples, tokenize_rows
 from farss.errors import FarssError
 from farss.models import find_blocks, fingerprint, target_layers
@@ -45,6 +45,7 @@ def prepare(
     plan: PlanConfig | None = None,
     targets: list[str] | None = None,
     dropout: float = 0.05,
+    base: Base = "untouched",
     folder: Path | str | None = None,
     seed: int = 0,
     on_progress: Progress | None = None,
@@ -64,6 +65,7 @@ def prepare(
         plan: boundary, ranks, alpha; `plan.method` is overridden by `method`.
         targets: names of the linear layers to adapt; None: every one in every block.
         dropout: on the adapter's input.
+        base: how the start is taken out of the base, see `farss.adapter.attach`.
         folder: where the survey is kept, so that it can be resumed and used again; None: a temporary folder.
         seed: of the calibration draw and of random starts.
         on_progress: called with (blocks done, blocks, a line to show).
@@ -74,6 +76,11 @@ def prepare(
     Raises:
         FarssError: something in the arguments, the data or the model cannot be used; the message says what and the cure.
     """
+    if hasattr(model, "peft_config"):
+        raise FarssError(
+            "this model has adapters already: merge them first (model = model.merge_and_unload()), then prepare it; "
+            "the new adapter is then for the merged model"
+        )
     if method_of(dataclasses.replace(PlanConfig(), method=method)).name == "full":
         raise FarssError("method='full' trains the model itself: there is nothing to prepare")
     data, calibration = data or DataConfig(), calibration or CalibrationConfig()
@@ -98,7 +105,7 @@ def prepare(
         made = make_plan(wanted, found)
     else:
         found, made = None, make_plan_without_survey(wanted, layers, blocks)
-    adapted = attach(model, made, found, dropout, seed)
+    adapted = attach(model, made, found, dropout, seed, base)
     check = collate(examples.rows[:CHECK_ROWS], tokenizer.pad_token_id)
     adapted.farss = Prepared(made, found, {key: check[key] for key in ("input_ids", "attention_mask")}, tokenizer)
     return adapted
@@ -122,3 +129,20 @@ def export(model: Any, folder: Path | str, rank: int | None = None, energy: floa
     batch = {key: value.to(model.device) for key, value in prepared.batch.items()}
     base = getattr(model.get_base_model().config, "_name_or_path", "")
     return export_adapter(model, prepared.plan, folder, batch, base, rank, energy, prepared.tokenizer)
+
+
+def trainer_callback(model: Any) -> Any:
+    """A callback for transformers' `Trainer` (and TRL's), which forgets on resume that a model has two active adapters.
+
+    Args:
+        model: from `prepare`.
+    """
+    from transformers import TrainerCallback
+
+    class KeepActive(TrainerCallback):
+        """Activates both adapters before training begins or goes on."""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            activate(model)
+
+    return KeepActive()

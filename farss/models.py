@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import inspect
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -44,8 +46,25 @@ def load_model(config: ModelConfig, dtype: torch.dtype | None = None, device: to
     from transformers import AutoModelForCausalLM
 
     wanted = dtype if dtype is not None else (config.dtype if config.dtype == "auto" else getattr(torch, config.dtype))
+    place = device or device_of(config)
+    if config.quantization != "none" and dtype is None:
+        model = _from_pretrained(AutoModelForCausalLM, config, dtype=wanted, quantization_config=_four_bits(), device_map={"": place})
+        return model.requires_grad_(False).eval()
     model = _from_pretrained(AutoModelForCausalLM, config, dtype=wanted)
-    return model.to(device or device_of(config)).requires_grad_(False).eval()
+    return (model if _is_quantised(model) else model.to(place)).requires_grad_(False).eval()
+
+
+def _is_quantised(model: Any) -> bool:
+    return getattr(model, "hf_quantizer", None) is not None
+
+
+def _four_bits() -> Any:
+    """bitsandbytes' NF4, as in QLoRA (Dettmers et al. 2023)."""
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError("model.quantization=nf4 needs bitsandbytes: pip install 'farss[quantized]'")
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -102,7 +121,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ModelError("encoder-decoder models are not supported: use a decoder-only or an encoder-only model")
     sizes = {
-        name: sum(weight_of(module).numel() for module in modules.modules() if is_linear(module))
+        name: sum(math.prod(shape_of(module)) for module in modules.modules() if is_linear(module))
         for name, modules in model.named_modules()
         if isinstance(modules, nn.ModuleList)
     }
@@ -114,13 +133,47 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module computes `y = W h (+ b)` with a two-dimensional weight."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    return isinstance(module, nn.Linear) or is_transposed(module)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a linear layer stores `W^T` (GPT-2's Conv1D)."""
+    return type(module).__name__ == "Conv1D"
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Whether a linear layer's weight is quantised."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return not weight.is_floating_point() or weight.dim() != 2 or type(weight) not in (Tensor, nn.Parameter)
+
+
+def shape_of(module: nn.Module) -> tuple[int, int]:
+    """(m, n) of `W [m, n]`, packed or not."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return weight.shape[1], weight.shape[0]
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """The weight as `W [m, n]`: Conv1D (GPT-2) stores its transpose."""
+    """The weight as `W [m, n]`: Conv1D (GPT-2) stores its transpose, and 4-bit weights are dequantised.
+
+    Raises:
+        ModelError: the weight is packed in a format that is not understood.
+    """
     weight: Tensor = module.weight  # type: ignore[assignment]
-    return weight.T if type(module).__name__ == "Conv1D" else weight
+    if not is_packed(module):
+        return weight.T if is_transposed(module) else weight
+    if type(module).__name__ == "Linear4bit":
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[attr-defined]
+    if callable(getattr(weight, "dequantize", None)) and weight.is_floating_point():  # torchao's tensors
+        return weight.dequantize()
+    raise ModelError(
+        f"a {type(module).__name__} holds packed weights ({weight.dtype}, shape {tuple(weight.shape)}) that cannot be read: "
+        "load the model unquantised, or in bitsandbytes' 4-bit format (model.quantization=nf4)"
+    )
 
 
 def target_layers(model: nn.Module, targets: list[str] | None = None) -> dict[str, Layer]:
@@ -128,7 +181,6 @@ def target_layers(model: nn.Module, targets: list[str] | None = None) -> dict[st
 
     Raises:
         ConfigError: a name in `targets` matches no layer.
-        ModelError: a layer's weight is packed (quantised).
     """
     prefix, blocks = find_blocks(model)
     found: dict[str, Layer] = {}
@@ -136,7 +188,7 @@ def target_layers(model: nn.Module, targets: list[str] | None = None) -> dict[st
         for inner, module in block.named_modules():
             if is_linear(module):
                 name = ".".join(filter(None, (prefix, str(index), inner)))
-                found[name] = Layer(name, index, _shape(name, module), float("nan"))
+                found[name] = Layer(name, index, shape_of(module), float("nan"))
     if not targets:
         return found
     suffixes = {name.rsplit(".", 1)[-1] for name in found}
@@ -168,23 +220,22 @@ def _matches(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-def _shape(name: str, module: nn.Module) -> tuple[int, int]:
-    weight = weight_of(module)
-    if not weight.is_floating_point() or weight.dim() != 2:
-        kind = f"{type(module).__name__}, {weight.dtype}, shape {tuple(weight.shape)}"
-        raise ModelError(f"{name} holds packed weights ({kind}): load the model unquantised")
-    return weight.shape[0], weight.shape[1]
-
-
 def accepts(model: nn.Module, argument: str) -> bool:
     """Whether the model's forward takes an argument of this name."""
     return argument in inspect.signature(model.forward).parameters
 
 
+ORIGINAL = "farss_original"
+"""Attribute of a linear layer that holds its own weight while a residual stands in its place."""
+
+
 def base_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a base model without what PEFT put into it."""
-    state = model.state_dict().items()
-    return {name.replace(".base_layer.", "."): tensor for name, tensor in state if "lora_" not in name}
+    """The state dict of a base model without what PEFT and we put into it."""
+    state = {name.replace(".base_layer.", "."): tensor for name, tensor in model.state_dict().items() if "lora_" not in name}
+    for name, module in model.named_modules():
+        if hasattr(module, ORIGINAL):
+            state[f"{name.removesuffix('.base_layer')}.weight"] = getattr(module, ORIGINAL)
+    return state
 
 
 def base_fingerprint(model: Any) -> str:

@@ -21,6 +21,7 @@ from farss.data import Tokenized, calibration_batches, collate, load_examples, q
 from farss.errors import ConfigError, FolderError
 from farss.evaluate import Summary, evaluate, summarise
 from farss.folder import EVALUATE_KEYS, EXPORT_KEYS, PLAN_KEYS, SURVEY_KEYS, TRAIN_KEYS, Folder, options_of, resolve
+from farss.llamacpp import write_gguf
 from farss.models import (
     device_of,
     empty_model,
@@ -33,7 +34,7 @@ from farss.models import (
     tokenizer_fingerprint,
 )
 from farss.plan import check_plan, make_plan, make_plan_without_survey, method_of, survey_cap
-from farss.portable import export, merge
+from farss.portable import export, merge, step_zero
 from farss.report import write_report
 from farss.survey import survey
 from farss.train import TrainResult, restore, train
@@ -188,13 +189,14 @@ class Run:
         if self.folder.is_done("train", options):
             return TrainResult.load(self.path / "train.json")
         model = self._adapted(plan)
+        before = step_zero(model, self._prompts(model)) if plan.layers else {}
         with self.folder.step("train", options) as facts:
             result = train(
                 *(model, self.tokenizer, self.examples, self.config, self.path),
                 on_progress=lambda done, total, loss: self.tell("train", done, total, f"loss {loss:.3f}" if loss is not None else ""),
             )
             result.save(self.path / "train.json")
-            facts |= {"seconds": result.seconds}
+            facts |= {"seconds": result.seconds, **({"step_zero": before} if before else {})}
         self._live = model
         return result
 
@@ -209,13 +211,14 @@ class Run:
         self.tell("export", 0, 1, "")
         with self.folder.step("export", options) as facts:
             if whole:
-                merge(self.trained(), plan, self.tokenizer, target, _stored_dtype(self.config))
+                merge(self.trained(), plan, self.tokenizer, target, _stored_dtype(self.config), self.config.model.path)
             else:
-                batch = collate(self.examples.rows[:CHECK_PROMPTS], self.tokenizer.pad_token_id)
-                batch = {key: batch[key].to(self.trained().device) for key in ("input_ids", "attention_mask")}
+                batch = self._prompts(self.trained())
                 choice = self.config.export
                 done = export(self.trained(), plan, target, batch, self.config.model.path, choice.rank, choice.energy, self.tokenizer)
                 facts |= {"logit_difference": done.logit_difference, "precision": done.precision, "rank": done.rank, "lost": done.lost}
+            if self.config.export.to == "gguf" and not whole:
+                write_gguf(target, self.trained().get_base_model().config)
         self.tell("export", 1, 1, "")
         return target
 
@@ -273,7 +276,7 @@ class Run:
         found = self.survey() if self.method.needs == "survey" else None
         if found is not None:
             check_fingerprint(found, model)
-        return attach(model, plan, found, self.config.train.dropout, self.config.seed)
+        return attach(model, plan, found, self.config.train.dropout, self.config.seed, self.config.adapter.base)
 
     def trained(self) -> Any:
         """The trained model: still in memory, or rebuilt from the plan and the last checkpoint."""
@@ -281,6 +284,11 @@ class Run:
             self._live = self._adapted(self.plan())
             restore(self._live, self.path)
         return self._live.eval()
+
+    def _prompts(self, model: Any) -> dict[str, torch.Tensor]:
+        """A few real examples, on which models are compared."""
+        batch = collate(self.examples.rows[:CHECK_PROMPTS], self.tokenizer.pad_token_id)
+        return {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
 
     def _handed_over(self) -> Any:
         """The trained model in the precision in which it is handed over: full fine-tuning trains in float32, and is

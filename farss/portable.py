@@ -14,17 +14,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from farss.adapter import START, TRAINED, adapter_change
+from farss.adapter import activate, active_adapters, adapter_change, untouched_base
 from farss.artifacts import Plan, read_json, write_json, write_tensors
 from farss.errors import FarssError
 from farss.maths.compress import compress
-from farss.models import base_fingerprint, base_weights, tokenizer_fingerprint
+from farss.models import base_fingerprint, base_weights, is_transposed, tokenizer_fingerprint
 
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """vLLM accepts these and no others (`max_lora_rank`), so the exported rank is padded up to one of them."""
 CHECKED = "farss_checked"
+COPIED = (".json", ".model", ".txt", ".jinja", ".py", ".tiktoken")
+"""Files of a base model that go with a merged one."""
 FULL_PRECISION_LIMIT = 2_000_000_000
 """Models with fewer parameters are checked in float32; larger ones in their own precision."""
 
@@ -179,32 +182,67 @@ def check(adapted: Any, folder: Path, batch: dict[str, Tensor]) -> tuple[float, 
     Returns:
         (largest |difference|, largest |logit|, precision of the comparison)
     """
-    active = [name for name in (TRAINED, START) if name in adapted.peft_config]
+    active = active_adapters(adapted)
     mask = batch["attention_mask"].bool()
     with in_float32(adapted) as precision, torch.no_grad():
         expected = adapted(**batch).logits[mask].float()
         adapted.load_adapter(str(folder), CHECKED, torch_device=str(adapted.device))
         try:
             adapted.base_model.set_adapter([CHECKED])
-            found = adapted(**batch).logits[mask].float()
+            with untouched_base(adapted):
+                found = adapted(**batch).logits[mask].float()
         finally:
             adapted.delete_adapter(CHECKED)
             adapted.base_model.set_adapter(active)
     return (found - expected).abs().max().item(), expected.abs().max().item(), precision
 
 
+def step_zero(adapted: Any, batch: dict[str, Tensor]) -> dict[str, float]:
+    """How far an adapted model is from its base before training: largest |logit difference| by precision.
+
+    Measured on real tokens in float32 (models that are not very large) and in the precision of the weights.
+    """
+    found = {}
+    mask = batch["attention_mask"].bool()
+    own = _name(next(adapted.get_base_model().parameters()).dtype)
+    for precision in (in_float32(adapted), contextlib.nullcontext(own)):
+        with precision as name, evaluating(adapted), torch.no_grad():
+            expected = adapted(**batch).logits[mask].float()
+            with adapted.disable_adapter(), untouched_base(adapted):
+                base = adapted(**batch).logits[mask].float()
+            found[name] = (expected - base).abs().max().item()
+    activate(adapted)  # PEFT's context lets every adapter train again
+    return found
+
+
+@contextlib.contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """The model in `eval()` mode."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 @contextlib.contextmanager
 def in_float32(model: Any) -> Iterator[str]:
-    """The model in `eval()` mode and, unless it is very large, in float32; both are put back (without loss)."""
+    """The model in `eval()` mode and, unless it is very large or quantised, in float32; both are put back (without loss)."""
     training = model.training
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     buffers = {name: buffer.dtype for name, buffer in model.named_buffers()}
     small = sum(parameter.numel() for parameter in model.parameters()) < FULL_PRECISION_LIMIT
+    small = small and all(parameter.is_floating_point() for parameter in model.parameters())
     model.eval()
     if small:
         model.float()
     try:
-        yield "float32" if small else str(next(iter(dtypes.values()))).removeprefix("torch.")
+        yield "float32" if small else _name(next(iter(dtypes.values())))
     finally:
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
@@ -237,16 +275,29 @@ def _replace(unfinished: Path, folder: Path) -> None:
     unfinished.rename(folder)
 
 
-def merge(adapted: Any, plan: Plan, tokenizer: Any, folder: Path | str, dtype: torch.dtype) -> Path:
+def merge(adapted: Any, plan: Plan, tokenizer: Any, folder: Path | str, dtype: torch.dtype, source: Path | str = "") -> Path:
     """Write a whole model: the base with the trained change added in float32 (or the fully fine-tuned model).
 
     Args:
-        dtype: of the written weights.
+        dtype: of the written weights; the base's files keep theirs.
+        source: the base model's folder. Its files are merged one by one, so the model may be larger than memory.
+
+    Raises:
+        FarssError: the base is quantised.
     """
     folder = Path(folder)
     unfinished = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(unfinished, ignore_errors=True)
     model = adapted.get_base_model() if plan.layers else adapted
+    if not all(parameter.is_floating_point() for parameter in model.parameters()):
+        raise FarssError(
+            "the adapter was trained on quantised weights, and merged into the unquantised ones it would be another model: "
+            "serve the adapter on the quantised base, or train with model.quantization=none"
+        )
+    if plan.layers and _can_merge_files(plan, Path(source)):
+        _merge_files(adapted, plan, Path(source), unfinished)
+        _replace(unfinished, folder)
+        return folder
     state = dict(model.state_dict()) if not plan.layers else _merged_state(adapted, plan)
     state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     model.config.dtype = dtype
@@ -256,13 +307,41 @@ def merge(adapted: Any, plan: Plan, tokenizer: Any, folder: Path | str, dtype: t
     return folder
 
 
+def _can_merge_files(plan: Plan, source: Path) -> bool:
+    """Whether the base's files hold every planned weight under the name it has in the model."""
+    files = sorted(source.glob("*.safetensors")) if source.is_dir() else []
+    held: set[str] = set()
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            held |= set(tensors.keys())
+    return bool(files) and all(f"{name}.weight" in held for name in plan.layers)
+
+
+def _merge_files(adapted: Any, plan: Plan, source: Path, target: Path) -> None:
+    """Write each safetensors file of the base with the changes of its layers added, and copy everything else."""
+    target.mkdir(parents=True)
+    for file in sorted(source.iterdir()):
+        if file.suffix in COPIED:
+            shutil.copyfile(file, target / file.name)
+    for file in sorted(source.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            merged = {key: _with_change(adapted, plan, key.removesuffix(".weight"), tensors.get_tensor(key)) for key in tensors.keys()}  # noqa: SIM118
+        write_tensors(target / file.name, merged, {"format": "pt"})
+
+
+def _with_change(adapted: Any, plan: Plan, name: str, weight: Tensor) -> Tensor:
+    """A weight with the trained change of its layer, if it has one, added in float32."""
+    if name not in plan.layers or weight.dim() != 2:
+        return weight
+    left, right = adapter_change(adapted, plan, name)
+    change = (left.float() @ right.float()).cpu()
+    transposed = is_transposed(adapted.base_model.model.get_submodule(name).base_layer)
+    return (weight.float() + (change.T if transposed else change)).to(weight.dtype)
+
+
 def _merged_state(adapted: Any, plan: Plan) -> dict[str, Tensor]:
     """The base's own state dict, with each planned layer's change added to its weight in float32."""
     state = base_weights(adapted.get_base_model())
     for name in plan.layers:
-        left, right = adapter_change(adapted, plan, name)
-        weight = state[f"{name}.weight"]
-        change = left @ right
-        transposed = type(adapted.base_model.model.get_submodule(name).base_layer).__name__ == "Conv1D"
-        state[f"{name}.weight"] = weight.float() + (change.T if transposed else change).float()
+        state[f"{name}.weight"] = _with_change(adapted, plan, name, state[f"{name}.weight"].float().cpu())
     return state

@@ -4,7 +4,7 @@ import pytest
 import torch
 from small_models import ARCHITECTURES, examples, small
 
-from farss.adapter import START, TRAINED, attach, lora_layers
+from farss.adapter import START, TRAINED, adapter_change, attach, lora_layers, untouched_base
 from farss.config import PlanConfig
 from farss.data import batches, collate
 from farss.errors import FarssError
@@ -68,6 +68,29 @@ def test_the_base_is_untouched_and_only_the_adapter_trains(tmp_path):
         parameter.data += 1
     for name, weight in before.items():
         assert torch.equal(weight_of(adapted.base_model.model.get_submodule(name).base_layer), weight)
+
+
+def test_residual_and_untouched_compute_and_train_the_same(tmp_path):
+    """The same weights to 1e-6 after training steps in float32, and the same logits before any."""
+    changes = []
+    for base in ("untouched", "residual"):
+        model, found, plan = surveyed("llama", tmp_path / base, torch.float32)
+        before = logits(model)
+        adapted = attach(model, plan, found, base=base)
+        assert (logits(adapted) - before).abs().max() <= 1e-5 * before.abs().max()
+        optimiser = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
+        ids = torch.arange(3, 23).reshape(2, 10)
+        for _ in range(5):
+            adapted(input_ids=ids, labels=ids).loss.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+        changes.append({name: adapter_change(adapted, plan, name) for name in plan.layers})
+        with untouched_base(adapted), adapted.disable_adapter():
+            assert torch.equal(logits(adapted), before)
+    for name, (left, right) in changes[0].items():
+        other = changes[1][name]
+        torch.testing.assert_close(left @ right, other[0] @ other[1], rtol=0, atol=1e-6)
+    assert max((left @ right).abs().max().item() for left, right in changes[0].values()) > 1e-3
 
 
 def test_both_adapters_are_rounded_alike(tmp_path):

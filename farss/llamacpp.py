@@ -1,0 +1,79 @@
+"""Exported adapter -> a LoRA file for llama.cpp (GGUF)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from farss.artifacts import read_json, whole_file
+from farss.errors import FarssError
+
+ARCHITECTURES = {
+    "gemma2": "GEMMA2",
+    "gemma3_text": "GEMMA3",
+    "gpt_neox": "GPTNEOX",
+    "llama": "LLAMA",
+    "mistral": "LLAMA",
+    "phi3": "PHI3",
+    "qwen2": "QWEN2",
+    "qwen3": "QWEN3",
+}
+"""transformers' names of the architectures whose tensors llama.cpp stores as they are (or permuted, see below)."""
+PERMUTED = ("llama", "mistral")
+"""llama.cpp rotates neighbouring pairs where transformers rotates halves, so it stores the rows of q and k permuted."""
+FILE = "adapter.gguf"
+
+
+def write_gguf(adapter: Path | str, config: Any) -> Path:
+    """Write `adapter.gguf` beside an exported adapter.
+
+    Args:
+        adapter: an exported adapter's folder.
+        config: the base model's configuration from transformers.
+
+    Raises:
+        FarssError: the architecture is not one of `ARCHITECTURES`, a layer has no name there, or gguf is missing.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise FarssError("a GGUF file needs the package gguf: pip install 'farss[gguf]'") from error
+    if config.model_type not in ARCHITECTURES:
+        raise FarssError(f"no GGUF adapter for {config.model_type}: known are {', '.join(ARCHITECTURES)}; export to peft, or merged")
+    architecture = getattr(gguf.MODEL_ARCH, ARCHITECTURES[config.model_type])
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    folder = Path(adapter)
+    with whole_file(folder / FILE) as temporary:
+        writer = gguf.GGUFWriter(temporary, gguf.MODEL_ARCH_NAMES[architecture])
+        writer.add_string(gguf.Keys.General.TYPE, gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(read_json(folder / "adapter_config.json")["lora_alpha"]))
+        for key, tensor in load_file(folder / "adapter_model.safetensors").items():
+            layer, side = _parts(key)
+            known = names.get_name(f"{layer}.weight", try_suffixes=(".weight",))
+            if known is None:
+                raise FarssError(f"llama.cpp has no name for {layer}: name other layers in model.targets")
+            values = _permuted(tensor, layer, config) if side == "lora_b" and config.model_type in PERMUTED else tensor
+            writer.add_tensor(f"{known}.{side}", values.contiguous().numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return folder / FILE
+
+
+def _parts(key: str) -> tuple[str, str]:
+    """`base_model.model.X.lora_A.weight` -> (X, lora_a)."""
+    layer, _, side = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
+    return layer, side.lower()
+
+
+def _permuted(b: Tensor, layer: str, config: Any) -> Tensor:
+    """Rows of `B [m, r]` in the order in which llama.cpp stores the rows of q and k."""
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(layer.rpartition(".")[2])
+    if heads is None:
+        return b
+    return b.reshape(heads, 2, b.shape[0] // heads // 2, -1).transpose(1, 2).reshape(b.shape)
