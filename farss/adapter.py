@@ -20,7 +20,7 @@ from farss.artifacts import Plan, Survey
 from farss.config import Base
 from farss.errors import FarssError, ModelError
 from farss.maths.directions import factors
-from farss.models import ORIGINAL, is_packed, is_transposed, shape_of
+from farss.models import ORIGINAL, is_packed, is_transposed, keep_gradients, shape_of
 
 TRAINED = "trained"
 """Name of the adapter that trains. It is not PEFT's `default`, so that a checkpoint of somebody's trainer lies in
@@ -52,6 +52,7 @@ def attach(
 
     if not plan.layers:
         return model.requires_grad_(True)
+    keep_gradients(model)
     torch.manual_seed(seed)
     adapted = get_peft_model(model, lora_config(plan, dropout), adapter_name=TRAINED)
     if any(layer.directions for layer in plan.layers.values()):

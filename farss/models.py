@@ -49,9 +49,11 @@ def load_model(config: ModelConfig, dtype: torch.dtype | None = None, device: to
     place = device or device_of(config)
     if config.quantization != "none" and dtype is None:
         model = _from_pretrained(AutoModelForCausalLM, config, dtype=wanted, quantization_config=_four_bits(), device_map={"": place})
-        return model.requires_grad_(False).eval()
-    model = _from_pretrained(AutoModelForCausalLM, config, dtype=wanted)
-    return (model if _is_quantised(model) else model.to(place)).requires_grad_(False).eval()
+    else:
+        model = _from_pretrained(AutoModelForCausalLM, config, dtype=wanted)
+        model = model if _is_quantised(model) else model.to(place)
+    keep_gradients(model)
+    return model.requires_grad_(False).eval()
 
 
 def _is_quantised(model: Any) -> bool:
@@ -174,6 +176,21 @@ def weight_of(module: nn.Module) -> Tensor:
         f"a {type(module).__name__} holds packed weights ({weight.dtype}, shape {tuple(weight.shape)}) that cannot be read: "
         "load the model unquantised, or in bitsandbytes' 4-bit format (model.quantization=nf4)"
     )
+
+
+def keep_gradients(model: nn.Module) -> None:
+    """Keep bitsandbytes from rearranging 4-bit weights for inference on a CPU, and undo where it has.
+
+    It does so in the first forward pass without gradients, and from then on no gradient comes back through the layer.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            weight: Any = module.weight
+            if getattr(weight.quant_state, "packing_format_for_cpu", False):
+                from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+                weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
 
 
 def target_layers(model: nn.Module, targets: list[str] | None = None) -> dict[str, Layer]:

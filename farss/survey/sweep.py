@@ -25,7 +25,7 @@ from farss import processes
 from farss.artifacts import Layer, Survey, fingerprint, read_json, write_json, write_tensors
 from farss.errors import FarssError, FolderError
 from farss.memory import peak_gib, used_gib
-from farss.models import find_blocks, target_layers
+from farss.models import find_blocks, keep_gradients, target_layers
 from farss.models import fingerprint as model_fingerprint
 from farss.survey.kept import GRADIENT, INPUT, Kept, check_space
 from farss.survey.passage import Batch, Passage, check_passage, enter, output_gradient, through, uniform_draws
@@ -74,6 +74,7 @@ def survey(
         FarssError: the disk cannot hold the states that are kept while it runs.
     """
     folder = Path(folder)
+    keep_gradients(model)
     layers = target_layers(model, targets)
     _, blocks = find_blocks(model)
     key = identity(model, batches, list(layers), fisher, seed, svd)

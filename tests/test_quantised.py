@@ -1,0 +1,116 @@
+"""4-bit bases: statistics from the dequantised weights, training, export, and clear refusals."""
+
+import pytest
+import torch
+from bitsandbytes.functional import has_avx512bf16
+from peft import PeftModel
+from small_models import examples, small
+from test_adapter import CONFIG, logits
+from test_portable import prompts
+from test_survey import collated
+
+from farss.adapter import attach
+from farss.config import ModelConfig
+from farss.errors import FarssError, ModelError
+from farss.models import base_fingerprint, base_weights, keep_gradients, load_model, target_layers, weight_of
+from farss.plan import make_plan
+from farss.portable import export, merge
+from farss.survey import survey
+
+
+@pytest.fixture
+def folder(tmp_path):
+    small("llama-gqa", hidden_size=64, intermediate_size=128).bfloat16().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def four_bits(folder):
+    return load_model(ModelConfig(path=str(folder), quantization="nf4", device="cpu"))
+
+
+def dequantised(model, folder):
+    """The same model with the dequantised weights as ordinary ones."""
+    plain = load_model(ModelConfig(path=str(folder), device="cpu"))
+    for name in target_layers(model):
+        plain.get_submodule(name).weight.data = weight_of(model.get_submodule(name))
+    return plain
+
+
+def test_statistics_are_those_of_the_dequantised_weights(folder, tmp_path):
+    model = four_bits(folder)
+    plain = dequantised(model, folder)
+    assert target_layers(model).keys() == target_layers(plain).keys()
+    one = survey(model, collated(examples()), tmp_path / "one", 8)
+    two = survey(plain, collated(examples()), tmp_path / "two", 8)
+    for name in one.layers:
+        assert one.layers[name].shape == two.layers[name].shape
+        torch.testing.assert_close(one.directions(name).sigma, two.directions(name).sigma)
+        torch.testing.assert_close(one.directions(name).lam, two.directions(name).lam, rtol=0.02, atol=0)
+
+
+def test_training_and_export_on_a_4_bit_base(folder, tmp_path):
+    model = four_bits(folder)
+    before = logits(model).float()
+    packed = {name: tensor.clone() for name, tensor in model.state_dict().items() if tensor.dtype == torch.uint8}
+    assert packed
+    found = survey(model, collated(examples()), tmp_path / "survey", 8)
+    plan = make_plan(CONFIG, found)
+    adapted = attach(model, plan, found)
+    scale = before.abs().max().item()
+    assert (logits(adapted).float() - before).abs().max().item() <= 2**-6 * scale  # bfloat16 products
+    trainable = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    assert all(parameter.dtype == torch.float32 for parameter in trainable)
+    optimiser = torch.optim.AdamW(trainable, lr=1e-2)
+    batch = prompts()
+    losses = []
+    for _ in range(8):
+        loss = adapted(**batch, labels=batch["input_ids"]).loss
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    done = export(adapted, plan, tmp_path / "adapter", prompts(), base=str(folder))
+    assert done.precision == "bfloat16"
+    stock = PeftModel.from_pretrained(four_bits(folder), str(tmp_path / "adapter")).eval()
+    assert (logits(stock).float() - logits(adapted.eval()).float()).abs().max().item() <= 2**-5 * scale
+    assert base_fingerprint(adapted) == base_fingerprint(four_bits(folder))
+    after = base_weights(adapted.get_base_model())
+    assert all(torch.equal(after[name], tensor) for name, tensor in packed.items())
+
+
+def test_what_a_4_bit_base_cannot_do_is_refused(folder, tmp_path):
+    model = four_bits(folder)
+    found = survey(model, collated(examples()), tmp_path / "survey", 8)
+    plan = make_plan(CONFIG, found)
+    with pytest.raises(ModelError, match=r"is quantised: nothing can be subtracted from it; set adapter.base=untouched"):
+        attach(four_bits(folder), plan, found, base="residual")
+    adapted = attach(model, plan, found)
+    with pytest.raises(FarssError, match="trained on quantised weights, and merged into the unquantised ones it would be another model"):
+        merge(adapted, plan, None, tmp_path / "merged", torch.bfloat16, folder)
+
+
+def test_weights_that_were_rearranged_for_inference_are_put_back(folder):
+    """bitsandbytes rearranges them on the first forward pass on a CPU, and then no gradient comes back."""
+    model = four_bits(folder)
+    layer = model.model.layers[0].mlp.up_proj
+    packed, weight = layer.weight.data.clone(), weight_of(layer)
+    layer.support_avx512bf16_for_cpu = has_avx512bf16()
+    with torch.no_grad():
+        layer(torch.ones(1, 64, dtype=torch.bfloat16))
+    keep_gradients(model)
+    assert torch.equal(layer.weight.data, packed)
+    assert torch.equal(weight_of(layer), weight)
+    rows = torch.ones(1, 64, dtype=torch.bfloat16, requires_grad=True)
+    (gradient,) = torch.autograd.grad(layer(rows).sum(), rows)
+    torch.testing.assert_close(gradient, weight.sum(0)[None], rtol=0.02, atol=0.02)
+
+
+def test_an_unknown_packed_format_is_refused(folder, tmp_path):
+    model = load_model(ModelConfig(path=str(folder), device="cpu"))
+    layer = model.model.layers[1].mlp.up_proj
+    layer.weight = torch.nn.Parameter(torch.zeros(layer.weight.shape, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(
+        ModelError, match=r"packed weights \(torch.int8, shape .*load the model unquantised, or in bitsandbytes' 4-bit format"
+    ):
+        weight_of(layer)
