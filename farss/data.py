@@ -20,6 +20,7 @@ from typing import IO, Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from farss import processes
 from farss.config import CalibrationConfig, DataConfig, QuestionSet, nearest
 from farss.errors import DataError
 
@@ -488,9 +489,13 @@ def batches(rows: Sequence[T], batch_size: int) -> Iterator[list[T]]:
 
 
 def calibration_batches(rows: Sequence[Row], config: CalibrationConfig, pad_id: int, seed: int) -> list[dict[str, Tensor]]:
-    """The batches on which statistics are estimated: rows drawn with the seed, similar lengths together."""
+    """The batches on which statistics are estimated: rows drawn with the seed, similar lengths together.
+
+    There is at least one for each process, if there are as many rows.
+    """
     chosen = sorted(choose(rows, config.examples, seed), key=lambda row: -len(row["input_ids"]))
-    return [collate(part, pad_id) for part in batches(chosen, config.batch_size)]
+    size = max(1, min(config.batch_size, len(chosen) // processes.size()))
+    return [collate(part, pad_id) for part in batches(chosen, size)]
 
 
 def collate(rows: Sequence[Row], pad_id: int, side: Literal["right", "left"] = "right") -> dict[str, Tensor]:

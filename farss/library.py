@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from farss import processes
 from farss.adapter import activate, attach
 from farss.artifacts import Plan, Survey
 from farss.config import Base, CalibrationConfig, DataConfig, PlanConfig
@@ -51,6 +52,8 @@ def prepare(
     on_progress: Progress | None = None,
 ) -> Any:
     """Survey a model on your data, plan ranks and directions, and return a `PeftModel` ready to train.
+
+    In several processes (`accelerate launch`, `torchrun`) call it in each of them: they share the work.
 
     At step 0 it computes what `model` computes. Train it with TRL's `SFTTrainer`, transformers' `Trainer` or any loop
     over `model.parameters()` that require a gradient, then call `farss.export(model, folder)`.
@@ -94,9 +97,10 @@ def prepare(
         if isinstance(dataset, str)
         else tokenize_rows(list(dataset), data, tokenizer, seed)
     )
+    processes.join()
     if method_of(wanted).needs == "survey":
         parts = calibration_batches(examples.rows, calibration, tokenizer.pad_token_id, seed)
-        place = Path(folder or tempfile.mkdtemp(prefix="farss-survey-"))
+        place = Path(folder or processes.shared(tempfile.mkdtemp(prefix="farss-survey-") if processes.rank() == 0 else None))
         found: Survey | None = survey(
             *(model, parts, place, survey_cap(wanted), targets, calibration.fisher, seed, {"model": fingerprint(model)}, on_progress),
             svd=calibration.svd,

@@ -17,19 +17,24 @@ def started_as_several() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-@contextmanager
-def joined() -> Iterator[None]:
-    """Join the other processes, if there are any, each with its own GPU where there are GPUs."""
-    if not started_as_several():
-        yield
+def join() -> None:
+    """Join the other processes, if there are any and nobody did yet, each with its own GPU where there are GPUs."""
+    if not started_as_several() or _several():
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Be one of several processes for a while, if they were started."""
+    join()
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        if _several():
+            dist.destroy_process_group()
 
 
 def rank() -> int:

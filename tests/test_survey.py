@@ -202,6 +202,11 @@ def test_a_folder_of_another_survey_is_refused_and_the_same_one_read(llama, tmp_
         survey(llama, collated(examples()), tmp_path, cap=5)
 
 
+def test_other_batches_of_the_same_examples_are_the_same_survey(llama, tmp_path):
+    first = survey(llama, collated(examples(), 2), tmp_path, cap=4)
+    assert survey(llama, collated(examples(), 3, "left"), tmp_path, cap=4) == first
+
+
 def test_an_unfinished_survey_of_other_data_is_refused(llama, tmp_path):
     class Stop(Exception):
         pass

@@ -307,9 +307,14 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def identity(model: nn.Module, batches: list[Batch], layers: list[str], fisher: str, seed: int, svd: Svd) -> str:
-    """Hash of everything a survey's numbers depend on (how the examples are batched aside)."""
-    rows = [tensor.tolist() for batch in batches for _, tensor in sorted(batch.items())]
+    """Hash of everything a survey's numbers depend on; how the examples are batched and padded is not among it."""
+    rows = [_real_tokens(batch, row) for batch in batches for row in range(len(batch["input_ids"]))]
     return fingerprint([model_fingerprint(model), rows, layers, fisher, seed, svd])
+
+
+def _real_tokens(batch: Batch, row: int) -> list[list[int]]:
+    real = batch["attention_mask"][row].bool()
+    return [(batch[name][row][real] if batch[name].dim() == 2 else batch[name][row : row + 1]).tolist() for name in ("input_ids", "labels")]
 
 
 def _same_survey(found: Survey, key: str, cap: int) -> Survey:
