@@ -245,6 +245,32 @@ def export(
 
 
 @app.command()
+def prepare(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Write a start for another trainer: a base without the start, and the adapter to train on it."""
+    with _single(config, overrides) as one:
+        target = one.prepared()
+    _where({"base to train on": target / "base", "adapter to train": target / "adapter", "then": target / "README.md"})
+
+
+@app.command()
+def convert(
+    prepared: Annotated[Path, typer.Argument(help="What `farss prepare` wrote.")],
+    trained: Annotated[Path, typer.Argument(help="The adapter as the other trainer wrote it.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the portable adapter.")],
+    rank: Annotated[int | None, typer.Option(help="Compress to this rank.")] = None,
+    energy: Annotated[float | None, typer.Option(help="Compress to this share of each change.")] = None,
+) -> None:
+    """Turn an adapter that was trained on a prepared base into a plain LoRA on the original base."""
+    from farss.models import quiet
+    from farss.prepared import convert as turn
+
+    quiet()
+    done = turn(prepared, trained, out, rank, energy)
+    console.print(f"rank {done.rank}; logits differ from the trained model's by at most {done.logit_difference:.1e} ({done.precision})")
+    _where({"adapter": out})
+
+
+@app.command()
 def report(folder: Annotated[Path, typer.Argument(help="A run folder, or its run file.")]) -> None:
     """Draw report.html again from what the run folder holds."""
     from farss.report import write_report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import platform
 import subprocess
@@ -16,12 +17,14 @@ import torch
 
 from farss.adapter import attach
 from farss.artifacts import Plan, Scores, Survey, write_json
+from farss.card import write_card
 from farss.config import Config, QuestionSet
 from farss.data import Tokenized, calibration_batches, collate, load_examples, question_rows, text_rows
 from farss.errors import ConfigError, FolderError
 from farss.evaluate import Summary, evaluate, summarise
 from farss.folder import EVALUATE_KEYS, EXPORT_KEYS, PLAN_KEYS, SURVEY_KEYS, TRAIN_KEYS, Folder, options_of, resolve
 from farss.llamacpp import write_gguf
+from farss.merging import merge
 from farss.models import (
     device_of,
     empty_model,
@@ -34,7 +37,8 @@ from farss.models import (
     tokenizer_fingerprint,
 )
 from farss.plan import check_plan, make_plan, make_plan_without_survey, method_of, survey_cap
-from farss.portable import export, merge, step_zero
+from farss.portable import export, step_zero
+from farss.prepared import write_prepared
 from farss.report import write_report
 from farss.survey import survey
 from farss.train import TrainResult, restore, train
@@ -200,6 +204,14 @@ class Run:
         self._live = model
         return result
 
+    def prepared(self) -> Path:
+        """`prepared/`: a start for another trainer."""
+        target = self.path / "prepared"
+        if not target.is_dir():
+            plan = self.plan()
+            write_prepared(self._adapted(plan), plan, self.tokenizer, target, self.config.model.path)
+        return target
+
     def export(self) -> Path:
         """`adapter/` (or `model/`): what is handed over."""
         self.train()
@@ -212,6 +224,9 @@ class Run:
         with self.folder.step("export", options) as facts:
             if whole:
                 merge(self.trained(), plan, self.tokenizer, target, _stored_dtype(self.config), self.config.model.path)
+                facts_of_it = {"method": plan.method, "boundary": plan.boundary, "blocks": plan.blocks, "base": self.config.model.path}
+                write_json(target / "farss.json", {**facts_of_it, "parameters": plan.parameters})
+                write_card(target, command=self._command)
             else:
                 batch = self._prompts(self.trained())
                 choice = self.config.export
@@ -230,7 +245,15 @@ class Run:
         if not self.folder.is_done("evaluate", options, redo=True):
             with self.folder.step("evaluate", options):
                 self._ask(self._handed_over(), self.path, "trained")
-        return self.summarise(self.config.evaluate.full_scores)
+        summary = self.summarise(self.config.evaluate.full_scores)
+        for target in (self.path / "adapter", self.path / "model"):
+            if (target / "farss.json").is_file():
+                write_card(target, dataclasses.asdict(summary), self._command)
+        return summary
+
+    @property
+    def _command(self) -> str:
+        return f"farss run {self.path / 'config.yaml'}"
 
     def evaluate_base(self) -> Scores:
         """`base/`: the untouched model's scores."""

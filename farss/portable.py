@@ -1,4 +1,4 @@
-"""Trained model -> a plain LoRA on the untouched base model, or a whole model.
+"""Trained model -> a plain LoRA on the untouched base model.
 
 The exported adapter has one rank in every layer, alpha equal to the rank, and no patterns: PEFT, vLLM and llama.cpp
 scale such an adapter alike, while they disagree on everything else.
@@ -7,29 +7,36 @@ scale such an adapter alike, while they disagree on everything else.
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from farss.adapter import activate, active_adapters, adapter_change, untouched_base
 from farss.artifacts import Plan, read_json, write_json, write_tensors
+from farss.card import write_card
 from farss.errors import FarssError
 from farss.maths.compress import compress
-from farss.models import base_fingerprint, base_weights, is_transposed, tokenizer_fingerprint
+from farss.models import base_fingerprint, tokenizer_fingerprint
 
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """vLLM accepts these and no others (`max_lora_rank`), so the exported rank is padded up to one of them."""
 CHECKED = "farss_checked"
-COPIED = (".json", ".model", ".txt", ".jinja", ".py", ".tiktoken")
-"""Files of a base model that go with a merged one."""
 FULL_PRECISION_LIMIT = 2_000_000_000
 """Models with fewer parameters are checked in float32; larger ones in their own precision."""
+
+
+class Portable(NamedTuple):
+    """An adapter in memory."""
+
+    state: dict[str, Tensor]
+    """PEFT's state dict, float32."""
+    rank: int
+    lost: float
+    """Largest relative Frobenius error of a layer (0 unless compressed)."""
 
 
 class Exported(NamedTuple):
@@ -45,26 +52,23 @@ class Exported(NamedTuple):
     """Precision in which that was measured."""
 
 
-def portable(adapted: Any, plan: Plan, rank: int | None = None, energy: float | None = None) -> tuple[dict[str, Tensor], int, float]:
-    """The change of every layer as plain LoRA factors of one rank, on the original weights.
+def portable(changes: dict[str, tuple[Tensor, Tensor]], rank: int | None = None, energy: float | None = None) -> Portable:
+    """Plain LoRA factors of one rank, on the original weights.
 
     Args:
-        adapted: the trained `PeftModel`.
+        changes: for each layer, thin factors `P [m, q]`, `Q [q, n]` of what training changed, `dW = P Q`.
         rank: compress to this rank; None: exact.
         energy: compress each layer to this share of its squared Frobenius norm; None: exact.
-
-    Returns:
-        (PEFT state dict in float32, rank, largest relative Frobenius error of a layer).
     """
-    changes = {name: compress(*adapter_change(adapted, plan, name), rank, energy) for name in plan.layers}
-    needed = max(1, *(change.a.shape[0] for change in changes.values()))
+    small = {name: compress(*change, rank, energy) for name, change in changes.items()}
+    needed = max(1, *(change.a.shape[0] for change in small.values()))
     served = next((allowed for allowed in SERVED_RANKS if allowed >= needed), needed)
     state: dict[str, Tensor] = {}
-    for name, change in changes.items():
+    for name, change in small.items():
         padding = served - change.a.shape[0]
         state[f"base_model.model.{name}.lora_A.weight"] = nn.functional.pad(change.a, (0, 0, 0, padding)).float().cpu()
         state[f"base_model.model.{name}.lora_B.weight"] = nn.functional.pad(change.b, (0, padding)).float().cpu()
-    return state, served, max(change.lost for change in changes.values())
+    return Portable(state, served, max(change.lost for change in small.values()))
 
 
 def export(
@@ -94,8 +98,8 @@ def export(
     folder = Path(folder)
     unfinished = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(unfinished, ignore_errors=True)
-    state, served, lost = portable(adapted, plan, rank, energy)
-    _write_adapter(unfinished, state, served, plan, base)
+    state, served, lost = portable({name: adapter_change(adapted, plan, name) for name in plan.layers}, rank, energy)
+    write_adapter(unfinished, state, plan, base, served)
     difference, scale, precision = check(adapted, unfinished, batch)
     tolerance = (1e-5 if precision == "float32" else 2e-2) * max(1.0, scale)
     if rank is None and energy is None and not difference <= tolerance:
@@ -107,6 +111,8 @@ def export(
     facts = {
         "method": plan.method,
         "boundary": plan.boundary,
+        "blocks": plan.blocks,
+        "parameters": plan.parameters,
         "base": base,
         "base_fingerprint": base_fingerprint(adapted),
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer) if tokenizer is not None else None,
@@ -114,8 +120,8 @@ def export(
         "folder": folder.name,
     }
     write_json(unfinished / "farss.json", facts)
-    _readable_model_card(unfinished, plan, base, exported)
-    _replace(unfinished, folder)
+    write_card(unfinished)
+    replace_folder(unfinished, folder)
     return exported
 
 
@@ -150,7 +156,8 @@ def load_adapter(model: Any, folder: Path | str, tokenizer: Any = None, trainabl
     return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
 
 
-def _write_adapter(folder: Path, state: dict[str, Tensor], rank: int, plan: Plan, base: str) -> None:
+def write_adapter(folder: Path, state: dict[str, Tensor], plan: Plan, base: str, rank: int) -> None:
+    """Write PEFT's two files of an adapter with one rank and alpha equal to it."""
     from peft import LoraConfig
 
     folder.mkdir(parents=True)
@@ -251,97 +258,8 @@ def in_float32(model: Any) -> Iterator[str]:
         model.train(training)
 
 
-def _readable_model_card(folder: Path, plan: Plan, base: str, exported: Exported) -> None:
-    front = {"base_model": base, "library_name": "peft", "tags": ["farss", plan.method, "lora"]}
-    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", ""]
-    lines += [
-        f"# {plan.method} adapter for {base}",
-        "",
-        f"A plain LoRA (rank {exported.rank}, alpha {exported.rank}) for the untouched base model. Load it with",
-        "`PeftModel.from_pretrained(base, folder)`, or serve it with vLLM or llama.cpp.",
-        "",
-        f"- trained as: {plan.method}, {plan.parameters:,} parameters, {plan.blocks} blocks"
-        + (f", the first {plan.boundary} of them shallow" if plan.boundary else ""),
-        "- checked: its logits on the base differ from the trained model's by at most "
-        f"{exported.logit_difference:.1e} ({exported.precision})",
-    ]
-    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _replace(unfinished: Path, folder: Path) -> None:
+def replace_folder(unfinished: Path, folder: Path) -> None:
     """Give a whole folder its name; an older export of the same run makes way only now."""
     if folder.exists():
         shutil.rmtree(folder)
     unfinished.rename(folder)
-
-
-def merge(adapted: Any, plan: Plan, tokenizer: Any, folder: Path | str, dtype: torch.dtype, source: Path | str = "") -> Path:
-    """Write a whole model: the base with the trained change added in float32 (or the fully fine-tuned model).
-
-    Args:
-        dtype: of the written weights; the base's files keep theirs.
-        source: the base model's folder. Its files are merged one by one, so the model may be larger than memory.
-
-    Raises:
-        FarssError: the base is quantised.
-    """
-    folder = Path(folder)
-    unfinished = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    model = adapted.get_base_model() if plan.layers else adapted
-    if not all(parameter.is_floating_point() for parameter in model.parameters()):
-        raise FarssError(
-            "the adapter was trained on quantised weights, and merged into the unquantised ones it would be another model: "
-            "serve the adapter on the quantised base, or train with model.quantization=none"
-        )
-    if plan.layers and _can_merge_files(plan, Path(source)):
-        _merge_files(adapted, plan, Path(source), unfinished)
-        _replace(unfinished, folder)
-        return folder
-    state = dict(model.state_dict()) if not plan.layers else _merged_state(adapted, plan)
-    state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-    model.config.dtype = dtype
-    model.save_pretrained(str(unfinished), state_dict=state)
-    tokenizer.save_pretrained(str(unfinished))
-    _replace(unfinished, folder)
-    return folder
-
-
-def _can_merge_files(plan: Plan, source: Path) -> bool:
-    """Whether the base's files hold every planned weight under the name it has in the model."""
-    files = sorted(source.glob("*.safetensors")) if source.is_dir() else []
-    held: set[str] = set()
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            held |= set(tensors.keys())
-    return bool(files) and all(f"{name}.weight" in held for name in plan.layers)
-
-
-def _merge_files(adapted: Any, plan: Plan, source: Path, target: Path) -> None:
-    """Write each safetensors file of the base with the changes of its layers added, and copy everything else."""
-    target.mkdir(parents=True)
-    for file in sorted(source.iterdir()):
-        if file.suffix in COPIED:
-            shutil.copyfile(file, target / file.name)
-    for file in sorted(source.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            merged = {key: _with_change(adapted, plan, key.removesuffix(".weight"), tensors.get_tensor(key)) for key in tensors.keys()}  # noqa: SIM118
-        write_tensors(target / file.name, merged, {"format": "pt"})
-
-
-def _with_change(adapted: Any, plan: Plan, name: str, weight: Tensor) -> Tensor:
-    """A weight with the trained change of its layer, if it has one, added in float32."""
-    if name not in plan.layers or weight.dim() != 2:
-        return weight
-    left, right = adapter_change(adapted, plan, name)
-    change = (left.float() @ right.float()).cpu()
-    transposed = is_transposed(adapted.base_model.model.get_submodule(name).base_layer)
-    return (weight.float() + (change.T if transposed else change)).to(weight.dtype)
-
-
-def _merged_state(adapted: Any, plan: Plan) -> dict[str, Tensor]:
-    """The base's own state dict, with each planned layer's change added to its weight in float32."""
-    state = base_weights(adapted.get_base_model())
-    for name in plan.layers:
-        state[f"{name}.weight"] = _with_change(adapted, plan, name, state[f"{name}.weight"].float().cpu())
-    return state

@@ -16,8 +16,8 @@ from farss.survey import survey
 CONFIG = PlanConfig(boundary=2, rank=8, r_min=1, r_avg=4, r_max=6, alpha=16.0)
 
 
-def surveyed(kind, folder, dtype=torch.float32):
-    model = small(kind).to(dtype)
+def surveyed(kind, folder, dtype=torch.float32, **options):
+    model = small(kind, **options).to(dtype)
     found = survey(model, [collate(part, 0) for part in batches(examples(), 3)], folder, cap=8)
     return model, found, make_plan(CONFIG, found)
 

@@ -107,7 +107,7 @@ def test_a_finished_run_is_not_done_again(done):
     again = Run(load(done.path / "config.yaml"))  # replayed from its own folder
     again.all()
     rewritten = {path.name for path in before if path.stat().st_mtime_ns != before[path]}
-    assert rewritten <= {"config.yaml", "versions.json", "summary.json", "report.html"}
+    assert rewritten <= {"config.yaml", "versions.json", "summary.json", "report.html", "README.md"}
 
 
 @pytest.mark.parametrize(

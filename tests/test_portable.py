@@ -14,8 +14,9 @@ from farss.adapter import START, TRAINED, adapter_change, attach
 from farss.data import collate
 from farss.errors import FarssError
 from farss.maths.compress import compress
+from farss.merging import merge
 from farss.models import base_fingerprint, fingerprint
-from farss.portable import SERVED_RANKS, export, load_adapter, merge
+from farss.portable import SERVED_RANKS, export, load_adapter
 
 from small_models import examples  # isort: skip
 

@@ -12,9 +12,10 @@ from test_survey import collated
 from farss.adapter import attach
 from farss.config import ModelConfig
 from farss.errors import FarssError, ModelError
+from farss.merging import merge
 from farss.models import base_fingerprint, base_weights, keep_gradients, load_model, target_layers, weight_of
 from farss.plan import make_plan
-from farss.portable import export, merge
+from farss.portable import export
 from farss.survey import survey
 
 

@@ -1,0 +1,72 @@
+"""The README of what is handed over: what it is, what it learned and forgot, and how to make it again."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from farss.artifacts import read_json, write_text
+
+
+def write_card(folder: Path, summary: dict[str, Any] | None = None, command: str = "") -> None:
+    """Write `README.md` into an exported adapter or a merged model, from its `farss.json`.
+
+    Args:
+        summary: of an evaluation (`summary.json`); None: not measured yet.
+        command: that makes it again.
+    """
+    facts = read_json(folder / "farss.json")
+    base, method = facts.get("base") or "its base model", facts["method"]
+    adapter = (folder / "adapter_config.json").is_file()
+    front = {"base_model": base, "library_name": "peft" if adapter else "transformers", "tags": ["farss", method]}
+    licence = base_licence(base)
+    front |= {"license": licence} if licence else {}
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", ""]
+    lines += [f"# {method} {'adapter for' if adapter else 'fine-tune of'} {base}", ""]
+    lines += [*(_adapter_lines(facts) if adapter else ["A whole model: the change that was trained is merged into its weights."]), ""]
+    shallow = f", the first {facts['boundary']} of them shallow" if facts.get("boundary") else ""
+    if facts.get("parameters"):
+        lines.append(f"- trained as: {method}, {facts['parameters']:,} parameters, {facts['blocks']} blocks{shallow}")
+    lines += [f"- made by: `{command}`"] if command else []
+    lines.append(f"- licence: that of the base model ({licence or 'see its card'})")
+    lines += ["", *_measured(summary)] if summary else []
+    write_text(folder / "README.md", "\n".join(lines) + "\n")
+
+
+def _adapter_lines(facts: dict[str, Any]) -> list[str]:
+    lost = f"; compressed, at most {facts['lost']:.2%} of a layer's change is lost" if facts.get("lost") else ""
+    return [
+        f"A plain LoRA (rank {facts['rank']}, alpha {facts['rank']}) for the untouched base model. Load it with "
+        "`farss.load_adapter(base, folder)`, which refuses another base, with `PeftModel.from_pretrained(base, folder)`, or serve it "
+        "with vLLM or llama.cpp.",
+        "",
+        f"Checked: its logits on the base differ from the trained model's by at most {facts['logit_difference']:.1e} "
+        f"({facts['precision']}){lost}.",
+    ]
+
+
+def _measured(summary: dict[str, Any]) -> list[str]:
+    """A table of what was asked before and after."""
+    lines = ["| Benchmark | kind | questions | before | after |", "|---|---|---:|---:|---:|"]
+    for row in summary.get("benchmarks") or []:
+        before, after = (f"{row[key]:.1%}" if row.get(key) is not None else "" for key in ("before", "after"))
+        lines.append(f"| {row['name']} | {row['kind']} | {row['questions']} | {before} | {after} |")
+    lines.append("")
+    for name in ("K", "T", "KT"):
+        if summary.get(name):
+            estimate = summary[name]
+            lines.append(f"- {name}: {estimate['value']:.1%} (95 % interval {estimate['low']:.1%} to {estimate['high']:.1%})")
+    if summary.get("forgetting") is not None:
+        lines.append(f"- loss on general text: {summary['forgetting']:+.3f} nats a token")
+    return lines
+
+
+def base_licence(base: str) -> str | None:
+    """The licence that the card of a base model in a folder names."""
+    card = Path(base) / "README.md"
+    if not card.is_file():
+        return None
+    found = re.search(r"^license:\s*(\S+)", card.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+    return found[1].strip("\"'") if found else None

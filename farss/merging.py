@@ -1,0 +1,101 @@
+"""Weights + trained change -> a whole model's files, one by one, so that the model may be larger than memory."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from farss.adapter import adapter_change
+from farss.artifacts import Plan, write_tensors
+from farss.errors import FarssError
+from farss.models import base_weights, is_transposed
+from farss.portable import replace_folder
+
+Change = Callable[[str, Tensor], Tensor]
+"""(name of a weight, its value) -> its new value."""
+
+COPIED = (".json", ".model", ".txt", ".jinja", ".py", ".tiktoken")
+"""Files of a base model that go with one made from it."""
+
+
+def merge(adapted: Any, plan: Plan, tokenizer: Any, folder: Path | str, dtype: torch.dtype, source: Path | str = "") -> Path:
+    """Write a whole model: the base with the trained change added in float32 (or the fully fine-tuned model).
+
+    Args:
+        dtype: of the written weights; where the base's files are merged one by one, theirs stays.
+        source: the base model's folder.
+
+    Raises:
+        FarssError: the base is quantised.
+    """
+    folder = Path(folder)
+    unfinished = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model = adapted.get_base_model() if plan.layers else adapted
+    if not all(parameter.is_floating_point() for parameter in model.parameters()):
+        raise FarssError(
+            "the adapter was trained on quantised weights, and merged into the unquantised ones it would be another model: "
+            "serve the adapter on the quantised base, or train with model.quantization=none"
+        )
+
+    def change(name: str, weight: Tensor) -> Tensor:
+        return with_change(adapted, plan, name, weight)
+
+    write_model(model, plan, tokenizer, unfinished, dtype, Path(source), change)
+    replace_folder(unfinished, folder)
+    return folder
+
+
+def write_model(model: Any, plan: Plan, tokenizer: Any, target: Path, dtype: torch.dtype, source: Path, change: Change) -> None:
+    """Write a model with changed weights: from the base's files where they have the model's names, from memory otherwise."""
+    if plan.layers and holds_layers(source, plan):
+        _rewrite_files(source, target, change)
+        return
+    state = base_weights(model) if plan.layers else dict(model.state_dict())
+    state = {name: change(name, tensor) if name.removesuffix(".weight") in plan.layers else tensor for name, tensor in state.items()}
+    state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    model.config.dtype = dtype
+    model.save_pretrained(str(target), state_dict=state)
+    tokenizer.save_pretrained(str(target))
+
+
+def holds_layers(source: Path, plan: Plan) -> bool:
+    """Whether the files of a folder hold every planned weight under the name it has in the model."""
+    held: set[str] = set()
+    for file in sorted(source.glob("*.safetensors")) if source.is_dir() else []:
+        with safe_open(file, framework="pt") as tensors:
+            held |= set(tensors.keys())
+    return all(f"{name}.weight" in held for name in plan.layers)
+
+
+def _rewrite_files(source: Path, target: Path, change: Change) -> None:
+    target.mkdir(parents=True)
+    for file in sorted(source.iterdir()):
+        if file.suffix in COPIED:
+            shutil.copyfile(file, target / file.name)
+    for file in sorted(source.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            changed = {name: change(name, tensors.get_tensor(name)) for name in sorted(tensors.keys())}
+        write_tensors(target / file.name, changed, {"format": "pt"})
+
+
+def with_change(adapted: Any, plan: Plan, name: str, weight: Tensor) -> Tensor:
+    """A weight with the trained change of its layer, if it has one, added in float32."""
+    layer = name.removesuffix(".weight")
+    if layer not in plan.layers or not name.endswith(".weight"):
+        return weight
+    left, right = adapter_change(adapted, plan, layer)
+    transposed = is_transposed(adapted.base_model.model.get_submodule(layer).base_layer)
+    return added(weight, left, right, transposed)
+
+
+def added(weight: Tensor, left: Tensor, right: Tensor, transposed: bool = False) -> Tensor:
+    """`W + P Q` in float32, rounded once to the weight's precision."""
+    change = (left.double() @ right.double()).float().cpu()
+    return (weight.cpu().float() + (change.T if transposed else change)).to(weight.dtype)

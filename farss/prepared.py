@@ -1,0 +1,156 @@
+"""A start for somebody else's trainer, on disk: a residual base, an adapter, and the way back to the original base.
+
+Trainers that read a model and a LoRA from folders (Axolotl, LLaMA-Factory) cannot hold a second, frozen adapter. For them
+the start is subtracted from a copy of the base, as the paper does; what they train is then converted to a plain LoRA on
+the original base.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from farss.adapter import TRAINED, lora_config, lora_layers
+from farss.artifacts import Plan, read_json, write_json, write_tensors, write_text
+from farss.card import write_card
+from farss.errors import FarssError, FolderError
+from farss.merging import added, write_model
+from farss.models import base_fingerprint, is_transposed, tokenizer_fingerprint
+from farss.portable import Exported, portable, replace_folder, write_adapter
+
+PREFIX = "base_model.model."
+
+
+def write_prepared(adapted: Any, plan: Plan, tokenizer: Any, folder: Path | str, source: Path | str) -> Path:
+    """Write `base/` (the model without its start), `adapter/` (the start, to be trained) and what leads back.
+
+    Args:
+        adapted: from `farss.adapter.attach`, untrained, with an untouched base.
+        plan: it was made from.
+        folder: must not exist.
+        source: the base model's folder.
+
+    Raises:
+        FarssError: the method starts at zero, so that its base needs no change; or the base is quantised.
+        FolderError: the folder exists.
+    """
+    folder, source = Path(folder), Path(source)
+    if folder.exists():
+        raise FolderError(f"{folder} exists: give a new folder")
+    if not any(layer.directions for layer in plan.layers.values()):
+        raise FarssError(f"method {plan.method!r} starts at zero: its adapter goes on the base as it is, nothing needs preparing")
+    unfinished = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    start = _start(adapted, plan)
+
+    def residual(name: str, weight: Tensor) -> Tensor:
+        layer = name.removesuffix(".weight")
+        if layer not in start or not name.endswith(".weight"):
+            return weight
+        module = adapted.base_model.model.get_submodule(layer).base_layer
+        b, a = start[layer]
+        return added(weight, -plan.layers[layer].scaling * b, a, is_transposed(module))
+
+    model = adapted.get_base_model()
+    write_model(model, plan, tokenizer, unfinished / "base", next(model.parameters()).dtype, source, residual)
+    state = {f"{PREFIX}{name}.lora_{side}.weight": tensor for name, pair in start.items() for side, tensor in zip("BA", pair, strict=True)}
+    write_tensors(unfinished / "adapter" / "adapter_model.safetensors", state, {"format": "pt"})
+    config = lora_config(plan, 0.0)
+    config.base_model_name_or_path = str((folder / "base").absolute())
+    config.save_pretrained(str(unfinished / "adapter"))
+    write_tensors(unfinished / "start.safetensors", state)
+    plan.save(unfinished / "plan.json")
+    facts = {"base": str(source), "base_fingerprint": base_fingerprint(adapted), "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer)}
+    write_json(unfinished / "prepared.json", facts)
+    write_text(unfinished / "README.md", GUIDE.format(source=source, folder=folder))
+    unfinished.rename(folder)
+    return folder
+
+
+GUIDE = """# A prepared start
+
+Train the LoRA in `adapter/` on the model in `base/`: that base is `{source}` without the start of the adapter, and of no use without it.
+Afterwards `farss convert {folder} TRAINED OUT` turns what was trained into a plain LoRA on the original base. What the trainer wrote is
+never to be used on the original base.
+"""
+
+
+def _start(adapted: Any, plan: Plan) -> dict[str, tuple[Tensor, Tensor]]:
+    """`B0 [m, r]` and `A0 [r, n]` of every layer, float32."""
+    modules = lora_layers(adapted, plan).items()
+    return {
+        name: (module.lora_B[TRAINED].weight.detach().float().cpu(), module.lora_A[TRAINED].weight.detach().float().cpu())
+        for name, module in modules
+    }
+
+
+def convert(prepared: Path | str, trained: Path | str, out: Path | str, rank: int | None = None, energy: float | None = None) -> Exported:
+    """Turn an adapter that was trained on a prepared base into a plain LoRA on the original base.
+
+    Args:
+        prepared: from `write_prepared`.
+        trained: the adapter's folder as the trainer wrote it.
+        out: where the portable adapter goes; it must not exist.
+        rank, energy: compress, see `farss.portable.portable`; None: exact.
+
+    Raises:
+        FarssError: `trained` is not an adapter that began as this start.
+        FolderError: `out` exists, or a folder is not what it should be.
+    """
+    prepared, trained, out = Path(prepared), Path(trained), Path(out)
+    if out.exists():
+        raise FolderError(f"{out} exists: give a new folder")
+    plan, facts = Plan.load(prepared / "plan.json"), read_json(prepared / "prepared.json")
+    start, end = load_file(prepared / "start.safetensors"), _trained_state(trained)
+    changes = {name: _change(name, plan.layers[name].scaling, start, end, trained) for name in plan.layers}
+    made = portable(changes, rank, energy)
+    unfinished = out.with_name(f".{out.name}.part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    write_adapter(unfinished, made.state, plan, facts["base"], made.rank)
+    difference = _compare(prepared / "base", trained, facts["base"], unfinished)
+    exported = Exported(out, made.rank, made.lost, difference, "float32")
+    known = {"method": plan.method, "boundary": plan.boundary, "blocks": plan.blocks, "parameters": plan.parameters}
+    write_json(unfinished / "farss.json", {**known, **facts, **exported._asdict(), "folder": out.name})
+    write_card(unfinished)
+    replace_folder(unfinished, out)
+    return exported
+
+
+def _trained_state(folder: Path) -> dict[str, Tensor]:
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise FolderError(f"{folder} holds no adapter_model.safetensors: give the folder that the trainer wrote the adapter to")
+    config = read_json(folder / "adapter_config.json")
+    for option in ("use_rslora", "use_dora"):
+        if config.get(option):
+            raise FarssError(f"{folder} was trained with {option}, which changes what the factors mean: train it again without")
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def _change(name: str, scaling: float, start: dict[str, Tensor], end: dict[str, Tensor], trained: Path) -> tuple[Tensor, Tensor]:
+    """Thin factors of `s (B A - B0 A0)`, float64."""
+    keys = [f"{PREFIX}{name}.lora_{side}.weight" for side in "BA"]
+    if any(key not in end or end[key].shape != start[key].shape for key in keys):
+        raise FarssError(f"{trained} is not an adapter that began as this start: {name} is missing or has another rank")
+    (b, a), (b0, a0) = ([state[key].double() for key in keys] for state in (end, start))
+    return torch.cat([scaling * b, -scaling * b0], 1), torch.cat([a, a0])
+
+
+def _compare(residual: Path, trained: Path, original: str, converted: Path) -> float:
+    """Largest |logit difference| (float32) between what was trained and the converted adapter on the original base."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    batch = AutoTokenizer.from_pretrained(str(residual))("The quick brown fox jumps over the lazy dog.", return_tensors="pt")
+    found = []
+    for base, adapter in ((str(residual), trained), (original, converted)):
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), str(adapter)).eval()
+        with torch.no_grad():
+            found.append(model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits)
+        del model
+    difference: Tensor = (found[0] - found[1]).abs().max()
+    return difference.item()

@@ -1,0 +1,96 @@
+"""A start on disk for another trainer, and the way back to the original base."""
+
+import pytest
+import torch
+from peft import PeftModel
+from test_adapter import logits, surveyed
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from farss import world
+from farss.adapter import attach
+from farss.config import PlanConfig
+from farss.errors import FarssError, FolderError
+from farss.models import base_fingerprint, find_blocks, target_layers
+from farss.plan import make_plan_without_survey
+from farss.portable import load_adapter
+from farss.prepared import convert, write_prepared
+
+
+@pytest.fixture
+def written(tmp_path):
+    """A base on disk and a prepared start of it."""
+    tokenizer = AutoTokenizer.from_pretrained(world.MODEL)
+    model, found, plan = surveyed("llama", tmp_path / "survey", torch.float32, vocab_size=len(tokenizer))
+    model.save_pretrained(tmp_path / "original")
+    tokenizer.save_pretrained(tmp_path / "original")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "original")
+    adapted = attach(model, plan, found)
+    folder = write_prepared(adapted, plan, tokenizer, tmp_path / "prepared", tmp_path / "original")
+    return tmp_path, folder, plan
+
+
+def train(folder, out):
+    """What another trainer does: load both folders, train, save."""
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "base"), str(folder / "adapter"), is_trainable=True)
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    ids = torch.arange(3, 33).reshape(2, 15)
+    for _ in range(4):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    model.save_pretrained(str(out))
+    return model.eval()
+
+
+def test_the_start_on_its_base_is_the_original(written):
+    place, folder, _ = written
+    original = AutoModelForCausalLM.from_pretrained(place / "original").eval()
+    start = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "base"), str(folder / "adapter")).eval()
+    scale = logits(original).abs().max()
+    assert (logits(start) - logits(original)).abs().max() <= 1e-5 * scale
+    residual = AutoModelForCausalLM.from_pretrained(folder / "base").eval()
+    assert (logits(residual) - logits(original)).abs().max() > 0.01 * scale
+
+
+def test_there_and_back(written):
+    place, folder, _ = written
+    trained = logits(train(folder, place / "trained"))
+    done = convert(folder, place / "trained", place / "adapter")
+    original = AutoModelForCausalLM.from_pretrained(place / "original")
+    before = logits(original.eval())
+    found = logits(load_adapter(original, place / "adapter").eval())
+    assert (found - trained).abs().max() <= 1e-5 * trained.abs().max()
+    assert done.logit_difference <= 1e-4
+    assert (found - before).abs().max() > 0.01
+    assert "licence" in (place / "adapter" / "README.md").read_text()
+
+
+def test_the_residual_base_is_not_taken_for_the_original(written):
+    place, folder, _ = written
+    train(folder, place / "trained")
+    convert(folder, place / "trained", place / "adapter")
+    residual = AutoModelForCausalLM.from_pretrained(folder / "base")
+    assert base_fingerprint(residual) != base_fingerprint(AutoModelForCausalLM.from_pretrained(place / "original"))
+    with pytest.raises(FarssError, match="made for a base with fingerprint"):
+        load_adapter(residual, place / "adapter")
+
+
+def test_what_cannot_be_converted_is_refused(written):
+    place, folder, plan = written
+    with pytest.raises(FolderError, match="holds no adapter_model"):
+        convert(folder, place / "original", place / "adapter")
+    other = make_plan_without_survey(PlanConfig(method="lora", rank=3), *shapes(place))
+    model = attach(AutoModelForCausalLM.from_pretrained(place / "original"), other)
+    model.save_pretrained(str(place / "foreign"), selected_adapters=["trained"])
+    with pytest.raises(FarssError, match=r"is not an adapter that began as this start: .* is missing or has another rank"):
+        convert(folder, place / "foreign" / "trained", place / "adapter")
+    assert not (place / "adapter").exists()
+    with pytest.raises(FarssError, match="'lora' starts at zero: its adapter goes on the base as it is"):
+        write_prepared(model, other, None, place / "again", place / "original")
+    with pytest.raises(FolderError, match="exists: give a new folder"):
+        write_prepared(model, plan, None, folder, place / "original")
+
+
+def shapes(place):
+    model = AutoModelForCausalLM.from_pretrained(place / "original")
+    return target_layers(model), len(find_blocks(model)[1])
