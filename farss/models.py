@@ -164,6 +164,11 @@ def weight_of(module: nn.Module) -> Tensor:
         ModelError: the weight is packed in a format that is not understood.
     """
     weight: Tensor = module.weight  # type: ignore[assignment]
+    if not weight.numel() or weight.is_meta:
+        raise ModelError(
+            f"a {type(module).__name__} of {shape_of(module)} holds no weights in this process (sharded by ZeRO-3 or FSDP, or not "
+            "loaded): prepare the model before it is sharded"
+        )
     if not is_packed(module):
         return weight.T if is_transposed(module) else weight
     if type(module).__name__ == "Linear4bit":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from farss.artifacts import Layer, Plan, Survey
 from farss.config import PlanConfig, nearest
 from farss.errors import ConfigError
@@ -23,7 +25,15 @@ def method_of(config: PlanConfig) -> Method:
 
 def make_plan(config: PlanConfig, survey: Survey) -> Plan:
     """Plan any method from a survey: the same survey answers every boundary, rank, budget and direction rule."""
-    return method_of(config).plan(config, Context(survey.layers, survey.blocks, survey))
+    made = method_of(config).plan(config, Context(survey.layers, survey.blocks, survey))
+    widest = max(min(layer.shape) for layer in survey.layers.values())
+    if survey.tokens >= widest:
+        return made
+    note = (
+        f"The survey saw {survey.tokens:,} tokens, fewer than the {widest:,} directions of its widest layers: "
+        "raise calibration.examples for steadier statistics."
+    )
+    return dataclasses.replace(made, notes=[*made.notes, note])
 
 
 def make_plan_without_survey(config: PlanConfig, layers: dict[str, Layer], blocks: int) -> Plan:

