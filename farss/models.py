@@ -51,12 +51,13 @@ def load_model(config: ModelConfig, dtype: torch.dtype | None = None, device: to
         model = _from_pretrained(AutoModelForCausalLM, config, dtype=wanted, quantization_config=_four_bits(), device_map={"": place})
     else:
         model = _from_pretrained(AutoModelForCausalLM, config, dtype=wanted)
-        model = model if _is_quantised(model) else model.to(place)
+        model = model if is_quantised(model) else model.to(place)
     keep_gradients(model)
     return model.requires_grad_(False).eval()
 
 
-def _is_quantised(model: Any) -> bool:
+def is_quantised(model: Any) -> bool:
+    """Whether transformers loaded a model in a quantised format; such a model stays where it was put."""
     return getattr(model, "hf_quantizer", None) is not None
 
 

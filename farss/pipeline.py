@@ -161,7 +161,8 @@ class Run:
         same = config.seed == self.config.seed
         examples = self.examples if same else load_examples(config.data, self.tokenizer, config.seed)
         parts = calibration_batches(examples.rows, config.calibration, self.tokenizer.pad_token_id, config.seed)
-        model = load_model(config.model, device=torch.device("cpu"))  # blocks go to the GPU one at a time
+        # blocks go to the GPU one at a time, unless they are quantised
+        model = load_model(config.model, device=torch.device("cpu") if config.model.quantization == "none" else None)
         meta = {"model": fingerprint(model), "tokenizer": tokenizer_fingerprint(self.tokenizer), "path": config.model.path}
         with self.common.step("survey", options) as facts:
             result = survey(

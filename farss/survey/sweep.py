@@ -25,7 +25,7 @@ from farss import processes
 from farss.artifacts import Layer, Survey, fingerprint, read_json, write_json, write_tensors
 from farss.errors import FarssError, FolderError
 from farss.memory import peak_gib, used_gib
-from farss.models import find_blocks, keep_gradients, target_layers
+from farss.models import find_blocks, is_quantised, keep_gradients, target_layers
 from farss.models import fingerprint as model_fingerprint
 from farss.survey.kept import GRADIENT, INPUT, Kept, check_space
 from farss.survey.passage import Batch, Passage, check_passage, enter, output_gradient, through, uniform_draws
@@ -84,7 +84,8 @@ def survey(
         raise FarssError(f"{processes.size()} processes for {len(batches)} batches: start fewer processes, or lower calibration.batch_size")
     before = processes.shared(_begin(folder, key, cap) if processes.rank() == 0 else None)
     started = time.monotonic()
-    sweep = Sweep(model, blocks, layers, folder, cap, svd, device or next(model.parameters()).device, on_progress or _silent)
+    place = device if device is not None and not is_quantised(model) else next(model.parameters()).device
+    sweep = Sweep(model, blocks, layers, folder, cap, svd, place, on_progress or _silent)
     sweep.parts.update(before["parts"])
 
     def so_far() -> dict[str, Any]:
