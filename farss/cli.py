@@ -207,6 +207,10 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     with _single(config, overrides) as one:
         result = one.train()
     console.print(f"{result.steps} steps, loss {result.loss:.4f}, {result.seconds:.0f} s, peak memory {result.peak_memory_gib:.1f} GiB")
+    zero = (one.folder.record("train") or {}).get("step_zero")
+    if zero:
+        found = ", ".join(f"{value:.1e} ({precision})" for precision, value in zero.items())
+        console.print(f"before the first step, its logits differed from the base model's by at most {found}", highlight=False)
     _where({"training state": one.path / "checkpoints"})
 
 
