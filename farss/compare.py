@@ -83,7 +83,7 @@ def _row(run: Run, full: Path | None) -> dict[str, Any]:
         Scores.load(run.path / "scores.json"),
     )
     values = read_json(run.path / "summary.json")
-    survey_record = run.common.record("survey") if run.method.needs == "survey" else None
+    survey_record = run.common.record(run.method.needs)
     return {
         "method": plan.method,
         "seed": run.config.seed,

@@ -26,6 +26,7 @@ SURVEY_KEYS = (
     "calibration.svd",
     "seed",
 )
+WEIGHTS_KEYS = ("model.path", "model.quantization", "model.targets")
 PLAN_KEYS = ("model.path", "model.targets", "plan")
 TRAIN_KEYS = (
     *(

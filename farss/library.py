@@ -20,7 +20,7 @@ from farss.models import find_blocks, fingerprint, target_layers
 from farss.plan import check_plan, make_plan, make_plan_without_survey, method_of, survey_cap
 from farss.portable import Exported
 from farss.portable import export as export_adapter
-from farss.survey import Progress, survey
+from farss.survey import Progress, survey, weigh
 
 CHECK_ROWS = 4
 
@@ -98,21 +98,38 @@ def prepare(
         else tokenize_rows(list(dataset), data, tokenizer, seed)
     )
     processes.join()
-    if method_of(wanted).needs == "survey":
-        parts = calibration_batches(examples.rows, calibration, tokenizer.pad_token_id, seed)
-        place = Path(folder or processes.shared(tempfile.mkdtemp(prefix="farss-survey-") if processes.rank() == 0 else None))
-        found: Survey | None = survey(
-            *(model, parts, place, survey_cap(wanted), targets, calibration.fisher, seed, {"model": fingerprint(model)}, on_progress),
-            svd=calibration.svd,
-        )
-        assert found is not None
-        made = make_plan(wanted, found)
-    else:
-        found, made = None, make_plan_without_survey(wanted, layers, blocks)
+    found = _look(model, tokenizer, examples.rows, wanted, calibration, targets, folder, seed, on_progress)
+    made = make_plan(wanted, found) if found is not None else make_plan_without_survey(wanted, layers, blocks)
     adapted = attach(model, made, found, dropout, seed, base)
     check = collate(examples.rows[:CHECK_ROWS], tokenizer.pad_token_id)
     adapted.farss = Prepared(made, found, {key: check[key] for key in ("input_ids", "attention_mask")}, tokenizer)
     return adapted
+
+
+def _look(
+    model: Any,
+    tokenizer: Any,
+    rows: list[Any],
+    wanted: PlanConfig,
+    calibration: CalibrationConfig,
+    targets: list[str] | None,
+    folder: Path | str | None,
+    seed: int,
+    on_progress: Progress | None,
+) -> Survey | None:
+    """What the method looks at before it is planned, kept in `folder` or a temporary one that all processes share."""
+    needs = method_of(wanted).needs
+    if needs == "nothing":
+        return None
+    place = Path(folder or processes.shared(tempfile.mkdtemp(prefix="farss-survey-") if processes.rank() == 0 else None))
+    meta, cap = {"model": fingerprint(model)}, survey_cap(wanted)
+    if needs == "survey":
+        parts = calibration_batches(rows, calibration, tokenizer.pad_token_id, seed)
+        return survey(model, parts, place, cap, targets, calibration.fisher, seed, meta, on_progress, calibration.svd)
+    if processes.rank() == 0:
+        weigh(model, place, cap, targets, meta, on_progress)
+    processes.wait()
+    return Survey.load(place)
 
 
 def export(model: Any, folder: Path | str, rank: int | None = None, energy: float | None = None) -> Exported:

@@ -22,7 +22,7 @@ from farss.config import Config, QuestionSet
 from farss.data import Tokenized, calibration_batches, collate, load_examples, question_rows, text_rows
 from farss.errors import ConfigError, FolderError
 from farss.evaluate import Summary, evaluate, summarise
-from farss.folder import EVALUATE_KEYS, EXPORT_KEYS, PLAN_KEYS, SURVEY_KEYS, TRAIN_KEYS, Folder, options_of, resolve
+from farss.folder import EVALUATE_KEYS, EXPORT_KEYS, PLAN_KEYS, SURVEY_KEYS, TRAIN_KEYS, WEIGHTS_KEYS, Folder, options_of, resolve
 from farss.llamacpp import write_gguf
 from farss.merging import merge
 from farss.models import (
@@ -40,7 +40,7 @@ from farss.plan import check_plan, make_plan, make_plan_without_survey, method_o
 from farss.portable import export, step_zero
 from farss.prepared import write_prepared
 from farss.report import write_report
-from farss.survey import survey
+from farss.survey import survey, weigh
 from farss.train import TrainResult, restore, train
 
 Tell = Callable[[str, int, int, str], None]
@@ -173,13 +173,33 @@ class Run:
             facts |= {"seconds": result.meta["seconds"]}
         return result
 
+    def weights(self) -> Survey:
+        """`weights/`: the singular directions of the weights, for methods that look at no data."""
+        config = self.common_config
+        options, place, cap = options_of(config, WEIGHTS_KEYS), self.common.path / "weights", survey_cap(config.plan)
+        if self.common.is_done("weights", options):
+            return _check_cap(Survey.load(place), cap)
+        model = load_model(config.model, device=torch.device("cpu") if config.model.quantization == "none" else None)
+        begun = time.monotonic()
+        with self.common.step("weights", options) as facts:
+            meta = {"model": fingerprint(model), "path": config.model.path}
+            tell = self.tell
+            result = weigh(model, place, cap, config.model.targets, meta, lambda done, total, line: tell("weights", done, total, line))
+            facts |= {"seconds": round(time.monotonic() - begun, 1)}
+        return result
+
+    def statistics(self) -> Survey | None:
+        """What the method looks at before it is planned."""
+        return {"nothing": lambda: None, "weights": self.weights, "survey": self.survey}[self.method.needs]()
+
     def plan(self) -> Plan:
         """`plan.json`: ranks and directions. Made again when its options change and nothing was trained from it."""
         options = self._plan_options
         if self.folder.is_done("plan", options, redo=self._may_replan):
             return Plan.load(self.path / "plan.json")
-        if self.method.needs == "survey":
-            result = make_plan(self.config.plan, self.survey())
+        known = self.statistics()
+        if known is not None:
+            result = make_plan(self.config.plan, known)
         else:
             result = make_plan_without_survey(self.config.plan, *layer_shapes(self.config.model))
         result = replace(result, notes=[*result.notes, *(left_out(empty_model(self.config.model)) if result.layers else [])])
@@ -297,7 +317,7 @@ class Run:
         """The base model with this plan's adapters, before training."""
         # Full fine-tuning updates the weights themselves, and bfloat16 would round small updates away.
         model = load_model(self.config.model, None if plan.layers else torch.float32)
-        found = self.survey() if self.method.needs == "survey" else None
+        found = self.statistics()
         if found is not None:
             check_fingerprint(found, model)
         return attach(model, plan, found, self.config.train.dropout, self.config.seed, self.config.adapter.base)

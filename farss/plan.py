@@ -27,7 +27,7 @@ def make_plan(config: PlanConfig, survey: Survey) -> Plan:
     """Plan any method from a survey: the same survey answers every boundary, rank, budget and direction rule."""
     made = method_of(config).plan(config, Context(survey.layers, survey.blocks, survey))
     widest = max(min(layer.shape) for layer in survey.layers.values())
-    if survey.tokens >= widest:
+    if survey.tokens >= widest or not survey.examples:
         return made
     note = (
         f"The survey saw {survey.tokens:,} tokens, fewer than the {widest:,} directions of its widest layers: "
@@ -39,7 +39,7 @@ def make_plan(config: PlanConfig, survey: Survey) -> Plan:
 def make_plan_without_survey(config: PlanConfig, layers: dict[str, Layer], blocks: int) -> Plan:
     """Plan a method that needs no statistics, from the target layers' names and shapes."""
     method = method_of(config)
-    if method.needs == "survey":
+    if method.needs != "nothing":
         raise ConfigError(f"plan.method={config.method!r} needs a survey: run `farss survey` first")
     return method.plan(config, Context(layers, blocks))
 

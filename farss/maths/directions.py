@@ -144,6 +144,13 @@ def select(scores: Tensor, rank: int, side: Literal["least", "most"]) -> Tensor:
     return chosen.flip(0)
 
 
+def ends(scores: Tensor, count: int) -> Tensor:
+    """Indices of the `count` highest and the `count` lowest scores, ascending, each once."""
+    size = min(count, scores.numel())
+    both: Tensor = torch.cat([select(scores, size, "most"), select(scores, size, "least")]).unique()
+    return both
+
+
 def overlap(one: Tensor, other: Tensor) -> float:
     """Share of the indices in `one [r]` that are in `other [r]` too."""
     return torch.isin(one, other).double().mean().item()

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from farss.artifacts import Layer, Plan, Survey
+from farss.artifacts import Layer, LayerPlan, Plan, Side, Survey
 from farss.config import PlanConfig
 from farss.errors import ConfigError
+from farss.maths.directions import select
+from farss.maths.ranks import matched_rank
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Context:
     """The target layers."""
     blocks: int
     survey: Survey | None = None
-    """Present for methods with `needs == "survey"`."""
+    """Present for methods that need one, or the weights' singular directions, which are a survey with A = G = I."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class Method:
     name: str
     title: str
     """Paper or source."""
-    needs: Literal["nothing", "survey"]
+    needs: Literal["nothing", "weights", "survey"]
+    """What is looked at before it is planned: nothing, the weights' singular directions, or the survey of the task."""
     changes: str
     """What it trains, in a few words."""
     plain_lora: bool
@@ -71,3 +74,28 @@ def layer_alpha(config: PlanConfig, rank: int) -> float:
     if config.alpha == "constant":
         return float(config.rank)
     return float(rank) if config.alpha == "uniform" else config.alpha / config.rank * rank
+
+
+def uniform_rank(config: PlanConfig, layers: dict[str, Layer], notes: list[str]) -> int:
+    """`plan.rank`, or the one rank that gives the parameters that `plan.match_params` asks for."""
+    check_rank(config, layers)
+    target = target_parameters(config, layers)
+    if target is None:
+        return config.rank
+    rank = matched_rank(lambda r: uniform_parameters(layers, r), target, max(layer_cap(layer) for layer in layers.values()))
+    notes.append(f"Rank {rank} gives {uniform_parameters(layers, rank):,} trainable parameters, nearest to the {target:,} asked for.")
+    return rank
+
+
+def uniform_plan(config: PlanConfig, context: Context, side: Side | None) -> Plan:
+    """One rank everywhere, from one end of the score order; None: a start at zero."""
+    notes: list[str] = []
+    rank = uniform_rank(config, context.layers, notes)
+    layers = {}
+    for name, layer in context.layers.items():
+        own, directions = min(rank, layer_cap(layer)), []
+        if side is not None:
+            assert context.survey is not None
+            directions = select(context.survey.directions(name).scores, own, side).tolist()
+        layers[name] = LayerPlan(own, layer_alpha(config, own), layer.block, layer.shape, side, directions)
+    return Plan(config.method, layers, context.blocks, rank=rank, notes=notes)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from farss import processes
 from farss.artifacts import Layer
 from farss.errors import ModelError, NumericalError
-from farss.maths.directions import Decomposition, decompose, direction_scores, overlap, select
+from farss.maths.directions import Decomposition, decompose, direction_scores, ends, overlap, select
 from farss.maths.fisher import importance
 from farss.maths.moments import Moment, energies, kept_rows
 from farss.models import weight_of
@@ -154,7 +154,7 @@ def read_out(known: Statistics, cap: int, tokens: int, check: bool) -> Readout:
     worth = _importance(known)
     sigma, lam, gam = _scored(known, known.parts)
     scores = direction_scores(sigma, lam, gam)
-    kept = _ends(scores, cap)
+    kept = ends(scores, cap)
     u, v = known.parts.vectors(kept)
     found = {"sigma": sigma, "lam": lam, "gam": gam, "kept": kept, "u": u.float(), "v": v.float()}
     compared = _overlap(scores, direction_scores(*_scored(known, decompose(known.weight))), cap) if check else None
@@ -191,13 +191,6 @@ def _check_counts(known: Statistics, tokens: int) -> None:
     for moment in known.moments:
         if moment.count != tokens:
             raise ModelError(f"{name} saw {moment.count} tokens of {tokens}: leave it out of model.targets")
-
-
-def _ends(scores: Tensor, cap: int) -> Tensor:
-    """Indices of the `cap` highest and the `cap` lowest scores, ascending, each once."""
-    size = min(cap, scores.numel())
-    both: Tensor = torch.cat([select(scores, size, "most"), select(scores, size, "least")]).unique()
-    return both
 
 
 def _overlap(scores: Tensor, exact: Tensor, cap: int) -> dict[str, float]:

@@ -85,7 +85,7 @@ def survey(
     before = processes.shared(_begin(folder, key, cap) if processes.rank() == 0 else None)
     started = time.monotonic()
     place = device if device is not None and not is_quantised(model) else next(model.parameters()).device
-    sweep = Sweep(model, blocks, layers, folder, cap, svd, place, on_progress or _silent)
+    sweep = Sweep(model, blocks, layers, folder, cap, svd, place, on_progress or silent)
     sweep.parts.update(before["parts"])
 
     def so_far() -> dict[str, Any]:
@@ -102,8 +102,8 @@ def survey(
     return Survey.load(folder)
 
 
-def _silent(done: int, total: int, line: str) -> None:
-    return None
+def silent(done: int, total: int, line: str) -> None:
+    """Show nothing."""
 
 
 @dataclass

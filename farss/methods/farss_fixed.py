@@ -1,0 +1,25 @@
+"""FARSS with one rank in every shallow layer (FARSS, Figure 4)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from farss.artifacts import Plan
+from farss.config import PlanConfig
+from farss.methods import farss
+from farss.methods.base import Context, Method
+
+
+def plan(config: PlanConfig, context: Context) -> Plan:
+    """Rank `r_avg` in every shallow layer, whatever its importance: the same budget, spread evenly."""
+    return farss.plan(dataclasses.replace(config, r_min=config.r_avg, r_max=config.r_avg), context)
+
+
+FARSS_FIXED = Method(
+    name="farss-fixed",
+    title="FARSS, fixed shallow ranks (FARSS, Figure 4)",
+    needs="survey",
+    changes="rank r_avg in every shallow layer, rank R in the deep ones, from FARSS's directions",
+    plain_lora=True,
+    plan=plan,
+)
