@@ -14,6 +14,7 @@ from farss.artifacts import Scores, TaskScore, fingerprint, read_json, write_jso
 from farss.config import Config, QuestionSet, to_dict
 from farss.data import choose, prompt_text, question_rows, text_rows
 from farss.errors import ConfigError, FarssError
+from farss.memory import freed_memory_kept
 from farss.models import fingerprint as weights_fingerprint
 from farss.tasks.grading import STEPS
 from farss.tasks.live import Progress, asking, live_model, require_harness
@@ -66,7 +67,7 @@ def evaluate(
     results = {each.name: _finished(folder / "scores", each) for each in benchmarks}
     waiting = [each for each in benchmarks if results[each.name] is None]
     manager = task_manager([each.name for each in waiting if each.drawn is None], config.evaluate.run_generated_code)
-    with asking(model, config.evaluate.run_generated_code):
+    with freed_memory_kept(model.device), asking(model, config.evaluate.run_generated_code):
         live = live_model(model, tokenizer, config.evaluate.batch_size, on_progress)
         for each in waiting:
             results[each.name] = _ask_and_write(each, live, config, manager, folder / "scores")

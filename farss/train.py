@@ -28,7 +28,7 @@ from farss.artifacts import fingerprint, read_json, write_json, write_tensors
 from farss.config import Config, TrainConfig, nearest
 from farss.data import Tokenized
 from farss.errors import ConfigError, FarssError, FolderError, NumericalError
-from farss.memory import peak_gib
+from farss.memory import freed_memory_kept, peak_gib
 from farss.models import base_fingerprint
 
 Progress = Callable[[int, int, float | None], None]
@@ -110,7 +110,7 @@ def train(
             _read_weights(model, newest)
             return run.result()
         log.info("continuing from %s", newest)
-    with _unchanged(model), _quiet(), _answers_only(), _memory_cure(config.train):
+    with freed_memory_kept(run.device), _unchanged(model), _quiet(), _answers_only(), _memory_cure(config.train):
         trainer = _build(model, tokenizer, examples, config, checkpoints, run, callbacks)
         trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
     return run.result()

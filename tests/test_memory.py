@@ -1,0 +1,24 @@
+"""What is said of memory is so."""
+
+import torch
+
+from farss.memory import freed_memory_kept, peak_gib, used_gib
+
+CPU = torch.device("cpu")
+
+
+def test_used_and_peak_follow_what_is_held():
+    before = used_gib(CPU)
+    held = torch.ones(2**28, dtype=torch.uint8)  # a quarter of a GiB
+    assert used_gib(CPU) >= before + 0.2
+    assert peak_gib(CPU) >= 0.25
+    del held
+
+
+def test_freed_memory_is_kept_and_given_back_at_the_end():
+    with freed_memory_kept(CPU):
+        torch.ones(2**28, dtype=torch.uint8)
+        inside = used_gib(CPU)
+    assert used_gib(CPU) <= inside + 0.01
+    with freed_memory_kept(torch.device("meta")):  # other devices are left alone
+        pass
