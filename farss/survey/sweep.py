@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from farss import processes
 from farss.artifacts import Layer, Survey, fingerprint, read_json, write_json, write_tensors
 from farss.errors import FarssError, FolderError
-from farss.memory import peak_gib, used_gib
+from farss.memory import freed_memory_kept, peak_gib, used_gib
 from farss.models import find_blocks, is_quantised, keep_gradients, target_layers
 from farss.models import fingerprint as model_fingerprint
 from farss.survey.kept import GRADIENT, INPUT, Kept, check_space
@@ -92,7 +92,7 @@ def survey(
         seconds = round(before["seconds"] + time.monotonic() - started, 1)
         return {"seconds": seconds, "parts": {name: round(spent, 1) for name, spent in sweep.parts.items()}}
 
-    with frozen(model):
+    with frozen(model), freed_memory_kept(place):
         sweep.run(batches, seed if fisher == "sampled" else None, lambda: write_json(folder / PROGRESS, {**_mark(key, cap), **so_far()}))
     if processes.rank() == 0:
         facts = {"key": key, "fisher": fisher, "seed": seed, "svd": svd, "processes": processes.size()}
