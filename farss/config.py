@@ -140,8 +140,8 @@ class AdapterConfig:
     """How the adapter's start is taken out of the base model."""
 
     base: Base = "untouched"
-    """untouched: by a second, frozen adapter, exact in any precision. residual: subtracted from the weights in memory,
-    a little faster, rounded to their precision. Either way the exported adapter is for the original base model."""
+    """untouched: by a second, frozen adapter, exact in any precision. residual: subtracted from the weights in memory
+    and rounded to their precision. Either way the exported adapter is for the original base model."""
 
 
 @dataclass(frozen=True)

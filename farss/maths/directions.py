@@ -57,7 +57,7 @@ class Decomposition:
         place = (which < self.strong).nonzero()[:, 0]
         result = self.far_weak.new_empty(self.far_weak.shape[0], which.numel())
         near = self.near[:, which[place]] / self.sigma[which[place]]
-        for start, rows in _chunks(_far_rows(self.weight), near.dtype):
+        for start, rows in _chunks(far_rows(self.weight), near.dtype):
             result[start : start + rows.shape[0], place] = rows @ near
         rest = (which >= self.strong).nonzero()[:, 0]
         result[:, rest] = self.far_weak[:, which[rest] - self.strong]
@@ -82,7 +82,7 @@ def decompose(weight: Tensor, precision: torch.dtype = torch.float64) -> Decompo
         precision: float64, or float32, which is twice as fast and blurs neighbouring and very weak directions.
     """
     weight = weight.detach()
-    rows = _far_rows(weight)
+    rows = far_rows(weight)
     gram = _gram(rows, precision)
     values, near = torch.linalg.eigh(gram)
     del gram
@@ -105,12 +105,12 @@ def decompose(weight: Tensor, precision: torch.dtype = torch.float64) -> Decompo
 
 def _directly(weight: Tensor, weak: int) -> Decomposition:
     """The same from `linalg.svd`, which alone completes the bases of a (nearly) rank-deficient weight."""
-    rows = _far_rows(weight).double()
+    rows = far_rows(weight).double()
     far, sigma, near = torch.linalg.svd(rows, full_matrices=False)
     return Decomposition(weight, sigma, near.T.contiguous(), far[:, sigma.numel() - weak :])
 
 
-def _far_rows(weight: Tensor) -> Tensor:
+def far_rows(weight: Tensor) -> Tensor:
     """The weight with its larger side first."""
     return weight if weight.shape[0] >= weight.shape[1] else weight.T
 

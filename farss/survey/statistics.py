@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from farss import processes
 from farss.artifacts import Layer
 from farss.errors import ModelError, NumericalError
-from farss.maths.directions import Decomposition, decompose, direction_scores, ends, overlap, select
+from farss.maths.directions import Decomposition, decompose, direction_scores, ends, far_rows, overlap, select
 from farss.maths.fisher import importance
 from farss.maths.moments import Moment, energies, kept_rows
 from farss.models import weight_of
@@ -73,16 +73,26 @@ class Readout(NamedTuple):
 
 def start(layer: Layer, module: nn.Module, owner: int, precision: torch.dtype) -> Statistics:
     """Decompose a layer's weight, in its owner, and make room for its moments."""
-    weight = weight_of(module).detach()
-    if not torch.isfinite(weight).all():
-        raise NumericalError(f"the weights of {layer.name} hold NaN or infinite values: the model's file is damaged")
+    weight = finite_weight(layer, module)
     parts = decompose(weight, precision) if processes.rank() == owner else None
     sums = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    rows = weight if weight.shape[0] >= weight.shape[1] else weight.T
+    rows = far_rows(weight)
     weak = processes.shared(parts.far_weak.shape[1] if parts else 0, owner)
     vectors = parts.far_weak.to(sums).contiguous() if parts else rows.new_empty((rows.shape[0], weak), dtype=sums)
     on_weak = Moment(sums, processes.shared_tensor(vectors, owner)) if weak else None
     return Statistics(layer, weight, owner, parts, Moment(sums), Moment(sums, rows), on_weak)
+
+
+def finite_weight(layer: Layer, module: nn.Module) -> Tensor:
+    """The weight `W [m, n]` of a layer.
+
+    Raises:
+        NumericalError: it holds NaN or infinite values.
+    """
+    weight = weight_of(module).detach()
+    if not torch.isfinite(weight).all():
+        raise NumericalError(f"the weights of {layer.name} hold NaN or infinite values: the model's file is damaged")
+    return weight
 
 
 # --- recording -------------------------------------------------------------------------------------------------------
@@ -154,11 +164,15 @@ def read_out(known: Statistics, cap: int, tokens: int, check: bool) -> Readout:
     worth = _importance(known)
     sigma, lam, gam = _scored(known, known.parts)
     scores = direction_scores(sigma, lam, gam)
-    kept = ends(scores, cap)
-    u, v = known.parts.vectors(kept)
-    found = {"sigma": sigma, "lam": lam, "gam": gam, "kept": kept, "u": u.float(), "v": v.float()}
     compared = _overlap(scores, direction_scores(*_scored(known, decompose(known.weight))), cap) if check else None
-    return Readout(worth, {part: tensor.cpu().contiguous() for part, tensor in found.items()}, compared)
+    return Readout(worth, kept_tensors(known.parts, lam, gam, ends(scores, cap)), compared)
+
+
+def kept_tensors(parts: Decomposition, lam: Tensor, gam: Tensor, kept: Tensor) -> dict[str, Tensor]:
+    """What a survey's file holds of one layer: sigma, lam, gam [k]; kept [c]; u [m, c], v [n, c]; float32."""
+    u, v = parts.vectors(kept)
+    found = {"sigma": parts.sigma.float(), "lam": lam, "gam": gam, "kept": kept, "u": u.float(), "v": v.float()}
+    return {part: tensor.cpu().contiguous() for part, tensor in found.items()}
 
 
 def _importance(known: Statistics) -> float:

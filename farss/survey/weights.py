@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from farss.artifacts import Layer, Survey, read_json, write_json, write_tensors
-from farss.errors import NumericalError
 from farss.maths.directions import decompose, ends
-from farss.models import find_blocks, keep_gradients, target_layers, weight_of
+from farss.models import find_blocks, keep_gradients, target_layers
+from farss.survey.statistics import finite_weight, kept_tensors
 from farss.survey.sweep import Progress, silent
 
 
@@ -58,12 +58,8 @@ def weigh(
 
 def _decomposed(layer: Layer, module: nn.Module, cap: int) -> tuple[float, dict[str, Tensor]]:
     """Mean squared weight, and the tensors of one layer."""
-    weight = weight_of(module).detach()
-    if not torch.isfinite(weight).all():
-        raise NumericalError(f"the weights of {layer.name} hold NaN or infinite values: the model's file is damaged")
+    weight = finite_weight(layer, module)
     parts = decompose(weight)
-    kept = ends(parts.sigma.double().square(), cap)
-    u, v = parts.vectors(kept)
     ones = torch.ones(parts.sigma.numel())
-    found = {"sigma": parts.sigma.float(), "lam": ones, "gam": ones.clone(), "kept": kept, "u": u.float(), "v": v.float()}
-    return weight.float().square().mean().item(), {part: tensor.cpu().contiguous() for part, tensor in found.items()}
+    tensors = kept_tensors(parts, ones, ones.clone(), ends(parts.sigma.double().square(), cap))
+    return weight.float().square().mean().item(), tensors
