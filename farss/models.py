@@ -151,6 +151,11 @@ def is_packed(module: nn.Module) -> bool:
     return not weight.is_floating_point() or weight.dim() != 2 or type(weight) not in (Tensor, nn.Parameter)
 
 
+def holds_packed(model: nn.Module) -> bool:
+    """Whether some of a model's weights are quantised."""
+    return not all(parameter.is_floating_point() for parameter in model.parameters())
+
+
 def shape_of(module: nn.Module) -> tuple[int, int]:
     """(m, n) of `W [m, n]`, packed or not."""
     if isinstance(module, nn.Linear):

@@ -7,7 +7,6 @@ scale such an adapter alike, while they disagree on everything else.
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from farss.adapter import activate, active_adapters, adapter_change, untouched_base
-from farss.artifacts import Plan, read_json, write_json, write_tensors
+from farss.artifacts import Plan, read_json, whole_folder, write_json, write_tensors
 from farss.card import write_card
 from farss.errors import FarssError
 from farss.maths.compress import compress
-from farss.models import base_fingerprint, tokenizer_fingerprint
+from farss.models import base_fingerprint, holds_packed, tokenizer_fingerprint
 
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """vLLM accepts these and no others (`max_lora_rank`), so the exported rank is padded up to one of them."""
@@ -96,33 +95,36 @@ def export(
         FarssError: the adapter does not give the trained model's logits. Nothing is left at `folder`.
     """
     folder = Path(folder)
-    unfinished = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(unfinished, ignore_errors=True)
     state, served, lost = portable({name: adapter_change(adapted, plan, name) for name in plan.layers}, rank, energy)
-    write_adapter(unfinished, state, plan, base, served)
-    difference, scale, precision = check(adapted, unfinished, batch)
-    tolerance = (1e-5 if precision == "float32" else 2e-2) * max(1.0, scale)
-    if rank is None and energy is None and not difference <= tolerance:
-        shutil.rmtree(unfinished)
-        raise FarssError(
-            f"the exported adapter's logits differ by {difference:.2g} from the trained model's (allowed: {tolerance:.2g}): it was not kept"
-        )
-    exported = Exported(folder, served, lost, difference, precision)
+    with whole_folder(folder) as unfinished:
+        write_adapter(unfinished, state, plan, base, served)
+        difference, scale, precision = check(adapted, unfinished, batch)
+        tolerance = (1e-5 if precision == "float32" else 2e-2) * max(1.0, scale)
+        if rank is None and energy is None and not difference <= tolerance:
+            raise FarssError(
+                f"the exported adapter's logits differ by {difference:.2g} from the trained model's (allowed: {tolerance:.2g}): "
+                "it was not kept"
+            )
+        exported = Exported(folder, served, lost, difference, precision)
+        write_facts(unfinished, plan, base, base_fingerprint(adapted), tokenizer_fingerprint(tokenizer) if tokenizer else None, exported)
+    return exported
+
+
+def write_facts(folder: Path, plan: Plan, base: str, base_hash: str, tokenizer_hash: str | None, exported: Exported) -> None:
+    """`farss.json`, which says what an adapter belongs to and how exact it is, and the model card."""
     facts = {
         "method": plan.method,
         "boundary": plan.boundary,
         "blocks": plan.blocks,
         "parameters": plan.parameters,
         "base": base,
-        "base_fingerprint": base_fingerprint(adapted),
-        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer) if tokenizer is not None else None,
+        "base_fingerprint": base_hash,
+        "tokenizer_fingerprint": tokenizer_hash,
         **exported._asdict(),
-        "folder": folder.name,
+        "folder": exported.folder.name,
     }
-    write_json(unfinished / "farss.json", facts)
-    write_card(unfinished)
-    replace_folder(unfinished, folder)
-    return exported
+    write_json(folder / "farss.json", facts)
+    write_card(folder)
 
 
 def load_adapter(model: Any, folder: Path | str, tokenizer: Any = None, trainable: bool = False) -> Any:
@@ -244,7 +246,7 @@ def in_float32(model: Any) -> Iterator[str]:
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     buffers = {name: buffer.dtype for name, buffer in model.named_buffers()}
     small = sum(parameter.numel() for parameter in model.parameters()) < FULL_PRECISION_LIMIT
-    small = small and all(parameter.is_floating_point() for parameter in model.parameters())
+    small = small and not holds_packed(model)
     model.eval()
     if small:
         model.float()
@@ -256,10 +258,3 @@ def in_float32(model: Any) -> Iterator[str]:
         for name, buffer in model.named_buffers():
             buffer.data = buffer.data.to(buffers.get(name, buffer.dtype))
         model.train(training)
-
-
-def replace_folder(unfinished: Path, folder: Path) -> None:
-    """Give a whole folder its name; an older export of the same run makes way only now."""
-    if folder.exists():
-        shutil.rmtree(folder)
-    unfinished.rename(folder)

@@ -7,7 +7,6 @@ the original base.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from farss.adapter import TRAINED, lora_config, lora_layers
-from farss.artifacts import Plan, read_json, write_json, write_tensors, write_text
-from farss.card import write_card
+from farss.artifacts import Plan, read_json, whole_folder, write_json, write_tensors, write_text
 from farss.errors import FarssError, FolderError
 from farss.merging import added, write_model
-from farss.models import base_fingerprint, is_transposed, tokenizer_fingerprint
-from farss.portable import Exported, portable, replace_folder, write_adapter
+from farss.models import base_fingerprint, holds_packed, is_transposed, tokenizer_fingerprint
+from farss.portable import Exported, portable, write_adapter, write_facts
 
 PREFIX = "base_model.model."
 
@@ -44,8 +42,11 @@ def write_prepared(adapted: Any, plan: Plan, tokenizer: Any, folder: Path | str,
         raise FolderError(f"{folder} exists: give a new folder")
     if not any(layer.directions for layer in plan.layers.values()):
         raise FarssError(f"method {plan.method!r} starts at zero: its adapter goes on the base as it is, nothing needs preparing")
-    unfinished = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    if holds_packed(adapted):
+        raise FarssError(
+            "the model's weights are quantised, and nothing can be subtracted from them: prepare the unquantised model "
+            "(model.quantization=none), or train here, with the untouched base"
+        )
     start = _start(adapted, plan)
 
     def residual(name: str, weight: Tensor) -> Tensor:
@@ -57,18 +58,22 @@ def write_prepared(adapted: Any, plan: Plan, tokenizer: Any, folder: Path | str,
         return added(weight, -plan.layers[layer].scaling * b, a, is_transposed(module))
 
     model = adapted.get_base_model()
-    write_model(model, plan, tokenizer, unfinished / "base", next(model.parameters()).dtype, source, residual)
-    state = {f"{PREFIX}{name}.lora_{side}.weight": tensor for name, pair in start.items() for side, tensor in zip("BA", pair, strict=True)}
-    write_tensors(unfinished / "adapter" / "adapter_model.safetensors", state, {"format": "pt"})
-    config = lora_config(plan, 0.0)
-    config.base_model_name_or_path = str((folder / "base").absolute())
-    config.save_pretrained(str(unfinished / "adapter"))
-    write_tensors(unfinished / "start.safetensors", state)
-    plan.save(unfinished / "plan.json")
-    facts = {"base": str(source), "base_fingerprint": base_fingerprint(adapted), "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer)}
-    write_json(unfinished / "prepared.json", facts)
-    write_text(unfinished / "README.md", GUIDE.format(source=source, folder=folder))
-    unfinished.rename(folder)
+    with whole_folder(folder) as unfinished:
+        write_model(model, plan, tokenizer, unfinished / "base", next(model.parameters()).dtype, source, residual)
+        state = {f"{PREFIX}{name}.lora_{side}.weight": x for name, pair in start.items() for side, x in zip("BA", pair, strict=True)}
+        write_tensors(unfinished / "adapter" / "adapter_model.safetensors", state, {"format": "pt"})
+        config = lora_config(plan, 0.0)
+        config.base_model_name_or_path = str((folder / "base").absolute())
+        config.save_pretrained(str(unfinished / "adapter"))
+        write_tensors(unfinished / "start.safetensors", state)
+        plan.save(unfinished / "plan.json")
+        facts = {
+            "base": str(source),
+            "base_fingerprint": base_fingerprint(adapted),
+            "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+        }
+        write_json(unfinished / "prepared.json", facts)
+        write_text(unfinished / "README.md", GUIDE.format(source=source, folder=folder))
     return folder
 
 
@@ -109,15 +114,11 @@ def convert(prepared: Path | str, trained: Path | str, out: Path | str, rank: in
     start, end = load_file(prepared / "start.safetensors"), _trained_state(trained)
     changes = {name: _change(name, plan.layers[name].scaling, start, end, trained) for name in plan.layers}
     made = portable(changes, rank, energy)
-    unfinished = out.with_name(f".{out.name}.part")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    write_adapter(unfinished, made.state, plan, facts["base"], made.rank)
-    difference = _compare(prepared / "base", trained, facts["base"], unfinished)
-    exported = Exported(out, made.rank, made.lost, difference, "float32")
-    known = {"method": plan.method, "boundary": plan.boundary, "blocks": plan.blocks, "parameters": plan.parameters}
-    write_json(unfinished / "farss.json", {**known, **facts, **exported._asdict(), "folder": out.name})
-    write_card(unfinished)
-    replace_folder(unfinished, out)
+    with whole_folder(out) as unfinished:
+        write_adapter(unfinished, made.state, plan, facts["base"], made.rank)
+        difference = _compare(prepared / "base", trained, facts["base"], unfinished)
+        exported = Exported(out, made.rank, made.lost, difference, "float32")
+        write_facts(unfinished, plan, facts["base"], facts["base_fingerprint"], facts["tokenizer_fingerprint"], exported)
     return exported
 
 

@@ -5,7 +5,7 @@ import errno
 import pytest
 import torch
 
-from farss.artifacts import disk_cure, questions, read_json, whole_file, write_json, write_tensors
+from farss.artifacts import disk_cure, questions, read_json, whole_file, whole_folder, write_json, write_tensors
 from farss.errors import FarssError, FolderError
 
 
@@ -19,6 +19,25 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
         write_half(path)
     assert read_json(path) == {"a": 1}
     assert [file.name for file in path.parent.iterdir()] == ["x.json"]
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    for text in ("first", "second"):
+        with whole_folder(tmp_path / "a") as folder:
+            folder.mkdir()
+            (folder / "x").write_text(text)
+        assert [*tmp_path.iterdir()] == [tmp_path / "a"]
+    with pytest.raises(KeyError):
+        begin_folder(tmp_path / "a")
+    assert [*tmp_path.iterdir()] == [tmp_path / "a"]
+    assert (tmp_path / "a" / "x").read_text() == "second"
+
+
+def begin_folder(path):
+    """A folder that is cut off."""
+    with whole_folder(path) as folder:
+        folder.mkdir()
+        raise KeyError
 
 
 def write_half(path):

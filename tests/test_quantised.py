@@ -16,6 +16,7 @@ from farss.merging import merge
 from farss.models import base_fingerprint, base_weights, keep_gradients, load_model, target_layers, weight_of
 from farss.plan import make_plan
 from farss.portable import export
+from farss.prepared import write_prepared
 from farss.survey import survey
 
 
@@ -89,6 +90,9 @@ def test_what_a_4_bit_base_cannot_do_is_refused(folder, tmp_path):
     adapted = attach(model, plan, found)
     with pytest.raises(FarssError, match="trained on quantised weights, and merged into the unquantised ones it would be another model"):
         merge(adapted, plan, None, tmp_path / "merged", torch.bfloat16, folder)
+    with pytest.raises(FarssError, match="weights are quantised, and nothing can be subtracted from them: prepare the unquantised"):
+        write_prepared(adapted, plan, None, tmp_path / "prepared", folder)
+    assert not (tmp_path / "prepared").exists()
 
 
 def test_weights_that_were_rearranged_for_inference_are_put_back(folder):
