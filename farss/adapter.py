@@ -1,9 +1,10 @@
 """Plan + model -> PeftModel.
 
-FARSS starts from a part of the weight itself, `s B0 A0`, which must be taken out of the base for the adapted model to
-equal the base at step 0. By default a second, frozen adapter that holds `(A0, -B0)` does that: exact in any precision, and
-the base stays what it was, so it can be quantised, shared, evaluated and exported to at any time. `base="residual"`
-subtracts it from the weights in memory instead, which saves a thin product a step and rounds the difference.
+FARSS, like most methods, starts from a part of the weight itself, `s B0 A0`, which must be taken out of the base for the
+adapted model to equal the base at step 0. By default a second, frozen adapter that holds `(A0, -B0)` does that: exact in
+any precision, and the base stays what it was, so it can be quantised, shared, evaluated and exported to at any time.
+`base="residual"` subtracts it from the weights in memory instead, which saves a thin product a step and rounds the
+difference.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 from farss.artifacts import Plan, Survey
 from farss.config import Base
 from farss.errors import FarssError, ModelError
-from farss.maths.directions import factors
+from farss.methods import METHODS, Regime
+from farss.methods.base import Start
 from farss.models import ORIGINAL, is_packed, is_transposed, keep_gradients, shape_of
 
 TRAINED = "trained"
@@ -30,7 +32,13 @@ START = "farss_start"
 
 
 def attach(
-    model: nn.Module, plan: Plan, survey: Survey | None = None, dropout: float = 0.0, seed: int = 0, base: Base = "untouched"
+    model: nn.Module,
+    plan: Plan,
+    survey: Survey | None = None,
+    dropout: float = 0.0,
+    seed: int = 0,
+    base: Base = "untouched",
+    regime: Regime | None = None,
 ) -> Any:
     """Put the adapters of a plan on a model.
 
@@ -41,6 +49,7 @@ def attach(
         dropout: on the trained adapter's input.
         seed: of the random start, where a method has one.
         base: `untouched` takes the start out by a frozen adapter; `residual` subtracts it from the weights in memory.
+        regime: of the method, where it has one; it may train more than A and B.
 
     Returns:
         A `PeftModel`, or the model itself with every weight trainable for full fine-tuning.
@@ -58,10 +67,11 @@ def attach(
     if any(layer.directions for layer in plan.layers.values()):
         if survey is None:
             raise FarssError(f"method {plan.method!r} starts from singular directions: give the survey its plan was made from")
-        adapted.add_adapter(START, lora_config(plan, 0.0))
-        _copy_start(adapted, plan, survey)
-        if base == "residual":
+        _begin(adapted, plan, survey)
+        if base == "residual" and START in adapted.peft_config:
             _take_out(adapted, plan)
+    if regime is not None:
+        regime.dress(list(lora_layers(adapted, plan).values()), TRAINED)
     activate(adapted)
     return adapted
 
@@ -83,6 +93,7 @@ def lora_config(plan: Plan, dropout: float) -> Any:
         fan_in_fan_out=False,
         bias="none",
         task_type="CAUSAL_LM",
+        **METHODS[plan.method].lora_options,
     )
 
 
@@ -104,34 +115,39 @@ def lora_layers(adapted: Any, plan: Plan) -> dict[str, Any]:
     return {name: adapted.base_model.model.get_submodule(name) for name in plan.layers}
 
 
-def start_factors(plan: Plan, survey: Survey, name: str) -> tuple[Tensor, Tensor]:
-    """`B0 [m, r]` and `A0 [r, n]` (float64) of one layer, with `s B0 A0` the chosen part of its weight (eq. 16-17)."""
+def start_of(plan: Plan, survey: Survey, name: str) -> Start:
+    """How the adapter of one layer begins: as its method makes it of the planned directions."""
     layer = plan.layers[name]
     u, v = survey.vectors(name, layer.directions)
     sigma = survey.directions(name).sigma[layer.directions]
-    return factors(u, sigma, v, layer.scaling)
+    return METHODS[plan.method].start(u, sigma, v, layer.scaling)
 
 
-def _copy_start(adapted: Any, plan: Plan, survey: Survey) -> None:
-    """Copy `(A0, B0)` into the trained adapter and `(A0, -B0)` into the frozen one, rounded to the same precision."""
-    for name, module in lora_layers(adapted, plan).items():
-        b, a = start_factors(plan, survey, name)
-        with torch.no_grad():
-            for adapter, sign in ((TRAINED, 1.0), (START, -1.0)):
-                module.lora_A[adapter].weight.copy_(a)
-                module.lora_B[adapter].weight.copy_(sign * b)
+def _begin(adapted: Any, plan: Plan, survey: Survey) -> None:
+    """Copy each layer's start into the trained adapter, and what leaves the base, negative, into a frozen one; both are
+    rounded to the same precision."""
+    for name in plan.layers:
+        start = start_of(plan, survey, name)
+        if start.removed is not None and START not in adapted.peft_config:
+            adapted.add_adapter(START, lora_config(plan, 0.0))
+        module = adapted.base_model.model.get_submodule(name)
+        for adapter, part, sign in ((TRAINED, start.trained, 1.0), (START, start.removed, -1.0)):
+            if part is not None:
+                with torch.no_grad():
+                    module.lora_B[adapter].weight.copy_(sign * part[0])
+                    module.lora_A[adapter].weight.copy_(part[1])
 
 
 def _take_out(adapted: Any, plan: Plan) -> None:
-    """Subtract the start from every planned weight, in float32 and then rounded; the original stays beside it."""
+    """Subtract the frozen adapter's part from every planned weight, in float32 and then rounded; the original stays beside it."""
     for name, module in lora_layers(adapted, plan).items():
         layer = module.base_layer
         if is_packed(layer):
             raise ModelError(f"{name} is quantised: nothing can be subtracted from it; set adapter.base=untouched")
-        start = module.scaling[TRAINED] * module.lora_B[TRAINED].weight.detach().float() @ module.lora_A[TRAINED].weight.detach().float()
-        start = start.T if is_transposed(layer) else start
+        part = module.scaling[START] * module.lora_B[START].weight.detach().float() @ module.lora_A[START].weight.detach().float()
+        part = part.T if is_transposed(layer) else part
         setattr(layer, ORIGINAL, layer.weight.data)
-        layer.weight.data = (layer.weight.data.float() - start).to(layer.weight.dtype)
+        layer.weight.data = (layer.weight.data.float() + part).to(layer.weight.dtype)
 
 
 @contextmanager
@@ -153,13 +169,33 @@ def adapter_change(adapted: Any, plan: Plan, name: str) -> tuple[Tensor, Tensor]
 
     Returns:
         `(P [m, q], Q [q, n])` in float64 with `dW = P Q`: `q = r` for a start at zero, and `q = 2 r` with
-        `dW = s (B A - B0 A0)` for a start that was taken out of the base.
+        `dW = s (B A - B0 A0)` for a start that was taken out of the base. Triplets that were pruned are left out.
     """
     module = adapted.base_model.model.get_submodule(name)
     left, right = [], []
     for adapter in (TRAINED, START):
         if adapter in module.lora_A:
-            left.append(module.scaling[adapter] * module.lora_B[adapter].weight.detach().double())
-            right.append(module.lora_A[adapter].weight.detach().double())
+            b, a = (side[adapter].weight.detach().double() for side in (module.lora_B, module.lora_A))
+            if adapter in getattr(module, "lora_E", {}):
+                values = module.lora_E[adapter].weight.detach().double()
+                kept = values[:, 0] != 0
+                b, a = b[:, kept], (values * a)[kept]
+            left.append(module.scaling[adapter] * b)
+            right.append(a)
     assert left[0].shape[0] == shape_of(module.base_layer)[0], name
     return torch.cat(left, 1), torch.cat(right, 0)
+
+
+def changed_weight(adapted: Any, plan: Plan, name: str, weight: Tensor) -> Tensor:
+    """A layer's weight `W [m, n]` as it was trained, float32.
+
+    With DoRA that is `diag(length / |W + dW|) (W + dW)`, with the norm of each row (Liu et al. 2024, eq. 5).
+    """
+    left, right = adapter_change(adapted, plan, name)
+    result = weight.cpu().float() + (left @ right).float().cpu()
+    lengths = getattr(adapted.base_model.model.get_submodule(name), "lora_magnitude_vector", {})
+    if TRAINED not in lengths:
+        return result
+    wanted: Tensor = lengths[TRAINED].weight.detach().float().cpu().reshape(-1)
+    rescaled: Tensor = result * (wanted / result.norm(dim=1))[:, None]
+    return rescaled

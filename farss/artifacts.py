@@ -147,6 +147,18 @@ class Directions:
         return self.sigma.double().square() * self.lam.double() * self.gam.double()
 
 
+def layer_tensors(sigma: Tensor, lam: Tensor, gam: Tensor, kept: Tensor, u: Tensor, v: Tensor) -> dict[str, Tensor]:
+    """What a survey's file holds of one layer.
+
+    Args:
+        sigma, lam, gam: [k] of every direction.
+        kept: [c] int64, indices of the directions whose vectors are kept.
+        u, v: [m, c] and [n, c].
+    """
+    found = {"sigma": sigma.float(), "lam": lam.float(), "gam": gam.float(), "kept": kept, "u": u.float(), "v": v.float()}
+    return {part: tensor.cpu().contiguous() for part, tensor in found.items()}
+
+
 @dataclass(frozen=True)
 class Survey:
     """Everything any plan can ask about a model and a task. The tensors stay on disk until they are asked for."""
@@ -226,6 +238,8 @@ class LayerPlan:
     """Which end of the score order the directions come from; None: random start, as in LoRA."""
     directions: list[int] = field(default_factory=list)
     """Indices into sigma order, from the highest score to the lowest; empty for a random start."""
+    beside: int = 0
+    """Trainable parameters beside A and B."""
 
     @property
     def scaling(self) -> float:
@@ -234,8 +248,8 @@ class LayerPlan:
 
     @property
     def parameters(self) -> int:
-        """Trainable parameters, `r (m + n)`."""
-        return self.rank * sum(self.shape)
+        """Trainable parameters, `r (m + n)` and what is beside A and B."""
+        return self.rank * sum(self.shape) + self.beside
 
 
 @dataclass(frozen=True)

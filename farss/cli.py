@@ -135,7 +135,7 @@ def methods() -> None:
 
     table = Table("method", "source", "needs", "what it trains", "exports as plain LoRA", box=None, pad_edge=False)
     for method in METHODS.values():
-        table.add_row(f"[bold]{method.name}", method.title, method.needs, method.changes, "yes" if method.plain_lora else "no")
+        table.add_row(f"[bold]{method.name}", method.title, method.needs_text, method.changes, "yes" if method.plain_lora else "no")
     console.print(table)
 
 

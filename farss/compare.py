@@ -58,8 +58,8 @@ def _sub_run(config: Config, method: str, seed: int, tell: Tell) -> Run:
     values["compare"] = {}
 
     def named(step: str, done: int, total: int, line: str) -> None:
-        shared = step in ("survey", "evaluate base")
-        tell(step if shared else f"{method} seed {seed}: {step}", done, total, line)
+        shared = {"survey", "evaluate base", "own text", getattr(method_of(sub.plan).needs, "name", "")}
+        tell(step if step in shared else f"{method} seed {seed}: {step}", done, total, line)
 
     sub = from_dict(values)
     method_of(sub.plan)
@@ -83,7 +83,8 @@ def _row(run: Run, full: Path | None) -> dict[str, Any]:
         Scores.load(run.path / "scores.json"),
     )
     values = read_json(run.path / "summary.json")
-    survey_record = run.common.record(run.method.needs)
+    needs = run.method.needs
+    survey_record = run.common.record(needs if isinstance(needs, str) else needs.name)
     return {
         "method": plan.method,
         "seed": run.config.seed,

@@ -80,6 +80,9 @@ class CalibrationConfig:
     """How many training examples to use, drawn with the seed."""
     batch_size: int = 8
     """Examples per forward pass; changes the memory, not the result."""
+    knowledge: str | None = None
+    """The knowledge that CorDA-KPM and LoRA-Null start away from: a file with a column text, or with a question and its
+    answer; null: text that the base model writes by itself."""
     fisher: Literal["empirical", "sampled"] = "empirical"
     """empirical: gradients at the data's own answers; sampled: at answers drawn from the model (the true Fisher)."""
     svd: Literal["exact", "fast"] = "exact"
@@ -118,6 +121,10 @@ class PlanConfig:
     """Shallow layers start from their least (or most) important singular directions."""
     deep_directions: Literal["least", "most"] = "most"
     """Deep layers start from their most (or least) important singular directions."""
+    kasa_beta: float = 1e-4
+    """KaSA's weight of the squared singular values (its paper uses 1e-4 on GLUE; FARSS compares with 1e-2 on LLaMA-2-7B)."""
+    kasa_gamma: float = 1e-3
+    """KaSA's weight of the distance from orthogonality (1e-3 on GLUE; FARSS compares with 1e-4 on LLaMA-2-7B)."""
 
     def __post_init__(self) -> None:
         for name in ("rank", "r_min", "r_avg", "r_max"):
@@ -126,6 +133,8 @@ class PlanConfig:
         _check(self.r_avg <= self.r_max, f"plan.r_avg={self.r_avg} is larger than plan.r_max={self.r_max}: swap them?")
         _check(self.r_avg >= self.r_min, f"plan.r_avg={self.r_avg} is smaller than plan.r_min={self.r_min}: swap them?")
         _check(self.boundary is None or self.boundary >= 1, f"plan.boundary={self.boundary}: give 1 or more")
+        for name in ("kasa_beta", "kasa_gamma"):
+            _check(0 <= getattr(self, name) < float("inf"), f"plan.{name}={getattr(self, name)}: give 0 or more")
         if not isinstance(self.alpha, str):
             _check(0 < self.alpha < float("inf"), f"plan.alpha={self.alpha}: give a number above 0")
         if isinstance(self.match_params, int):

@@ -233,6 +233,19 @@ def question_rows(entry: QuestionSet) -> list[dict[str, Any]]:
     ]
 
 
+def knowledge_texts(path: str) -> list[str]:
+    """Read knowledge as plain text: a column `text`, or questions with their (first) answer, as they are asked.
+
+    Raises:
+        DataError: see `text_rows` and `question_rows`.
+    """
+    columns = columns_of(read_rows(path))
+    if "text" in columns:
+        return text_rows(path)
+    rows = question_rows(QuestionSet(name="knowledge", data=path, answers="answers" if "answers" in columns else "answer"))
+    return [f"Question: {row['question']}\nAnswer: {row['answers'][0]}" for row in rows]
+
+
 def _answers(row: dict[str, Any], column: str, number: int) -> list[str]:
     value = row.get(column)
     if isinstance(value, str) and value.lstrip().startswith("["):
@@ -473,6 +486,16 @@ def _cut(rows: list[Row], max_length: int) -> Tokenized:
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
+
+
+def plain_rows(texts: Sequence[str], tokenizer: Any, max_length: int) -> list[Row]:
+    """Texts as examples that are only looked at: tokenised with the special tokens in front, and nothing to be learnt."""
+    return unlearnt([tokenizer(text, truncation=True, max_length=max_length)["input_ids"] for text in texts])
+
+
+def unlearnt(rows: Iterable[list[int]]) -> list[Row]:
+    """Token ids as examples that are only looked at."""
+    return [{"input_ids": ids, "completion_mask": [0] * len(ids)} for ids in rows]
 
 
 def choose(rows: Sequence[T], count: int, seed: int) -> list[T]:

@@ -26,7 +26,17 @@ SURVEY_KEYS = (
     "calibration.svd",
     "seed",
 )
-WEIGHTS_KEYS = ("model.path", "model.quantization", "model.targets")
+READING_KEYS = {
+    "weights": ("model.path", "model.quantization", "model.targets"),
+    "task": ("model.path", "model.quantization", "model.targets", "data", "calibration.examples", "seed"),
+    "knowledge": (
+        *("model.path", "model.quantization", "model.targets", "data.max_length"),
+        *("calibration.examples", "calibration.knowledge", "seed"),
+    ),
+}
+"""By what a `Reading` looks at."""
+PATHS = (("model", "path"), ("data", "train"), ("calibration", "knowledge"), ("evaluate", "text"), ("evaluate", "full_scores"))
+"""Options that may be files."""
 PLAN_KEYS = ("model.path", "model.targets", "plan")
 TRAIN_KEYS = (
     *(
@@ -92,12 +102,14 @@ class Folder:
         record = self.record(step)
         if record is None:
             return False
-        if record["options"] != options:
+        # An option that the record does not know is younger than the folder, which was made with its default.
+        known = _defaults(options) | record["options"]
+        if known != options:
             if redo:
                 return False
-            key = next(key for key in options | record["options"] if options.get(key) != record["options"].get(key))
+            key = next(key for key in options | known if options.get(key) != known.get(key))
             raise FolderError(
-                f"out={str(self.path)!r} holds a {step} made with {key}={record['options'].get(key)!r}, "
+                f"out={str(self.path)!r} holds a {step} made with {key}={known.get(key)!r}, "
                 f"and now {key}={options.get(key)!r}: choose another out, or delete that folder"
             )
         return bool(record["done"])
@@ -130,9 +142,17 @@ def options_of(config: Config, keys: tuple[str, ...]) -> dict[str, Any]:
             found |= {f"{section}.{inner}": value[inner] for inner in value}
         else:
             found[key] = value[name] if name else value
-    if "data.train" in found:
-        found["content of data.train"] = content_hash(config.data.train)
+    for key in ("data.train", "calibration.knowledge"):
+        if found.get(key):
+            found[f"content of {key}"] = content_hash(found[key])
     return found
+
+
+def _defaults(options: dict[str, Any]) -> dict[str, Any]:
+    """The default values of these dotted keys; those without one are left out."""
+    values = to_dict(Config())
+    pairs = ((key, *key.partition(".")[::2]) for key in options)
+    return {key: values[section][name] if name else values[section] for key, section, name in pairs if section in values}
 
 
 def content_hash(path: str) -> str | None:
@@ -148,7 +168,7 @@ def resolve(config: Config) -> Config:
     anywhere."""
     values = to_dict(config)
     values["out"] = str(Path(_expand("out", config.out)).absolute())
-    for section, name in (("model", "path"), ("data", "train"), ("evaluate", "text"), ("evaluate", "full_scores")):
+    for section, name in PATHS:
         values[section][name] = _resolve(f"{section}.{name}", values[section][name])
     for kind in ("knowledge", "task"):
         for index, entry in enumerate(values["evaluate"][kind]):

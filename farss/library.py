@@ -14,13 +14,14 @@ from farss import processes
 from farss.adapter import activate, attach
 from farss.artifacts import Plan, Survey
 from farss.config import Base, CalibrationConfig, DataConfig, PlanConfig
-from farss.data import calibration_batches, collate, load_examples, tokenize_rows
+from farss.data import Row, Tokenized, calibration_batches, collate, load_examples, plain_rows, tokenize_rows, unlearnt
 from farss.errors import FarssError
+from farss.methods import Reading
 from farss.models import find_blocks, fingerprint, target_layers
 from farss.plan import check_plan, make_plan, make_plan_without_survey, method_of, survey_cap
 from farss.portable import Exported
 from farss.portable import export as export_adapter
-from farss.survey import Progress, survey, weigh
+from farss.survey import LENGTH, Progress, own_text, read_layers, survey
 
 CHECK_ROWS = 4
 
@@ -47,6 +48,7 @@ def prepare(
     targets: list[str] | None = None,
     dropout: float = 0.05,
     base: Base = "untouched",
+    knowledge: Iterable[str] | None = None,
     folder: Path | str | None = None,
     seed: int = 0,
     on_progress: Progress | None = None,
@@ -62,13 +64,14 @@ def prepare(
         model: a causal language model from transformers; its own weights are never changed.
         tokenizer: its tokenizer.
         dataset: your training examples: rows (dictionaries, a `datasets.Dataset`) or a file's path.
-        method: any of `farss.METHODS`, except `full`.
+        method: any of `farss.METHODS` that trains like a LoRA and becomes a plain one.
         data: columns, template and `max_length`; the defaults find the usual columns by themselves.
         calibration: how many examples to estimate the statistics on.
         plan: boundary, ranks, alpha; `plan.method` is overridden by `method`.
         targets: names of the linear layers to adapt; None: every one in every block.
         dropout: on the adapter's input.
         base: how the start is taken out of the base, see `farss.adapter.attach`.
+        knowledge: texts whose activations CorDA-KPM and LoRA-Null start away from; None: the model writes its own.
         folder: where the survey is kept, so that it can be resumed and used again; None: a temporary folder.
         seed: of the calibration draw and of random starts.
         on_progress: called with (blocks done, blocks, a line to show).
@@ -84,8 +87,7 @@ def prepare(
             "this model has adapters already: merge them first (model = model.merge_and_unload()), then prepare it; "
             "the new adapter is then for the merged model"
         )
-    if method_of(dataclasses.replace(PlanConfig(), method=method)).name == "full":
-        raise FarssError("method='full' trains the model itself: there is nothing to prepare")
+    _check_method(method)
     data, calibration = data or DataConfig(), calibration or CalibrationConfig()
     wanted = dataclasses.replace(plan or PlanConfig(), method=method)
     layers, blocks = target_layers(model, targets), len(find_blocks(model)[1])
@@ -98,7 +100,12 @@ def prepare(
         else tokenize_rows(list(dataset), data, tokenizer, seed)
     )
     processes.join()
-    found = _look(model, tokenizer, examples.rows, wanted, calibration, targets, folder, seed, on_progress)
+    place = _place(wanted, folder)
+    found: Survey | None
+    if isinstance(method_of(wanted).needs, Reading):
+        found = _read(model, tokenizer, examples, wanted, calibration, targets, place, seed, on_progress, knowledge, data.max_length)
+    else:
+        found = _look(model, tokenizer, examples.rows, wanted, calibration, targets, place, seed, on_progress)
     made = make_plan(wanted, found) if found is not None else make_plan_without_survey(wanted, layers, blocks)
     adapted = attach(model, made, found, dropout, seed, base)
     check = collate(examples.rows[:CHECK_ROWS], tokenizer.pad_token_id)
@@ -106,28 +113,72 @@ def prepare(
     return adapted
 
 
+def _check_method(method: str) -> None:
+    """Refuse what a user's own training loop cannot do.
+
+    Raises:
+        ConfigError: there is no such method.
+        FarssError: it needs `farss run`; the reason is named.
+    """
+    chosen = method_of(dataclasses.replace(PlanConfig(), method=method))
+    if chosen.name == "full":
+        raise FarssError("method='full' trains the model itself: there is nothing to prepare")
+    if chosen.regime is not None:
+        raise FarssError(f"method={method!r} trains by rules of its own, which your trainer does not know: use `farss run`")
+    if not chosen.plain_lora:
+        raise FarssError(f"method={method!r} cannot be exported as a plain LoRA: use `farss run`, which hands over a merged model")
+
+
+def _place(wanted: PlanConfig, folder: Path | str | None) -> Path:
+    """Where the survey is kept: the user's folder, or a temporary one that all processes share."""
+    if folder or method_of(wanted).needs == "nothing":
+        return Path(folder or "")
+    return Path(processes.shared(tempfile.mkdtemp(prefix="farss-survey-") if processes.rank() == 0 else None))
+
+
 def _look(
     model: Any,
     tokenizer: Any,
-    rows: list[Any],
+    rows: list[Row],
     wanted: PlanConfig,
     calibration: CalibrationConfig,
     targets: list[str] | None,
-    folder: Path | str | None,
+    place: Path,
     seed: int,
     on_progress: Progress | None,
 ) -> Survey | None:
-    """What the method looks at before it is planned, kept in `folder` or a temporary one that all processes share."""
-    needs = method_of(wanted).needs
-    if needs == "nothing":
+    """The survey of the task, if the method needs it."""
+    if method_of(wanted).needs == "nothing":
         return None
-    place = Path(folder or processes.shared(tempfile.mkdtemp(prefix="farss-survey-") if processes.rank() == 0 else None))
+    parts = calibration_batches(rows, calibration, tokenizer.pad_token_id, seed)
     meta, cap = {"model": fingerprint(model)}, survey_cap(wanted)
-    if needs == "survey":
-        parts = calibration_batches(rows, calibration, tokenizer.pad_token_id, seed)
-        return survey(model, parts, place, cap, targets, calibration.fisher, seed, meta, on_progress, calibration.svd)
+    return survey(model, parts, place, cap, targets, calibration.fisher, seed, meta, on_progress, calibration.svd)
+
+
+def _read(
+    model: Any,
+    tokenizer: Any,
+    examples: Tokenized,
+    wanted: PlanConfig,
+    calibration: CalibrationConfig,
+    targets: list[str] | None,
+    place: Path,
+    seed: int,
+    on_progress: Progress | None,
+    knowledge: Iterable[str] | None,
+    max_length: int,
+) -> Survey:
+    """What another method looks at; the first process does it for all."""
+    needs = method_of(wanted).needs
+    assert isinstance(needs, Reading)
     if processes.rank() == 0:
-        weigh(model, place, cap, targets, meta, on_progress)
+        rows: list[Row] = examples.rows if needs.of == "task" else []
+        if needs.of == "knowledge" and knowledge is not None:
+            rows = plain_rows(list(knowledge), tokenizer, max_length)
+        elif needs.of == "knowledge":
+            rows = unlearnt(own_text(model, tokenizer, calibration.examples, min(LENGTH, max_length), seed))
+        batches = calibration_batches(rows, calibration, tokenizer.pad_token_id, seed) if rows else None
+        read_layers(model, place, needs.read, survey_cap(wanted), batches, targets, {"model": fingerprint(model)}, on_progress)
     processes.wait()
     return Survey.load(place)
 

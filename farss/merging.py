@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from farss.adapter import adapter_change
+from farss.adapter import changed_weight
 from farss.artifacts import Plan, whole_folder, write_tensors
 from farss.errors import FarssError
 from farss.models import base_weights, holds_packed, is_transposed
@@ -83,16 +83,10 @@ def _rewrite_files(source: Path, target: Path, change: Change) -> None:
 
 
 def with_change(adapted: Any, plan: Plan, name: str, weight: Tensor) -> Tensor:
-    """A weight with the trained change of its layer, if it has one, added in float32."""
+    """A weight with the trained change of its layer, if it has one, added in float32 and rounded once."""
     layer = name.removesuffix(".weight")
     if layer not in plan.layers or not name.endswith(".weight"):
         return weight
-    left, right = adapter_change(adapted, plan, layer)
-    transposed = is_transposed(adapted.base_model.model.get_submodule(layer).base_layer)
-    return added(weight, left, right, transposed)
-
-
-def added(weight: Tensor, left: Tensor, right: Tensor, transposed: bool = False) -> Tensor:
-    """`W + P Q` in float32, rounded once to the weight's precision."""
-    change = (left.double() @ right.double()).float().cpu()
-    return (weight.cpu().float() + (change.T if transposed else change)).to(weight.dtype)
+    if is_transposed(adapted.base_model.model.get_submodule(layer).base_layer):
+        return changed_weight(adapted, plan, layer, weight.T).T.to(weight.dtype)
+    return changed_weight(adapted, plan, layer, weight).to(weight.dtype)

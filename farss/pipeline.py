@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import json
 import platform
 import subprocess
 import time
@@ -16,15 +17,28 @@ from typing import Any
 import torch
 
 from farss.adapter import attach
-from farss.artifacts import Plan, Scores, Survey, write_json
+from farss.artifacts import Plan, Scores, Survey, write_json, write_text
 from farss.card import write_card
 from farss.config import Config, QuestionSet
-from farss.data import Tokenized, calibration_batches, collate, load_examples, question_rows, text_rows
+from farss.data import (
+    Row,
+    Tokenized,
+    calibration_batches,
+    choose,
+    collate,
+    knowledge_texts,
+    load_examples,
+    plain_rows,
+    question_rows,
+    text_rows,
+    unlearnt,
+)
 from farss.errors import ConfigError, FolderError
 from farss.evaluate import Summary, evaluate, summarise
-from farss.folder import EVALUATE_KEYS, EXPORT_KEYS, PLAN_KEYS, SURVEY_KEYS, TRAIN_KEYS, WEIGHTS_KEYS, Folder, options_of, resolve
+from farss.folder import EVALUATE_KEYS, EXPORT_KEYS, PLAN_KEYS, READING_KEYS, SURVEY_KEYS, TRAIN_KEYS, Folder, options_of, resolve
 from farss.llamacpp import write_gguf
 from farss.merging import merge
+from farss.methods import Reading, Regime
 from farss.models import (
     device_of,
     empty_model,
@@ -40,7 +54,7 @@ from farss.plan import check_plan, make_plan, make_plan_without_survey, method_o
 from farss.portable import export, step_zero
 from farss.prepared import write_prepared
 from farss.report import write_report
-from farss.survey import survey, weigh
+from farss.survey import LENGTH, own_text, read_layers, survey
 from farss.train import TrainResult, restore, train
 
 Tell = Callable[[str, int, int, str], None]
@@ -67,6 +81,8 @@ class Run:
     tell: Tell = _silent
     _live: Any = field(default=None, repr=False)
     """The trained model, while it is in memory."""
+    _regime: Regime | None = field(default=None, repr=False)
+    """What its method does beside the loss."""
 
     def __post_init__(self) -> None:
         quiet()
@@ -103,6 +119,12 @@ class Run:
             raise ConfigError("data.train is empty: give a file of training examples, or a data set's name on a hub")
         return load_examples(self.config.data, self.tokenizer, self.config.seed)
 
+    @property
+    def _common_examples(self) -> Tokenized:
+        """The examples that the shared statistics are estimated on."""
+        config = self.common_config
+        return self.examples if config.seed == self.config.seed else load_examples(config.data, self.tokenizer, config.seed)
+
     @cached_property
     def method(self) -> Any:
         """The fine-tuning method."""
@@ -119,6 +141,8 @@ class Run:
         if any(self.folder.record(step) for step in STEPS):
             return  # they were usable when the run began
         _ = self.tokenizer, self.examples
+        if self.config.calibration.knowledge:
+            knowledge_texts(self.config.calibration.knowledge)
         check_questions(self.config)
         layers, blocks = layer_shapes(self.config.model)
         check_plan(self.config.plan, layers, blocks)
@@ -158,9 +182,7 @@ class Run:
         options, place, cap = self._survey_options, self.common.path / "survey", survey_cap(config.plan)
         if self.common.is_done("survey", options):
             return _check_cap(Survey.load(place), cap)
-        same = config.seed == self.config.seed
-        examples = self.examples if same else load_examples(config.data, self.tokenizer, config.seed)
-        parts = calibration_batches(examples.rows, config.calibration, self.tokenizer.pad_token_id, config.seed)
+        parts = calibration_batches(self._common_examples.rows, config.calibration, self.tokenizer.pad_token_id, config.seed)
         # blocks go to the GPU one at a time, unless they are quantised
         model = load_model(config.model, device=torch.device("cpu") if config.model.quantization == "none" else None)
         meta = {"model": fingerprint(model), "tokenizer": tokenizer_fingerprint(self.tokenizer), "path": config.model.path}
@@ -173,24 +195,50 @@ class Run:
             facts |= {"seconds": result.meta["seconds"]}
         return result
 
-    def weights(self) -> Survey:
-        """`weights/`: the singular directions of the weights, for methods that look at no data."""
+    def reading(self, wanted: Reading) -> Survey:
+        """`<its name>/`: what a method other than FARSS looks at before it is planned."""
         config = self.common_config
-        options, place, cap = options_of(config, WEIGHTS_KEYS), self.common.path / "weights", survey_cap(config.plan)
-        if self.common.is_done("weights", options):
+        options, place, cap = options_of(config, READING_KEYS[wanted.of]), self.common.path / wanted.name, survey_cap(config.plan)
+        if self.common.is_done(wanted.name, options):
             return _check_cap(Survey.load(place), cap)
         model = load_model(config.model, device=torch.device("cpu") if config.model.quantization == "none" else None)
         begun = time.monotonic()
-        with self.common.step("weights", options) as facts:
-            meta = {"model": fingerprint(model), "path": config.model.path}
-            tell = self.tell
-            result = weigh(model, place, cap, config.model.targets, meta, lambda done, total, line: tell("weights", done, total, line))
+        with self.common.step(wanted.name, options) as facts:
+            meta = {"model": fingerprint(model), "tokenizer": tokenizer_fingerprint(self.tokenizer), "path": config.model.path}
+            batches = self._batches(model, wanted)
+            result = read_layers(
+                *(model, place, wanted.read, cap, batches, config.model.targets, meta),
+                lambda done, total, line: self.tell(wanted.name, done, total, line),
+                device_of(config.model),
+            )
             facts |= {"seconds": round(time.monotonic() - begun, 1)}
         return result
 
+    def _batches(self, model: Any, wanted: Reading) -> list[dict[str, torch.Tensor]] | None:
+        """The examples whose activations a reading looks at."""
+        config = self.common_config
+        if wanted.of == "weights":
+            return None
+        rows = self._common_examples.rows if wanted.of == "task" else self._knowledge(model)
+        return calibration_batches(rows, config.calibration, self.tokenizer.pad_token_id, config.seed)
+
+    def _knowledge(self, model: Any) -> list[Row]:
+        """The knowledge text: the user's, or what the model writes by itself, which is kept in `own_text.jsonl`."""
+        config = self.common_config
+        path, count = config.calibration.knowledge, config.calibration.examples
+        if path:
+            return plain_rows(choose(knowledge_texts(path), count, config.seed), self.tokenizer, config.data.max_length)
+        length = min(LENGTH, config.data.max_length)
+        ids = own_text(model, self.tokenizer, count, length, config.seed, lambda done, total: self.tell("own text", done, total, ""))
+        lines = [json.dumps({"text": self.tokenizer.decode(row, skip_special_tokens=True)}, ensure_ascii=False) for row in ids]
+        write_text(self.common.path / "own_text.jsonl", "\n".join(lines) + "\n")
+        return unlearnt(ids)
+
     def statistics(self) -> Survey | None:
         """What the method looks at before it is planned."""
-        return {"nothing": lambda: None, "weights": self.weights, "survey": self.survey}[self.method.needs]()
+        if isinstance(self.method.needs, Reading):
+            return self.reading(self.method.needs)
+        return self.survey() if self.method.needs == "survey" else None
 
     def plan(self) -> Plan:
         """`plan.json`: ranks and directions. Made again when its options change and nothing was trained from it."""
@@ -219,6 +267,7 @@ class Run:
             result = train(
                 *(model, self.tokenizer, self.examples, self.config, self.path),
                 on_progress=lambda done, total, loss: self.tell("train", done, total, f"loss {loss:.3f}" if loss is not None else ""),
+                regime=self._regime,
             )
             result.save(self.path / "train.json")
             facts |= {"seconds": result.seconds, **({"step_zero": before} if before else {})}
@@ -320,7 +369,8 @@ class Run:
         found = self.statistics()
         if found is not None:
             check_fingerprint(found, model)
-        return attach(model, plan, found, self.config.train.dropout, self.config.seed, self.config.adapter.base)
+        self._regime = self.method.regime(self.config.plan) if self.method.regime else None
+        return attach(model, plan, found, self.config.train.dropout, self.config.seed, self.config.adapter.base, self._regime)
 
     def trained(self) -> Any:
         """The trained model: still in memory, or rebuilt from the plan and the last checkpoint."""

@@ -7,7 +7,7 @@ import dataclasses
 from farss.artifacts import Layer, Plan, Survey
 from farss.config import PlanConfig, nearest
 from farss.errors import ConfigError
-from farss.methods import METHODS, Method
+from farss.methods import METHODS, Method, Reading
 from farss.methods.base import Context, check_rank
 from farss.methods.farss import choose_boundary
 
@@ -27,7 +27,7 @@ def make_plan(config: PlanConfig, survey: Survey) -> Plan:
     """Plan any method from a survey: the same survey answers every boundary, rank, budget and direction rule."""
     made = method_of(config).plan(config, Context(survey.layers, survey.blocks, survey))
     widest = max(min(layer.shape) for layer in survey.layers.values())
-    if survey.tokens >= widest or not survey.examples:
+    if survey.tokens >= widest or not survey.examples or method_of(config).needs != "survey":
         return made
     note = (
         f"The survey saw {survey.tokens:,} tokens, fewer than the {widest:,} directions of its widest layers: "
@@ -40,7 +40,7 @@ def make_plan_without_survey(config: PlanConfig, layers: dict[str, Layer], block
     """Plan a method that needs no statistics, from the target layers' names and shapes."""
     method = method_of(config)
     if method.needs != "nothing":
-        raise ConfigError(f"plan.method={config.method!r} needs a survey: run `farss survey` first")
+        raise ConfigError(f"plan.method={config.method!r} needs {method.needs_text}: run `farss plan`, which looks at it first")
     return method.plan(config, Context(layers, blocks))
 
 
@@ -59,5 +59,6 @@ def check_plan(config: PlanConfig, layers: dict[str, Layer], blocks: int) -> Non
 
 def survey_cap(config: PlanConfig) -> int:
     """How many directions at each end a survey must keep for this plan; a matched rank may exceed `plan.rank`."""
-    widest = max(config.rank, config.r_max)
+    needs = method_of(config).needs
+    widest = max(config.rank, config.r_max) * (needs.reach if isinstance(needs, Reading) else 1)
     return widest if config.match_params is None else 2 * widest

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from farss.adapter import activate, active_adapters, adapter_change, untouched_base
+from farss.adapter import activate, adapter_change, untouched_base
 from farss.artifacts import Plan, read_json, whole_folder, write_json, write_tensors
 from farss.card import write_card
 from farss.errors import FarssError
@@ -191,7 +191,6 @@ def check(adapted: Any, folder: Path, batch: dict[str, Tensor]) -> tuple[float, 
     Returns:
         (largest |difference|, largest |logit|, precision of the comparison)
     """
-    active = active_adapters(adapted)
     mask = batch["attention_mask"].bool()
     with in_float32(adapted) as precision, torch.no_grad():
         expected = adapted(**batch).logits[mask].float()
@@ -202,7 +201,7 @@ def check(adapted: Any, folder: Path, batch: dict[str, Tensor]) -> tuple[float, 
                 found = adapted(**batch).logits[mask].float()
         finally:
             adapted.delete_adapter(CHECKED)
-            adapted.base_model.set_adapter(active)
+            activate(adapted)
     return (found - expected).abs().max().item(), expected.abs().max().item(), precision
 
 

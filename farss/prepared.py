@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from farss.adapter import TRAINED, lora_config, lora_layers
+from farss.adapter import START, TRAINED, lora_config, lora_layers
 from farss.artifacts import Plan, read_json, whole_folder, write_json, write_tensors, write_text
 from farss.errors import FarssError, FolderError
-from farss.merging import added, write_model
+from farss.merging import write_model
+from farss.methods import METHODS
 from farss.models import base_fingerprint, holds_packed, is_transposed, tokenizer_fingerprint
 from farss.portable import Exported, portable, write_adapter, write_facts
 
@@ -34,13 +35,16 @@ def write_prepared(adapted: Any, plan: Plan, tokenizer: Any, folder: Path | str,
         source: the base model's folder.
 
     Raises:
-        FarssError: the method starts at zero, so that its base needs no change; or the base is quantised.
+        FarssError: the method starts at zero, so that its base needs no change, or needs a trainer of its own; or the base
+            is quantised.
         FolderError: the folder exists.
     """
     folder, source = Path(folder), Path(source)
     if folder.exists():
         raise FolderError(f"{folder} exists: give a new folder")
-    if not any(layer.directions for layer in plan.layers.values()):
+    if METHODS[plan.method].regime is not None:
+        raise FarssError(f"method {plan.method!r} trains by rules of its own, which no other trainer knows: use `farss train`")
+    if START not in adapted.peft_config:
         raise FarssError(f"method {plan.method!r} starts at zero: its adapter goes on the base as it is, nothing needs preparing")
     if holds_packed(adapted):
         raise FarssError(
@@ -53,9 +57,10 @@ def write_prepared(adapted: Any, plan: Plan, tokenizer: Any, folder: Path | str,
         layer = name.removesuffix(".weight")
         if layer not in start or not name.endswith(".weight"):
             return weight
-        module = adapted.base_model.model.get_submodule(layer).base_layer
         b, a = start[layer]
-        return added(weight, -plan.layers[layer].scaling * b, a, is_transposed(module))
+        part = (plan.layers[layer].scaling * b.double() @ a.double()).float()
+        transposed = is_transposed(adapted.base_model.model.get_submodule(layer).base_layer)
+        return (weight.cpu().float() - (part.T if transposed else part)).to(weight.dtype)
 
     model = adapted.get_base_model()
     with whole_folder(folder) as unfinished:

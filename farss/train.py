@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from farss.artifacts import fingerprint, read_json, write_json, write_tensors
@@ -29,12 +30,14 @@ from farss.config import Config, TrainConfig, nearest
 from farss.data import Tokenized
 from farss.errors import ConfigError, FarssError, FolderError, NumericalError
 from farss.memory import freed_memory_kept, peak_gib
+from farss.methods import Regime
 from farss.models import base_fingerprint
 
 Progress = Callable[[int, int, float | None], None]
 """Called with the step, the number of steps and the loss of that step (None before the first)."""
 
 WEIGHTS = "weights.safetensors"
+REGIME = "regime.safetensors"
 MARKER = "complete.json"
 SAME_RESULT = ("micro_batch_size", "gradient_checkpointing", "save_steps", "logging_steps", "report_to")
 """Options that a run may change between being killed and going on."""
@@ -83,6 +86,7 @@ def train(
     folder: Path,
     callbacks: Sequence[Any] = (),
     on_progress: Progress | None = None,
+    regime: Regime | None = None,
 ) -> TrainResult:
     """Train every parameter that requires a gradient, in place; a killed run continues from its newest checkpoint.
 
@@ -94,6 +98,7 @@ def train(
         folder: checkpoints go to `folder/checkpoints`.
         callbacks: further `transformers.TrainerCallback`s.
         on_progress: see `Progress`.
+        regime: what the method does beside the loss; the one that the model was attached with.
 
     Raises:
         NumericalError: a loss or a gradient is NaN or infinite; the last checkpoint stays.
@@ -102,7 +107,7 @@ def train(
     """
     _check_model(model)
     checkpoints = Path(folder) / "checkpoints"
-    run = _Run(_identity(model, examples, config), model, config.train.logging_steps, on_progress)
+    run = _Run(_identity(model, examples, config), model, config.train.logging_steps, on_progress, regime or Regime())
     newest = _remove_broken(checkpoints)
     if newest is not None:
         run.continue_from(newest)
@@ -186,8 +191,9 @@ def _identity(model: nn.Module, examples: Tokenized, config: Config) -> str:
 class _Run:
     """What is recorded while training, and goes on after a resume."""
 
-    def __init__(self, identity: str, model: nn.Module, every: int, on_progress: Progress | None) -> None:
-        self.identity, self.every, self.on_progress = identity, every, on_progress
+    def __init__(self, identity: str, model: nn.Module, every: int, on_progress: Progress | None, regime: Regime) -> None:
+        self.identity, self.every, self.on_progress, self.regime = identity, every, on_progress, regime
+        self.model, self.checkpoint = model, Path()
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.base, self.start = base_fingerprint(model), _start_fingerprint(model, trained)
         self.parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -206,8 +212,11 @@ class _Run:
         return 0 < self.total <= self.step
 
     def begin(self, total: int) -> None:
-        """Start the clock and the memory gauge."""
+        """Start the clock and the memory gauge, and the method's own rules."""
         self.started, self.total = time.monotonic(), total
+        self.regime.begin(self.model, total)
+        if (self.checkpoint / REGIME).is_file():
+            self.regime.load(load_file(self.checkpoint / REGIME, str(self.device)))
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         self.tell(None)
@@ -269,7 +278,7 @@ class _Run:
         check_base(checkpoint, values, self.base, self.start)
         for name in KEPT:
             setattr(self, name, values[name])
-        self.seconds_before, self.memory_before = self.seconds, self.memory
+        self.seconds_before, self.memory_before, self.checkpoint = self.seconds, self.memory, checkpoint
 
     def result(self) -> TrainResult:
         if self.losses:  # a callback stopped the training between two entries
@@ -373,9 +382,19 @@ def _classes() -> tuple[Any, Any]:
             self.model_accepts_loss_kwargs = True
 
         def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+            self.added = torch.zeros(())
             loss: Tensor = super().training_step(*args, **kwargs)
-            self.run.micro.append(loss)
+            self.run.micro.append(loss - self.added.to(loss))  # the loss alone, which is comparable between methods
             return loss
+
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            penalty = self.run.regime.penalty()
+            if penalty is None:
+                return result
+            share = penalty / self.current_gradient_accumulation_steps  # once a step, whatever the micro-batch
+            self.added = share.detach()
+            return (result[0] + share, *result[1:]) if return_outputs else result + share
 
         def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
             norm = super()._get_grad_norm(model, grad_norm)  # the last thing before the optimiser's step
@@ -383,7 +402,10 @@ def _classes() -> tuple[Any, Any]:
             return norm
 
         def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-            _write_weights(self.whole, Path(output_dir or str(self.args.output_dir)))
+            folder = Path(output_dir or str(self.args.output_dir))
+            _write_weights(self.whole, folder)
+            if state := self.run.regime.state():
+                write_tensors(folder / REGIME, state)
 
         def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
             _read_weights(self.whole, Path(resume_from_checkpoint))
@@ -405,6 +427,7 @@ def _classes() -> tuple[Any, Any]:
 
         def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.run.learning_rate = kwargs["optimizer"].param_groups[0]["lr"]
+            self.run.regime.after_step(state.global_step + 1)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.run.end_step(state.global_step, state.epoch)

@@ -175,6 +175,48 @@ def test_comparison_shares_survey_and_base(model_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("method", "changes", "reading"),
+    [
+        ("corda-kpm", [], "corda-knowledge"),
+        ("lora-null", [f"calibration.knowledge={world.KNOWLEDGE}"], "null-space"),
+        ("eva", [], "eva-task"),
+        ("adalora", [], None),
+        ("kasa", [], "weights"),
+        ("dora", ["evaluate.task=[]"], None),
+    ],
+)
+def test_every_kind_of_method_goes_the_whole_way(config, method, changes, reading):
+    run = Run(override(config, [f"plan.method={method}", *changes]))
+    run.all()
+    assert {path.name for path in run.path.iterdir() if (path / "survey.json").is_file()} == ({reading} if reading else set())
+    assert (run.path / "own_text.jsonl").is_file() == (method == "corda-kpm")
+    assert (run.path / ("model" if method == "dora" else "adapter") / "farss.json").is_file()
+    record = json.loads((run.path / "steps" / "export.json").read_text())
+    assert method == "dora" or record["logit_difference"] <= 1e-3
+    step_zero = json.loads((run.path / "steps" / "train.json").read_text())["step_zero"]["float32"]
+    assert step_zero <= 1e-3 or method == "kasa"
+    before = (run.path / "plan.json").stat().st_mtime_ns
+    Run(run.config).all()
+    assert (run.path / "plan.json").stat().st_mtime_ns == before
+
+
+def test_a_folder_from_before_an_option_existed_is_taken_up(config):
+    run = Run(config)
+    run.claim()
+    run.train()
+    for step in ("plan", "train"):
+        file = run.path / "steps" / f"{step}.json"
+        record = json.loads(file.read_text())
+        del record["options"]["plan.kasa_beta"]
+        file.write_text(json.dumps(record))
+    begun = (run.path / "train.json").stat().st_mtime_ns
+    Run(config).train()
+    assert (run.path / "train.json").stat().st_mtime_ns == begun
+    with pytest.raises(FolderError, match=r"made with plan.kasa_beta=0.0001, and now plan.kasa_beta=0.5"):
+        Run(override(config, ["plan.kasa_beta=0.5"])).claim()
+
+
+@pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
         (["model.path=/nowhere"], ModelError, "there is no such folder"),
@@ -185,6 +227,8 @@ def test_comparison_shares_survey_and_base(model_folder, tmp_path):
         (["data.max_length=8"], DataError, "data.max_length"),
         (["plan.boundary=9"], ConfigError, "the model has 4 blocks"),
         (["plan.rank=99"], ConfigError, "plan.rank=99"),
+        (["calibration.knowledge=/nowhere.jsonl"], DataError, "/nowhere.jsonl"),
+        (["plan.kasa_gamma=-1"], ConfigError, "plan.kasa_gamma=-1"),
         (["plan.method=frass"], ConfigError, "did you mean 'farss'"),
         (["evaluate.knowledge=[{name: x, data: /nowhere.jsonl}]"], DataError, "/nowhere.jsonl"),
         (["out=${NOT_SET_ANYWHERE}/x"], ConfigError, "NOT_SET_ANYWHERE is not set"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -14,6 +15,17 @@ def importance(activation: Tensor, gradient: Tensor, shape: tuple[int, int]) -> 
         shape: (m, n) of `W`.
     """
     return (activation.double() * gradient.double()).sum().item() / (shape[0] * shape[1])
+
+
+def output_energy(weight: Tensor, activation: Tensor | None) -> float:
+    """`tr(W A W^T) / (m n)`: eq. 8 with `G = I`; with `A = I` too where no moment `A [n, n]` is given.
+
+    Args:
+        weight: `W [m, n]`.
+    """
+    wide = weight.float() if weight.dtype != torch.float64 else weight
+    energy = (wide @ activation.to(wide.dtype)) * wide if activation is not None else wide.square()
+    return energy.mean(dtype=torch.float64).item()
 
 
 def quadratic_form(change: Tensor, activation: Tensor, gradient: Tensor) -> Tensor:

@@ -1,15 +1,26 @@
 """The fine-tuning methods: one a file, one signature. `METHODS` is the only list of them."""
 
-from farss.methods.base import Method
+from farss.methods.adalora import ADALORA
+from farss.methods.base import Method, Reading, Regime
+from farss.methods.corda import CORDA_IPM, CORDA_KPM
+from farss.methods.dora import DORA
+from farss.methods.eva import EVA
 from farss.methods.farss import FARSS
 from farss.methods.farss_all_high import FARSS_ALL_HIGH
 from farss.methods.farss_fixed import FARSS_FIXED
 from farss.methods.farss_init import FARSS_INIT
 from farss.methods.full import FULL
+from farss.methods.kasa import KASA
 from farss.methods.lora import LORA
+from farss.methods.lora_null import LORA_NULL
 from farss.methods.milora import MILORA
+from farss.methods.olora import OLORA
 from farss.methods.pissa import PISSA
 
-METHODS: dict[str, Method] = {method.name: method for method in (FARSS, LORA, PISSA, MILORA, FARSS_INIT, FARSS_ALL_HIGH, FARSS_FIXED, FULL)}
+_ALL = (
+    *(FARSS, LORA, DORA, ADALORA, PISSA, OLORA, MILORA, CORDA_IPM, CORDA_KPM, LORA_NULL, KASA, EVA),
+    *(FARSS_INIT, FARSS_ALL_HIGH, FARSS_FIXED, FULL),
+)
+METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 
-__all__ = ["METHODS", "Method"]
+__all__ = ["METHODS", "Method", "Reading", "Regime"]

@@ -87,6 +87,5 @@ FARSS = Method(
     title="FARSS (Chen et al., Findings of ACL 2026)",
     needs="survey",
     changes="inverse-Fisher ranks and least important directions in shallow blocks, rank R and most important ones in deep blocks",
-    plain_lora=True,
     plan=plan,
 )

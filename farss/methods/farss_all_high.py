@@ -20,6 +20,5 @@ FARSS_ALL_HIGH = Method(
     title="FARSS, All-high (FARSS, Table 6)",
     needs="survey",
     changes="FARSS's ranks, starting from the most important directions in every block",
-    plain_lora=True,
     plan=plan,
 )

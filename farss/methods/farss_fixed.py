@@ -20,6 +20,5 @@ FARSS_FIXED = Method(
     title="FARSS, fixed shallow ranks (FARSS, Figure 4)",
     needs="survey",
     changes="rank r_avg in every shallow layer, rank R in the deep ones, from FARSS's directions",
-    plain_lora=True,
     plan=plan,
 )

@@ -17,6 +17,5 @@ FARSS_INIT = Method(
     title="FARSS-init (FARSS, Table 4)",
     needs="survey",
     changes="one rank in every layer, starting from the least important directions",
-    plain_lora=True,
     plan=plan,
 )

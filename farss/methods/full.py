@@ -15,7 +15,6 @@ def plan(config: PlanConfig, context: Context) -> Plan:
 FULL = Method(
     name="full",
     title="Full fine-tuning, the reference of T",
-    needs="nothing",
     changes="every weight",
     plain_lora=False,
     plan=plan,

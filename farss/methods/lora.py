@@ -15,8 +15,6 @@ def plan(config: PlanConfig, context: Context) -> Plan:
 LORA = Method(
     name="lora",
     title="LoRA (Hu et al., ICLR 2022)",
-    needs="nothing",
     changes="one rank in every layer, starting from zero",
-    plain_lora=True,
     plan=plan,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from farss.artifacts import Plan
 from farss.config import PlanConfig
 from farss.methods.base import Context, Method, uniform_plan
+from farss.methods.singular import SINGULAR
 
 
 def plan(config: PlanConfig, context: Context) -> Plan:
@@ -15,8 +16,7 @@ def plan(config: PlanConfig, context: Context) -> Plan:
 MILORA = Method(
     name="milora",
     title="MiLoRA (Wang et al., NAACL 2025)",
-    needs="weights",
+    needs=SINGULAR,
     changes="one rank in every layer, starting from the smallest singular directions",
-    plain_lora=True,
     plan=plan,
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 from farss.artifacts import Plan
 from farss.config import PlanConfig
 from farss.methods.base import Context, Method, uniform_plan
+from farss.methods.singular import SINGULAR
 
 
 def plan(config: PlanConfig, context: Context) -> Plan:
@@ -17,8 +18,7 @@ def plan(config: PlanConfig, context: Context) -> Plan:
 PISSA = Method(
     name="pissa",
     title="PiSSA (Meng et al., NeurIPS 2024)",
-    needs="weights",
+    needs=SINGULAR,
     changes="one rank in every layer, starting from the largest singular directions",
-    plain_lora=True,
     plan=plan,
 )

@@ -1,6 +1,7 @@
 """Model + calibration examples -> Survey."""
 
+from farss.survey.own_text import LENGTH, own_text
+from farss.survey.readings import read_layers
 from farss.survey.sweep import Progress, Svd, survey
-from farss.survey.weights import weigh
 
-__all__ = ["Progress", "Svd", "survey", "weigh"]
+__all__ = ["LENGTH", "Progress", "Svd", "own_text", "read_layers", "survey"]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from farss import processes
-from farss.artifacts import Layer
+from farss.artifacts import Layer, layer_tensors
 from farss.errors import ModelError, NumericalError
 from farss.maths.directions import Decomposition, decompose, direction_scores, ends, far_rows, overlap, select
 from farss.maths.fisher import importance
@@ -113,26 +113,43 @@ def recording(modules: dict[str, nn.Module], known: dict[str, Statistics], mask:
 def _record(known: Statistics, mask: Tensor, seen: dict[int, tuple[Tensor, Moment]]) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         x = args[0]
+        rows, name = real_rows(known.layer.name, x, mask), known.layer.name
         if not known.tall:
-            known.record_far(_rows(known, x.detach(), mask))
-            output.register_hook(lambda gradient: known.near.add(_rows(known, gradient.detach(), mask)))
+            known.record_far(rows)
+            output.register_hook(lambda gradient: known.near.add(real_rows(name, gradient, mask)))
             return
-        if id(x) in seen and seen[id(x)][0] is x:
-            known.near = seen[id(x)][1]  # layers that read the same input share its moment
-        else:
-            known.near.add(_rows(known, x.detach(), mask))
-            seen[id(x)] = (x, known.near)
-        output.register_hook(lambda gradient: known.record_far(_rows(known, gradient.detach(), mask)))
+        known.near = add_once(x, rows, known.near, seen)
+        output.register_hook(lambda gradient: known.record_far(real_rows(name, gradient, mask)))
 
     return hook
 
 
-def _rows(known: Statistics, x: Tensor, mask: Tensor) -> Tensor:
+def add_once(x: Tensor, rows: Tensor, moment: Moment, seen: dict[int, tuple[Tensor, Moment]]) -> Moment:
+    """Add a layer's input to its moment. Layers that read the same input share one, which is returned.
+
+    Args:
+        x: the input, [b, t, d].
+        rows: its real tokens, [kept, d].
+        seen: the inputs of this forward pass and their moments, by the input's `id`.
+    """
+    if id(x) in seen and seen[id(x)][0] is x:
+        return seen[id(x)][1]
+    moment.add(rows)
+    seen[id(x)] = (x, moment)
+    return moment
+
+
+def real_rows(name: str, x: Tensor, mask: Tensor) -> Tensor:
+    """The real tokens of a layer's input or gradient, [kept, d].
+
+    Raises:
+        ModelError: the layer does not see every token.
+    """
     try:
-        return kept_rows(x, mask)
+        return kept_rows(x.detach(), mask)
     except ValueError as error:
         raise ModelError(
-            f"{known.layer.name} does not see every token once ({error}), as in a mixture of experts: "
+            f"{name} does not see every token once ({error}), as in a mixture of experts: "
             f"name the other layers in model.targets, such as [q_proj, k_proj, v_proj, o_proj]"
         ) from error
 
@@ -165,25 +182,27 @@ def read_out(known: Statistics, cap: int, tokens: int, check: bool) -> Readout:
     sigma, lam, gam = _scored(known, known.parts)
     scores = direction_scores(sigma, lam, gam)
     compared = _overlap(scores, direction_scores(*_scored(known, decompose(known.weight))), cap) if check else None
-    return Readout(worth, kept_tensors(known.parts, lam, gam, ends(scores, cap)), compared)
-
-
-def kept_tensors(parts: Decomposition, lam: Tensor, gam: Tensor, kept: Tensor) -> dict[str, Tensor]:
-    """What a survey's file holds of one layer: sigma, lam, gam [k]; kept [c]; u [m, c], v [n, c]; float32."""
-    u, v = parts.vectors(kept)
-    found = {"sigma": parts.sigma.float(), "lam": lam, "gam": gam, "kept": kept, "u": u.float(), "v": v.float()}
-    return {part: tensor.cpu().contiguous() for part, tensor in found.items()}
+    kept = ends(scores, cap)
+    return Readout(worth, layer_tensors(sigma, lam, gam, kept, *known.parts.vectors(kept)), compared)
 
 
 def _importance(known: Statistics) -> float:
     near, far = known.near.mean, known.far.mean
     names = ("activations", "gradients") if known.tall else ("gradients", "activations")
     for what, mean in zip(names, (near, far), strict=True):
-        if not torch.isfinite(mean).all():
-            raise NumericalError(
-                f"the {what} of {known.layer.name} hold NaN or infinite values: load the model in float32 (model.dtype=float32)"
-            )
+        finite_moment(known.layer.name, what, mean)
     return importance(near, far, known.layer.shape)
+
+
+def finite_moment(name: str, what: str, mean: Tensor) -> Tensor:
+    """A layer's moment.
+
+    Raises:
+        NumericalError: it holds NaN or infinite values.
+    """
+    if not torch.isfinite(mean).all():
+        raise NumericalError(f"the {what} of {name} hold NaN or infinite values: load the model in float32 (model.dtype=float32)")
+    return mean
 
 
 def _scored(known: Statistics, parts: Decomposition) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,20 +22,19 @@ import torch
 from torch import Tensor, nn
 
 from farss import processes
-from farss.artifacts import Layer, Survey, fingerprint, read_json, write_json, write_tensors
-from farss.errors import FarssError, FolderError
+from farss.artifacts import Layer, Survey, fingerprint, write_json
+from farss.errors import FarssError
 from farss.memory import freed_memory_kept, peak_gib, used_gib
-from farss.models import find_blocks, is_quantised, keep_gradients, target_layers
+from farss.models import find_blocks, keep_gradients, target_layers
 from farss.models import fingerprint as model_fingerprint
 from farss.survey.kept import GRADIENT, INPUT, Kept, check_space
 from farss.survey.passage import Batch, Passage, check_passage, enter, output_gradient, through, uniform_draws
+from farss.survey.places import computing_device, frozen, moved, outside, placed, tensors_of
+from farss.survey.record import PROGRESS, begin, finish, mark_of, same_survey, write_block
 from farss.survey.statistics import Readout, Statistics, add_up, read_out, recording, start, summary
 
 Progress = Callable[[int, int, str], None]
 Svd = Literal["exact", "fast"]
-
-PROGRESS = "progress.json"
-"""In the survey's folder while it is unfinished."""
 
 
 def survey(
@@ -79,12 +78,12 @@ def survey(
     _, blocks = find_blocks(model)
     key = identity(model, batches, list(layers), fisher, seed, svd)
     if (folder / "survey.json").is_file():
-        return _same_survey(Survey.load(folder), key, cap)
+        return same_survey(Survey.load(folder), key, cap)
     if len(batches) < processes.size():
         raise FarssError(f"{processes.size()} processes for {len(batches)} batches: start fewer processes, or lower calibration.batch_size")
-    before = processes.shared(_begin(folder, key, cap) if processes.rank() == 0 else None)
+    before = processes.shared(begin(folder, key, cap) if processes.rank() == 0 else None)
     started = time.monotonic()
-    place = device if device is not None and not is_quantised(model) else next(model.parameters()).device
+    place = computing_device(model, device)
     sweep = Sweep(model, blocks, layers, folder, cap, svd, place, on_progress or silent)
     sweep.parts.update(before["parts"])
 
@@ -93,11 +92,11 @@ def survey(
         return {"seconds": seconds, "parts": {name: round(spent, 1) for name, spent in sweep.parts.items()}}
 
     with frozen(model), freed_memory_kept(place):
-        sweep.run(batches, seed if fisher == "sampled" else None, lambda: write_json(folder / PROGRESS, {**_mark(key, cap), **so_far()}))
+        sweep.run(batches, seed if fisher == "sampled" else None, lambda: write_json(folder / PROGRESS, {**mark_of(key, cap), **so_far()}))
     if processes.rank() == 0:
         facts = {"key": key, "fisher": fisher, "seed": seed, "svd": svd, "processes": processes.size()}
         facts |= {**so_far(), "peak_memory_gib": round(peak_gib(sweep.device), 2)}
-        _finish(folder, layers, len(blocks), cap, batches, {**(meta or {}), **facts})
+        finish(folder, layers, len(blocks), cap, batches, {**(meta or {}), **facts})
     processes.wait()
     return Survey.load(folder)
 
@@ -136,7 +135,7 @@ class Sweep:
         if undone == last and not self.kept.blocks(INPUT):
             check_passage(self.model, self.blocks, moved(batches[0], next(self.model.parameters()).device))
             self._announce(batches)
-        with placed(self._outside_blocks(), self.device):
+        with placed(outside(self.model, self.blocks), self.device):
             passages = self._passages(batches, draws)
             if undone == last and last not in self.kept.blocks(GRADIENT):
                 with self._timed("forward pass"):
@@ -213,10 +212,8 @@ class Sweep:
         return result
 
     def _write(self, index: int, readouts: dict[str, Readout]) -> None:
-        tensors = {f"{name}.{part}": tensor for name, readout in readouts.items() for part, tensor in readout.tensors.items()}
-        write_tensors(self.folder / f"block-{index:04d}.safetensors", tensors)
         facts = {"importance": {name: readout.importance for name, readout in readouts.items()}, "overlap": summary([*readouts.values()])}
-        write_json(self.folder / f"block-{index:04d}.json", facts)  # from here on, the block is done
+        write_block(self.folder, index, {name: readout.tensors for name, readout in readouts.items()}, facts)
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:
@@ -257,112 +254,25 @@ class Sweep:
         check_space(self.folder, needed)
         self.tell(0, len(self.blocks), f"keeps {needed / 1e9:.2f} GB of block inputs on disk while it runs")
 
-    def _outside_blocks(self) -> list[Tensor]:
-        """Parameters and buffers that belong to no block: embeddings, final norm, head."""
-        inside = {id(tensor) for tensor in tensors_of(self.blocks)}
-        return [tensor for tensor in tensors_of(self.model) if id(tensor) not in inside]
-
 
 def shallow_end(blocks: int) -> int:
     """One past the last block that the paper's range of boundaries can make shallow (section 3.1)."""
     return math.ceil(blocks / 4) + 1
 
 
-def tensors_of(module: nn.Module) -> list[Tensor]:
-    """Parameters and buffers."""
-    return [*module.parameters(), *module.buffers()]
-
-
-def moved(batch: Batch, device: torch.device) -> Batch:
-    """A batch on a device."""
-    return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-@contextmanager
-def placed(tensors: list[Tensor], device: torch.device) -> Iterator[None]:
-    """Have these tensors' values on a device for a while."""
-    before = [tensor.data for tensor in tensors]
-    for tensor in tensors:
-        tensor.data = tensor.data.to(device)
-    try:
-        yield
-    finally:
-        for tensor, data in zip(tensors, before, strict=True):
-            tensor.data = data
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """The model in `eval()` mode with every parameter frozen; both are put back afterwards."""
-    training, trainable = model.training, [p for p in model.parameters() if p.requires_grad]
-    model.eval().requires_grad_(False)
-    try:
-        yield
-    finally:
-        model.train(training)
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-
-
-# --- the folder ------------------------------------------------------------------------------------------------------
+# --- identity --------------------------------------------------------------------------------------------------------
 
 
 def identity(model: nn.Module, batches: list[Batch], layers: list[str], fisher: str, seed: int, svd: Svd) -> str:
     """Hash of everything a survey's numbers depend on; how the examples are batched and padded is not among it."""
-    rows = [_real_tokens(batch, row) for batch in batches for row in range(len(batch["input_ids"]))]
-    return fingerprint([model_fingerprint(model), rows, layers, fisher, seed, svd])
+    return fingerprint([model_fingerprint(model), real_tokens(batches), layers, fisher, seed, svd])
+
+
+def real_tokens(batches: list[Batch]) -> list[list[list[int]]]:
+    """Tokens and labels of every example, without its padding."""
+    return [_real_tokens(batch, row) for batch in batches for row in range(len(batch["input_ids"]))]
 
 
 def _real_tokens(batch: Batch, row: int) -> list[list[int]]:
     real = batch["attention_mask"][row].bool()
     return [(batch[name][row][real] if batch[name].dim() == 2 else batch[name][row : row + 1]).tolist() for name in ("input_ids", "labels")]
-
-
-def _same_survey(found: Survey, key: str, cap: int) -> Survey:
-    if found.meta.get("key") != key:
-        raise FolderError(f"{found.folder} holds a survey of another model or of other data: choose another folder, or delete it")
-    if found.cap < cap:
-        raise FolderError(
-            f"{found.folder} kept {found.cap} directions at each end, and {cap} are wanted: choose another folder, or delete it"
-        )
-    return found
-
-
-def _mark(key: str, cap: int) -> dict[str, Any]:
-    return {"key": key, "cap": cap, "processes": processes.size()}
-
-
-def _begin(folder: Path, key: str, cap: int) -> dict[str, Any]:
-    """Mark a folder as ours, or check that the unfinished survey in it is this one.
-
-    Returns:
-        The `seconds` that were spent on it before, in all and by `parts`.
-    """
-    mark = _mark(key, cap)
-    if (folder / PROGRESS).is_file():
-        progress = read_json(folder / PROGRESS)
-        if {name: progress.get(name) for name in mark} == mark:
-            return dict(progress)
-        if (progress["key"], progress["cap"]) == (key, cap):
-            raise FolderError(f"{folder} holds a survey that {progress.get('processes')} processes began: go on with as many, or delete it")
-        raise FolderError(f"{folder} holds an unfinished survey of another model, other data or another rank: delete it")
-    fresh = {**mark, "seconds": 0.0, "parts": {}}
-    write_json(folder / PROGRESS, fresh)
-    return fresh
-
-
-def _finish(folder: Path, layers: dict[str, Layer], blocks: int, cap: int, batches: list[Batch], meta: dict[str, Any]) -> None:
-    """Gather the importances and write `survey.json`."""
-    importances: dict[str, float] = {}
-    for path in sorted(folder.glob("block-????.json")):
-        facts = read_json(path)
-        importances |= facts["importance"]
-        if facts["overlap"]:
-            meta["overlap"] = facts["overlap"]
-    measured = {name: Layer(name, x.block, x.shape, importances[name]) for name, x in layers.items()}
-    examples = sum(batch["input_ids"].shape[0] for batch in batches)
-    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
-    Survey(folder, measured, blocks, cap, examples, tokens, meta).save()
-    for path in [*folder.glob("block-????.json"), folder / PROGRESS]:
-        path.unlink()
-    Kept(folder).clear()

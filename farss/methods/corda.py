@@ -1,0 +1,68 @@
+"""CorDA: start from the directions of `W C`, with the covariance `C` of a text's activations (Yang et al., NeurIPS 2024).
+
+Instruction-previewed (IPM): the text is the task, and the largest directions are trained. Knowledge-preserved (KPM): it is
+general knowledge, and the smallest are.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from farss.artifacts import Plan, layer_tensors
+from farss.config import PlanConfig
+from farss.maths.directions import decompose, ends
+from farss.methods.base import Context, Method, Reading, uniform_plan
+
+DAMPING = 0.01
+"""The covariance's mean diagonal times this is added to its diagonal, as in the authors' code, so that it has an inverse."""
+INVERSE_ERROR = 0.05
+"""The damping is doubled while `C C^-1` is further than this (Frobenius) from the identity."""
+
+
+def read(weight: Tensor, moment: Tensor | None, cap: int) -> dict[str, Tensor]:
+    """`W = U diag(sigma) (C^-1 V)^T` with `W C = U diag(sigma) V^T`, at both ends of sigma."""
+    assert moment is not None
+    covariance, factor = damped(moment.double())
+    parts = decompose(weight.double() @ covariance)
+    ones, kept = torch.ones(parts.sigma.numel()), ends(parts.sigma.square(), cap)
+    u, v = parts.vectors(kept)
+    return layer_tensors(parts.sigma, ones, ones.clone(), kept, u, torch.cholesky_solve(v, factor))
+
+
+def damped(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """A covariance `C [n, n]` that has an inverse, and its Cholesky factor [n, n]."""
+    identity = torch.eye(covariance.shape[0], dtype=covariance.dtype, device=covariance.device)
+    damping = DAMPING
+    while True:
+        result = covariance + damping * covariance.diagonal().mean() * identity
+        factor, failed = torch.linalg.cholesky_ex(result)
+        if not failed and torch.dist(result @ torch.cholesky_inverse(factor), identity) < INVERSE_ERROR:
+            return result, factor
+        damping *= 2
+
+
+def plan_most(config: PlanConfig, context: Context) -> Plan:
+    """The directions with the largest singular values of `W C`."""
+    return uniform_plan(config, context, "most")
+
+
+def plan_least(config: PlanConfig, context: Context) -> Plan:
+    """The directions with the smallest singular values of `W C`."""
+    return uniform_plan(config, context, "least")
+
+
+CORDA_IPM = Method(
+    name="corda-ipm",
+    title="CorDA, instruction-previewed (Yang et al., NeurIPS 2024)",
+    changes="one rank in every layer, starting from the directions that the task's activations use most",
+    plan=plan_most,
+    needs=Reading("corda-task", "task", read),
+)
+CORDA_KPM = Method(
+    name="corda-kpm",
+    title="CorDA, knowledge-preserved (Yang et al., NeurIPS 2024)",
+    changes="one rank in every layer, starting from the directions that knowledge text uses least",
+    plan=plan_least,
+    needs=Reading("corda-knowledge", "knowledge", read),
+)

@@ -1,0 +1,57 @@
+"""KaSA: the smallest singular components are cut off for good, and the rest is adapted in singular form (Wang et al. 2024)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from farss.artifacts import Plan
+from farss.config import PlanConfig
+from farss.maths.directions import factors
+from farss.methods.base import Context, Method, Regime, Start, uniform_plan
+from farss.methods.diagonal import add_diagonals, orthogonality
+from farss.methods.singular import SINGULAR
+
+
+def start(u: Tensor, sigma: Tensor, v: Tensor, scaling: float) -> Start:
+    """PEFT's start at zero; the smallest components leave the base and do not come back."""
+    return Start(None, factors(u, sigma, v, scaling))
+
+
+def plan(config: PlanConfig, context: Context) -> Plan:
+    """As many of the smallest singular components as the rank."""
+    return uniform_plan(config, context, "least", beside=lambda rank, rows: rank)
+
+
+class Penalties(Regime):
+    """The two losses beside the task's (KaSA, eq. 9-12)."""
+
+    def __init__(self, config: PlanConfig) -> None:
+        self.beta, self.gamma = config.kasa_beta, config.kasa_gamma
+
+    def dress(self, layers: list[Any], adapter: str) -> None:
+        """Singular values that start normally distributed; B is zero, so the change is."""
+        self.layers, self.adapter = layers, adapter
+        add_diagonals(layers, adapter, torch.randn)
+
+    def penalty(self) -> Tensor:
+        """`beta ||e||^2 + gamma (||B^T B - I||_F + ||A A^T - I||_F)`, summed over the layers."""
+        total = torch.zeros((), device=self.layers[0].lora_A[self.adapter].weight.device)
+        for layer in self.layers:
+            values = layer.lora_E[self.adapter].weight
+            apart = orthogonality(layer.lora_A[self.adapter].weight, layer.lora_B[self.adapter].weight)
+            total = total + self.beta * values.float().square().sum() + self.gamma * (apart[0] + apart[1])
+        return total
+
+
+KASA = Method(
+    name="kasa",
+    title="KaSA (Wang et al. 2024)",
+    changes="one rank in every layer, in singular form; the smallest singular components leave the base for good",
+    plan=plan,
+    needs=SINGULAR,
+    start=start,
+    regime=Penalties,
+)

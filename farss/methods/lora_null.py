@@ -1,0 +1,48 @@
+"""LoRA-Null: start from the weight's projection on the null space of knowledge activations (Tang et al. 2025).
+
+Both factors train, as in the paper's main rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from farss.artifacts import Plan, layer_tensors
+from farss.config import PlanConfig
+from farss.maths.directions import factors
+from farss.methods.base import Context, Method, Reading, Start, uniform_plan
+
+
+def read(weight: Tensor, moment: Tensor | None, cap: int) -> dict[str, Tensor]:
+    """The `cap` directions of the inputs that carry the least activation energy, `v`, and what the weight makes of them,
+    `u = W v`; a direction's score is its energy."""
+    assert moment is not None
+    energy, vectors = torch.linalg.eigh(moment.double())
+    count = min(weight.shape)  # no adapter has a larger rank
+    energy, vectors = energy[:count].clamp_min(0), vectors[:, : min(cap, count)]
+    ones = torch.ones(count)
+    kept = torch.arange(vectors.shape[1])
+    return layer_tensors(ones, energy, ones.clone(), kept, weight.double() @ vectors, vectors)
+
+
+def start(u: Tensor, sigma: Tensor, v: Tensor, scaling: float) -> Start:
+    """`W N N^T = (W N) N^T` in balanced factors, with the null space `N = v [n, r]` and `W N = u`."""
+    left, values, turn = torch.linalg.svd(u.double(), full_matrices=False)
+    part = factors(left, values, v.double() @ turn.T, scaling)
+    return Start(part, part)
+
+
+def plan(config: PlanConfig, context: Context) -> Plan:
+    """The directions with the least energy."""
+    return uniform_plan(config, context, "least")
+
+
+LORA_NULL = Method(
+    name="lora-null",
+    title="LoRA-Null (Tang et al. 2025)",
+    changes="one rank in every layer, starting from the null space of knowledge activations",
+    plan=plan,
+    needs=Reading("null-space", "knowledge", read),
+    start=start,
+)

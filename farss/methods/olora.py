@@ -1,0 +1,38 @@
+"""OLoRA: start from the first columns of the weight's QR decomposition (Buyukakyuz 2024)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from farss.artifacts import Plan, layer_tensors
+from farss.config import PlanConfig
+from farss.methods.base import Context, Method, Reading, Start, uniform_plan
+
+
+def read(weight: Tensor, moment: Tensor | None, cap: int) -> dict[str, Tensor]:
+    """The first `cap` columns of Q and rows of R; a direction's score falls with its place."""
+    q, r = torch.linalg.qr(weight.double())
+    count = q.shape[1]
+    ones, kept = torch.ones(count), torch.arange(min(cap, count))
+    return layer_tensors(ones, torch.arange(count, 0, -1), ones.clone(), kept, q[:, :cap], r[:cap].T)
+
+
+def start(u: Tensor, sigma: Tensor, v: Tensor, scaling: float) -> Start:
+    """`B = Q_r` and `A = R_r`, whatever the scaling, and `s B A` out of the base."""
+    return Start((u, v.T), (u, v.T))
+
+
+def plan(config: PlanConfig, context: Context) -> Plan:
+    """The first columns."""
+    return uniform_plan(config, context, "most")
+
+
+OLORA = Method(
+    name="olora",
+    title="OLoRA (Buyukakyuz 2024)",
+    changes="one rank in every layer, starting from the first columns of Q and rows of R",
+    plan=plan,
+    needs=Reading("orthogonal", "weights", read),
+    start=start,
+)

@@ -1,0 +1,54 @@
+"""Text that a model writes by itself: what it knows, where the user names no knowledge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+LENGTH = 128
+"""Tokens of a text at most."""
+BATCH = 32
+
+
+def own_text(
+    model: Any, tokenizer: Any, count: int, length: int, seed: int, on_progress: Callable[[int, int], None] | None = None
+) -> list[list[int]]:
+    """Sample texts from the model's own distribution (temperature 1), from nothing but the beginning-of-sequence token.
+
+    Args:
+        count: how many texts.
+        length: tokens of a text at most, the first one included.
+        seed: the same seed gives the same texts.
+
+    Returns:
+        The token ids of each text, with the beginning and without the end and what follows it.
+    """
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    found: list[list[int]] = []
+    torch.manual_seed(seed)
+    while len(found) < count:
+        rows = min(BATCH, count - len(found))
+        start = torch.full((rows, 1), first, device=model.device)
+        with torch.no_grad():
+            written = model.generate(
+                input_ids=start,
+                attention_mask=torch.ones_like(start),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=max(1, length - 1),
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        found += [_until_the_end(row, tokenizer.eos_token_id) for row in written.tolist()]
+        if on_progress:
+            on_progress(len(found), count)
+    return found
+
+
+def _until_the_end(row: list[int], end: int) -> list[int]:
+    stop = row.index(end, 1) if end in row[1:] else len(row)
+    return row[: max(2, stop)]

@@ -1,0 +1,60 @@
+"""Where a model's tensors lie while it is looked at, and its state before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from farss.models import is_quantised
+from farss.survey.passage import Batch
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    """Parameters and buffers."""
+    return [*module.parameters(), *module.buffers()]
+
+
+def moved(batch: Batch, device: torch.device) -> Batch:
+    """A batch on a device."""
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+@contextmanager
+def placed(tensors: list[Tensor], device: torch.device) -> Iterator[None]:
+    """Have these tensors' values on a device for a while."""
+    before = [tensor.data for tensor in tensors]
+    for tensor in tensors:
+        tensor.data = tensor.data.to(device)
+    try:
+        yield
+    finally:
+        for tensor, data in zip(tensors, before, strict=True):
+            tensor.data = data
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """The model in `eval()` mode with every parameter frozen; both are put back afterwards."""
+    training, trainable = model.training, [p for p in model.parameters() if p.requires_grad]
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        model.train(training)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+def outside(model: nn.Module, blocks: nn.ModuleList) -> list[Tensor]:
+    """Parameters and buffers that belong to no block: embeddings, final norm, head."""
+    inside = {id(tensor) for tensor in tensors_of(blocks)}
+    return [tensor for tensor in tensors_of(model) if id(tensor) not in inside]
+
+
+def computing_device(model: nn.Module, device: torch.device | None) -> torch.device:
+    """Where a model computes: the device that is asked for, unless it is quantised, which ties it to where it lies."""
+    own: torch.device = next(model.parameters()).device
+    return device if device is not None and not is_quantised(model) else own

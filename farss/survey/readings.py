@@ -1,0 +1,138 @@
+"""What methods other than FARSS look at before they are planned: the weights alone, or the second moment of the activations.
+
+It is written like a survey, so that a plan and an adapter are made from it in the same way: directions with a score each,
+and the vectors of those that can be chosen. What a direction is, a method's `read` decides. Activations are collected
+forwards only, one block at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from farss.artifacts import Layer, Survey, fingerprint
+from farss.maths.fisher import output_energy
+from farss.maths.moments import Moment
+from farss.memory import freed_memory_kept
+from farss.models import find_blocks, keep_gradients, target_layers
+from farss.models import fingerprint as model_fingerprint
+from farss.survey.kept import INPUT, Kept
+from farss.survey.passage import Batch, check_passage, enter, through
+from farss.survey.places import computing_device, frozen, moved, outside, placed, tensors_of
+from farss.survey.record import begin, finish, mark_file, same_survey, write_block
+from farss.survey.statistics import add_once, finite_moment, finite_weight, real_rows
+from farss.survey.sweep import Progress, real_tokens, silent
+
+Read = Callable[[Tensor, Tensor | None, int], dict[str, Tensor]]
+"""(weight [m, n], activation moment [n, n] or None, how many directions at an end) -> `artifacts.layer_tensors`."""
+
+
+def read_layers(
+    model: nn.Module,
+    folder: Path | str,
+    read: Read,
+    cap: int,
+    batches: list[Batch] | None = None,
+    targets: list[str] | None = None,
+    meta: dict[str, Any] | None = None,
+    on_progress: Progress | None = None,
+    device: torch.device | None = None,
+) -> Survey:
+    """Read every target layer, one block after the other; a killed reading goes on at its block, to the same bytes.
+
+    Args:
+        folder: `survey.json` and one safetensors file a block are written here.
+        read: what is kept of a layer.
+        cap: how many directions it keeps at an end.
+        batches: examples whose activations are collected, as in `survey`; None: the weights alone are read.
+        device: compute here, one block at a time; None: where the model is.
+
+    Raises:
+        NumericalError: a weight or an activation is NaN or infinite; the layer is named.
+        FolderError: the folder holds something else.
+    """
+    folder, tell = Path(folder), on_progress or silent
+    keep_gradients(model)
+    layers, (_, blocks) = target_layers(model, targets), find_blocks(model)
+    key = fingerprint([f"{read.__module__}.{read.__qualname__}", model_fingerprint(model), list(layers), real_tokens(batches or [])])
+    if (folder / "survey.json").is_file():
+        return same_survey(Survey.load(folder), key, cap)
+    begin(folder, key, cap)
+    place = computing_device(model, device)
+    with frozen(model), freed_memory_kept(place):
+        walk = _moments(model, blocks, layers, batches, folder, place) if batches else _alone(blocks, layers, folder, place)
+        for index, moments in walk:
+            found, worth = {}, {}
+            for name, layer in layers.items():
+                if layer.block == index:
+                    weight = finite_weight(layer, model.get_submodule(name))
+                    moment = finite_moment(name, "activations", moments[name].mean) if moments else None
+                    found[name], worth[name] = read(weight, moment, cap), output_energy(weight, moment)
+            write_block(folder, index, found, {"importance": worth, "overlap": None})
+            tell(index + 1, len(blocks), f"block {index}")
+    return finish(folder, layers, len(blocks), cap, batches or [], {**(meta or {}), "key": key})
+
+
+def _undone(layers: dict[str, Layer], folder: Path) -> list[int]:
+    """The blocks, up to the last with a target layer, that are not read yet."""
+    last = max(layer.block for layer in layers.values())
+    return [index for index in range(last + 1) if not mark_file(folder, index).is_file()]
+
+
+def _alone(blocks: nn.ModuleList, layers: dict[str, Layer], folder: Path, device: torch.device) -> Iterator[tuple[int, dict[str, Moment]]]:
+    """Each undone block, on the device where it is to be read."""
+    for index in _undone(layers, folder):
+        with placed(tensors_of(blocks[index]), device):
+            yield index, {}
+
+
+def _moments(
+    model: nn.Module, blocks: nn.ModuleList, layers: dict[str, Layer], batches: list[Batch], folder: Path, device: torch.device
+) -> Iterator[tuple[int, dict[str, Moment]]]:
+    """The same, with the second moments of its layers' inputs; what enters the next block is kept on disk first."""
+    kept, undone = Kept(folder), _undone(layers, folder)
+    if not kept.blocks(INPUT):
+        check_passage(model, blocks, moved(batches[0], next(model.parameters()).device))
+    with placed(outside(model, blocks), device):
+        passages = [enter(model, blocks, moved(batch, device)) for batch in batches]
+        if undone[:1] == [0]:
+            kept.write(INPUT, 0, [passage.start for passage in passages])
+        for index in undone:
+            modules = {name: model.get_submodule(name) for name, layer in layers.items() if layer.block == index}
+            moments = {name: Moment(_sums(module)) for name, module in modules.items()}
+            states = kept.read(INPUT, index, device)
+            with placed(tensors_of(blocks[index]), device):
+                for place, (passage, state) in enumerate(zip(passages, states, strict=True)):
+                    with torch.no_grad(), _recording(modules, moments, passage.mask):
+                        states[place] = through(blocks[index], index, passage, state)
+                kept.write(INPUT, index + 1, states)
+                yield index, moments
+            kept.drop(INPUT, index)
+
+
+def _sums(module: nn.Module) -> torch.dtype:
+    return torch.float64 if next(module.parameters()).dtype == torch.float64 else torch.float32
+
+
+@contextmanager
+def _recording(modules: dict[str, nn.Module], moments: dict[str, Moment], mask: Tensor) -> Iterator[None]:
+    """While active, every forward pass through the layers adds their inputs to the moments."""
+    seen: dict[int, tuple[Tensor, Moment]] = {}
+
+    def hook(name: str) -> Any:
+        def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            moments[name] = add_once(args[0], real_rows(name, args[0], mask), moments[name], seen)
+
+        return record
+
+    hooks = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for one in hooks:
+            one.remove()

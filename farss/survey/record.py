@@ -1,0 +1,91 @@
+"""The folder of a survey while it is made, and when it is complete."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from farss import processes
+from farss.artifacts import Layer, Survey, read_json, write_json, write_tensors
+from farss.errors import FolderError
+from farss.survey.kept import Kept
+from farss.survey.passage import Batch
+
+PROGRESS = "progress.json"
+"""In the survey's folder while it is unfinished."""
+
+
+def same_survey(found: Survey, key: str, cap: int) -> Survey:
+    """A complete survey, if it is the one that is wanted.
+
+    Raises:
+        FolderError: it is of something else, or kept too little.
+    """
+    if found.meta.get("key") != key:
+        raise FolderError(f"{found.folder} holds a survey of another model or of other data: choose another folder, or delete it")
+    if found.cap < cap:
+        raise FolderError(
+            f"{found.folder} kept {found.cap} directions at each end, and {cap} are wanted: choose another folder, or delete it"
+        )
+    return found
+
+
+def mark_of(key: str, cap: int) -> dict[str, Any]:
+    """What an unfinished survey is recognised by."""
+    return {"key": key, "cap": cap, "processes": processes.size()}
+
+
+def begin(folder: Path, key: str, cap: int) -> dict[str, Any]:
+    """Mark a folder as ours, or check that the unfinished survey in it is this one.
+
+    Returns:
+        The `seconds` that were spent on it before, in all and by `parts`.
+    """
+    mark = mark_of(key, cap)
+    if (folder / PROGRESS).is_file():
+        progress = read_json(folder / PROGRESS)
+        if {name: progress.get(name) for name in mark} == mark:
+            return dict(progress)
+        if (progress["key"], progress["cap"]) == (key, cap):
+            raise FolderError(f"{folder} holds a survey that {progress.get('processes')} processes began: go on with as many, or delete it")
+        raise FolderError(f"{folder} holds an unfinished survey of another model, other data or another rank: delete it")
+    fresh = {**mark, "seconds": 0.0, "parts": {}}
+    write_json(folder / PROGRESS, fresh)
+    return fresh
+
+
+def finish(folder: Path, layers: dict[str, Layer], blocks: int, cap: int, batches: list[Batch], meta: dict[str, Any]) -> Survey:
+    """Gather the importances and write `survey.json`."""
+    importances: dict[str, float] = {}
+    for path in sorted(folder.glob("block-????.json")):
+        facts = read_json(path)
+        importances |= facts["importance"]
+        if facts["overlap"]:
+            meta["overlap"] = facts["overlap"]
+    measured = {name: Layer(name, x.block, x.shape, importances[name]) for name, x in layers.items()}
+    examples = sum(batch["input_ids"].shape[0] for batch in batches)
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    Survey(folder, measured, blocks, cap, examples, tokens, meta).save()
+    for path in [*folder.glob("block-????.json"), folder / PROGRESS]:
+        path.unlink()
+    Kept(folder).clear()
+    return Survey.load(folder)
+
+
+def mark_file(folder: Path, block: int) -> Path:
+    """The last file of a block that is written: with it, the block is done."""
+    return folder / f"block-{block:04d}.json"
+
+
+def write_block(folder: Path, block: int, tensors: dict[str, dict[str, Tensor]], facts: dict[str, Any]) -> None:
+    """Write what is kept of a block's layers, and then that it is done.
+
+    Args:
+        tensors: for each layer, as `artifacts.layer_tensors` gives them.
+        facts: `importance` by layer, and `overlap` (see `statistics.summary`) or None.
+    """
+    named = {f"{name}.{part}": tensor for name, parts in tensors.items() for part, tensor in parts.items()}
+    write_tensors(folder / f"block-{block:04d}.safetensors", named)
+    write_json(mark_file(folder, block), facts)

@@ -1,0 +1,202 @@
+"""The law of each method that starts from activations or from the weights' QR decomposition."""
+
+import dataclasses
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.corda import collect_eigens_for_layer
+from small_models import examples, small
+from test_adapter import logits
+from test_portable import prompts
+from test_survey import collated
+
+from farss.adapter import START, TRAINED, attach, lora_layers, start_of
+from farss.config import PlanConfig
+from farss.data import unlearnt
+from farss.methods import METHODS
+from farss.models import target_layers, weight_of
+from farss.plan import make_plan, survey_cap
+from farss.portable import export
+from farss.survey import own_text, read_layers
+
+CONFIG = PlanConfig(rank=6)
+READINGS = ["olora", "corda-ipm", "corda-kpm", "lora-null", "eva"]
+
+
+def planned(method, model, folder, batches=None):
+    config = dataclasses.replace(CONFIG, method=method)
+    needs = METHODS[method].needs
+    known = read_layers(model, folder, needs.read, survey_cap(config), None if needs.of == "weights" else batches)
+    return known, make_plan(config, known)
+
+
+def inputs_of(model, name, batches):
+    """Every real token's input of a layer, [t, n] float64."""
+    rows = []
+    hook = model.get_submodule(name).register_forward_pre_hook(lambda module, args: rows.append(args[0].detach()))
+    found = []
+    for batch in batches:
+        with torch.no_grad():
+            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        found.append(rows.pop()[batch["attention_mask"].bool()])
+    hook.remove()
+    return torch.cat(found).double()
+
+
+@pytest.mark.parametrize("kind", ["llama-gqa", "gpt2"])
+def test_olora_is_pefts(kind, tmp_path):
+    model = small(kind).float()
+    known, plan = planned("olora", model, tmp_path)
+    theirs = get_peft_model(
+        small(kind).float(),
+        LoraConfig(r=6, lora_alpha=6, target_modules=list(plan.layers), init_lora_weights="olora", fan_in_fan_out=kind == "gpt2"),
+    )
+    for name in plan.layers:
+        if kind == "gpt2":  # PEFT decomposes the transpose that Conv1D stores; ours must rebuild the layer's own weight
+            weight = weight_of(model.get_submodule(name)).double()
+            q, r = torch.linalg.qr(weight)
+            expected = q[:, :6] @ r[:6]
+        else:
+            module = theirs.base_model.model.get_submodule(name)
+            expected = module.lora_B["default"].weight.detach() @ module.lora_A["default"].weight.detach()
+        b, a = start_of(plan, known, name).trained
+        torch.testing.assert_close((b @ a).float(), expected.float(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("method", "end"), [("corda-ipm", slice(None, 6)), ("corda-kpm", slice(-6, None))])
+def test_corda_is_pefts_with_the_same_covariance(method, end, tmp_path):
+    model, batches = small("llama-gqa"), collated(examples())
+    known, plan = planned(method, model, tmp_path, batches)
+    for name in [*plan.layers][:7]:
+        linear = model.get_submodule(name)
+        rows = inputs_of(model, name, batches)
+        linear.covariance_matrix = rows.T @ rows / rows.shape[0]
+        theirs = collect_eigens_for_layer(linear, LoraConfig(r=6))
+        u, s, v = theirs.U_WC[:, end].double(), theirs.S_WC[end].double(), theirs.V_WC[:, end].double()
+        b, a = start_of(plan, known, name).trained
+        expected = (u * s) @ v.T
+        assert torch.dist(plan.layers[name].scaling * b @ a, expected) <= 2e-3 * expected.norm()
+
+
+def test_corda_factors_rebuild_the_weight(tmp_path):
+    model, batches = small("llama"), collated(examples())
+    config = dataclasses.replace(CONFIG, method="corda-ipm", rank=32)
+    known = read_layers(model, tmp_path, METHODS["corda-ipm"].needs.read, survey_cap(config), batches)
+    plan = make_plan(config, known)
+    for name, layer in plan.layers.items():
+        b, a = start_of(plan, known, name).trained
+        weight = weight_of(model.get_submodule(name))
+        assert torch.dist(layer.scaling * b @ a, weight) <= 1e-5 * weight.norm()
+
+
+def test_lora_null_annihilates_the_knowledge(tmp_path):
+    """With fewer tokens than inputs there is a true null space, and the start is nought on every token it was given."""
+    model, batches = small("llama"), collated(examples(2))
+    known, plan = planned("lora-null", model, tmp_path, batches)
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    for name, layer in plan.layers.items():
+        rows = inputs_of(model, name, batches)
+        weight = weight_of(model.get_submodule(name))
+        b, a = start_of(plan, known, name).trained
+        on_knowledge = (rows @ a.T @ b.T).norm() / (rows @ weight.T).norm()
+        assert rows.shape[1] - tokens >= layer.rank
+        assert on_knowledge <= 1e-6
+        assert (rows @ a.double().T).norm() / rows.norm() <= 1e-6
+
+
+def test_lora_null_is_the_projection_of_the_weight(tmp_path):
+    model, batches = small("gemma3"), collated(examples(20))  # more tokens than inputs: the weakest directions are unique
+    known, plan = planned("lora-null", model, tmp_path, batches)
+    for name, layer in plan.layers.items():
+        rows = inputs_of(model, name, batches)
+        null = torch.linalg.eigh(rows.T @ rows)[1][:, : layer.rank]
+        b, a = start_of(plan, known, name).trained
+        expected = weight_of(model.get_submodule(name)) @ null @ null.T
+        assert torch.dist(layer.scaling * b @ a, expected) <= 1e-4 * expected.norm()
+        torch.testing.assert_close(b.norm(dim=0), a.norm(dim=1), rtol=1e-4, atol=1e-8)  # balanced, as its SVD makes it
+
+
+def test_eva_starts_from_the_main_directions_and_gives_ranks_where_they_explain_most(tmp_path):
+    model, batches = small("llama-gqa"), collated(examples())
+    known, plan = planned("eva", model, tmp_path, batches)
+    layers = target_layers(model)
+    assert sum(layer.rank for layer in plan.layers.values()) == 6 * len(layers)
+    assert max(layer.rank for layer in plan.layers.values()) <= 12
+    chosen, left = [], []
+    for name, shape in layers.items():
+        rows = inputs_of(model, name, batches)
+        values, vectors = torch.linalg.svd(rows, full_matrices=False)[1:]
+        share = values.square() / values.square().sum()
+        rank = plan.layers[name].rank if name in plan.layers else 0
+        cap = min(12, *shape.shape)
+        chosen += share[:rank].tolist()
+        left += share[rank:cap].tolist()
+        if rank:
+            start = start_of(plan, known, name)
+            assert start.removed is None
+            assert not start.trained[0].any()
+            torch.testing.assert_close((start.trained[1].double() @ vectors[:rank].T).abs(), torch.eye(rank).double(), rtol=0, atol=1e-4)
+    assert min(chosen) >= max(left) - 1e-9
+
+
+@pytest.mark.parametrize("method", READINGS)
+def test_step_zero_training_and_export(method, tmp_path):
+    model, batches = small("llama").float(), collated(examples())
+    before = logits(model)
+    known, plan = planned(method, model, tmp_path / "reading", batches)
+    adapted = attach(model, plan, known, seed=3).eval()
+    scale = before.abs().max()
+    assert (logits(adapted) - before).abs().max() <= 1e-5 * scale
+    assert (START in adapted.peft_config) == (method != "eva")
+    for module in lora_layers(adapted, plan).values():
+        module.lora_B[TRAINED].weight.data += 0.05
+    trained = logits(adapted)
+    done = export(adapted, plan, tmp_path / "adapter", prompts())
+    assert done.logit_difference <= 1e-5 * trained.abs().max()
+    assert (trained - before).abs().max() > 0.01 * scale
+
+
+@pytest.mark.parametrize("method", ["olora", "lora-null"])
+def test_a_killed_reading_goes_on_to_the_same_bytes(method, tmp_path):
+    class Stop(Exception):
+        pass
+
+    def stop(done, total, line):
+        if done == 2:
+            raise Stop
+
+    needs, batches = METHODS[method].needs, collated(examples())
+    batches = None if needs.of == "weights" else batches
+    with pytest.raises(Stop):
+        read_layers(small("llama"), tmp_path / "one", needs.read, 6, batches, on_progress=stop)
+    first = (tmp_path / "one" / "block-0000.safetensors").stat().st_mtime_ns
+    read_layers(small("llama"), tmp_path / "one", needs.read, 6, batches)
+    read_layers(small("llama"), tmp_path / "two", needs.read, 6, batches)
+    assert (tmp_path / "one" / "block-0000.safetensors").stat().st_mtime_ns == first
+    for file in (tmp_path / "two").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "one" / file.name).read_bytes()
+    assert {file.name for file in (tmp_path / "one").iterdir()} == {file.name for file in (tmp_path / "two").iterdir()}
+
+
+def test_batches_do_not_matter(tmp_path):
+    rows = examples()
+    one = read_layers(small("qwen3"), tmp_path / "one", METHODS["eva"].needs.read, 6, collated(rows, 1))
+    two = read_layers(small("qwen3"), tmp_path / "two", METHODS["eva"].needs.read, 6, collated(rows, 6, "left"))
+    for name in one.layers:
+        torch.testing.assert_close(one.directions(name).lam, two.directions(name).lam, rtol=1e-5, atol=1e-8)
+        assert one.layers[name].importance == pytest.approx(two.layers[name].importance, rel=1e-6)
+
+
+def test_own_text_is_the_models_own_and_the_same_every_time():
+    class Words:
+        bos_token_id, eos_token_id, pad_token_id = 1, 2, 0
+
+    model = small("llama")
+    one, two, other = (own_text(model, Words(), 40, 12, seed) for seed in (0, 0, 1))
+    assert one == two
+    assert one != other
+    assert len(one) == 40
+    assert all(text[0] == 1 and 2 <= len(text) <= 12 and 2 not in text[2:] for text in one)
+    rows = unlearnt(one)
+    assert all(len(row["input_ids"]) == len(row["completion_mask"]) and not any(row["completion_mask"]) for row in rows)

@@ -1,0 +1,223 @@
+"""The laws of the methods that train more than A and B, or train by rules of their own."""
+
+import dataclasses
+
+import pytest
+import torch
+from peft import AdaLoraConfig, KasaConfig, LoraConfig, get_peft_model
+from peft.tuners.lora.variants import _kasa_layer_regularization_loss
+from small_models import small
+from test_adapter import logits
+from test_portable import prompts
+from test_train import difference, options, tokenizer, weights, whole_model
+from test_train import examples as rows_to_learn
+
+from farss.adapter import START, TRAINED, attach, lora_layers
+from farss.config import PlanConfig
+from farss.errors import FarssError
+from farss.merging import with_change
+from farss.methods import METHODS
+from farss.methods.singular import read
+from farss.models import find_blocks, is_transposed, target_layers
+from farss.plan import make_plan, make_plan_without_survey
+from farss.portable import export
+from farss.prepared import write_prepared
+from farss.survey import read_layers
+from farss.train import restore, train
+
+CONFIG = PlanConfig(rank=6)
+
+
+def attached(method, model, folder=None, **changes):
+    """The model with a method's adapters, its plan and its regime."""
+    config = dataclasses.replace(CONFIG, method=method, **changes)
+    known = read_layers(model, folder, read, 8) if METHODS[method].needs != "nothing" else None
+    plan = make_plan(config, known) if known else make_plan_without_survey(config, target_layers(model), len(find_blocks(model)[1]))
+    regime = METHODS[method].regime(config) if METHODS[method].regime else None
+    return attach(model, plan, known, seed=3, regime=regime), plan, regime
+
+
+def shaken(adapted):
+    """Made-up training."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator).to(parameter)
+    return adapted.eval()
+
+
+@pytest.mark.parametrize("method", ["dora", "adalora"])
+@pytest.mark.parametrize("kind", ["llama-gqa", "gpt2"])
+def test_step_zero_is_the_base_and_the_plan_counts_what_trains(method, kind):
+    model = small(kind).float()
+    before = logits(model)
+    adapted, plan, _ = attached(method, model)
+    assert (logits(adapted.eval()) - before).abs().max() <= 1e-5 * before.abs().max()
+    assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == plan.parameters
+
+
+# --- DoRA ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["llama-gqa", "gpt2"])
+def test_merged_dora_is_pefts(kind, tmp_path):
+    adapted, plan, _ = attached("dora", small(kind).float())
+    shaken(adapted)
+    expected = logits(adapted)
+    weight_names = [f"{name}.weight" for name in plan.layers]
+    ours = {}
+    for name in weight_names:
+        base = adapted.base_model.model.get_submodule(name.removesuffix(".weight")).base_layer
+        ours[name] = with_change(adapted, plan, name, base.weight.detach())
+        assert ours[name].shape == base.weight.shape
+        assert is_transposed(base) == (kind == "gpt2")
+    merged = adapted.merge_and_unload()
+    for name, weight in ours.items():
+        torch.testing.assert_close(merged.get_parameter(name), weight, rtol=1e-4, atol=1e-5)
+    assert (logits(merged.eval()) - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_dora_is_handed_over_as_a_whole_model():
+    assert not METHODS["dora"].plain_lora
+    assert all(method.plain_lora for name, method in METHODS.items() if name not in ("dora", "full"))
+
+
+# --- KaSA ------------------------------------------------------------------------------------------------------------
+
+
+def theirs_like_ours(adapted, plan):
+    """PEFT's own KaSA with our values."""
+    theirs = get_peft_model(
+        small("llama-gqa").float(), LoraConfig(r=6, lora_alpha=6, target_modules=list(plan.layers), kasa_config=KasaConfig())
+    )
+    for name, module in lora_layers(adapted, plan).items():
+        other = theirs.base_model.model.get_submodule(name)
+        other.lora_A["default"].weight.data.copy_(module.lora_A[TRAINED].weight.data)
+        other.lora_B["default"].weight.data.copy_(module.lora_B[TRAINED].weight.data)
+        other.lora_diag["default"].data.copy_(module.lora_E[TRAINED].weight.data[:, 0])
+    return theirs.eval()
+
+
+def test_kasa_is_pefts(tmp_path):
+    adapted, plan, regime = attached("kasa", small("llama-gqa").float(), tmp_path)
+    shaken(adapted)
+    theirs = theirs_like_ours(adapted, plan)
+    expected = logits(theirs)
+    assert (logits(adapted) - expected).abs().max() <= 1e-4 * expected.abs().max()
+    modules = [theirs.base_model.model.get_submodule(name) for name in plan.layers]
+    penalty = sum(_kasa_layer_regularization_loss(module, "default", CONFIG.kasa_beta, CONFIG.kasa_gamma) for module in modules)
+    torch.testing.assert_close(regime.penalty(), penalty)
+
+
+def test_kasa_exports_as_a_plain_lora_on_the_whole_base(tmp_path):
+    """PEFT says it cannot be; with the cut components in the adapter it can."""
+    adapted, plan, _ = attached("kasa", small("llama").float(), tmp_path / "weights")
+    cut = logits(adapted.eval())
+    base = logits(small("llama").float())
+    assert (cut - base).abs().max() > 1e-3 * base.abs().max()  # the smallest components are gone before training begins
+    shaken(adapted)
+    trained = logits(adapted)
+    done = export(adapted, plan, tmp_path / "adapter", prompts())
+    assert done.logit_difference <= 1e-5 * trained.abs().max()
+    assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == plan.parameters
+    assert START in adapted.peft_config
+
+
+# --- AdaLoRA ---------------------------------------------------------------------------------------------------------
+
+
+def test_adalora_prunes_as_pefts(tmp_path):
+    """The same values, losses and steps through PEFT's AdaLoraModel and through ours end in the same weights."""
+    steps = 12
+    ours, plan, regime = attached("adalora", small("llama").float())
+    regime.begin(ours, steps)
+    settings = regime.allocator.peft_config
+    theirs = get_peft_model(
+        small("llama").float(),
+        AdaLoraConfig(
+            init_r=9, target_r=6, lora_alpha=9, target_modules=list(plan.layers), total_step=steps, task_type="CAUSAL_LM",
+            tinit=settings.tinit, tfinal=settings.tfinal, deltaT=settings.deltaT,
+        ),
+    )  # fmt: skip
+    mine = lora_layers(ours, plan)
+    others = {name: theirs.base_model.model.get_submodule(name) for name in plan.layers}
+    for name, module in mine.items():
+        others[name].lora_A["default"].data.copy_(module.lora_A[TRAINED].weight.data)
+        others[name].lora_B["default"].data.copy_(module.lora_B[TRAINED].weight.data)
+    batch = prompts()
+    pair = [torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1) for model in (ours, theirs)]
+    for step in range(1, steps + 1):
+        (ours(**batch, labels=batch["input_ids"]).loss + regime.penalty()).backward()
+        theirs(**batch, labels=batch["input_ids"]).loss.backward()
+        for optimiser in pair:
+            optimiser.step()
+        regime.after_step(step)
+        theirs.base_model.update_and_allocate(step)
+        for optimiser in pair:
+            optimiser.zero_grad()
+    kept = 0
+    for name, module in mine.items():
+        torch.testing.assert_close(module.lora_E[TRAINED].weight, others[name].lora_E["default"], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(module.lora_A[TRAINED].weight, others[name].lora_A["default"], rtol=1e-3, atol=1e-5)
+        kept += int((module.lora_E[TRAINED].weight != 0).sum())
+    assert 0 < kept <= 6 * len(mine)
+    trained = logits(ours.eval())
+    done = export(ours, plan, tmp_path / "adapter", prompts())
+    assert done.logit_difference <= 1e-5 * trained.abs().max()
+
+
+@pytest.mark.parametrize("method", ["adalora", "kasa"])
+def test_a_killed_training_goes_on_to_the_same_weights(method, tmp_path):
+    """Under our trainer, with what the method keeps beside the weights."""
+
+    class Stop(Exception):
+        pass
+
+    def stop(done, total, loss):
+        if done == 5:
+            raise Stop
+
+    def go(folder, on_progress=None):
+        adapted, plan, regime = attached(method, whole_model().float(), tmp_path / "weights")
+        try:
+            train(adapted, tokenizer(), rows_to_learn(), options(epochs=2, max_steps=10), folder, on_progress=on_progress, regime=regime)
+        except Stop:
+            return go(folder)
+        return weights(adapted), plan, adapted
+
+    straight, _, adapted = go(tmp_path / "one")
+    resumed, _, _ = go(tmp_path / "two", stop)
+    assert difference(straight, resumed) == 0
+    fresh, _, _ = attached(method, whole_model().float(), tmp_path / "weights")
+    restore(fresh, tmp_path / "one")
+    assert difference(weights(fresh), straight) == 0
+    if method == "adalora":
+        zeros = sum(int((p == 0).sum()) for name, p in adapted.named_parameters() if ".lora_E." in name)
+        assert zeros > 0
+
+
+@pytest.mark.parametrize("method", ["adalora", "kasa"])
+def test_the_penalty_is_added_once_a_step_and_is_not_in_the_logged_loss(method, tmp_path):
+    found = {}
+    for micro in (4, 2):
+        adapted, _, regime = attached(method, whole_model().float(), tmp_path / "weights")
+        config = options(max_steps=4, micro_batch_size=micro, dropout=0.0)
+        result = train(adapted, tokenizer(), rows_to_learn(16), config, tmp_path / str(micro), regime=regime)
+        found[micro] = (weights(adapted), result.log[0]["loss"])
+    assert difference(found[4][0], found[2][0]) <= 1e-4
+    assert found[4][1] == pytest.approx(found[2][1], rel=1e-4)
+    plain, _, _ = attached("lora", whole_model().float())
+    first = train(plain, tokenizer(), rows_to_learn(16), options(max_steps=1, dropout=0.0), tmp_path / "plain").log[0]["loss"]
+    adapted, _, regime = attached(method, whole_model().float(), tmp_path / "weights")
+    config = options(max_steps=1, dropout=0.0)
+    own = train(adapted, tokenizer(), rows_to_learn(16), config, tmp_path / "own", regime=regime).log[0]["loss"]
+    assert own == pytest.approx(first, rel=0.02)  # both start at the base (KaSA: nearly)
+
+
+def test_other_trainers_are_refused_what_they_cannot_do(tmp_path):
+    adapted, plan, _ = attached("kasa", small("llama").float(), tmp_path / "weights")
+    with pytest.raises(FarssError, match="'kasa' trains by rules of its own, which no other trainer knows"):
+        write_prepared(adapted, plan, None, tmp_path / "prepared", tmp_path)
+    adapted, plan, _ = attached("dora", small("llama").float())
+    with pytest.raises(FarssError, match="'dora' starts at zero"):
+        write_prepared(adapted, plan, None, tmp_path / "prepared", tmp_path)
