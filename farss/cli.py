@@ -30,6 +30,9 @@ app = typer.Typer(
 console = Console()
 errors = Console(stderr=True)
 
+TUNE = [0.25, 0.5, 1, 2]
+"""`compare.tune` of `farss compare --tune`."""
+
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A run file; `farss config` prints one.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Options to override.")]
 
@@ -159,11 +162,13 @@ def compare(
     overrides: Overrides = None,
     methods: Annotated[str | None, typer.Option(help="Methods, separated by commas; default: compare.methods.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds, separated by commas; default: compare.seeds.")] = None,
+    tune: Annotated[bool, typer.Option("--tune", help=f"Tune every method's learning rate: compare.tune={TUNE}.")] = False,
 ) -> None:
     """Run several methods on the same model and data, and put them into one table."""
     wanted = load(config, overrides or ())
     extra = [f"compare.methods=[{methods}]"] if methods else []
     extra += [f"compare.seeds=[{seeds}]"] if seeds else []
+    extra += [f"compare.tune={TUNE}"] if tune and not wanted.compare.tune else []
     wanted = override(wanted, extra)
     if not wanted.compare.methods:
         wanted = override(wanted, ["compare.methods=[farss, lora, full]"])
@@ -185,7 +190,7 @@ def survey(config: ConfigFile, overrides: Overrides = None) -> None:
     console.print(importance_table(found))
     console.print(extremes_table(found))
     console.print(survey_facts(found), highlight=False)
-    _where({"survey": one.common.path / "survey"})
+    _where({"survey": one.place.path / "survey"})
 
 
 @app.command()

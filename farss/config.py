@@ -292,11 +292,23 @@ class CompareConfig:
     """Several methods side by side; `farss run` runs them all when `methods` is not empty."""
 
     methods: list[str] = field(default_factory=list)
-    """Methods to compare, such as [farss, lora, full]."""
+    """Methods to compare, such as [farss, lora, full]; farss@wide is a variant of farss, with the options of its settings."""
     seeds: list[int] = field(default_factory=list)
     """One run of each method for each of these seeds; empty: the one `seed`."""
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Options that differ for one method, such as {full: {train.learning_rate: 1e-5}}."""
+    tune: list[float] = field(default_factory=list)
+    """Run every method at its learning rate times each of these, such as [0.25, 0.5, 1, 2], with the first seed, and with
+    every seed at the best; empty: at its own learning rate."""
+    held_out: float = 0.2
+    """Share of the questions by which the best is chosen; the table is made of the others."""
+
+    def __post_init__(self) -> None:
+        for factor in self.tune:
+            _check(factor > 0, f"compare.tune holds {factor}: give numbers above 0")
+        twice = sorted({factor for factor in self.tune if self.tune.count(factor) > 1})
+        _check(not twice, f"compare.tune holds {twice[0] if twice else 0} twice: give each once")
+        _check(0 < self.held_out < 1, f"compare.held_out={self.held_out}: give a share above 0 and below 1")
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,11 @@ from farss.tasks.live import Progress, asking, live_model, require_harness
 from farss.tasks.names import task_manager
 from farss.tasks.questions import Drawn, Kind, draw, prompt_of, task_settings
 from farss.tasks.records import Logged, Record, main_metric, metric_label, records_of
+from farss.tasks.standing import Entry, Standing, differences, standings, task_score
 from farss.tasks.summary import Summary, summarise
 from farss.tasks.text import text_loss
 
-__all__ = ["Progress", "Summary", "evaluate", "summarise"]
+__all__ = ["Entry", "Progress", "Standing", "Summary", "differences", "evaluate", "standings", "summarise", "task_score"]
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,9 @@ class Run:
 
     config: Config
     shared: Path | None = None
-    """Folder whose `survey/` and `base/` are used instead of this run's own, in a comparison."""
+    """Folder whose `base/` is used instead of this run's own, in a comparison."""
+    statistics_folder: Path | None = None
+    """Folder whose `survey/` (or other statistics) are used instead of this run's own, in a comparison."""
     shared_seed: int | None = None
     """Seed of the shared survey and of the questions that are drawn; None: the run's own."""
     tell: Tell = _silent
@@ -99,8 +101,13 @@ class Run:
 
     @property
     def common(self) -> Folder:
-        """The folder that holds `survey/` and `base/`."""
+        """The folder that holds `base/`."""
         return Folder(self.shared) if self.shared else self.folder
+
+    @property
+    def place(self) -> Folder:
+        """The folder that holds `survey/` and other statistics."""
+        return Folder(self.statistics_folder) if self.statistics_folder else self.folder
 
     @property
     def common_config(self) -> Config:
@@ -153,7 +160,7 @@ class Run:
         Raises:
             FolderError: the first option that differs is named.
         """
-        self.common.is_done("survey", self._survey_options, redo=self.method.needs != "survey")
+        self.place.is_done("survey", self._survey_options, redo=self.method.needs != "survey")
         self.folder.is_done("plan", self._plan_options, redo=self._may_replan)
         self.folder.is_done("train", self._train_options)
 
@@ -179,14 +186,14 @@ class Run:
     def survey(self) -> Survey:
         """`survey/`: the statistics and decompositions."""
         config = self.common_config
-        options, place, cap = self._survey_options, self.common.path / "survey", survey_cap(config.plan)
-        if self.common.is_done("survey", options):
+        options, place, cap = self._survey_options, self.place.path / "survey", survey_cap(config.plan)
+        if self.place.is_done("survey", options):
             return _check_cap(Survey.load(place), cap)
         parts = calibration_batches(self._common_examples.rows, config.calibration, self.tokenizer.pad_token_id, config.seed)
         # blocks go to the GPU one at a time, unless they are quantised
         model = load_model(config.model, device=torch.device("cpu") if config.model.quantization == "none" else None)
         meta = {"model": fingerprint(model), "tokenizer": tokenizer_fingerprint(self.tokenizer), "path": config.model.path}
-        with self.common.step("survey", options) as facts:
+        with self.place.step("survey", options) as facts:
             result = survey(
                 *(model, parts, place, cap, config.model.targets, config.calibration.fisher, config.seed, meta),
                 lambda done, total, line: self.tell("survey", done, total, line),
@@ -198,12 +205,12 @@ class Run:
     def reading(self, wanted: Reading) -> Survey:
         """`<its name>/`: what a method other than FARSS looks at before it is planned."""
         config = self.common_config
-        options, place, cap = options_of(config, READING_KEYS[wanted.of]), self.common.path / wanted.name, survey_cap(config.plan)
-        if self.common.is_done(wanted.name, options):
+        options, place, cap = options_of(config, READING_KEYS[wanted.of]), self.place.path / wanted.name, survey_cap(config.plan)
+        if self.place.is_done(wanted.name, options):
             return _check_cap(Survey.load(place), cap)
         model = load_model(config.model, device=torch.device("cpu") if config.model.quantization == "none" else None)
         begun = time.monotonic()
-        with self.common.step(wanted.name, options) as facts:
+        with self.place.step(wanted.name, options) as facts:
             meta = {"model": fingerprint(model), "tokenizer": tokenizer_fingerprint(self.tokenizer), "path": config.model.path}
             batches = self._batches(model, wanted)
             result = read_layers(
@@ -231,7 +238,7 @@ class Run:
         length = min(LENGTH, config.data.max_length)
         ids = own_text(model, self.tokenizer, count, length, config.seed, lambda done, total: self.tell("own text", done, total, ""))
         lines = [json.dumps({"text": self.tokenizer.decode(row, skip_special_tokens=True)}, ensure_ascii=False) for row in ids]
-        write_text(self.common.path / "own_text.jsonl", "\n".join(lines) + "\n")
+        write_text(self.place.path / "own_text.jsonl", "\n".join(lines) + "\n")
         return unlearnt(ids)
 
     def statistics(self) -> Survey | None:
@@ -333,10 +340,10 @@ class Run:
                 self._ask(load_model(self.config.model), self.common.path / "base", "base")
         return Scores.load(self.common.path / "base" / "scores.json")
 
-    def summarise(self, full_scores: str | Path | None) -> Summary:
-        """`summary.json`: K, T and KT from the stored scores."""
-        full = Path(full_scores).parent if full_scores else None
-        summary = summarise(self.common.path / "base", self.path, full, self.config)
+    def summarise(self, full_scores: str | Path | None, only: Callable[[str], bool] | None = None) -> Summary:
+        """`summary.json`: K, T and KT from the stored scores, of all questions or those whose id `only` takes."""
+        full = Path(full_scores) if full_scores else None
+        summary = summarise(self.common.path / "base", self.path, full, self.config, only)
         summary.save(self.path / "summary.json")
         return summary
 

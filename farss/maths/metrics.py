@@ -134,6 +134,12 @@ def paired_difference(a: ArrayLike, b: ArrayLike, resamples: int = 2000, seed: i
     if gap is None or not gap.size:
         raise ValueError(f"outcomes of the same questions are needed, got {np.shape(a)} and {np.shape(b)}")
     draws = bootstrap([gap], resamples, seed)[0][:, 0]
+    return Difference(float(gap.mean()), *interval(draws), p_value(draws))
+
+
+def p_value(draws: Array) -> float:
+    """Two-sided bootstrap p-value of no difference, from resampled differences; draws without a value are left out."""
+    values = draws[np.isfinite(draws)]
     # One is added because the observed sample is itself one of the possible draws: a p-value is never 0.
-    tail = min(int((draws <= 0).sum()), int((draws >= 0).sum())) + 1
-    return Difference(float(gap.mean()), *interval(draws), min(1.0, 2 * tail / (resamples + 1)))
+    tail = min(int((values <= 0).sum()), int((values >= 0).sum())) + 1
+    return min(1.0, 2 * tail / (values.size + 1))

@@ -90,12 +90,18 @@ def cells(comparison: dict[str, Any]) -> dict[str, list[Cell]]:
     groups = methods(comparison)
     result: dict[str, list[Cell]] = {method: [] for method in groups}
     for column in columns(comparison):
-        values = {method: value(rows, column.key) for method, rows in groups.items()}
+        values = {method: _standing(comparison, method, column.key) or value(rows, column.key) for method, rows in groups.items()}
         texts = {method: column.form(entry.mean) for method, entry in values.items()}
         places = _places(values, texts, column.better)
         for method, entry in values.items():
             result[method].append(Cell(texts[method], _detail(entry, column), places.get(texts[method], 0)))
     return result
+
+
+def _standing(comparison: dict[str, Any], method: str, key: str) -> Value | None:
+    """K, T or KT of a method with several seeds: the mean, with an interval over questions and seeds."""
+    entry = (comparison.get("methods") or {}).get(method, {}).get(key)
+    return Value(entry["value"], entry["low"], entry["high"]) if entry else None
 
 
 def base_cells(comparison: dict[str, Any]) -> list[Cell]:
@@ -140,7 +146,37 @@ def comparison_markdown(comparison: dict[str, Any]) -> str:
         lines.append(_line(["(before)", *(cell.text for cell in base_cells(comparison))]))
     for method, row in cells(comparison).items():
         lines.append(_line([method, *(_markdown_cell(cell) for cell in row)], keep=True))
-    return "\n".join(lines) + "\n"
+    parts = ["\n".join(lines), _differences_markdown(comparison), _frontier_markdown(comparison)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _differences_markdown(comparison: dict[str, Any]) -> str:
+    """KT of each method against LoRA and against the best other method."""
+    rows = [row for row in comparison.get("differences") or [] if row["metric"] == "KT"]
+    if not rows:
+        return ""
+    lines = [_line(["Method", "against", "KT difference", "95 % interval", "p"]), _line(["---", "---", "---:", "---:", "---:"])]
+    for row in rows:
+        gap = f"{100 * row['value']:+.1f}"
+        lines.append(_line([row["method"], row["against"], gap, interval(row["low"], row["high"]), f"{row['p_value']:.3f}"]))
+    return "\n".join(lines)
+
+
+def _frontier_markdown(comparison: dict[str, Any]) -> str:
+    """Every learning rate of every method, and the curves at equal learning."""
+    frontier = comparison.get("frontier")
+    if not frontier:
+        return ""
+    lines = [_line(["Method", "Learning rate", "KT %", "K %", "T %"]), _line(["---", "---:", "---:", "---:", "---:"])]
+    for method, entry in frontier["methods"].items():
+        for point in entry["points"]:
+            rate = f"{point['learning_rate']:g}{' (chosen)' if point['chosen'] else ''}"
+            lines.append(_line([method, rate, *(points((point.get(name) or {}).get("value")) for name in METRICS)]))
+    heads = ["Method", *(f"K % at T {points(t)} %" for t in frontier["T"]), *(f"T % at K {points(k)} %" for k in frontier["K"]), "Area %"]
+    equal = [_line(heads), _line(["---", *("---:" for _ in heads[1:])])]
+    for method, entry in frontier["methods"].items():
+        equal.append(_line([method, *map(points, [*entry["K at T"], *entry["T at K"], entry["area"]])]))
+    return "\n".join(lines) + "\n\n" + "\n".join(equal)
 
 
 def _line(texts: list[str], keep: bool = False) -> str:

@@ -119,26 +119,30 @@ class Outcomes:
     score: TaskScore
     kind: Kind
     scores: Array
-    """`[models, questions]`: before, after and, where it was asked, full fine-tuning."""
+    """`[models, questions]`, in the order of the runs: before, after and, where it was asked, full fine-tuning."""
     gold: Array
-    """`[2, questions]` gold log-likelihoods before and after; NaN where there is none."""
+    """`[2, questions]` gold log-likelihoods of the first two; NaN where there is none."""
 
 
-def _read(folder: Path) -> tuple[Scores, Path]:
+def read_scores(folder: Path) -> tuple[Scores, Path]:
     """The scores and the folder of the per-question records; `folder` may also be the scores.json itself."""
     path = folder if folder.suffix == ".json" else folder / "scores.json"
     return Scores.load(path), path.parent / "scores"
 
 
-def _outcomes(name: str, kind: Kind, runs: Sequence[tuple[Scores, Path]]) -> Outcomes:
+def outcomes_of(name: str, kind: Kind, runs: Sequence[tuple[Scores, Path]], only: Callable[[str], bool] | None = None) -> Outcomes:
     """Line up one benchmark's records of several runs.
+
+    Args:
+        only: which questions count, by their ids; None: all.
 
     Raises:
         FolderError: the runs answered different questions, or were scored differently.
     """
     tables = []
     for scores, folder in runs:
-        tables.append({str(record["id"]): record for record in questions(folder, name)})
+        records = {str(record["id"]): record for record in questions(folder, name)}
+        tables.append({key: record for key, record in records.items() if only is None or only(key)})
         metric, first = getattr(scores, kind)[name].metric, getattr(runs[0][0], kind)[name].metric
         gold = [tables[0][key]["gold"] for key in tables[0]]
         if metric != first or list(tables[-1]) != list(tables[0]) or [r["gold"] for r in tables[-1].values()] != gold:
@@ -146,6 +150,8 @@ def _outcomes(name: str, kind: Kind, runs: Sequence[tuple[Scores, Path]]) -> Out
                 f"{folder} and {runs[0][1]} hold answers to different questions of {name!r}: evaluate both with the "
                 "same question file, limit, metric and seed"
             )
+    if not tables[0]:
+        raise FolderError(f"no question of {name!r} is left to be scored: ask more questions, or lower compare.held_out")
     scored = [[record["score"] for record in table.values()] for table in tables]
     gold_likelihoods = [[record["gold_loglikelihood"] for record in table.values()] for table in tables[:2]]
     return Outcomes(getattr(runs[0][0], kind)[name], kind, np.array(scored, float), np.array(gold_likelihoods, float))
@@ -154,19 +160,20 @@ def _outcomes(name: str, kind: Kind, runs: Sequence[tuple[Scores, Path]]) -> Out
 # --- summarising -----------------------------------------------------------------------------------------------------
 
 
-def summarise(before: Path, after: Path, full: Path | None, config: Config) -> Summary:
+def summarise(before: Path, after: Path, full: Path | None, config: Config, only: Callable[[str], bool] | None = None) -> Summary:
     """Compare two evaluations question by question, with full fine-tuning as the reference of T.
 
     Args:
         before, after, full: folders that `evaluate` wrote to, or their scores.json.
+        only: which questions count, by their ids; None: all.
 
     Raises:
         FolderError: scores are missing, or the runs answered different questions.
     """
-    runs = [_read(before), _read(after)]
-    reference = _read(full) if full is not None else None
+    runs = [read_scores(before), read_scores(after)]
+    reference = read_scores(full) if full is not None else None
     outcomes = [
-        _outcomes(name, kind, [*runs, *_asked(reference, kind, name)])
+        outcomes_of(name, kind, [*runs, *_asked(reference, kind, name)], only)
         for kind in ("knowledge", "task")
         for name in getattr(runs[0][0], kind)
         if name in getattr(runs[1][0], kind)
@@ -253,7 +260,7 @@ def _line(each: Outcomes, drawn: Array, resamples: int, seed: int) -> BenchmarkS
         name=each.score.name,
         kind=each.kind,
         metric=each.score.metric,
-        questions=each.score.questions,
+        questions=each.scores.shape[1],
         fewshot=each.score.fewshot,
         before=float(each.scores[BEFORE].mean()),
         before_low=ends[BEFORE][0],

@@ -1,0 +1,131 @@
+"""How methods stand to each other: K, T and KT of each over its seeds, and whether a difference is more than chance.
+
+One bootstrap for all: every resample draws questions (the same for every model) and, where a method has several seeds,
+seeds of each method anew, so that an interval holds the chance of both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from farss.maths.metrics import Array, balances, bootstrap, interval, p_value
+from farss.tasks.summary import Estimate, Kind, outcomes_of, read_scores
+
+METRICS = ("K", "T", "KT")
+Only = Callable[[str], bool]
+"""Whether a question, by its id, counts."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One run: its folder, and that of the full fine-tuning run it is compared with for T, if there is one."""
+
+    folder: Path
+    full: Path | None
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One method."""
+
+    estimates: dict[str, Estimate]
+    """K, T and KT: the mean over the seeds with a 95 % interval over questions and seeds; what has no value is left out."""
+    draws: dict[str, Array]
+    """The resamples behind them, [resamples]."""
+
+
+def standings(
+    base: Path, methods: Mapping[str, Sequence[Entry]], resamples: int, seed: int, only: Only | None = None
+) -> dict[str, Standing]:
+    """K, T and KT of every method from the per-question records of its runs.
+
+    Args:
+        base: folder of the untouched model's scores.
+        methods: the runs of each method, one a seed.
+        only: which questions count; None: all.
+
+    Raises:
+        FolderError: scores are missing, or runs answered different questions.
+    """
+    entries = [entry for group in methods.values() for entry in group]
+    folders = [base, *dict.fromkeys(path for entry in entries for path in (entry.folder, entry.full) if path)]
+    place = {folder: index for index, folder in enumerate(folders)}
+    runs = [read_scores(folder) for folder in folders]
+    generator = np.random.default_rng(seed + 1)
+    picks = {method: generator.integers(len(entries), size=(resamples, len(entries))) for method, entries in methods.items()}
+    found: dict[str, dict[str, tuple[float, Array]]] = {method: {} for method in methods}
+    for kind, letter in (("knowledge", "K"), ("task", "T")):
+        means, values = _means(runs, kind, resamples, seed, only)  # type: ignore[arg-type]
+        if not means:
+            continue
+        for method, entries in methods.items():
+            if letter == "T" and any(entry.full is None for entry in entries):
+                continue
+            pairs = [(place[entry.folder], 0 if letter == "K" or entry.full is None else place[entry.full]) for entry in entries]
+            found[method][letter] = _over_seeds(means, values, pairs, picks[method])
+    return {method: _standing(letters) for method, letters in found.items()}
+
+
+def _means(runs: list[Any], kind: Kind, resamples: int, seed: int, only: Only | None) -> tuple[list[Array], list[Array]]:
+    """For each benchmark of a kind that every run was asked: `[resamples, models]` and the plain means `[models]`."""
+    names = [name for name in getattr(runs[0][0], kind) if all(name in getattr(run[0], kind) for run in runs)]
+    outcomes = [outcomes_of(name, kind, runs, only).scores for name in names]
+    return bootstrap(outcomes, resamples, seed), [each.mean(axis=1) for each in outcomes]
+
+
+def _over_seeds(means: list[Array], values: list[Array], pairs: list[tuple[int, int]], picks: NDArray[np.int64]) -> tuple[float, Array]:
+    """K or T: the value, and every resample with its own seeds.
+
+    Args:
+        pairs: for each seed, (column of the run, column of what it is divided by).
+        picks: [resamples, seeds], the seeds of each resample.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = np.stack([np.mean([each[:, top] / each[:, bottom] for each in means], axis=0) for top, bottom in pairs], axis=1)
+        value = float(np.mean([[each[top] / each[bottom] for each in values] for top, bottom in pairs]))
+    return value, np.take_along_axis(ratios, picks, axis=1).mean(axis=1)
+
+
+def _standing(letters: dict[str, tuple[float, Array]]) -> Standing:
+    known = {letter: pair for letter, pair in letters.items() if np.isfinite(pair[0])}
+    if len(known) == 2:
+        (k, k_draws), (t, t_draws) = known["K"], known["T"]
+        known["KT"] = (2 * k * t / (k + t) if k + t else 0.0, balances(k_draws, t_draws))
+    return Standing(
+        {letter: Estimate(value, *interval(draws)) for letter, (value, draws) in known.items()},
+        {letter: draws for letter, (_, draws) in known.items()},
+    )
+
+
+def task_score(folder: Path, only: Only | None = None) -> float:
+    """Mean score of a run over its task benchmarks."""
+    run = read_scores(folder)
+    return float(np.mean([outcomes_of(name, "task", [run], only).scores.mean() for name in run[0].task]))
+
+
+def differences(found: dict[str, Standing], reference: str = "lora") -> list[dict[str, Any]]:
+    """KT, K and T of every method against `reference` and against the best other method.
+
+    Returns:
+        `{method, against, metric, value, low, high, p_value}` each; full fine-tuning, the reference of T, is no rival.
+    """
+    rows = []
+    rivals = {method: standing for method, standing in found.items() if method != "full"}
+    for method, own in rivals.items():
+        for metric in METRICS:
+            others = {name: other for name, other in rivals.items() if name != method and metric in other.estimates}
+            if metric not in own.estimates or not others:
+                continue
+            best = max(others, key=lambda name: others[name].estimates[metric].value)
+            for against in dict.fromkeys([*([reference] if reference in others else []), best]):
+                gap = own.draws[metric] - others[against].draws[metric]
+                value = own.estimates[metric].value - others[against].estimates[metric].value
+                estimate = Estimate(value, *interval(gap))
+                rows.append({"method": method, "against": against, "metric": metric, **asdict(estimate), "p_value": p_value(gap)})
+    return rows

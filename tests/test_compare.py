@@ -1,0 +1,109 @@
+"""Several methods side by side: what they share, variants, learning rates, and who is ahead."""
+
+import dataclasses
+import json
+
+import pytest
+from test_pipeline import model_folder, settings
+
+from farss.artifacts import Survey, questions
+from farss.compare import compare, held_out, the_rest
+from farss.config import from_dict, override
+from farss.errors import ConfigError
+from farss.report import comparison_markdown
+
+__all__ = ["model_folder"]  # a fixture
+
+
+def silent(*_):
+    """No progress."""
+
+
+def read(folder):
+    return json.loads((folder / "comparison.json").read_text())
+
+
+@pytest.fixture
+def values(model_folder, tmp_path):
+    found = settings(model_folder, tmp_path / "all")
+    found["evaluate"]["knowledge"][0]["limit"] = found["evaluate"]["task"][0]["limit"] = 16
+    found["train"]["max_steps"] = 2
+    return found
+
+
+def test_methods_and_seeds_have_intervals_and_differences(values):
+    values["compare"] = {"methods": ["full", "lora", "farss"], "seeds": [0, 1]}
+    folder = compare(from_dict(values), silent)
+    comparison = read(folder)
+    assert set(comparison["methods"]) == {"full", "lora", "farss"}
+    for method, estimates in comparison["methods"].items():
+        rows = [row for row in comparison["rows"] if row["method"] == method]
+        for metric, estimate in estimates.items():
+            mean = sum(row[metric]["value"] for row in rows if row[metric]) / 2
+            if metric != "KT":
+                assert estimate["value"] == pytest.approx(mean)
+            assert estimate["low"] <= estimate["value"] + 1e-12
+            assert estimate["high"] >= estimate["value"] - 1e-12
+    pairs = {(row["method"], row["against"], row["metric"]) for row in comparison["differences"]}
+    assert all("full" not in pair for pair in pairs)
+    assert comparison["frontier"] is None
+
+
+def test_a_variant_has_its_own_options_and_its_own_statistics(values):
+    values["compare"] = {
+        "methods": ["farss", "farss@few", "farss@wide"],
+        "settings": {"farss@few": {"calibration.examples": 4}, "farss@wide": {"plan.r_max": 8}},
+    }
+    folder = compare(from_dict(values), silent)
+    assert [row["method"] for row in read(folder)["rows"]] == ["farss", "farss@few", "farss@wide"]
+    assert Survey.load(folder / "survey").examples == 8
+    assert Survey.load(folder / "farss@few" / "survey").examples == 4
+    assert not (folder / "farss@wide").exists()  # another plan of the same survey
+    assert {note for note in read(folder)["notes"] if "@" in note} == {"farss@few: calibration.examples=4", "farss@wide: plan.r_max=8"}
+
+
+def test_learning_rates_are_chosen_on_questions_that_the_table_leaves_out(values):
+    values["compare"] = {"methods": ["full", "lora"], "tune": [0.5, 2], "seeds": [0, 1], "held_out": 0.5}
+    config = from_dict(values)
+    folder = compare(config, silent)
+    comparison = read(folder)
+    names = {path.name for path in folder.glob("*-seed*")}
+    assert {f"{method}-lr{rate}-seed0" for method in ("full", "lora") for rate in ("0.0005", "0.002")} <= names
+    assert len(names) == 6  # the second seed only at the chosen rates
+    for method, entry in comparison["frontier"]["methods"].items():
+        assert [point["learning_rate"] for point in entry["points"]] == pytest.approx([0.0005, 0.002])
+        (chosen,) = [point["learning_rate"] for point in entry["points"] if point["chosen"]]
+        assert {row["learning_rate"] for row in comparison["rows"] if row["method"] == method} == {chosen}
+    ids = [str(record["id"]) for record in questions(folder / "base" / "scores", "facts")]
+    rest = [key for key in ids if the_rest(config)(key)]
+    assert 0 < len(rest) < len(ids)
+    run = folder / comparison["rows"][0]["folder"] / "summary.json"
+    assert {entry["questions"] for entry in json.loads(run.read_text())["benchmarks"] if entry["name"] == "facts"} == {len(rest)}
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*-seed*/train.json")}
+    compare(config, silent)
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("*-seed*/train.json")} == before
+    text = comparison_markdown(comparison)
+    assert "Learning rate | KT %" in text
+    assert "(chosen)" in text
+
+
+def test_held_out_questions_are_a_share_and_the_same_every_time():
+    keys = [str(place) for place in range(4000)]
+    chosen = [key for key in keys if held_out(0.2)(key)]
+    assert 700 < len(chosen) < 900
+    assert chosen == [key for key in keys if held_out(0.2)(key)]
+    assert set(chosen) < {key for key in keys if held_out(0.4)(key)}
+
+
+def test_tuning_needs_a_measure(values):
+    config = from_dict({**values, "compare": {"methods": ["lora"], "tune": [1, 2]}})
+    with pytest.raises(ConfigError, match=r"needs full fine-tuning: add full to compare.methods"):
+        compare(config, silent)
+    config = dataclasses.replace(override(config, ["compare.methods=[lora, full]"]), evaluate=dataclasses.replace(config.evaluate, task=[]))
+    with pytest.raises(ConfigError, match=r"name questions in evaluate.knowledge and evaluate.task"):
+        compare(config, silent)
+    for bad, message in (("[0]", "compare.tune holds 0"), ("[1, 1]", "compare.tune holds 1.0 twice")):
+        with pytest.raises(ConfigError, match=message):
+            override(config, [f"compare.tune={bad}"])
+    with pytest.raises(ConfigError, match=r"compare.held_out=1.0: give a share above 0 and below 1"):
+        override(config, ["compare.held_out=1"])
