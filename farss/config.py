@@ -85,6 +85,9 @@ class CalibrationConfig:
     answer; null: text that the base model writes by itself."""
     fisher: Literal["empirical", "sampled"] = "empirical"
     """empirical: gradients at the data's own answers; sampled: at answers drawn from the model (the true Fisher)."""
+    padding: Literal["ignore", "count"] = "ignore"
+    """count: pad every example to data.max_length and let the padding count in the survey's averages, as the authors'
+    released code does (for comparison only)."""
     svd: Literal["exact", "fast"] = "exact"
     """exact: decompositions in float64; fast: in float32 wherever a block cannot become shallow (the survey measures how
     many of the chosen directions stay the same; of Gemma 3 270M's, 99.99 %)."""
@@ -356,7 +359,10 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     Raises:
         ConfigError: the file is missing or no YAML, or a key or a value is wrong.
     """
-    path = Path(path)
+    return override(from_dict(_read(Path(path))), overrides)
+
+
+def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"there is no configuration file {path}: `farss config > {path}` makes one")
     try:
@@ -365,13 +371,18 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a {type(values).__name__}, not `key: value` lines: start from `farss config`")
-    return override(from_dict(values), overrides)
+    return values
 
 
 def override(config: Config, overrides: Iterable[str]) -> Config:
-    """Apply `section.key=value` texts, each value read as YAML."""
+    """Apply `section.key=value` texts, each value read as YAML, and the options of further .yaml files, in their order."""
     values = to_dict(config)
     for text in overrides:
+        if "=" not in text and text.endswith((".yaml", ".yml")):
+            for section, inner in _read(Path(text)).items():
+                for key, value in inner.items() if isinstance(inner, dict) else [("", inner)]:
+                    set_key(values, f"{section}.{key}" if key else section, value)
+            continue
         key, separator, value = text.partition("=")
         if not separator:
             raise ConfigError(f"{text!r} is not of the form key=value, such as train.learning_rate=1e-4")

@@ -511,24 +511,32 @@ def batches(rows: Sequence[T], batch_size: int) -> Iterator[list[T]]:
         yield list(rows[start : start + batch_size])
 
 
-def calibration_batches(rows: Sequence[Row], config: CalibrationConfig, pad_id: int, seed: int) -> list[dict[str, Tensor]]:
+def calibration_batches(
+    rows: Sequence[Row], config: CalibrationConfig, pad_id: int, seed: int, max_length: int = 0
+) -> list[dict[str, Tensor]]:
     """The batches on which statistics are estimated: rows drawn with the seed, similar lengths together.
 
     There is at least one for each process, if there are as many rows.
+
+    Args:
+        max_length: `data.max_length`, to which rows are padded where `config.padding` is `count`.
     """
     chosen = sorted(choose(rows, config.examples, seed), key=lambda row: -len(row["input_ids"]))
     size = max(1, min(config.batch_size, len(chosen) // processes.size()))
-    return [collate(part, pad_id) for part in batches(chosen, size)]
+    if config.padding == "ignore":
+        return [collate(part, pad_id) for part in batches(chosen, size)]
+    wide = [collate(part, pad_id, length=max_length) for part in batches(chosen, size)]
+    return [{**batch, "counted": torch.ones_like(batch["input_ids"])} for batch in wide]
 
 
-def collate(rows: Sequence[Row], pad_id: int, side: Literal["right", "left"] = "right") -> dict[str, Tensor]:
-    """Pad rows to one length t.
+def collate(rows: Sequence[Row], pad_id: int, side: Literal["right", "left"] = "right", length: int = 0) -> dict[str, Tensor]:
+    """Pad rows to one length t: that of the longest, or `length` where that is more.
 
     Returns:
         `input_ids`, `attention_mask` (0 on padding), `position_ids` (counted over real tokens) and `labels` (-100 on
         prompts and padding), each int64 [rows, t].
     """
-    longest = max(len(row["input_ids"]) for row in rows)
+    longest = max(length, *(len(row["input_ids"]) for row in rows))
 
     def padded(values: list[list[int]], fill: int) -> Tensor:
         gaps = [[fill] * (longest - len(value)) for value in values]

@@ -23,6 +23,7 @@ SURVEY_KEYS = (
     "data",
     "calibration.examples",
     "calibration.fisher",
+    "calibration.padding",
     "calibration.svd",
     "seed",
 )

@@ -105,7 +105,7 @@ def prepare(
     if isinstance(method_of(wanted).needs, Reading):
         found = _read(model, tokenizer, examples, wanted, calibration, targets, place, seed, on_progress, knowledge, data.max_length)
     else:
-        found = _look(model, tokenizer, examples.rows, wanted, calibration, targets, place, seed, on_progress)
+        found = _look(model, tokenizer, examples.rows, wanted, calibration, targets, place, seed, on_progress, data.max_length)
     made = make_plan(wanted, found) if found is not None else make_plan_without_survey(wanted, layers, blocks)
     adapted = attach(model, made, found, dropout, seed, base)
     check = collate(examples.rows[:CHECK_ROWS], tokenizer.pad_token_id)
@@ -146,11 +146,12 @@ def _look(
     place: Path,
     seed: int,
     on_progress: Progress | None,
+    max_length: int,
 ) -> Survey | None:
     """The survey of the task, if the method needs it."""
     if method_of(wanted).needs == "nothing":
         return None
-    parts = calibration_batches(rows, calibration, tokenizer.pad_token_id, seed)
+    parts = calibration_batches(rows, calibration, tokenizer.pad_token_id, seed, max_length)
     meta, cap = {"model": fingerprint(model)}, survey_cap(wanted)
     return survey(model, parts, place, cap, targets, calibration.fisher, seed, meta, on_progress, calibration.svd)
 

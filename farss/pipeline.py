@@ -189,7 +189,9 @@ class Run:
         options, place, cap = self._survey_options, self.place.path / "survey", survey_cap(config.plan)
         if self.place.is_done("survey", options):
             return _check_cap(Survey.load(place), cap)
-        parts = calibration_batches(self._common_examples.rows, config.calibration, self.tokenizer.pad_token_id, config.seed)
+        parts = calibration_batches(
+            self._common_examples.rows, config.calibration, self.tokenizer.pad_token_id, config.seed, config.data.max_length
+        )
         # blocks go to the GPU one at a time, unless they are quantised
         model = load_model(config.model, device=torch.device("cpu") if config.model.quantization == "none" else None)
         meta = {"model": fingerprint(model), "tokenizer": tokenizer_fingerprint(self.tokenizer), "path": config.model.path}
@@ -227,7 +229,8 @@ class Run:
         if wanted.of == "weights":
             return None
         rows = self._common_examples.rows if wanted.of == "task" else self._knowledge(model)
-        return calibration_batches(rows, config.calibration, self.tokenizer.pad_token_id, config.seed)
+        real = replace(config.calibration, padding="ignore")
+        return calibration_batches(rows, real, self.tokenizer.pad_token_id, config.seed)
 
     def _knowledge(self, model: Any) -> list[Row]:
         """The knowledge text: the user's, or what the model writes by itself, which is kept in `own_text.jsonl`."""

@@ -1,6 +1,7 @@
 """The configuration survives a round trip, documents itself, and refuses what it does not know by name."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import yaml
@@ -8,6 +9,7 @@ import yaml
 from farss.config import Config, all_keys, commented, dump, field_help, from_dict, load, override, to_dict
 from farss.errors import ConfigError
 
+ROOT = Path(__file__).parent.parent
 FIXED = [
     "model.path",
     "data.train",
@@ -105,3 +107,27 @@ def test_plain_dictionaries_only():
 def test_options_of_peft_that_do_not_go_with_farss_say_why(key, reason):
     with pytest.raises(ConfigError, match=reason):
         override(Config(), [f"{key}=true"])
+
+
+def test_further_files_change_options_in_their_order(tmp_path):
+    (tmp_path / "more.yaml").write_text("plan: {rank: 32}\nseed: 7\ncompare: {methods: [lora]}\n")
+    found = override(Config(), ["plan.rank=8", str(tmp_path / "more.yaml"), "seed=9"])
+    assert (found.plan.rank, found.seed, found.compare.methods) == (32, 9, ["lora"])
+    assert found.plan.r_max == Config().plan.r_max  # the rest of a section stays
+    with pytest.raises(ConfigError, match="there is no configuration file"):
+        override(Config(), [str(tmp_path / "none.yaml")])
+    (tmp_path / "bad.yaml").write_text("plan: {rnk: 32}\n")
+    with pytest.raises(ConfigError, match=r"unknown key 'plan.rnk': did you mean 'plan.rank'"):
+        override(Config(), [str(tmp_path / "bad.yaml")])
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs" / "ablations").glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_ablations_are_runs_of_known_methods(file):
+    from farss.compare import Entrant
+    from farss.methods import METHODS
+
+    config = load(ROOT / "configs" / "laptop.yaml", [str(file)])
+    assert len(config.compare.methods) >= 3
+    assert set(config.compare.settings) <= set(config.compare.methods)
+    for label in config.compare.methods:
+        assert Entrant(label, None, 0, config, lambda *_: None).method in METHODS

@@ -13,7 +13,8 @@ import transformers
 from small_models import examples, small
 
 from farss.artifacts import Survey
-from farss.data import batches, collate
+from farss.config import CalibrationConfig
+from farss.data import batches, calibration_batches, collate
 from farss.errors import ConfigError, FarssError, FolderError, ModelError, NumericalError
 from farss.maths.directions import decompose, direction_scores, select
 from farss.maths.fisher import quadratic_form
@@ -356,3 +357,18 @@ def test_mixture_of_experts_is_adapted_outside_the_experts(tmp_path):
         "Not adapted: mlp.experts.down_proj in 2 blocks, 4 experts in one parameter of shape (4, 32, 48).",
     ]
     assert left_out(small("llama")) == []
+
+
+def test_padding_counts_only_when_it_is_asked_for(tmp_path):
+    """Gradients are nought on padding behind the text, so counting it thins them out by the share of real tokens."""
+    model, rows = small("llama"), examples()
+    shapes = {"examples": 6, "batch_size": 3}
+    ignored, padded = (
+        survey(model, calibration_batches(rows, CalibrationConfig(padding=padding, **shapes), 0, 0, 16), tmp_path / padding, 8)
+        for padding in ("ignore", "count")
+    )
+    assert padded.tokens == 6 * 16
+    assert ignored.tokens == sum(len(row["input_ids"]) for row in rows)
+    for name in ignored.layers:
+        thin = ignored.directions(name).gam * ignored.tokens / padded.tokens
+        torch.testing.assert_close(padded.directions(name).gam, thin, rtol=1e-4, atol=1e-12)

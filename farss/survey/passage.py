@@ -37,8 +37,13 @@ class Passage:
 
     @property
     def mask(self) -> Tensor:
-        """[b, t], true on real tokens."""
-        return self.batch["attention_mask"].bool()
+        """[b, t], true on the tokens that count."""
+        return counted(self.batch)
+
+
+def counted(batch: Batch) -> Tensor:
+    """[b, t], true on the tokens that count in the averages: the real ones, unless the batch says otherwise."""
+    return batch.get("counted", batch["attention_mask"]).bool()
 
 
 class _Stop(Exception):

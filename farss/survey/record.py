@@ -11,7 +11,7 @@ from farss import processes
 from farss.artifacts import Layer, Survey, read_json, write_json, write_tensors
 from farss.errors import FolderError
 from farss.survey.kept import Kept
-from farss.survey.passage import Batch
+from farss.survey.passage import Batch, counted
 
 PROGRESS = "progress.json"
 """In the survey's folder while it is unfinished."""
@@ -66,7 +66,7 @@ def finish(folder: Path, layers: dict[str, Layer], blocks: int, cap: int, batche
             meta["overlap"] = facts["overlap"]
     measured = {name: Layer(name, x.block, x.shape, importances[name]) for name, x in layers.items()}
     examples = sum(batch["input_ids"].shape[0] for batch in batches)
-    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    tokens = sum(int(counted(batch).sum()) for batch in batches)
     Survey(folder, measured, blocks, cap, examples, tokens, meta).save()
     for path in [*folder.glob("block-????.json"), folder / PROGRESS]:
         path.unlink()

@@ -28,7 +28,7 @@ from farss.memory import freed_memory_kept, peak_gib, used_gib
 from farss.models import find_blocks, keep_gradients, target_layers
 from farss.models import fingerprint as model_fingerprint
 from farss.survey.kept import GRADIENT, INPUT, Kept, check_space
-from farss.survey.passage import Batch, Passage, check_passage, enter, output_gradient, through, uniform_draws
+from farss.survey.passage import Batch, Passage, check_passage, counted, enter, output_gradient, through, uniform_draws
 from farss.survey.places import computing_device, frozen, moved, outside, placed, tensors_of
 from farss.survey.record import PROGRESS, begin, finish, mark_of, same_survey, write_block
 from farss.survey.statistics import Readout, Statistics, add_up, read_out, recording, start, summary
@@ -129,7 +129,7 @@ class Sweep:
             note: called by the first process when a block is done.
         """
         self.kept = Kept(self.folder)
-        self.tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+        self.tokens = sum(int(counted(batch).sum()) for batch in batches)
         last, lowest = len(self.blocks) - 1, min(layer.block for layer in self.layers.values())
         undone = self._first_undone()
         if undone == last and not self.kept.blocks(INPUT):
@@ -269,10 +269,10 @@ def identity(model: nn.Module, batches: list[Batch], layers: list[str], fisher: 
 
 
 def real_tokens(batches: list[Batch]) -> list[list[list[int]]]:
-    """Tokens and labels of every example, without its padding."""
+    """Tokens and labels of every example, without the padding that does not count."""
     return [_real_tokens(batch, row) for batch in batches for row in range(len(batch["input_ids"]))]
 
 
 def _real_tokens(batch: Batch, row: int) -> list[list[int]]:
-    real = batch["attention_mask"][row].bool()
+    real = counted(batch)[row]
     return [(batch[name][row][real] if batch[name].dim() == 2 else batch[name][row : row + 1]).tolist() for name in ("input_ids", "labels")]

@@ -64,10 +64,10 @@ def standings(
         means, values = _means(runs, kind, resamples, seed, only)  # type: ignore[arg-type]
         if not means:
             continue
-        for method, entries in methods.items():
-            if letter == "T" and any(entry.full is None for entry in entries):
+        for method, group in methods.items():
+            if letter == "T" and any(entry.full is None for entry in group):
                 continue
-            pairs = [(place[entry.folder], 0 if letter == "K" or entry.full is None else place[entry.full]) for entry in entries]
+            pairs = [(place[entry.folder], 0 if letter == "K" or entry.full is None else place[entry.full]) for entry in group]
             found[method][letter] = _over_seeds(means, values, pairs, picks[method])
     return {method: _standing(letters) for method, letters in found.items()}
 
