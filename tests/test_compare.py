@@ -10,7 +10,9 @@ from farss.artifacts import Survey, questions
 from farss.compare import compare, held_out, the_rest
 from farss.config import from_dict, override
 from farss.errors import ConfigError
+from farss.methods import METHODS
 from farss.report import comparison_markdown
+from farss.world.demo import demo_config
 
 __all__ = ["model_folder"]  # a fixture
 
@@ -107,3 +109,19 @@ def test_tuning_needs_a_measure(values):
             override(config, [f"compare.tune={bad}"])
     with pytest.raises(ConfigError, match=r"compare.held_out=1.0: give a share above 0 and below 1"):
         override(config, ["compare.held_out=1"])
+
+
+@pytest.mark.slow
+def test_every_method_on_the_embedded_world(tmp_path):
+    """All methods through one command, on a model that knows something; who wins is for the table to say."""
+    few = ["train.max_steps=40", "calibration.examples=64", "evaluate.resamples=200", f"compare.methods=[{', '.join(METHODS)}]"]
+    folder = compare(override(demo_config(str(tmp_path / "all")), few), silent)
+    comparison = read(folder)
+    rows = {row["method"]: row for row in comparison["rows"]}
+    assert list(rows) == list(METHODS)
+    for method, row in rows.items():
+        assert 0 < row["K"]["value"] <= 1.1, method
+        assert row["seconds_train"] > 0
+        assert (folder / row["folder"] / ("adapter" if METHODS[method].plain_lora else "model")).is_dir()
+    assert {row["method"] for row in comparison["differences"]} == set(METHODS) - {"full"}
+    assert len({path.parent.name for path in folder.glob("*/survey.json")}) == 8  # one for each thing that is looked at
