@@ -1,5 +1,6 @@
 """Gemma 3 270M and the data sets in FARSS_DATA: the line on real input. Run with `make realdata`."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -7,11 +8,13 @@ import pytest
 import torch
 
 from farss.adapter import attach
-from farss.config import DataConfig, ModelConfig, PlanConfig, QuestionSet
+from farss.config import DataConfig, ModelConfig, PlanConfig, QuestionSet, from_dict, override
 from farss.data import batches, collate, load_examples, question_rows, read_rows
+from farss.errors import FarssError
 from farss.gemma import convert
 from farss.llamacpp import write_gguf
 from farss.models import load_model, load_tokenizer
+from farss.pipeline import Run
 from farss.plan import make_plan
 from farss.portable import export, in_float32
 from farss.survey import survey
@@ -155,3 +158,60 @@ def test_llama_cpp_gives_the_trained_models_answers(gemma, prepared, tmp_path):
                 break
         same += ours[0, len(prompt) :].tolist() == theirs
     assert same >= 7  # the base is quantised to 4 bits in one and to bfloat16 in the other
+
+
+def short_run(gemma, out, **model):
+    """A few steps on Banking77 through the command line's own line."""
+    return Run(
+        from_dict(
+            {
+                "model": {"path": str(gemma), **model},
+                "data": {**dataclasses.asdict(BANKING), "limit": 64},
+                "calibration": {"examples": 16},
+                "plan": {"boundary": 4, "rank": 64, "r_avg": 25, "r_max": 32},
+                "train": {"learning_rate": 1e-4, "max_steps": 8, "batch_size": 8, "logging_steps": 4, "gradient_checkpointing": False},
+                "out": str(out),
+            }
+        )
+    )
+
+
+def test_a_4_bit_base_goes_the_whole_way(gemma, tmp_path):
+    """QLoRA: survey of the dequantised weights, training, and an adapter that plain PEFT loads on the 4-bit base."""
+    pytest.importorskip("bitsandbytes", reason="pip install 'farss[quantized]'")
+    from peft import PeftModel
+
+    run = short_run(gemma, tmp_path / "run", quantization="nf4")
+    run.claim()
+    result = run.train()
+    assert result.log[-1]["loss"] < result.log[0]["loss"]
+    run.export()
+    record = run.folder.record("export")
+    assert record["precision"] == "bfloat16"
+    stock = PeftModel.from_pretrained(load_model(run.config.model), str(tmp_path / "run" / "adapter"))
+    batch = collate(run.examples.rows[:2], run.tokenizer.pad_token_id)
+    mask = batch["attention_mask"].bool()
+    with torch.no_grad():
+        found = stock(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[mask].float()
+        expected = run.trained()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[mask].float()
+    assert (found - expected).abs().max() <= 2e-2 * expected.abs().max()
+    with pytest.raises(FarssError, match="trained on quantised weights"):
+        Run(override(run.config, ["export.to=merged"])).export()
+
+
+def test_a_merged_model_is_the_trained_one(gemma, tmp_path):
+    run = short_run(gemma, tmp_path / "run")
+    run = Run(override(run.config, ["export.to=merged", "train.max_steps=2"]))
+    run.claim()
+    folder = run.export()
+    merged = load_model(ModelConfig(path=str(folder)))
+    batch = collate(run.examples.rows[:2], run.tokenizer.pad_token_id)
+    mask = batch["attention_mask"].bool()
+    arguments = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    with in_float32(run.trained()), torch.no_grad():
+        expected = run.trained()(**arguments).logits[mask]
+    with in_float32(merged), torch.no_grad():
+        found = merged(**arguments).logits[mask]
+    # the weights are rounded once, to the bfloat16 that the base has
+    assert (found - expected).abs().max() <= 2e-2 * expected.abs().max()
+    assert {file.name for file in folder.glob("*.safetensors")} == {file.name for file in Path(gemma).glob("*.safetensors")}
