@@ -43,7 +43,7 @@ def test_methods_lists_them_all():
         (["run", "run.yaml", "train.lr=1"], 2, "unknown key 'train.lr'"),
         (["run", "run.yaml", "model.path=nowhere/at/all"], 2, "there is no such folder"),
         (["run", "run.yaml", f"model.path={world.MODEL}", "plan.boundary=77"], 2, "the model has 12 blocks"),
-        (["report", "."], 2, "is no run folder"),
+        (["report", "."], 2, "holds no run of ours"),
     ],
 )
 def test_one_sentence_and_an_exit_code(tmp_path, arguments, code, message):
