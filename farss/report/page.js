@@ -46,7 +46,7 @@
     if (columns) layout.dragmode = false;
     if (columns && (width - 90) / columns < 25) data.forEach((trace) => { delete trace.texttemplate; });
     // what was zoomed or hidden stays so when the colours or the width change
-    return { data, layout: { ...layout, width, uirevision: index } };
+    return { data, layout: { ...layout, width, uirevision: `choice ${index}` } };
   }
 
   function draw(name) {

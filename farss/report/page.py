@@ -12,7 +12,7 @@ from typing import Any
 
 from farss.artifacts import write_text
 from farss.errors import FolderError
-from farss.report import examples, figures, planned, results, search, story, tables, words
+from farss.report import candidates, examples, figures, planned, results, story, tables, words
 from farss.report.drawing import save_figures
 from farss.report.figures import Figure
 from farss.report.folder import Comparison, Run, is_comparison, read_comparison, read_run
@@ -64,7 +64,7 @@ def write_report(folder: Path, figures: bool = True) -> Path:
 def run_content(run: Run) -> dict[str, Any]:
     """Everything the template shows of one run; what is missing is empty."""
     pictures = {
-        "boundary": search.boundary_figure(run.boundary),
+        "boundary": candidates.boundary_figure(run.boundary),
         **plan_figures({run.plan.method: run.plan} if run.plan else {}, run),
         "loss": results.loss_figure([results.Log("", "loss", run.train.get("log") or [])]),
     }
@@ -97,7 +97,7 @@ def comparison_content(comparison: Comparison) -> dict[str, Any]:
     pictures = {
         "balance": results.balance_figure(table.get("rows", [])),
         "benchmarks": results.benchmarks_figure(table),
-        "boundary": search.boundary_figure(common.boundary),
+        "boundary": candidates.boundary_figure(common.boundary),
         **plan_figures({name: run.plan for name, run in runs.items() if run.plan}, common),
         "loss": results.loss_figure(logs),
     }
@@ -125,7 +125,7 @@ def boundary_table(found: dict[str, Any]) -> dict[str, Any]:
     """The search in sentences and as a table; empty where there was none."""
     if not found.get("candidates"):
         return {}
-    return {"sentences": search.boundary_sentences(found), "rows": search.boundary_rows(found), "notes": found.get("notes") or []}
+    return {"sentences": candidates.boundary_sentences(found), "rows": candidates.boundary_rows(found), "notes": found.get("notes") or []}
 
 
 def benchmark_tables(summary: dict[str, Any]) -> dict[str, Any]:
