@@ -7,6 +7,7 @@ from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from farss.artifacts import LayerPlan, Plan
+from farss.methods import METHODS
 from farss.report.folder import Comparison, Run
 from farss.report.tables import METRICS, Value, methods, value
 from farss.report.words import (
@@ -99,7 +100,7 @@ def _named(run: Run, runs: list[Run] | None) -> str:
 
 
 def _looked(run: Run) -> str:
-    if run.survey is None:
+    if run.survey is None or (run.plan and not uses_survey(run.plan)):
         return ""
     seconds = run.survey.meta.get("seconds")
     time = f" It took {duration(seconds)}." if is_number(seconds) else ""
@@ -247,16 +248,16 @@ def _spread(entry: Value) -> str:
 
 
 def main_run(comparison: Comparison) -> Run | None:
-    """The run that the page is about: FARSS, else the first that was planned from a survey, else the first."""
-    runs = list(comparison.runs.values())
-    orders = (
-        lambda plan: plan.method == "farss",
-        lambda plan: plan.boundary is not None,
-        lambda plan: any(layer.directions for layer in plan.layers.values()),
-        lambda plan: bool(plan.layers),
-    )
-    found = (run for test in orders for run in runs if run.plan and test(run.plan))
-    return next(found, runs[0] if runs else None)
+    """The run that the page is about: FARSS, else the first that was planned from a survey, else the first with a plan."""
+    runs = [run for run in comparison.runs.values() if run.plan]
+    orders = (lambda plan: plan.method == "farss", uses_survey, lambda plan: bool(plan.layers), lambda plan: True)
+    return next((run for test in orders for run in runs if test(run.plan)), None)
+
+
+def uses_survey(plan: Plan | None) -> bool:
+    """Whether a plan's method looks at the data: a comparison's survey lies beside runs that never saw it."""
+    method = METHODS.get(plan.method) if plan else None
+    return method is not None and method.needs == "survey"
 
 
 def costs(run: Run) -> list[tuple[str, str]]:

@@ -32,8 +32,8 @@ def test_every_figure_is_written_as_png_and_svg(run_folder: Path) -> None:
 
 
 def test_a_comparison_has_a_plan_for_each_run(comparison_folder: Path) -> None:
-    write_report(comparison_folder)
-    names = {path.stem for path in (comparison_folder / "figures").iterdir()}
+    content = comparison_content(read_comparison(comparison_folder))
+    names = {name for figure in content["figures"].values() for name, _ in drawing._files(figure)}
     assert {"balance", "benchmarks", "loss", "plan-1-farss-seed0", "plan-2-farss-seed1", "plan-3-lora-seed0"} <= names
 
 

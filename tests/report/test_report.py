@@ -277,6 +277,11 @@ def test_a_comparison_is_about_farss(comparison_folder: Path) -> None:
     assert re.findall(r"<dt><bdi>(\w+)</bdi></dt><dd dir", page.html)[:4] == ["before", "farss", "full", "lora"]
 
 
+def test_only_a_method_that_looks_at_the_data_is_said_to_have_looked(comparison_folder: Path) -> None:
+    assert "went through the untouched model" in draw(comparison_folder / "farss-seed0").words
+    assert "went through the untouched model" not in draw(comparison_folder / "lora-seed0").words
+
+
 def test_a_difference_inside_the_interval_is_called_none(comparison_folder: Path) -> None:
     def close(values: dict[str, Any]) -> None:
         values["rows"] = [row for row in values["rows"] if row["seed"] == 0]
