@@ -280,14 +280,21 @@ def convert(
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(help="A run folder, or its run file.")]) -> None:
-    """Draw report.html again from what the run folder holds."""
+def report(
+    folder: Annotated[Path, typer.Argument(help="A run folder, a comparison's folder, or its run file.")],
+    show: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+) -> None:
+    """Draw report.html and its figures again from what the folder holds."""
+    import webbrowser
+
     from farss.report import write_report
 
     place = Path(load(folder).out) if folder.is_file() else folder
-    if not (place / "config.yaml").is_file():
-        raise UsageError(f"{place} is no run folder: there is no config.yaml in it")
-    _where({"report": write_report(place)})
+    page = write_report(place)
+    _facts(place)
+    _where({"report": page, "figures": place / "figures"})
+    if show and not webbrowser.open(page.resolve().as_uri()):
+        console.print("no browser was found: open the page yourself", highlight=False)
 
 
 @app.command()
@@ -334,38 +341,41 @@ def _run(config: Config) -> None:
     with bars() as tell:
         one = Run(config, tell=tell)
         one.all()
-    _summary(one)
+    _facts(one.path)
+    _where({"adapter": _handed_over(one.path), "report": one.path / "report.html", "everything": one.path})
 
 
 def _run_comparison(config: Config) -> None:
     from farss.artifacts import read_json
     from farss.compare import compare
-    from farss.terminal import comparison_table
 
     with bars() as tell:
         folder = compare(config, tell)
-    comparison = read_json(folder / "comparison.json")
-    console.print(comparison_table(comparison))
-    for note in comparison["notes"]:
-        console.print(f"[dim]{_escape(note)}", highlight=False)
+    _facts(folder)
     places = {"table": folder / "comparison.md", "report": folder / "report.html"}
-    places |= {f"{row['method']} (seed {row['seed']})": _handed_over(folder / row["folder"]) for row in comparison["rows"]}
+    rows = read_json(folder / "comparison.json")["rows"]
+    places |= {f"{row['method']} (seed {row['seed']})": _handed_over(folder / row["folder"]) for row in rows}
     _where(places)
 
 
-def _summary(one: Any) -> None:
-    """One tidy end: what was learned, what was kept, where everything lies."""
+def _facts(folder: Path) -> None:
+    """What the report says, briefly: the table of a comparison, or the ranks and the scores of a run."""
     from farss.artifacts import Plan, read_json
-    from farss.terminal import rank_map, summary_table
+    from farss.terminal import comparison_table, rank_map, summary_table
 
-    plan = Plan.load(one.path / "plan.json")
-    if plan.layers:
+    if (folder / "comparison.json").is_file():
+        comparison = read_json(folder / "comparison.json")
+        console.print(comparison_table(comparison))
+        for note in comparison.get("notes") or []:
+            console.print(f"[dim]{_escape(note)}", highlight=False)
+        return
+    plan = Plan.load(folder / "plan.json") if (folder / "plan.json").is_file() else None
+    if plan and plan.layers:
         console.print(rank_map(plan))
-    if (one.path / "summary.json").is_file():
-        console.print(summary_table(read_json(one.path / "summary.json")))
-    for note in plan.notes:
-        console.print(note, highlight=False)
-    _where({"adapter": _handed_over(one.path), "report": one.path / "report.html", "everything": one.path})
+    if (folder / "summary.json").is_file():
+        console.print(summary_table(read_json(folder / "summary.json")))
+    for note in plan.notes if plan else []:
+        console.print(note, highlight=False, markup=False)
 
 
 def _handed_over(folder: Path) -> Path:

@@ -1,5 +1,6 @@
 """Words to calls, user errors to one sentence and an exit code."""
 
+import json
 import subprocess
 import sys
 
@@ -43,7 +44,7 @@ def test_methods_lists_them_all():
         (["run", "run.yaml", "train.lr=1"], 2, "unknown key 'train.lr'"),
         (["run", "run.yaml", "model.path=nowhere/at/all"], 2, "there is no such folder"),
         (["run", "run.yaml", f"model.path={world.MODEL}", "plan.boundary=77"], 2, "the model has 12 blocks"),
-        (["report", "."], 2, "is no run folder"),
+        (["report", "."], 2, "holds no run of ours"),
     ],
 )
 def test_one_sentence_and_an_exit_code(tmp_path, arguments, code, message):
@@ -60,3 +61,17 @@ def test_importing_loads_nothing_heavy():
     heavy = ("torch", "transformers", "peft", "trl", "lm_eval", "datasets")
     code = f"import sys, farss, farss.config; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_report_draws_from_artifacts_alone_and_opens_the_page(tmp_path, monkeypatch):
+    values = {"K": {"value": 0.9}, "T": {"value": 0.8}, "KT": {"value": 0.847}, "benchmarks": []}
+    (tmp_path / "summary.json").write_text(json.dumps(values))
+    opened = []
+    monkeypatch.setattr("webbrowser.open", lambda address: opened.append(address) or len(opened) < 2)
+    result = CliRunner().invoke(app, ["report", str(tmp_path)])
+    assert result.exit_code == 0
+    assert "84.7" in result.output
+    assert not opened
+    assert "no browser" not in CliRunner().invoke(app, ["report", str(tmp_path), "--open"]).output
+    assert opened == [(tmp_path / "report.html").as_uri()]
+    assert "no browser was found" in CliRunner().invoke(app, ["report", str(tmp_path), "--open"]).output

@@ -5,11 +5,12 @@ A colour is written as `theme:NAME`; the page's script puts the light or the dar
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from farss.artifacts import LayerPlan, Plan, Survey
-from farss.report.words import count, label, plain, positive, significant
+from farss.report.words import label, positive, significant
 
 Trace = dict[str, Any]
 SIDES = {
@@ -51,103 +52,15 @@ def layer_types(blocks: dict[str, int]) -> dict[str, str]:
     return {name: short[kind] if words.count(short[kind]) == 1 else kind for name, kind in full.items()}
 
 
-# --- the plan --------------------------------------------------------------------------------------------------------
-
-
-def plan_figure(plans: dict[str, Plan], survey: Survey | None) -> Figure:
-    """Layer types x blocks; the hue is the side, the strength the rank."""
-    choices = [_plan_choice(name, plan, survey) for name, plan in plans.items()]
-    return Figure("plan", "Rank of every layer", choices, "Run")
-
-
-def _plan_choice(name: str, plan: Plan, survey: Survey | None) -> Choice:
-    types = layer_types({key: layer.block for key, layer in plan.layers.items()})
-    rows = list(dict.fromkeys(types.values()))
-    data = [_side_map(plan, types, rows, side, survey) for side in SIDES]
-    ticks = {
-        "tickvals": list(range(len(rows))),
-        "ticktext": [label(row) for row in rows],
-        "autorange": "reversed",
-    }
-    layout = {
-        "height": 96 + 34 * len(rows) + (22 if plan.boundary else 0),
-        "xaxis": {"title": {"text": "block"}, "showgrid": False, "range": [-0.5, plan.blocks - 0.5]},
-        "yaxis": {**ticks, "showgrid": False, "automargin": True},
-        "meta": {"columns": plan.blocks},
-        **boundary_marks(plan.boundary, plan.blocks, above=True),
-    }
-    return Choice(name, data, layout)
-
-
-def _side_map(plan: Plan, types: dict[str, str], rows: list[str], side: str | None, survey: Survey | None) -> Trace:
-    ranks: list[list[int | None]] = [[None] * plan.blocks for _ in rows]
-    hover: list[list[list[str]]] = [[[] for _ in range(plan.blocks)] for _ in rows]
-    for name, layer in plan.layers.items():
-        if layer.side == side:
-            row = rows.index(types[name])
-            ranks[row][layer.block] = layer.rank
-            hover[row][layer.block] = _layer_words(name, layer, survey)
-    shade = side or "random"
-    return {
-        "type": "heatmap",
-        "z": ranks,
-        "customdata": hover,
-        "colorscale": [[0, f"theme:{shade}-low"], [1, f"theme:{shade}-high"]],
-        "zmin": 0,
-        "zmax": max((layer.rank for layer in plan.layers.values()), default=1),
-        "showscale": False,
-        "hoverongaps": False,
-        "xgap": 2,
-        "ygap": 2,
-        "texttemplate": "%{z}",
-        "hovertemplate": "%{customdata[0]}<br>rank %{z}, %{customdata[1]}<br>%{customdata[2]}<extra></extra>",
-    }
-
-
-def _layer_words(name: str, layer: LayerPlan, survey: Survey | None) -> list[str]:
-    seen = survey.layers.get(name) if survey else None
-    importance = f"importance {plain(seen.importance)}, " if seen else ""
-    return [label(name), SIDES[layer.side], importance + count(layer.parameters, "parameter")]
-
-
-def boundary_marks(boundary: int | None, blocks: int, above: bool = False) -> dict[str, Any]:
-    """A line between the shallow and the deep blocks, and their names above the plot or at its foot."""
-    if boundary is None or not 0 < boundary < blocks:
-        return {}
-    line = {"type": "line", "x0": boundary - 0.5, "x1": boundary - 0.5, "yref": "paper", "y0": 0, "y1": 1}
-    names = [("shallow", "right", -6), ("deep", "left", 6)]
-    texts = [
-        {
-            "text": text,
-            "x": boundary - 0.5,
-            "xanchor": anchor,
-            "xshift": shift,
-            "yref": "paper",
-            "y": int(above),
-            "yanchor": "bottom",
-        }
-        for text, anchor, shift in names
-    ]
-    return {
-        "shapes": [{**line, "line": {"color": "theme:ink", "width": 1, "dash": "dot"}}],
-        "annotations": [{**text, "showarrow": False, "font": {"color": "theme:soft"}} for text in texts],
-    }
-
-
 # --- the survey ------------------------------------------------------------------------------------------------------
 
 
 def importance_figure(survey: Survey, boundary: int | None) -> Figure:
     """Fisher importance by depth, one line a layer type."""
-    types = layer_types({name: layer.block for name, layer in survey.layers.items()})
-    data = []
-    for place, kind in enumerate(dict.fromkeys(types.values())):
-        layers = sorted((survey.layers[name] for name, own in types.items() if own == kind), key=lambda layer: layer.block)
-        points = [(layer.block, positive(layer.importance)) for layer in layers]
-        data.append(line(kind, points, place, f"{label(kind)}, block %{{x}}: %{{y:.3g}}"))
+    data = _type_lines(survey, {name: positive(layer.importance) for name, layer in survey.layers.items()}, "%{y:.3g}")
     axis = {"type": "log", "title": {"text": "importance"}, "exponentformat": "power", "dtick": 1}
     layout = {
-        "height": 380,
+        "height": 400,
         "xaxis": _block_axis(survey.blocks),
         "yaxis": axis,
         **boundary_marks(boundary, survey.blocks),
@@ -155,28 +68,46 @@ def importance_figure(survey: Survey, boundary: int | None) -> Figure:
     return Figure("importance", "Fisher importance by depth", [Choice("", data, layout)])
 
 
-def energy_ratios(survey: Survey, top: int = 5) -> dict[int, float]:
-    """Mean over a block's layers of the share of energy in the `top` largest singular values (FARSS, figure 1)."""
-    shares: dict[int, list[float]] = {}
-    for name, layer in survey.layers.items():
-        energy = survey.directions(name).sigma.double().square()
-        total = float(energy.sum())
-        if total > 0:
-            shares.setdefault(layer.block, []).append(float(energy[:top].sum()) / total)
-    return {block: sum(values) / len(values) for block, values in sorted(shares.items())}
+def energy_ratios(survey: Survey, top: int = 5) -> dict[str, float]:
+    """Share of each layer's energy in its `top` largest singular values."""
+    energies = {name: survey.directions(name).sigma.double().square() for name in survey.layers}
+    return {name: float(energy[:top].sum() / energy.sum()) for name, energy in energies.items() if energy.sum() > 0}
 
 
 def energy_figure(survey: Survey, boundary: int | None) -> Figure:
-    """The paper's figure 1 for this model."""
-    points = [(block, significant(100 * ratio)) for block, ratio in energy_ratios(survey).items()]
-    data = [line("top-5 energy", points, 0, "block %{x}: %{y:.3g} %")]
+    """The paper's figure 1 for this model: the mean of each block's layers, and every layer type."""
+    ratios = {name: significant(100 * ratio) for name, ratio in energy_ratios(survey).items()}
+    blocks = _by_block(survey, ratios)
+    means = [(block, significant(statistics.fmean(values))) for block, values in blocks.items()]
+    data = [{**line("mean of all", means, 0, "mean, block %{x}: %{y:.3g} %"), "line": {"color": "theme:ink", "width": 4}}]
+    data[0]["marker"] = {"color": "theme:ink", "size": 8}
+    data += _type_lines(survey, ratios, "%{y:.3g} %")
     axis = {"title": {"text": "energy in 5 directions, %"}, "rangemode": "tozero"}
-    layout = {"height": 320, "showlegend": False, "xaxis": _block_axis(survey.blocks), "yaxis": axis}
+    layout = {"height": 400, "xaxis": _block_axis(survey.blocks), "yaxis": axis}
     return Figure(
         "energy",
         "Energy concentration",
         [Choice("", data, {**layout, **boundary_marks(boundary, survey.blocks)})],
     )
+
+
+def _by_block(survey: Survey, values: dict[str, Any]) -> dict[int, list[Any]]:
+    found: dict[int, list[Any]] = {}
+    for name, value in values.items():
+        found.setdefault(survey.layers[name].block, []).append(value)
+    return dict(sorted(found.items()))
+
+
+def _type_lines(survey: Survey, values: dict[str, Any], form: str) -> list[Trace]:
+    """One line a layer type, by depth; `form` is the value in plotly's words."""
+    types = layer_types({name: layer.block for name, layer in survey.layers.items()})
+    found: dict[str, list[tuple[int, Any]]] = {kind: [] for kind in types.values()}
+    for name, value in values.items():
+        found[types[name]].append((survey.layers[name].block, value))
+    return [
+        line(kind, sorted(points, key=lambda point: point[0]), place, f"{label(kind)}, block %{{x}}: {form}")
+        for place, (kind, points) in enumerate(found.items())
+    ]
 
 
 def spectrum_figure(survey: Survey, plan: Plan | None) -> Figure:
@@ -215,6 +146,30 @@ def _dots(name: str, scores: list[float], indices: list[int], colour: str, size:
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
+
+
+def boundary_marks(boundary: int | None, blocks: int, above: bool = False) -> dict[str, Any]:
+    """A line between the shallow and the deep blocks, and their names at the plot's head or foot."""
+    if boundary is None or not 0 < boundary < blocks:
+        return {}
+    line = {"type": "line", "x0": boundary - 0.5, "x1": boundary - 0.5, "yref": "paper", "y0": 0, "y1": 1}
+    names = [("shallow", "right", -6), ("deep", "left", 6)]
+    texts = [
+        {
+            "text": text,
+            "x": boundary - 0.5,
+            "xanchor": anchor,
+            "xshift": shift,
+            "yref": "paper",
+            "y": int(above),
+            "yanchor": "top" if above else "bottom",
+        }
+        for text, anchor, shift in names
+    ]
+    return {
+        "shapes": [{**line, "line": {"color": "theme:ink", "width": 1, "dash": "dot"}}],
+        "annotations": [{**text, "showarrow": False, "font": {"color": "theme:soft"}} for text in texts],
+    }
 
 
 def thinned(values: list[Any], most: int) -> list[Any]:

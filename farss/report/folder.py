@@ -22,6 +22,8 @@ class Run:
     settings: dict[str, Any] = field(default_factory=dict)
     """config.yaml as values."""
     survey: Survey | None = None
+    boundary: dict[str, Any] = field(default_factory=dict)
+    """boundary.json: what was tried to find the first deep block."""
     plan: Plan | None = None
     train: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
@@ -32,7 +34,12 @@ class Run:
     @property
     def empty(self) -> bool:
         """True when the folder holds no artifact of ours."""
-        return not (self.config or self.survey or self.plan or self.train or self.summary)
+        return not (self.config or self.survey or self.boundary or self.plan or self.train or self.summary)
+
+    @property
+    def first_deep(self) -> int | None:
+        """The boundary of the plan or, before there is one, of the search."""
+        return self.plan.boundary if self.plan else self.boundary.get("chosen")
 
     @property
     def adapter_bytes(self) -> int:
@@ -81,6 +88,7 @@ def read_run(folder: Path) -> Run:
         config=config,
         settings=_values(config),
         survey=_survey(folder) or _survey(shared),
+        boundary=_json(folder / "boundary.json") or _json(shared / "boundary.json"),
         plan=Plan.load(folder / "plan.json") if (folder / "plan.json").is_file() else None,
         train=_json(folder / "train.json"),
         summary=_json(folder / "summary.json"),

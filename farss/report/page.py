@@ -12,7 +12,8 @@ from typing import Any
 
 from farss.artifacts import write_text
 from farss.errors import FolderError
-from farss.report import examples, figures, results, story, tables, words
+from farss.report import candidates, examples, figures, planned, results, story, tables, words
+from farss.report.drawing import save_figures
 from farss.report.figures import Figure
 from farss.report.folder import Comparison, Run, is_comparison, read_comparison, read_run
 
@@ -20,16 +21,24 @@ BENCHMARK_KEYS = ("name", "kind", "questions", "before", "after", "full", "low",
 BENCHMARK_KINDS = {"knowledge": "Knowledge: to be kept", "task": "Task: to be learned"}
 EMPTY: dict[str, Any] = {
     "tiles": [],
+    "steps": [],
+    "boundary": {},
     "comparison": None,
     "benchmarks": {},
     "known": {},
     "costs": [],
     "examples_of": "",
+    "command": "",
+    "install": "",
 }
 
 
-def write_report(folder: Path) -> Path:
+def write_report(folder: Path, figures: bool = True) -> Path:
     """Draw `report.html` of a run folder or a comparison folder, from its artifacts alone.
+
+    Args:
+        folder: the run's or the comparison's.
+        figures: also write every figure as PNG and SVG into `figures/`.
 
     Raises:
         FolderError: the folder is missing, holds nothing of ours, or a file in it is broken.
@@ -44,6 +53,8 @@ def write_report(folder: Path) -> Path:
         content = run_content(run)
     path = folder / "report.html"
     write_text(path, render(content).encode("utf-8", "replace").decode("utf-8"))  # lone surrogates have no UTF-8
+    if figures:
+        save_figures(content["figures"].values(), folder / "figures")
     return path
 
 
@@ -52,44 +63,69 @@ def write_report(folder: Path) -> Path:
 
 def run_content(run: Run) -> dict[str, Any]:
     """Everything the template shows of one run; what is missing is empty."""
-    drawn = plan_figures({run.plan.method: run.plan} if run.plan else {}, run)
-    loss = results.loss_figure({"loss": run.train.get("log") or []})
+    pictures = {
+        "boundary": candidates.boundary_figure(run.boundary),
+        **plan_figures({run.plan.method: run.plan} if run.plan else {}, run),
+        "loss": results.loss_figure([results.Log("", "loss", run.train.get("log") or [])]),
+    }
     return {
         "title": story.title(run),
         "kicker": "Fine-tuning report",
         "headline": story.headline(run),
         "tiles": story.tiles(run.summary),
-        "figures": drawn | ({"loss": loss} if loss else {}),
+        "steps": story.steps(run),
+        "figures": {name: figure for name, figure in pictures.items() if figure},
+        "boundary": boundary_table(run.boundary),
         **benchmark_tables(run.summary),
-        "examples": example_groups(run),
+        "examples": example_groups({"after": run}),
         "costs": story.costs(run),
         "notes": [*(run.plan.notes if run.plan else []), *(run.summary.get("notes") or [])],
-        "config": run.config,
-        "versions": run.versions,
+        **again(run, "farss run"),
     }
 
 
 def comparison_content(comparison: Comparison) -> dict[str, Any]:
     """Everything the template shows of a comparison."""
     common, table = comparison.common, comparison.table
-    best = story.best_run(comparison)
-    plans = {name: run.plan for name, run in comparison.runs.items() if run.plan and run.plan.layers}
+    main = story.main_run(comparison)
+    runs = {run.folder.name: run for run in ([main] if main else []) + list(comparison.runs.values())}  # the main run first
+    methods = {name: str(row.get("method")) for name, row in zip(comparison.names, table.get("rows", []), strict=True)}
+    logs = [results.Log(methods[name], name, run.train.get("log") or []) for name, run in comparison.runs.items()]
+    of_method: dict[str, Run] = {}
+    for name, run in runs.items():
+        of_method.setdefault(methods[name], run)
     pictures = {
         "balance": results.balance_figure(table.get("rows", [])),
-        "loss": results.loss_figure({name: run.train.get("log") or [] for name, run in comparison.runs.items()}),
+        "benchmarks": results.benchmarks_figure(table),
+        "boundary": candidates.boundary_figure(common.boundary),
+        **plan_figures({name: run.plan for name, run in runs.items() if run.plan}, common),
+        "loss": results.loss_figure(logs),
     }
     return {
         "title": story.title(common),
         "kicker": "Comparison of fine-tuning methods",
         "headline": story.comparison_headline(comparison),
+        "steps": story.steps(main, list(runs.values())) if main else [],
         "comparison": comparison_tables(comparison),
-        "figures": plan_figures(plans, common) | {name: figure for name, figure in pictures.items() if figure},
-        "examples": example_groups(best) if best else {},
-        "examples_of": best.folder.name if best else "",
+        "figures": {name: figure for name, figure in pictures.items() if figure},
+        "boundary": boundary_table(common.boundary),
+        "examples": example_groups(of_method),
+        "examples_of": main.folder.name if main else "",
         "notes": table.get("notes") or [],
-        "config": common.config,
-        "versions": common.versions,
+        **again(common, "farss compare"),
     }
+
+
+def again(run: Run, command: str) -> dict[str, Any]:
+    """What it takes to do it once more."""
+    return {"config": run.config, "versions": run.versions, "command": command, "install": story.install(run.versions)}
+
+
+def boundary_table(found: dict[str, Any]) -> dict[str, Any]:
+    """The search in sentences and as a table; empty where there was none."""
+    if not found.get("candidates"):
+        return {}
+    return {"sentences": candidates.boundary_sentences(found), "rows": candidates.boundary_rows(found), "notes": found.get("notes") or []}
 
 
 def benchmark_tables(summary: dict[str, Any]) -> dict[str, Any]:
@@ -108,10 +144,10 @@ def plan_figures(plans: dict[str, Any], run: Run) -> dict[str, Figure]:
     drawn: dict[str, Figure] = {}
     plans = {name: plan for name, plan in plans.items() if plan.layers}
     if plans:
-        drawn["plan"] = figures.plan_figure(plans, run.survey)
+        drawn["plan"] = planned.plan_figure(plans, run.survey)
     if run.survey:
-        chosen = next((plan for plan in plans.values() if plan.boundary is not None), next(iter(plans.values()), None))
-        boundary = chosen.boundary if chosen else None
+        chosen = next(iter(plans.values()), None)
+        boundary = chosen.boundary if chosen else run.first_deep
         drawn["importance"] = figures.importance_figure(run.survey, boundary)
         drawn["energy"] = figures.energy_figure(run.survey, boundary)
         drawn["spectrum"] = figures.spectrum_figure(run.survey, chosen)
@@ -136,9 +172,16 @@ def comparison_tables(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def example_groups(run: Run) -> dict[str, list[examples.Group]]:
-    """Questions lost, won and kept, by benchmark."""
-    return {name: examples.groups(before, after) for name, (before, after) in run.answers().items()}
+def example_groups(runs: dict[str, Run]) -> dict[str, list[examples.Group]]:
+    """Questions lost, won and kept, by benchmark; the first run decides which, all of them show their answers."""
+    if not runs:
+        return {}
+    outcomes = {who: run.answers() for who, run in runs.items()}
+    first = next(iter(outcomes.values()))
+    return {
+        name: examples.groups(before, {who: asked[name][1] for who, asked in outcomes.items() if name in asked})
+        for name, (before, _) in first.items()
+    }
 
 
 # --- the file --------------------------------------------------------------------------------------------------------

@@ -1,32 +1,40 @@
-"""Pictures of the training and of what it gave: loss curves, and knowledge against task."""
+"""Pictures of the training and of what it gave: loss curves, benchmarks, and knowledge against task."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 from farss.report.figures import Choice, Figure, Trace, line, thinned
+from farss.report.tables import Value, benchmark_names, methods, value
 from farss.report.words import is_number, label, percent, significant
 
 CURVE_POINTS = 600
 GRID = 41
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "hexagon", "triangle-down")
 
 
-def loss_figure(logs: dict[str, list[dict[str, Any]]]) -> Figure | None:
-    """Training loss of one run (with its learning rate) or of several; None when nothing was logged."""
-    curves = {name: points for name, log in logs.items() if (points := _curve(log, "loss"))}
-    if not curves:
+class Log(NamedTuple):
+    """What one run logged while it trained."""
+
+    method: str
+    name: str
+    entries: list[dict[str, Any]]
+
+
+def loss_figure(logs: list[Log]) -> Figure | None:
+    """Training loss of one run (with its learning rate) or of several, one colour a method; None when nothing was logged."""
+    methods = list(dict.fromkeys(log.method for log in logs))
+    data = [_loss_line(log, points, methods.index(log.method)) for log in logs if (points := _curve(log.entries, "loss"))]
+    if not data:
         return None
-    data = [
-        {**line(name, points, place, f"{label(name)} step %{{x}}: %{{y:.4g}}"), "mode": "lines"}
-        for place, (name, points) in enumerate(curves.items())
-    ]
     layout: dict[str, Any] = {
-        "height": 380,
+        "height": 400,
         "showlegend": len(data) > 1,
-        "xaxis": {"title": {"text": "step"}},
-        "yaxis": {"title": {"text": "loss (nats per token)"}},
+        "xaxis": {"title": {"text": "step"}, "rangemode": "tozero"},
+        "yaxis": {"title": {"text": "loss (nats per token)"}, "rangemode": "tozero"},
     }
-    rate = _curve(next(iter(logs.values())), "learning_rate") if len(logs) == 1 else []
+    rate = _curve(logs[0].entries, "learning_rate") if len(logs) == 1 else []
     if rate:
         data.append({**line("learning rate", rate, 7, "step %{x}: %{y:.3g}"), "mode": "lines", "yaxis": "y2"})
         layout["yaxis"]["domain"] = [0.34, 1]
@@ -38,6 +46,12 @@ def loss_figure(logs: dict[str, list[dict[str, Any]]]) -> Figure | None:
         }
         layout["xaxis"]["anchor"] = "y2"
     return Figure("loss", "Training loss", [Choice("", data, layout)])
+
+
+def _loss_line(log: Log, points: list[tuple[Any, float | None]], place: int) -> Trace:
+    """A click on the legend hides all seeds of a method."""
+    drawn = line(log.name, points, place, f"{label(log.name)} step %{{x}}: %{{y:.4g}}")
+    return {**drawn, "mode": "lines", "legendgroup": label(log.method)}
 
 
 def _curve(log: list[dict[str, Any]], key: str) -> list[tuple[Any, float | None]]:
@@ -55,8 +69,8 @@ def balance_figure(rows: list[dict[str, Any]]) -> Figure | None:
     placed = [row for row in rows if all(is_number((row.get(name) or {}).get("value")) for name in "KT")]
     if not placed:
         return None
-    methods = list(dict.fromkeys(str(row.get("method")) for row in placed))
-    dots = [_method_dots(name, [row for row in placed if str(row.get("method")) == name], place) for place, name in enumerate(methods)]
+    groups = methods({"rows": placed})
+    dots = [_method_dots(name, groups[name], place) for place, name in enumerate(methods({"rows": rows})) if name in groups]
     x, y = (_span([row[name] for row in placed]) for name in "KT")
     layout = {
         "height": 520,
@@ -81,23 +95,29 @@ def _contours(x: list[float], y: list[float]) -> Trace:
         "y": [significant(value, 5) for value in up],
         "z": [[significant(harmonic_mean(kept, learned), 4) for kept in across] for learned in up],
         "contours": {
+            **_levels(x, y),
             "coloring": "none",
             "showlabels": True,
             "labelfont": {"color": "theme:soft", "size": 11},
             "labelformat": ".0f",
         },
         "line": {"color": "theme:faint", "width": 1},
-        "ncontours": 10,
         "showscale": False,
         "hoverinfo": "skip",
-        "name": "KT",
+        "name": "equal KT",
     }
+
+
+def _levels(x: list[float], y: list[float]) -> dict[str, float]:
+    """At most 12 round values of KT inside the picture."""
+    low, high = harmonic_mean(x[0], y[0]), harmonic_mean(x[1], y[1])
+    size = next(size for size in (0.5, 1, 2, 5, 10, 20) if (high - low) / size <= 12)
+    return {"start": size * math.ceil(low / size), "end": size * math.floor(high / size), "size": size}
 
 
 def _method_dots(method: str, rows: list[dict[str, Any]], place: int) -> Trace:
     colour = f"theme:c{place % 8 + 1}"
     kept, learned = ([row[name] for row in rows] for name in "KT")
-    symbols = ("circle", "square", "diamond", "triangle-up", "cross", "star", "hexagon", "triangle-down")
     words = [f"seed {row.get('seed')}, KT {percent((row.get('KT') or {}).get('value'))}" for row in rows]
     return {
         "type": "scatter",
@@ -105,18 +125,18 @@ def _method_dots(method: str, rows: list[dict[str, Any]], place: int) -> Trace:
         "name": label(method),
         "x": [significant(100 * value["value"]) for value in kept],
         "y": [significant(100 * value["value"]) for value in learned],
-        "error_x": _bars(kept, colour),
-        "error_y": _bars(learned, colour),
+        "error_x": bars(kept, colour),
+        "error_y": bars(learned, colour),
         "customdata": [label(text) for text in words],
-        "marker": {"color": colour, "size": 12, "symbol": symbols[place % 8]},
+        "marker": {"color": colour, "size": 12, "symbol": SYMBOLS[place % 8]},
         "hovertemplate": f"{label(method)}, %{{customdata}}<br>K %{{x:.1f}} %, T %{{y:.1f}} %<extra></extra>",
     }
 
 
-def _bars(values: list[dict[str, Any]], colour: str) -> dict[str, Any]:
+def bars(values: list[dict[str, Any]], colour: str) -> dict[str, Any]:
     """Error bars of the 95 % intervals; none where a run has no interval."""
-    up = [significant(100 * (v["high"] - v["value"])) if is_number(v.get("high")) else None for v in values]
-    down = [significant(100 * (v["value"] - v["low"])) if is_number(v.get("low")) else None for v in values]
+    ends = [("high", 1), ("low", -1)]
+    up, down = ([_reach(entry, end, sign) for entry in values] for end, sign in ends)
     return {
         "type": "data",
         "symmetric": False,
@@ -126,3 +146,59 @@ def _bars(values: list[dict[str, Any]], colour: str) -> dict[str, Any]:
         "thickness": 1.2,
         "width": 4,
     }
+
+
+def _reach(entry: dict[str, Any], end: str, sign: int) -> float | None:
+    known = is_number(entry.get("value")) and is_number(entry.get(end))
+    return significant(max(0.0, 100 * sign * (entry[end] - entry["value"]))) if known else None
+
+
+def benchmarks_figure(table: dict[str, Any]) -> Figure | None:
+    """Every benchmark of a comparison: the untouched model and each method, with intervals."""
+    names, groups, base = benchmark_names(table), methods(table), table.get("base") or {}
+    if not names:
+        return None
+    before = {name: Value(base[name]) for name in names if is_number(base.get(name))}
+    series = [("before", before)] if before else []
+    series += [(method, {name: value(rows, f"benchmarks.{name}") for name in names}) for method, rows in groups.items()]
+    step = 0.7 / len(series)
+    top = 100 * max([entry.highest or entry.mean or 0 for _, values in series for entry in values.values()] + [0.01])
+    data = [
+        _benchmark_dots(name, values, names, (place - (len(series) - 1) / 2) * step, place - bool(before))
+        for place, (name, values) in enumerate(series)
+    ]
+    layout = {
+        "height": 110 + len(names) * (22 + 20 * len(series)),
+        "xaxis": {"title": {"text": "score, %"}, "range": [-0.03 * top, 1.03 * top]},
+        "yaxis": {
+            "tickvals": list(range(len(names))),
+            "ticktext": [label(name) for name in names],
+            "range": [len(names) - 0.5, -0.5],
+            "showgrid": False,
+        },
+        "shapes": [_divider(place + 0.5) for place in range(len(names) - 1)],
+    }
+    return Figure("benchmarks", "Every benchmark", [Choice("", data, layout)])
+
+
+def _benchmark_dots(name: str, values: dict[str, Value], names: list[str], shift: float, place: int) -> Trace:
+    """The scores of one method, each a little below the one before; `place` is -1 for the untouched model."""
+    found = [(names.index(bench), entry) for bench, entry in values.items() if entry.mean is not None]
+    colour = "theme:soft" if place < 0 else f"theme:c{place % 8 + 1}"
+    spans = [{"value": entry.mean, "low": entry.lowest, "high": entry.highest} for _, entry in found]
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": label(name),
+        "x": [significant(100 * span["value"]) for span in spans if span["value"] is not None],
+        "y": [row + shift for row, _ in found],
+        **({"error_x": bars(spans, colour)} if any(is_number(span["low"]) for span in spans) else {}),
+        "customdata": [label(names[row]) for row, _ in found],
+        "marker": {"color": colour, "size": 10, "symbol": "circle-open" if place < 0 else SYMBOLS[place % 8]},
+        "hovertemplate": f"{label(name)}, %{{customdata}}: %{{x:.1f}} %<extra></extra>",
+    }
+
+
+def _divider(y: float) -> dict[str, Any]:
+    across = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": y, "y1": y}
+    return {**across, "line": {"color": "theme:grid", "width": 1}}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from farss.artifacts import LayerPlan, Plan
+from farss.methods import METHODS
 from farss.report.folder import Comparison, Run
 from farss.report.tables import METRICS, Value, methods, value
 from farss.report.words import (
@@ -22,11 +24,19 @@ from farss.report.words import (
     signed,
 )
 
+NO_PACKAGES = ("farss", "python", "machine", "date", "command")
 MEANINGS = {
     "KT": "balance of kept and learned",
     "K": "kept of the knowledge",
     "T": "learned, against full fine-tuning",
 }
+
+
+class Step(NamedTuple):
+    """One step of the line, in plain words."""
+
+    name: str
+    text: str
 
 
 class Tile(NamedTuple):
@@ -39,29 +49,89 @@ class Tile(NamedTuple):
 
 
 def title(run: Run) -> str:
-    """The model's name, or the folder's."""
+    """The model's name, or the folder's. Where its folder is called model, the folder above says more."""
     path = (run.settings.get("model") or {}).get("path")
-    return cut(PurePath(str(path)).name if path else run.folder.resolve().name, 80)
+    if not path:
+        return cut(run.folder.resolve().name, 80)
+    name = PurePath(str(path)).name
+    return cut("/".join(PurePath(str(path)).parts[-2:]) if name == "model" else name, 80)
 
 
 def headline(run: Run) -> list[str]:
-    """What was done, from the plan, and what came of it."""
-    sentences = [_opening(run)]
-    if run.plan is not None:
-        sentences.append(plan_sentence(run.plan, run.train.get("parameters")))
-    return [*sentences, *_outcome(run.summary)]
+    """What was fine-tuned, and what came of it."""
+    return [_opening(run), *_outcome(run.summary)]
 
 
 def _opening(run: Run) -> str:
-    settings = run.settings
-    data = (settings.get("data") or {}).get("train")
-    on = f" on {cut(PurePath(str(data)).name, 80)}" if data else ""
-    method = run.plan.method if run.plan else (settings.get("plan") or {}).get("method")
+    method = run.plan.method if run.plan else (run.settings.get("plan") or {}).get("method")
     by = f" with {cut(str(method), 80)}" if method else ""
     if run.train:
-        return f"{title(run)} was fine-tuned{on}{by}."
-    done = "planned" if run.plan else "surveyed" if run.survey else "prepared"
-    return f"The fine-tuning of {title(run)}{on}{by} has been {done}, not yet trained."
+        return f"{title(run)} was fine-tuned{_data(run)}{by}."
+    parts = (("planned", run.plan), ("surveyed and its boundary searched", run.boundary), ("surveyed", run.survey), ("prepared", True))
+    done = next(word for word, found in parts if found)
+    return f"The fine-tuning of {title(run)}{_data(run)}{by} has been {done}, not yet trained."
+
+
+def _data(run: Run) -> str:
+    """The training data's name, with its folder's: many files are called train.jsonl."""
+    path = (run.settings.get("data") or {}).get("train")
+    return f" on {cut('/'.join(PurePath(str(path)).parts[-2:]), 80)}" if path else ""
+
+
+def steps(run: Run, runs: list[Run] | None = None) -> list[Step]:
+    """Look, decide, train, judge: what happened in each step and what it cost, as far as it is known.
+
+    Args:
+        run: its survey, plan and scores are told.
+        runs: all runs of a comparison, whose training is told together.
+    """
+    trained = [one.train for one in (runs or [run]) if one.train]
+    told = [
+        ("Look", _looked(run)),
+        ("Decide", f"{_named(run, runs)}{plan_sentence(run.plan, run.train.get('parameters'))}" if run.plan else ""),
+        ("Train", _trained(trained)),
+        ("Judge", _judged(run.summary)),
+    ]
+    return [Step(name, text) for name, text in told if text]
+
+
+def _named(run: Run, runs: list[Run] | None) -> str:
+    return f"{cut(run.plan.method, 80)}: " if run.plan and runs and len(runs) > 1 else ""
+
+
+def _looked(run: Run) -> str:
+    if run.survey is None or (run.plan and not uses_survey(run.plan)):
+        return ""
+    seconds = run.survey.meta.get("seconds")
+    time = f" It took {duration(seconds)}." if is_number(seconds) else ""
+    return (
+        f"{count(run.survey.examples, 'example')} ({count(run.survey.tokens, 'token')}) went through the untouched model once. "
+        f"Of {count(len(run.survey.layers), 'layer')} it was measured how much the loss depends on each, and on which directions.{time}"
+    )
+
+
+def _trained(trains: list[dict[str, Any]]) -> str:
+    if not trains:
+        return ""
+    steps_each = {count(train["steps"], "step") for train in trains if is_number(train.get("steps"))}
+    runs = [count(len(trains), "run")] if len(trains) > 1 else []
+    facts = [" of ".join(runs + sorted(steps_each)) if len(steps_each) <= 1 else runs[0]]
+    seconds = sum(train.get("seconds") or 0 for train in trains)
+    facts += [f"{duration(seconds)}{' together' if runs else ''}"] if seconds else []
+    peak = max(train.get("peak_memory_gib") or 0 for train in trains)
+    facts += [f"at most {gib(peak)} of memory"] if peak else []
+    changed = trains[0].get("parameters")
+    facts += [f"{compact(changed)} parameters changed"] if not runs and is_number(changed) else []
+    return f"{', '.join(fact for fact in facts if fact)}."
+
+
+def _judged(summary: dict[str, Any]) -> str:
+    asked = {
+        kind: sum(row.get("questions") or 0 for row in summary.get("benchmarks") or [] if row.get("kind") == kind)
+        for kind in ("knowledge", "task")
+    }
+    words = [count(number, f"{kind} question") for kind, number in asked.items() if number]
+    return f"{' and '.join(words)} were asked before and after." if words else ""
 
 
 def plan_sentence(plan: Plan, trained: Any = None) -> str:
@@ -100,7 +170,7 @@ def _ranks(layers: list[LayerPlan]) -> str:
     return f"rank {low}" if low == high else f"ranks {low} to {high} (mean {sum(ranks) / len(ranks):.1f})"
 
 
-def _outcome(summary: dict[str, Any]) -> list[str]:
+def _outcome(summary: dict[str, Any], who: str = "It") -> list[str]:
     kept, learned, balance = (summary.get(name) or {} for name in ("K", "T", "KT"))
     words = []
     if is_number(kept.get("value")):
@@ -108,7 +178,7 @@ def _outcome(summary: dict[str, Any]) -> list[str]:
     if is_number(learned.get("value")):
         words.append(f"learned {percent(learned['value'])} of what full fine-tuning learns (T{_between(learned)})")
     end = f"; together KT is {percent(balance['value'])}" if is_number(balance.get("value")) else ""
-    return [f"It {' and '.join(words)}{end}."] if words else []
+    return [f"{cut(who, 80)} {' and '.join(words)}{end}."] if words else []
 
 
 def _between(entry: dict[str, Any]) -> str:
@@ -146,18 +216,24 @@ def comparison_headline(comparison: Comparison) -> list[str]:
     """Which methods were compared, and which has the best balance."""
     groups = methods(comparison.table)
     runs = len(comparison.table.get("rows", []))
-    data = (comparison.common.settings.get("data") or {}).get("train")
-    on = f" on {cut(PurePath(str(data)).name, 80)}" if data else ""
-    sentences = [f"{count(len(groups), 'method')} fine-tuned {title(comparison.common)}{on}, in {count(runs, 'run')}."]
+    what = f"{title(comparison.common)}{_data(comparison.common)}"
+    sentences = [f"{count(len(groups), 'method')} fine-tuned {what}, in {count(runs, 'run')}."]
     ranked = sorted(
         ((found, name) for name, rows in groups.items() if (found := value(rows, "KT")).mean is not None),
         key=_mean,
     )
     if ranked:
-        best, name = ranked[-1]
-        verb = "has the highest balance of kept and learned" if len(ranked) > 1 else "has the balance"
+        *others, (best, name) = ranked
+        verb = "has the highest balance of kept and learned" if others else "has the balance"
         sentences.append(f"{cut(name, 80)} {verb}, KT {percent(best.mean)}{_spread(best)}.")
-    return sentences
+        near = [cut(name, 80) for found, name in others if best.lowest is not None and _mean((found, name)) >= best.lowest]
+        if near:
+            sentences.append(
+                f"Inside that range {'lies' if len(near) == 1 else 'lie'} {' and '.join(near)}: a difference this small is no result."
+            )
+    main = main_run(comparison)
+    told = _outcome(main.summary | {"KT": None}, main.plan.method) if main and main.plan and len(groups) > 1 else []
+    return [*sentences, *told]
 
 
 def _mean(entry: tuple[Value, str]) -> float:
@@ -171,15 +247,17 @@ def _spread(entry: Value) -> str:
     return f" (95{SPACE}% interval {text}{SPACE}%)" if text else ""
 
 
-def best_run(comparison: Comparison) -> Run | None:
-    """The run with the highest KT, of those whose folders are there."""
-    rows = zip(comparison.names, comparison.table.get("rows", []), strict=True)
-    scored = [
-        (row["KT"]["value"], comparison.runs[name])
-        for name, row in rows
-        if name in comparison.runs and is_number((row.get("KT") or {}).get("value"))
-    ]
-    return max(scored, key=lambda entry: entry[0])[1] if scored else None
+def main_run(comparison: Comparison) -> Run | None:
+    """The run that the page is about: FARSS, else the first that was planned from a survey, else the first with a plan."""
+    runs = [run for run in comparison.runs.values() if run.plan]
+    orders = (lambda plan: plan.method == "farss", uses_survey, lambda plan: bool(plan.layers), lambda plan: True)
+    return next((run for test in orders for run in runs if test(run.plan)), None)
+
+
+def uses_survey(plan: Plan | None) -> bool:
+    """Whether a plan's method looks at the data: a comparison's survey lies beside runs that never saw it."""
+    method = METHODS.get(plan.method) if plan else None
+    return method is not None and method.needs == "survey"
 
 
 def costs(run: Run) -> list[tuple[str, str]]:
@@ -196,3 +274,11 @@ def costs(run: Run) -> list[tuple[str, str]]:
         ("Adapter size", gib(run.adapter_bytes / 2**30), run.adapter_bytes or None),
     ]
     return [(name, text) for name, text, known in rows if known is not None]
+
+
+def install(versions: dict[str, Any]) -> str:
+    """The command that installs the same packages; only what looks like a name and a version goes into it."""
+    pattern = re.compile(r"[A-Za-z0-9][\w.-]*")
+    known = {name: str(version).partition("+")[0] for name, version in versions.items() if name not in NO_PACKAGES}
+    pins = [f"{name}=={version}" for name, version in known.items() if pattern.fullmatch(name) and pattern.fullmatch(version)]
+    return f"pip install {' '.join(pins)}" if pins else ""

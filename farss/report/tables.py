@@ -24,6 +24,16 @@ class Value(NamedTuple):
     deviation: float | None = None
     """Standard deviation over the seeds, of methods with several runs."""
 
+    @property
+    def lowest(self) -> float | None:
+        """Lower end of the interval, or one deviation below the mean."""
+        return self.low if self.deviation is None or self.mean is None else self.mean - self.deviation
+
+    @property
+    def highest(self) -> float | None:
+        """Upper end of the interval, or one deviation above the mean."""
+        return self.high if self.deviation is None or self.mean is None else self.mean + self.deviation
+
 
 class Column(NamedTuple):
     """One column of the table."""

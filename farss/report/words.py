@@ -81,9 +81,9 @@ def gib(value: Any) -> str:
     return f"{value * 1024**unit:.1f}{SPACE}{('GiB', 'MiB', 'KiB')[unit]}"
 
 
-def count(number: int, noun: str) -> str:
+def count(number: int, noun: str, several: str = "") -> str:
     """1 block, 2 blocks."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {several or f'{noun}s'}"
 
 
 def cut(text: str, limit: int = TEXT_LIMIT) -> str:

@@ -47,5 +47,5 @@ class Page(HTMLParser):
 
 
 def draw(folder: Path) -> Page:
-    """Write and read a report."""
-    return Page(write_report(folder))
+    """Write and read a report, without its figures as files."""
+    return Page(write_report(folder, figures=False))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,12 @@ from farss.report.page import comparison_content, run_content
 def test_the_pictures_equal_the_artifacts(run_folder: Path) -> None:
     data = json.loads(draw(run_folder).scripts[0])
     plan, survey = Plan.load(run_folder / "plan.json"), Survey.load(run_folder / "survey")
-    ranks = [rank for trace in data["plan"][0]["data"] for row in trace["z"] for rank in row if rank is not None]
+    maps = [trace for trace in data["plan"][0]["data"] if trace["type"] == "heatmap"]
+    ranks = [rank for trace in maps for row in trace["z"] for rank in row if rank is not None]
     assert sorted(ranks) == sorted(layer.rank for layer in plan.layers.values())
+    bars = [trace for trace in data["plan"][0]["data"] if trace["type"] == "bar"]
+    assert sum(sum(trace["y"]) for trace in bars) == plan.parameters
+    assert [trace["name"] for trace in bars] == [figures.SIDES["least"], figures.SIDES["most"]]
     marked = {choice["data"][1]["name"]: choice["data"][1]["x"] for choice in data["spectrum"]}
     assert len(data["spectrum"]) == len(survey.layers)
     assert set(marked) == {
@@ -28,7 +33,9 @@ def test_the_pictures_equal_the_artifacts(run_folder: Path) -> None:
     for choice, name in zip(data["spectrum"], survey.layers, strict=True):
         assert choice["data"][1]["x"] == sorted(plan.layers[name].directions)
     ratios = figures.energy_ratios(survey)
-    assert data["energy"][0]["data"][0]["y"] == pytest.approx([100 * ratio for ratio in ratios.values()], rel=1e-3)
+    means = [statistics.fmean(ratios[name] for name, layer in survey.layers.items() if layer.block == block) for block in range(6)]
+    assert data["energy"][0]["data"][0]["y"] == pytest.approx([100 * mean for mean in means], rel=1e-3)
+    assert len(data["energy"][0]["data"]) == 8, "the mean and seven layer types"
     assert all(0 < ratio <= 1 for ratio in ratios.values())
 
 
@@ -75,3 +82,23 @@ def test_thinning_keeps_the_ends_and_the_order(length: int, most: int) -> None:
 def test_the_balance_picture_needs_both_k_and_t() -> None:
     assert results.balance_figure([{"method": "lora", "K": {"value": 0.9}, "T": None}]) is None
     assert results.harmonic_mean(0.5, 1.0) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(("x", "y"), [([0, 100], [0, 120]), ([65, 99], [96, 101]), ([90, 90.5], [99, 100]), ([0, 0], [0, 0])])
+def test_lines_of_equal_kt_have_round_values_inside_the_picture(x: list[float], y: list[float]) -> None:
+    levels = results._levels(x, y)
+    low, high = results.harmonic_mean(x[0], y[0]), results.harmonic_mean(x[1], y[1])
+    assert low <= levels["start"]
+    assert levels["end"] <= high
+    assert (levels["end"] - levels["start"]) / levels["size"] <= 12
+
+
+def test_every_benchmark_shows_every_method(comparison_folder: Path) -> None:
+    figure = results.benchmarks_figure(read_comparison(comparison_folder).table)
+    assert figure is not None
+    before, farss, *others = figure.choices[0].data
+    assert [trace["name"] for trace in (before, farss, *others)] == ["before", "farss", "lora", "full"]
+    assert before["x"] == [65.0, 4.0]
+    assert farss["x"] == pytest.approx([65 * (0.951 + 0.939) / 2, 43 * (0.962 + 0.958) / 2], rel=1e-3)
+    assert all(0 < y - row < 0.5 or 0 < row - y < 0.5 for y, row in zip(before["y"], (0, 1), strict=True)), "each in its row"
+    assert results.benchmarks_figure({"rows": []}) is None

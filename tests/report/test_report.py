@@ -10,25 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from folders import HOSTILE, RTL, poison, rewrite
 from pages import Page, draw
 
-from farss.artifacts import Plan, read_json, write_json, write_text
+from farss.artifacts import Plan, read_json, write_json
 from farss.errors import FolderError
 from farss.report import read_run, write_report
 from farss.report.examples import groups
 from farss.report.page import plotly_script, script_json
 from farss.report.words import percent, points
-
-HOSTILE = "</script><script>alert(1)</script>\"'><img src=http://evil.example/x onerror=alert(2)>\u2028{{7*7}}%{x}"
-RTL = "\u202eمرحبا بالعالم"
-
-
-def rewrite(path: Path, change: Any) -> None:
-    """Change a JSON artifact in place."""
-    values = read_json(path)
-    change(values)
-    path.write_text(json.dumps(values), encoding="utf-8")
-
 
 # --- self-contained --------------------------------------------------------------------------------------------------
 
@@ -61,30 +51,17 @@ def test_only_our_own_scripts_may_run(run_folder: Path) -> None:
 
 
 def test_the_page_is_a_page_of_reasonable_size(run_folder: Path) -> None:
-    path = write_report(run_folder)
+    path = write_report(run_folder, figures=False)
     assert path == run_folder / "report.html"
     assert path.stat().st_size - len(plotly_script()) < 150_000
 
 
 def test_drawing_twice_gives_the_same_page(run_folder: Path) -> None:
-    first = write_report(run_folder).read_bytes()
-    assert write_report(run_folder).read_bytes() == first
+    first = write_report(run_folder, figures=False).read_bytes()
+    assert write_report(run_folder, figures=False).read_bytes() == first
 
 
 # --- hostile content -------------------------------------------------------------------------------------------------
-
-
-def poison(folder: Path) -> None:
-    """Put hostile texts wherever a model, a data set or a user can put one."""
-    lines = [json.loads(line) for line in (folder / "scores" / "people.jsonl").read_text().splitlines()]
-    for entry in lines:
-        entry.update(answer=HOSTILE + "x" * 100_000, prompt="p" * 100_000 + HOSTILE, gold=[RTL, HOSTILE])
-    lines[7]["answer"] = "\ud800 alone"
-    (folder / "scores" / "people.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    rewrite(folder / "summary.json", lambda values: values["benchmarks"][0].update(name=HOSTILE))
-    rewrite(folder / "summary.json", lambda values: values["notes"].append(HOSTILE * 100))
-    rewrite(folder / "versions.json", lambda values: values.update({HOSTILE: HOSTILE}))
-    write_text(folder / "config.yaml", f"model:\n  path: {json.dumps(HOSTILE)}\n# {HOSTILE}\n")
 
 
 def test_hostile_texts_are_shown_and_not_run(run_folder: Path) -> None:
@@ -192,7 +169,7 @@ def test_a_comparison_without_its_runs(comparison_folder: Path, tmp_path: Path) 
     alone = tmp_path / "alone"
     alone.mkdir()
     shutil.copy(comparison_folder / "comparison.json", alone)
-    assert draw(alone).ids == {"methods", "balance", "notes"}
+    assert draw(alone).ids == {"methods", "balance", "benchmarks", "notes"}
     write_json(alone / "comparison.json", {"rows": []})
     draw(alone)
 
@@ -243,7 +220,7 @@ def test_the_headline_equals_plan_and_summary(run_folder: Path) -> None:
 
 def test_examples_are_counted_and_bounded(run_folder: Path) -> None:
     ((before, after),) = read_run(run_folder).answers().values()
-    found = {group.name: group for group in groups(before, after)}
+    found = {group.name: group for group in groups(before, {"after": after})}
     assert {name: group.total for name, group in found.items()} == {
         "lost": 6,
         "won": 4,
@@ -251,5 +228,67 @@ def test_examples_are_counted_and_bounded(run_folder: Path) -> None:
         "never": 10,
     }
     assert [len(found[name].examples) for name in ("lost", "won", "kept", "never")] == [6, 4, 8, 0]
-    assert {(example.before, example.after) for example in found["lost"].examples} == {(f"person {i}", "a number: 42") for i in range(6)}
-    assert groups(before, copy.deepcopy(list(reversed(after))))[0].total == 6, "paired by id, not by line"
+    assert {tuple(example.answers) for example in found["lost"].examples} == {
+        (("before", f"person {i}", True), ("after", "a number: 42", False)) for i in range(6)
+    }
+    assert groups(before, {"after": copy.deepcopy(list(reversed(after)))})[0].total == 6, "paired by id, not by line"
+
+
+def test_the_first_model_decides_what_was_lost_and_all_answer(run_folder: Path) -> None:
+    ((before, after),) = read_run(run_folder).answers().values()
+    found = groups(before, {"farss": before, "lora": after[:30]})
+    assert [group.total for group in found] == [0, 0, 26, 4], "only what all were asked"
+    assert [answer.who for answer in found[2].examples[0].answers] == ["before", "farss", "lora"]
+    assert [answer.right for answer in found[2].examples[0].answers] == [True, True, False]
+
+
+def test_the_template_around_every_question_is_left_out() -> None:
+    def asked(names: list[str]) -> list[dict[str, Any]]:
+        return [{"id": i, "prompt": f"Do this.\n\nQuestion: who is {name}?\nAnswer:", "score": 1.0} for i, name in enumerate(names)]
+
+    prompts = [example.prompt for example in groups(asked(["Ann", "Bea"]), {"after": asked(["Ann", "Bea"])})[2].examples]
+    assert prompts == ["Question: who is Ann?", "Question: who is Bea?"]
+    (alone,) = groups(asked(["Ann"]), {"after": asked(["Ann"])})[2].examples
+    assert alone.prompt.startswith("Do this.")
+
+
+def test_a_newcomer_reads_what_was_done(run_folder: Path) -> None:
+    words = draw(run_folder).words
+    assert "256 examples (40,000 tokens) went through the untouched model once. Of 42 layers" in words
+    assert "400 steps, 91 min, at most 17.3 GiB of memory" in words
+    assert "1,240 knowledge questions and 500 task questions were asked before and after" in words
+
+
+def test_the_command_that_repeats_a_run_holds_only_names_and_versions(run_folder: Path) -> None:
+    rewrite(run_folder / "versions.json", lambda values: values.update({"torch": "2.8.0+cpu", "peft": "1; rm -rf ~", "$(id)": "1"}))
+    html = draw(run_folder).html
+    assert "<code>pip install torch==2.8.0\nfarss run config.yaml out=again</code>" in html
+
+
+# --- comparisons -----------------------------------------------------------------------------------------------------
+
+
+def test_a_comparison_is_about_farss(comparison_folder: Path) -> None:
+    rewrite(comparison_folder / "comparison.json", lambda values: values["rows"].reverse())  # full and lora come first
+    page = draw(comparison_folder)
+    choices = re.findall(r"<option value=\"(\d)\">([^<]+)</option>", page.html.partition('data-for="spectrum"')[0])
+    assert choices[0] == ("0", "farss-seed1")
+    assert "Lost and won as farss-seed1 answered" in page.words
+    assert re.findall(r"<dt><bdi>(\w+)</bdi></dt><dd dir", page.html)[:4] == ["before", "farss", "full", "lora"]
+
+
+def test_only_a_method_that_looks_at_the_data_is_said_to_have_looked(comparison_folder: Path) -> None:
+    assert "went through the untouched model" in draw(comparison_folder / "farss-seed0").words
+    assert "went through the untouched model" not in draw(comparison_folder / "lora-seed0").words
+
+
+def test_a_difference_inside_the_interval_is_called_none(comparison_folder: Path) -> None:
+    def close(values: dict[str, Any]) -> None:
+        values["rows"] = [row for row in values["rows"] if row["seed"] == 0]
+
+    rewrite(comparison_folder / "comparison.json", close)
+    words = draw(comparison_folder).words
+    assert "farss has the highest balance of kept and learned, KT 95.6 % (95 % interval 92.6 to 98.6 %)." in words
+    assert "this small" not in words
+    rewrite(comparison_folder / "comparison.json", lambda values: values["rows"][1]["KT"].update(value=0.95))
+    assert "Inside that range lies lora: a difference this small is no result." in draw(comparison_folder).words
