@@ -10,7 +10,6 @@ block's statistics ever exist. Weights are only read, block by block, so they ma
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from farss.errors import FarssError, FolderError
 from farss.memory import freed_memory_kept, peak_gib, used_gib
 from farss.models import find_blocks, is_quantised, keep_gradients, target_layers
 from farss.models import fingerprint as model_fingerprint
+from farss.search import shallow_end
 from farss.survey.kept import GRADIENT, INPUT, Kept, check_space
 from farss.survey.passage import Batch, Passage, check_passage, enter, output_gradient, through, uniform_draws
 from farss.survey.statistics import Readout, Statistics, add_up, read_out, recording, start, summary
@@ -261,11 +261,6 @@ class Sweep:
         """Parameters and buffers that belong to no block: embeddings, final norm, head."""
         inside = {id(tensor) for tensor in tensors_of(self.blocks)}
         return [tensor for tensor in tensors_of(self.model) if id(tensor) not in inside]
-
-
-def shallow_end(blocks: int) -> int:
-    """One past the last block that the paper's range of boundaries can make shallow (section 3.1)."""
-    return math.ceil(blocks / 4) + 1
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:
