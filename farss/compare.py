@@ -83,7 +83,7 @@ def _row(run: Run, full: Path | None) -> dict[str, Any]:
         Scores.load(run.path / "scores.json"),
     )
     values = read_json(run.path / "summary.json")
-    survey_record = run.common.record(run.method.needs)
+    before = [run.common.record(step) for step in run.steps_before]
     return {
         "method": plan.method,
         "seed": run.config.seed,
@@ -92,7 +92,7 @@ def _row(run: Run, full: Path | None) -> dict[str, Any]:
         "learning_rate": run.config.train.learning_rate,
         "parameters": trained.parameters,
         **{key: values[key] for key in ("K", "T", "KT", "forgetting")},
-        "seconds_init": survey_record["seconds"] if survey_record else 0.0,
+        "seconds_init": sum(record["seconds"] for record in before if record),
         "seconds_train": trained.seconds,
         "peak_memory_gib": trained.peak_memory_gib,
         "benchmarks": {

@@ -38,6 +38,8 @@ class Method:
     plain_lora: bool
     """Whether the result can be exported as a plain LoRA on the untouched base."""
     plan: Callable[[PlanConfig, Context], Plan]
+    boundary: bool = False
+    """Whether it treats shallow and deep blocks differently."""
 
 
 def layer_cap(layer: Layer) -> int:

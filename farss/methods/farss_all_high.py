@@ -22,4 +22,5 @@ FARSS_ALL_HIGH = Method(
     changes="FARSS's ranks, starting from the most important directions in every block",
     plain_lora=True,
     plan=plan,
+    boundary=True,
 )

@@ -22,4 +22,5 @@ FARSS_FIXED = Method(
     changes="rank r_avg in every shallow layer, rank R in the deep ones, from FARSS's directions",
     plain_lora=True,
     plan=plan,
+    boundary=True,
 )
