@@ -84,7 +84,8 @@ class Boundary:
         if not self.candidates:
             return f"Boundary {self.chosen} is the only candidate."
         margin = f"{100 * self.margin:.1f} points of KT above the next best ({100 * self.margin_low:.1f} to {100 * self.margin_high:.1f})"
-        return f"The search chose boundary {self.chosen}, {margin}, for {self.cost_share:.0%} of a training's steps."
+        doubt = " The probes do not tell the two apart." if self.margin_low <= 0 else ""
+        return f"The search chose boundary {self.chosen}, {margin}, for {self.cost_share:.0%} of a training's steps.{doubt}"
 
 
 # --- what is compared, and on what -----------------------------------------------------------------------------------
