@@ -1,4 +1,4 @@
-"""What the benchmarks share: models, measured processes, and the tables in docs/performance.md."""
+"""What the benchmarks share: models, measured processes, and the tables in the documentation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 WORK = Path(os.environ.get("FARSS_BENCHMARKS", Path(tempfile.gettempdir()) / "farss-benchmarks"))
 """Models and logs; large ones stay for the next time."""
-PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
+DOCS = Path(__file__).parent.parent / "docs"
 
 
 def data_file(name: str) -> Path:
@@ -170,11 +170,10 @@ def table(rows: list[dict[str, str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row[head] for head in heads) + " |" for row in rows)])
 
 
-def write_section(name: str, text: str) -> None:
-    """Print a result, and put it between its marks in docs/performance.md."""
+def write_section(name: str, text: str, page: str = "performance.md") -> None:
+    """Print a result, and put it between its marks on a page of the documentation."""
     print(text)
     opening, closing = f"<!-- {name}: written by its command -->", f"<!-- end of {name} -->"
-    page = PAGE.read_text()
-    before, _, rest = page.partition(opening)
+    before, _, rest = (DOCS / page).read_text().partition(opening)
     _, _, after = rest.partition(closing)
-    PAGE.write_text(f"{before}{opening}\n{text}\n{closing}{after}")
+    (DOCS / page).write_text(f"{before}{opening}\n{text}\n{closing}{after}")

@@ -207,6 +207,30 @@ def plan(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def boundary(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Find out by short probes how many blocks shall be shallow; `plan.boundary: auto` does it inside a run."""
+    from farss.plan import require_boundary
+
+    wanted = [*(overrides or []), "plan.boundary=auto"]
+    require_boundary(load(config, wanted).plan)
+    with _single(config, wanted) as one:
+        console.print(one.search_setting.sentence, highlight=False, soft_wrap=True)
+        found = one.boundary()
+    _show_boundary(found)
+    for note in [found.sentence, *found.notes]:
+        console.print(note, highlight=False, soft_wrap=True)
+    _where({"boundary": one.path / "boundary.json"})
+
+
+def _show_boundary(found: Any) -> None:
+    from farss.terminal import boundary_table
+
+    if found.candidates:
+        console.print(boundary_table(found))
+        console.print(f"[dim]K: {_escape(found.knowledge)}\nT: {_escape(found.task)}", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def train(config: ConfigFile, overrides: Overrides = None) -> None:
     """Fine-tune; a killed run continues from its newest checkpoint."""
     with _single(config, overrides) as one:
@@ -361,6 +385,7 @@ def _run_comparison(config: Config) -> None:
 def _facts(folder: Path) -> None:
     """What the report says, briefly: the table of a comparison, or the ranks and the scores of a run."""
     from farss.artifacts import Plan, read_json
+    from farss.boundary import Boundary
     from farss.terminal import comparison_table, rank_map, summary_table
 
     if (folder / "comparison.json").is_file():
@@ -369,6 +394,8 @@ def _facts(folder: Path) -> None:
         for note in comparison.get("notes") or []:
             console.print(f"[dim]{_escape(note)}", highlight=False)
         return
+    if (folder / "boundary.json").is_file():
+        _show_boundary(Boundary.load(folder / "boundary.json"))
     plan = Plan.load(folder / "plan.json") if (folder / "plan.json").is_file() else None
     if plan and plan.layers:
         console.print(rank_map(plan))

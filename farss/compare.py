@@ -203,8 +203,7 @@ def _row(entrant: Entrant, full: Path | None, only: Callable[[str], bool] | None
         Scores.load(run.path / "scores.json"),
     )
     values = read_json(run.path / "summary.json")
-    needs = run.method.needs
-    record = run.place.record(needs if isinstance(needs, str) else needs.name)
+    before = [run.place.record(step) for step in run.steps_before]
     return {
         "method": entrant.label,
         "seed": run.config.seed,
@@ -213,7 +212,7 @@ def _row(entrant: Entrant, full: Path | None, only: Callable[[str], bool] | None
         "learning_rate": run.config.train.learning_rate,
         "parameters": trained.parameters,
         **{key: values[key] for key in ("K", "T", "KT", "forgetting")},
-        "seconds_init": record["seconds"] if record else 0.0,
+        "seconds_init": sum(record["seconds"] for record in before if record),
         "seconds_train": trained.seconds,
         "peak_memory_gib": trained.peak_memory_gib,
         "benchmarks": {

@@ -103,8 +103,9 @@ class PlanConfig:
 
     method: str = "farss"
     """The fine-tuning method; `farss methods` lists them."""
-    boundary: int | None = None
-    """Number of shallow blocks (blocks 0 .. boundary-1); null: a fifth of the blocks, rounded."""
+    boundary: int | Literal["auto"] | None = None
+    """Number of shallow blocks (blocks 0 .. boundary-1); auto: found by short training probes, see `boundary:` below;
+    null: a fifth of the blocks, rounded."""
     rank: int = 128
     """Rank R of every deep layer, and of every layer in methods without a boundary."""
     r_min: int = 1
@@ -135,13 +136,31 @@ class PlanConfig:
         _check(self.r_min <= self.r_max, f"plan.r_min={self.r_min} is larger than plan.r_max={self.r_max}: swap them?")
         _check(self.r_avg <= self.r_max, f"plan.r_avg={self.r_avg} is larger than plan.r_max={self.r_max}: swap them?")
         _check(self.r_avg >= self.r_min, f"plan.r_avg={self.r_avg} is smaller than plan.r_min={self.r_min}: swap them?")
-        _check(self.boundary is None or self.boundary >= 1, f"plan.boundary={self.boundary}: give 1 or more")
+        if isinstance(self.boundary, int):
+            _check(self.boundary >= 1, f"plan.boundary={self.boundary}: give 1 or more, or auto")
         for name in ("kasa_beta", "kasa_gamma"):
             _check(0 <= getattr(self, name) < float("inf"), f"plan.{name}={getattr(self, name)}: give 0 or more")
         if not isinstance(self.alpha, str):
             _check(0 < self.alpha < float("inf"), f"plan.alpha={self.alpha}: give a number above 0")
         if isinstance(self.match_params, int):
             _check(self.match_params >= 1, f"plan.match_params={self.match_params}: give a number of parameters above 0")
+
+
+@dataclass(frozen=True)
+class BoundaryConfig:
+    """The search for the boundary: `farss boundary`, and `plan.boundary: auto`."""
+
+    probe: float = 0.05
+    """Length of a first probe as a share of the training's steps; down to half of it where the budget asks for it."""
+    budget: float = 0.3
+    """What all probes and their scoring may cost, as a share of the training's steps."""
+    questions: int = 400
+    """Score a probe on at most this many knowledge questions and this many held-out training examples."""
+
+    def __post_init__(self) -> None:
+        _check(0 < self.probe <= 1, f"boundary.probe={self.probe}: give a share above 0 and up to 1")
+        _check(self.budget > 0, f"boundary.budget={self.budget}: give a share above 0, such as 0.3")
+        _check(self.questions >= 8, f"boundary.questions={self.questions}: give 8 or more")
 
 
 Base = Literal["untouched", "residual"]
@@ -322,6 +341,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+    boundary: BoundaryConfig = field(default_factory=BoundaryConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)

@@ -54,6 +54,12 @@ TRAIN_KEYS = (
     *("train.batch_size", "train.scheduler", "train.warmup_ratio", "train.weight_decay", "train.dropout"),
     *("train.max_grad_norm", "train.precision"),
 )
+BOUNDARY_KEYS = (
+    *PLAN_KEYS,
+    # probes have a schedule of their own, so train.scheduler is not among these
+    *(key for key in TRAIN_KEYS if key != "train.scheduler"),
+    *("boundary", "evaluate.knowledge", "evaluate.text", "evaluate.resamples"),
+)
 EXPORT_KEYS = ("export",)
 EVALUATE_KEYS = ("evaluate", "seed", "data.template")
 

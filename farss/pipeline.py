@@ -18,6 +18,8 @@ import torch
 
 from farss.adapter import attach
 from farss.artifacts import Plan, Scores, Survey, write_json, write_text
+from farss.boundary import Boundary, Prober, Setting, find
+from farss.boundary import prepare as prepare_search
 from farss.card import write_card
 from farss.config import Config, QuestionSet
 from farss.data import (
@@ -35,7 +37,18 @@ from farss.data import (
 )
 from farss.errors import ConfigError, FolderError
 from farss.evaluate import Summary, evaluate, summarise
-from farss.folder import EVALUATE_KEYS, EXPORT_KEYS, PLAN_KEYS, READING_KEYS, SURVEY_KEYS, TRAIN_KEYS, Folder, options_of, resolve
+from farss.folder import (
+    BOUNDARY_KEYS,
+    EVALUATE_KEYS,
+    EXPORT_KEYS,
+    PLAN_KEYS,
+    READING_KEYS,
+    SURVEY_KEYS,
+    TRAIN_KEYS,
+    Folder,
+    options_of,
+    resolve,
+)
 from farss.llamacpp import write_gguf
 from farss.merging import merge
 from farss.methods import Reading, Regime
@@ -50,7 +63,7 @@ from farss.models import (
     quiet,
     tokenizer_fingerprint,
 )
-from farss.plan import check_plan, make_plan, make_plan_without_survey, method_of, survey_cap
+from farss.plan import check_plan, make_plan, make_plan_without_survey, method_of, require_boundary, survey_cap
 from farss.portable import export, step_zero
 from farss.prepared import write_prepared
 from farss.report import write_report
@@ -126,8 +139,8 @@ class Run:
             raise ConfigError("data.train is empty: give a file of training examples, or a data set's name on a hub")
         return load_examples(self.config.data, self.tokenizer, self.config.seed)
 
-    @property
-    def _common_examples(self) -> Tokenized:
+    @cached_property
+    def common_examples(self) -> Tokenized:
         """The examples that the shared statistics are estimated on."""
         config = self.common_config
         return self.examples if config.seed == self.config.seed else load_examples(config.data, self.tokenizer, config.seed)
@@ -136,6 +149,16 @@ class Run:
     def method(self) -> Any:
         """The fine-tuning method."""
         return method_of(self.config.plan)
+
+    @property
+    def searches(self) -> bool:
+        """Whether the boundary is to be found."""
+        return self.config.plan.boundary == "auto" and self.method.boundary
+
+    @cached_property
+    def search_setting(self) -> Setting:
+        """What a search for the boundary compares, on what, and what it costs."""
+        return prepare_search(self.common_config, self.common_examples, self.tokenizer, layer_shapes(self.config.model)[1])
 
     def claim(self) -> None:
         """Check the inputs and make the folder ours. Nothing is written before all of it is known to be usable."""
@@ -152,7 +175,8 @@ class Run:
             knowledge_texts(self.config.calibration.knowledge)
         check_questions(self.config)
         layers, blocks = layer_shapes(self.config.model)
-        check_plan(self.config.plan, layers, blocks)
+        for boundary in self.search_setting.schedule.candidates if self.searches else [self.config.plan.boundary]:
+            check_plan(replace(self.config.plan, boundary=boundary), layers, blocks)
 
     def check_unchanged(self) -> None:
         """Refuse a folder that holds results of other options.
@@ -161,12 +185,31 @@ class Run:
             FolderError: the first option that differs is named.
         """
         self.place.is_done("survey", self._survey_options, redo=self.method.needs != "survey")
+        if self.searches and self._may_replan:
+            self.place.is_done(self._boundary_step, self._boundary_options)
         self.folder.is_done("plan", self._plan_options, redo=self._may_replan)
         self.folder.is_done("train", self._train_options)
 
     @property
     def _survey_options(self) -> dict[str, Any]:
         return options_of(self.common_config, SURVEY_KEYS)
+
+    @property
+    def steps_before(self) -> list[str]:
+        """The shared steps that come before the plan."""
+        needs = self.method.needs
+        return [needs if isinstance(needs, str) else needs.name, *([self._boundary_step] if self.searches else [])]
+
+    @property
+    def _boundary_step(self) -> str:
+        """Methods of one comparison search apart."""
+        return f"boundary-{self.config.plan.method}"
+
+    @property
+    def _boundary_options(self) -> dict[str, Any]:
+        options = options_of(self.common_config, BOUNDARY_KEYS)
+        del options["plan.boundary"]  # a search is the same, whatever was chosen before it
+        return options
 
     @property
     def _plan_options(self) -> dict[str, Any]:
@@ -190,7 +233,7 @@ class Run:
         if self.place.is_done("survey", options):
             return _check_cap(Survey.load(place), cap)
         parts = calibration_batches(
-            self._common_examples.rows, config.calibration, self.tokenizer.pad_token_id, config.seed, config.data.max_length
+            self.common_examples.rows, config.calibration, self.tokenizer.pad_token_id, config.seed, config.data.max_length
         )
         # blocks go to the GPU one at a time, unless they are quantised
         model = load_model(config.model, device=torch.device("cpu") if config.model.quantization == "none" else None)
@@ -228,7 +271,7 @@ class Run:
         config = self.common_config
         if wanted.of == "weights":
             return None
-        rows = self._common_examples.rows if wanted.of == "task" else self._knowledge(model)
+        rows = self.common_examples.rows if wanted.of == "task" else self._knowledge(model)
         real = replace(config.calibration, padding="ignore")
         return calibration_batches(rows, real, self.tokenizer.pad_token_id, config.seed)
 
@@ -250,17 +293,42 @@ class Run:
             return self.reading(self.method.needs)
         return self.survey() if self.method.needs == "survey" else None
 
+    def boundary(self) -> Boundary:
+        """`boundary.json`: the first deep block, found by short probes; shared by the seeds of a comparison.
+
+        Raises:
+            ConfigError: the method has no boundary.
+        """
+        require_boundary(self.config.plan)
+        step, options = self._boundary_step, self._boundary_options
+        place = self.place.path / "boundary" / self.method.name
+        if not self.place.is_done(step, options):
+            known, config = self.survey(), self.common_config
+
+            def tell(done: int, total: int, line: str) -> None:
+                self.tell("boundary", done, total, line)
+
+            with self.place.step(step, options) as facts:
+                load, adapted = (lambda: load_model(config.model)), (lambda plan: self._adapted(plan, config))
+                found = find(Prober(self.search_setting, config, self.tokenizer, known, load, adapted, place, tell))
+                found.save(place / "boundary.json")
+                facts |= {"seconds": found.seconds}
+        result = Boundary.load(place / "boundary.json")
+        result.save(self.path / "boundary.json")
+        return result
+
     def plan(self) -> Plan:
         """`plan.json`: ranks and directions. Made again when its options change and nothing was trained from it."""
         options = self._plan_options
         if self.folder.is_done("plan", options, redo=self._may_replan):
             return Plan.load(self.path / "plan.json")
-        known = self.statistics()
-        if known is not None:
-            result = make_plan(self.config.plan, known)
-        else:
-            result = make_plan_without_survey(self.config.plan, *layer_shapes(self.config.model))
-        result = replace(result, notes=[*result.notes, *(left_out(empty_model(self.config.model)) if result.layers else [])])
+        config, known, notes = self.config.plan, self.statistics(), []
+        if self.searches:
+            found = self.boundary()
+            config, notes = replace(config, boundary=found.chosen), [found.sentence, *found.notes]
+        made = make_plan(config, known) if known else make_plan_without_survey(config, *layer_shapes(self.config.model))
+        notes += [*made.notes, *(left_out(empty_model(self.config.model)) if made.layers else [])]
+        result = replace(made, notes=notes)
         self.tell("plan", 1, 1, f"{result.parameters:,} parameters")
         with self.folder.step("plan", options):
             result.save(self.path / "plan.json")
@@ -372,15 +440,16 @@ class Run:
 
     # --- models -----------------------------------------------------------------------------------------------------
 
-    def _adapted(self, plan: Plan) -> Any:
-        """The base model with this plan's adapters, before training."""
+    def _adapted(self, plan: Plan, config: Config | None = None) -> Any:
+        """The base model with this plan's adapters, before training; with another configuration's seed, if one is given."""
+        config = config or self.config
         # Full fine-tuning updates the weights themselves, and bfloat16 would round small updates away.
-        model = load_model(self.config.model, None if plan.layers else torch.float32)
+        model = load_model(config.model, None if plan.layers else torch.float32)
         found = self.statistics()
         if found is not None:
             check_fingerprint(found, model)
-        self._regime = self.method.regime(self.config.plan) if self.method.regime else None
-        return attach(model, plan, found, self.config.train.dropout, self.config.seed, self.config.adapter.base, self._regime)
+        self._regime = self.method.regime(config.plan) if self.method.regime else None
+        return attach(model, plan, found, config.train.dropout, config.seed, config.adapter.base, self._regime)
 
     def trained(self) -> Any:
         """The trained model: still in memory, or rebuilt from the plan and the last checkpoint."""

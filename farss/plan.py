@@ -53,8 +53,19 @@ def check_plan(config: PlanConfig, layers: dict[str, Layer], blocks: int) -> Non
     method = method_of(config)
     if method.name != "full":
         check_rank(config, layers)
-    if method.needs == "survey":
+    if method.boundary:
         choose_boundary(config, blocks)
+
+
+def require_boundary(config: PlanConfig) -> None:
+    """Refuse a method that treats all blocks alike.
+
+    Raises:
+        ConfigError: with the methods that do not.
+    """
+    if not method_of(config).boundary:
+        others = ", ".join(method.name for method in METHODS.values() if method.boundary)
+        raise ConfigError(f"plan.method={config.method!r} treats all blocks alike, so there is no boundary to find: choose of {others}")
 
 
 def survey_cap(config: PlanConfig) -> int:

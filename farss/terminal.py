@@ -20,6 +20,8 @@ from farss.report.words import SPACE, change, cut, interval, points
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+    from farss.boundary import Boundary
+
 STYLES = {"least": "yellow", "most": "blue", None: "white"}
 SHADES = "░▒▓█"
 SPARKS = "▁▂▃▄▅▆▇█"
@@ -131,6 +133,18 @@ def survey_facts(survey: Survey) -> str:
             f"and {least:.2%} of the least important ones are those of the exact decomposition"
         )
     return text
+
+
+def boundary_table(found: Boundary) -> Table:
+    """Every boundary as far as it was probed: the chosen one bold, those that were dropped on the way dim."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for head in ("shallow blocks", "steps", "T %", "K %", "KT %", "95 % interval", "parameters"):
+        table.add_column(Text(head), justify="right")
+    for each in found.candidates:
+        numbers = (points(each.T), points(each.K), points(each.KT), interval(each.low, each.high), f"{each.parameters:,}")
+        style = "bold" if each.boundary == found.chosen else "dim" if each.dropped else ""
+        table.add_row(str(each.boundary), str(each.steps), *numbers, style=style)
+    return table
 
 
 def _sparks(values: list[float]) -> str:

@@ -87,6 +87,8 @@ def train(
     callbacks: Sequence[Any] = (),
     on_progress: Progress | None = None,
     regime: Regime | None = None,
+    stop_at: int | None = None,
+    cycles: int | None = None,
 ) -> TrainResult:
     """Train every parameter that requires a gradient, in place; a killed run continues from its newest checkpoint.
 
@@ -99,6 +101,8 @@ def train(
         callbacks: further `transformers.TrainerCallback`s.
         on_progress: see `Progress`.
         regime: what the method does beside the loss; the one that the model was attached with.
+        stop_at: stop after this many steps, with a checkpoint; the same call with a later stop, or none, goes on from there.
+        cycles: for `train.scheduler: cosine_with_restarts`: how often the learning rate falls to zero.
 
     Raises:
         NumericalError: a loss or a gradient is NaN or infinite; the last checkpoint stays.
@@ -107,16 +111,16 @@ def train(
     """
     _check_model(model)
     checkpoints = Path(folder) / "checkpoints"
-    run = _Run(_identity(model, examples, config), model, config.train.logging_steps, on_progress, regime or Regime())
+    run = _Run(_identity(model, examples, config, cycles), model, config.train.logging_steps, on_progress, regime or Regime())
     newest = _remove_broken(checkpoints)
     if newest is not None:
         run.continue_from(newest)
-        if run.finished:
+        if run.finished or (stop_at is not None and run.step >= stop_at):
             _read_weights(model, newest)
             return run.result()
         log.info("continuing from %s", newest)
     with freed_memory_kept(run.device), _unchanged(model), _quiet(), _answers_only(), _memory_cure(config.train):
-        trainer = _build(model, tokenizer, examples, config, checkpoints, run, callbacks)
+        trainer = _build(model, tokenizer, examples, config, checkpoints, run, [*callbacks, *_stop(stop_at)], cycles)
         trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
     return run.result()
 
@@ -175,14 +179,14 @@ def _check_model(model: nn.Module) -> None:
         raise ConfigError(f"training runs on the first visible GPU, but the model is on {device}: set CUDA_VISIBLE_DEVICES={device.index}")
 
 
-def _identity(model: nn.Module, examples: Tokenized, config: Config) -> str:
+def _identity(model: nn.Module, examples: Tokenized, config: Config, cycles: int | None) -> str:
     """Hash of all that decides the result: options, seed, examples and the names of what is trained."""
     digest = hashlib.sha256()
     for row in examples.rows:
         digest.update(array.array("q", [*row["input_ids"], -1, *row["completion_mask"], -1]).tobytes())
     options = {key: value for key, value in dataclasses.asdict(config.train).items() if key not in SAME_RESULT}
     shapes = [[name, list(p.shape)] for name, p in model.named_parameters() if p.requires_grad]
-    return fingerprint([options, config.seed, digest.hexdigest(), shapes])
+    return fingerprint([options, config.seed, digest.hexdigest(), shapes, *([cycles] if cycles else [])])
 
 
 # --- the course of one training --------------------------------------------------------------------------------------
@@ -290,14 +294,23 @@ class _Run:
 # --- the trainer -----------------------------------------------------------------------------------------------------
 
 
-def _build(model: Any, tokenizer: Any, examples: Tokenized, config: Config, checkpoints: Path, run: _Run, callbacks: Sequence[Any]) -> Any:
+def _build(
+    model: Any,
+    tokenizer: Any,
+    examples: Tokenized,
+    config: Config,
+    checkpoints: Path,
+    run: _Run,
+    callbacks: Sequence[Any],
+    cycles: int | None,
+) -> Any:
     from transformers import PrinterCallback
 
     trainer_class, callback_class = _classes()
     trainer = trainer_class(
         run=run,
         model=model,
-        args=_arguments(config.train, config.seed, checkpoints, next(model.parameters()).device),
+        args=_arguments(config.train, config.seed, checkpoints, next(model.parameters()).device, cycles),
         train_dataset=examples.dataset(),
         processing_class=tokenizer,
         callbacks=[callback_class(run), *callbacks],
@@ -306,7 +319,7 @@ def _build(model: Any, tokenizer: Any, examples: Tokenized, config: Config, chec
     return trainer
 
 
-def _arguments(options: TrainConfig, seed: int, checkpoints: Path, device: torch.device) -> Any:
+def _arguments(options: TrainConfig, seed: int, checkpoints: Path, device: torch.device, cycles: int | None) -> Any:
     """The options in TRL's words."""
     from trl import SFTConfig  # type: ignore[attr-defined]
 
@@ -329,6 +342,7 @@ def _arguments(options: TrainConfig, seed: int, checkpoints: Path, device: torch
         gradient_accumulation_steps=options.batch_size // micro,
         optim="adamw_torch",
         lr_scheduler_type=options.scheduler,
+        lr_scheduler_kwargs={"num_cycles": cycles} if cycles else None,
         warmup_steps=options.warmup_ratio,  # below 1 it is a share of the steps, rounded up
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
@@ -436,6 +450,18 @@ def _classes() -> tuple[Any, Any]:
             self.run.mark(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     return Trainer, Callback
+
+
+def _stop(step: int | None) -> list[Any]:
+    """A callback that writes a checkpoint after this step and ends the training; none for None."""
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == step:
+                control.should_save = control.should_training_stop = True
+
+    return [] if step is None else [Stop()]
 
 
 @contextlib.contextmanager

@@ -1,7 +1,11 @@
 """Small models and token rows built in memory. Nothing here needs a network."""
 
+from pathlib import Path
+
 import torch
 import transformers
+
+from farss import world
 
 VOCABULARY = 97
 
@@ -50,6 +54,16 @@ def small(kind: str, **options):
             elif "bias" in name:
                 parameter.normal_(std=0.1)
     return model.eval()
+
+
+def save_small(kind: str, folder: Path, **options) -> Path:
+    """The same in float32 with the embedded world's tokenizer, written to a folder."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(world.MODEL)
+    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    model = small(kind, vocab_size=len(tokenizer), max_position_embeddings=256, **ids, **options).float()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 ARCHITECTURES = ("llama", "llama-gqa", "gemma3", "qwen3", "gpt2", "phi3", "gpt-neox")

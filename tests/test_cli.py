@@ -13,7 +13,7 @@ from farss.cli import app
 from farss.config import Config, from_dict
 from farss.methods import METHODS
 
-COMMANDS = ["demo", "config", "run", "survey", "plan", "train", "evaluate", "export", "report", "compare", "methods", "gemma"]
+COMMANDS = ["demo", "config", "run", "survey", "plan", "train", "evaluate", "export", "report", "compare", "methods", "gemma", "boundary"]
 
 
 def farss(*arguments, cwd=None):
@@ -45,6 +45,8 @@ def test_methods_lists_them_all():
         (["run", "run.yaml", "model.path=nowhere/at/all"], 2, "there is no such folder"),
         (["run", "run.yaml", f"model.path={world.MODEL}", "plan.boundary=77"], 2, "the model has 12 blocks"),
         (["report", "."], 2, "holds no run of ours"),
+        (["boundary", "run.yaml", "plan.method=lora"], 2, "treats all blocks alike"),
+        (["boundary", "run.yaml", f"model.path={world.MODEL}"], 2, "something to measure forgetting on"),
     ],
 )
 def test_one_sentence_and_an_exit_code(tmp_path, arguments, code, message):

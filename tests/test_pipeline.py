@@ -10,8 +10,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_models import small
-from transformers import AutoTokenizer
+from small_models import save_small
 
 from farss import world
 from farss.artifacts import Plan, Survey
@@ -25,13 +24,7 @@ from farss.pipeline import Run
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     """A small random LLaMA with the world's tokenizer, on disk."""
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = AutoTokenizer.from_pretrained(world.MODEL)
-    ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    model = small("llama-gqa", vocab_size=len(tokenizer), max_position_embeddings=256, **ids).float()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_small("llama-gqa", tmp_path_factory.mktemp("model"))
 
 
 def settings(model_folder, out):

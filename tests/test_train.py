@@ -368,6 +368,19 @@ def test_the_record(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_training_that_stops_and_goes_on_ends_where_the_straight_one_does(tmp_path: Path, straight: Any) -> None:
+    _, model, whole = straight
+    for stop in (3, 3, 7):  # between two checkpoints, there already, and in the second epoch
+        part = train(adapted_model(), tokenizer(), examples(), options(**LONG), tmp_path, stop_at=stop)
+        assert part.steps == stop
+    with pytest.raises(FolderError, match="belongs to a training with other options"):
+        train(adapted_model(), tokenizer(), examples(), options(**LONG), tmp_path, cycles=2)
+    resumed = adapted_model()
+    last = train(resumed, tokenizer(), examples(), options(**LONG), tmp_path)
+    assert difference(weights(model), weights(resumed)) == 0
+    assert [entry["loss"] for entry in last.log] == [entry["loss"] for entry in whole.log]
+
+
 def test_a_callback_may_stop_early(tmp_path: Path) -> None:
     class Stop(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -99,6 +99,8 @@ class Method:
     """Options of PEFT's `LoraConfig`."""
     plain_lora: bool = True
     """Whether the result can be exported as a plain LoRA on the untouched base."""
+    boundary: bool = False
+    """Whether it treats shallow and deep blocks differently."""
 
     @property
     def needs_text(self) -> str:

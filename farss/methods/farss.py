@@ -32,10 +32,15 @@ def choose_boundary(config: PlanConfig, blocks: int) -> int:
     A fifth lies between the eighth and the quarter to which the paper confines its search (section 3.1).
 
     Raises:
-        ConfigError: the boundary leaves no deep block.
+        ConfigError: the model has fewer blocks, or the boundary has yet to be found.
     """
     if config.boundary is None:
         return max(1, round(blocks / 5))
+    if config.boundary == "auto":
+        raise ConfigError(
+            "plan.boundary=auto is found by training, which only `farss run`, `farss plan` and `farss boundary` do: "
+            "give the number that `farss boundary` chooses"
+        )
     if not 1 <= config.boundary <= blocks:
         raise ConfigError(f"plan.boundary={config.boundary}, but the model has {blocks} blocks: choose 1..{blocks}")
     return config.boundary
@@ -88,4 +93,5 @@ FARSS = Method(
     needs="survey",
     changes="inverse-Fisher ranks and least important directions in shallow blocks, rank R and most important ones in deep blocks",
     plan=plan,
+    boundary=True,
 )

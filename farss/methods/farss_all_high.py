@@ -21,4 +21,5 @@ FARSS_ALL_HIGH = Method(
     needs="survey",
     changes="FARSS's ranks, starting from the most important directions in every block",
     plan=plan,
+    boundary=True,
 )

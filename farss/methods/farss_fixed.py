@@ -21,4 +21,5 @@ FARSS_FIXED = Method(
     needs="survey",
     changes="rank r_avg in every shallow layer, rank R in the deep ones, from FARSS's directions",
     plan=plan,
+    boundary=True,
 )

@@ -10,7 +10,6 @@ block's statistics ever exist. Weights are only read, block by block, so they ma
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from farss.errors import FarssError
 from farss.memory import freed_memory_kept, peak_gib, used_gib
 from farss.models import find_blocks, keep_gradients, target_layers
 from farss.models import fingerprint as model_fingerprint
+from farss.search import shallow_end
 from farss.survey.kept import GRADIENT, INPUT, Kept, check_space
 from farss.survey.passage import Batch, Passage, check_passage, counted, enter, output_gradient, through, uniform_draws
 from farss.survey.places import computing_device, frozen, moved, outside, placed, tensors_of
@@ -253,11 +253,6 @@ class Sweep:
         needed = sum(batch["input_ids"].numel() for batch in batches) * width * dtype.itemsize * (len(self.blocks) + 2)
         check_space(self.folder, needed)
         self.tell(0, len(self.blocks), f"keeps {needed / 1e9:.2f} GB of block inputs on disk while it runs")
-
-
-def shallow_end(blocks: int) -> int:
-    """One past the last block that the paper's range of boundaries can make shallow (section 3.1)."""
-    return math.ceil(blocks / 4) + 1
 
 
 # --- identity --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,142 @@
+"""Is the boundary that the search chooses as good as the best one found by full runs of every candidate?
+
+    python benchmarks/boundary.py                                 # the embedded world
+    FARSS_DATA=../shared/data python benchmarks/boundary.py configs/gemma-banking77.yaml
+
+One survey and one evaluation of the base are shared by the search, a full run of every candidate, and full fine-tuning, the
+reference of T. Whatever is complete is not done again, so it may be killed and started again. `key=value` overrides options.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from common import WORK, environment, table, write_section
+
+from farss.artifacts import questions
+from farss.boundary import Boundary
+from farss.cli import bars
+from farss.config import Config, load, override, to_dict
+from farss.evaluate import Summary
+from farss.folder import Folder
+from farss.maths.metrics import Array, balance, balances, bootstrap, interval, mean_ratios
+from farss.models import layer_shapes
+from farss.pipeline import Run, versions
+from farss.search import candidates
+from farss.train import TrainResult
+from farss.world.demo import demo_config
+
+BASE, FULL = 0, 1
+"""The first two models of every benchmark's outcomes; the candidates follow."""
+
+
+class Measured(NamedTuple):
+    """The search, and full runs of every candidate."""
+
+    found: Boundary
+    summaries: dict[int, Summary]
+    trained: dict[int, TrainResult]
+    values: dict[int, float]
+    """KT of each candidate."""
+    draws: dict[int, Array]
+    """Its resamples, paired over questions and candidates."""
+
+
+def measure(config: Config, folder: Path) -> Measured:
+    """Make every run, whole."""
+    Folder(folder).claim(config, versions())
+    own = config.compare.settings.get("full", {})
+    with bars() as tell:
+
+        def made(name: str, *options: str) -> Run:
+            wanted = override(config, [f"out={folder / name}", "compare={methods: [], seeds: [], settings: {}}", *options])
+            return Run(wanted, shared=folder, tell=lambda step, done, total, line: tell(f"{name}: {step}", done, total, line))
+
+        full = made("full", "plan.method=full", *(f"{key}={value}" for key, value in own.items()))
+        search = made("search", "plan.method=farss", "plan.boundary=auto")
+        wanted = candidates(layer_shapes(config.model)[1])
+        runs = {n: made(f"boundary-{n}", "plan.method=farss", f"plan.boundary={n}") for n in wanted}
+        for run in (search, full, *runs.values()):
+            run.check_inputs()
+        search.claim()
+        found = search.boundary()
+        for run in (full, *runs.values()):
+            run.all_but_report()
+    summaries = {n: run.summarise(full.path / "scores.json") for n, run in runs.items()}
+    trained = {n: TrainResult.load(run.path / "train.json") for n, run in runs.items()}
+    return Measured(found, summaries, trained, *balanced(folder, list(runs), config))
+
+
+def balanced(folder: Path, wanted: list[int], config: Config) -> tuple[dict[int, float], dict[int, Array]]:
+    """KT of every candidate, and its paired resamples."""
+    places = [folder / "base", folder / "full", *(folder / f"boundary-{n}" for n in wanted)]
+    outcomes: dict[str, list[Array]] = {}
+    for kind in ("knowledge", "task"):
+        names = [entry["name"] for entry in to_dict(config)["evaluate"][kind]]
+        outcomes[kind] = [np.array([[row["score"] for row in questions(place / "scores", name)] for place in places]) for name in names]
+    means = {kind: [each.mean(axis=1)[None] for each in outcomes[kind]] for kind in outcomes}
+    draws = bootstrap([*outcomes["knowledge"], *outcomes["task"]], config.evaluate.resamples, config.seed)
+    known, learned = draws[: len(outcomes["knowledge"])], draws[len(outcomes["knowledge"]) :]
+
+    def value(place: int) -> float:
+        k, t = mean_ratios(means["knowledge"], place, BASE), mean_ratios(means["task"], place, FULL)
+        return balance(float(k[0]), float(t[0]))
+
+    values = {n: value(place) for place, n in enumerate(wanted, 2)}
+    resampled = {n: balances(mean_ratios(known, place, BASE), mean_ratios(learned, place, FULL)) for place, n in enumerate(wanted, 2)}
+    return values, resampled
+
+
+def percent(value: float, low: float, high: float) -> str:
+    return f"{100 * value:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def written(measured: Measured) -> str:
+    """The table, and what it says."""
+    found, best = measured.found, max(measured.values, key=lambda n: (measured.values[n], -n))
+    probed = {each.boundary: each for each in found.candidates}
+    rows = []
+    for n, summary in measured.summaries.items():
+        one = probed.get(n)
+        gap = (measured.values[best] - measured.values[n], *interval(measured.draws[best] - measured.draws[n]))
+        rows.append(
+            {
+                "boundary": f"**{n}**" if n == found.chosen else str(n),
+                "probed steps": str(one.steps) if one else "none",
+                "its KT %": percent(one.KT, one.low, one.high) if one else "",
+                "full run: K %": f"{100 * summary.K.value:.1f}",
+                "T %": f"{100 * summary.T.value:.1f}",
+                "KT %": percent(summary.KT.value, summary.KT.low, summary.KT.high),
+                "best minus it": percent(*gap) if n != best else "best",
+                "training (s)": f"{measured.trained[n].seconds:.0f}",
+            }
+        )
+    gap, ends = measured.values[best] - measured.values[found.chosen], interval(measured.draws[best] - measured.draws[found.chosen])
+    seconds = float(np.mean([each.seconds for each in measured.trained.values()]))
+    verdict = "within" if ends[0] <= 0 else "outside"
+    lines = [
+        f"{found.sentence} Full runs are best at boundary {best}; its KT exceeds the chosen one's by {percent(gap, *ends)} points: "
+        f"the choice is {verdict} the interval.",
+        f"The search took {found.seconds:.0f} s, {found.seconds / seconds:.0%} of the {seconds:.0f} s that a full run trains on average.",
+        f"K: {found.knowledge}. T: {found.task}.",
+    ]
+    return f"{table(rows)}\n\n" + "\n".join(lines) + f"\n\n({environment()})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", nargs="?", type=Path, help="a run file; default: the embedded world")
+    parser.add_argument("overrides", nargs="*")
+    options = parser.parse_args()
+    name = options.config.stem if options.config else "world"
+    config = load(options.config) if options.config else demo_config("")
+    folder = WORK / f"boundary-{name}"
+    config = override(config, [*options.overrides, f"out={folder}"])
+    write_section(f"boundary-{name}", written(measure(config, folder)), "boundary.md")
+
+
+if __name__ == "__main__":
+    main()

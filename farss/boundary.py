@@ -1,0 +1,348 @@
+"""The first deep block, found by short fine-tuning probes (FARSS, section 3.1): makes the probes that `farss.search` asks for.
+
+Every probe is planned from the one survey, starts from the run's own seed, and is a prefix of the next longer probe of its
+candidate. docs/boundary.md says what K and T stand for here, and why.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from farss.artifacts import Plan, Survey, read_json, write_json
+from farss.config import Config, QuestionSet, TrainConfig
+from farss.data import Row, Tokenized, choose, question_rows, text_rows, tokenize
+from farss.errors import ConfigError
+from farss.memory import freed_memory_kept
+from farss.plan import make_plan
+from farss.search import Candidate, Found, Outcomes, Round, Schedule, candidates, fit, halved, search
+from farss.tasks.likelihood import token_loglikelihoods
+from farss.tasks.questions import draw, prompt_of
+from farss.train import train
+
+Tell = Callable[[int, int, str], None]
+"""Called with (optimiser steps done, steps in all, a line to show)."""
+
+FORWARD = 0.5
+"""What a scored token costs of a trained one. Training also goes backwards, and forward again where activations are
+recomputed: two to three times a forward pass."""
+SCORING = 0.25
+"""Share of the budget that scoring may take: questions are left out until it does."""
+LEAST = 8
+"""The fewest questions, and the fewest held-out examples."""
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """What `boundary.json` says."""
+
+    candidates: list[Candidate]
+    """Each at the most steps that it was probed with; empty where there was nothing to choose from."""
+    chosen: int
+    margin: float
+    """How much its KT exceeds that of the next best in the last round, and the paired 95 % interval."""
+    margin_low: float
+    margin_high: float
+    steps_full: int
+    """Optimiser steps of the training that was being prepared."""
+    cost_share: float
+    """What probes and scoring cost, as a share of them."""
+    knowledge: str
+    """What K was measured on, in words."""
+    task: str
+    """What T was measured on."""
+    seconds: float = 0.0
+    """Of training and scoring, loading the model each time included; summed over resumes."""
+    notes: list[str] = dataclasses.field(default_factory=list)
+    rounds: list[list[Candidate]] = dataclasses.field(default_factory=list)
+    """Every round: all its candidates after the same number of steps."""
+
+    def save(self, path: Path) -> None:
+        """Write `boundary.json`."""
+        write_json(path, dataclasses.asdict(self))
+
+    @classmethod
+    def load(cls, path: Path) -> Boundary:
+        """Read `boundary.json`."""
+        values = read_json(path)
+        values["candidates"] = [Candidate(**each) for each in values["candidates"]]
+        values["rounds"] = [[Candidate(**each) for each in one] for one in values["rounds"]]
+        return cls(**values)
+
+    @property
+    def sentence(self) -> str:
+        """The choice, for people."""
+        if not self.candidates:
+            return f"Boundary {self.chosen} is the only candidate."
+        margin = f"{100 * self.margin:.1f} points of KT above the next best ({100 * self.margin_low:.1f} to {100 * self.margin_high:.1f})"
+        doubt = " The probes do not tell the two apart." if self.margin_low <= 0 else ""
+        return f"The search chose boundary {self.chosen}, {margin}, for {self.cost_share:.0%} of a training's steps.{doubt}"
+
+
+# --- what is compared, and on what -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Everything that is decided before the first probe."""
+
+    schedule: Schedule
+    knowledge: dict[str, list[Row]]
+    """Questions (or general text) with their answers marked, by the name of their set."""
+    task: list[Row]
+    """Held-out training examples."""
+    train: Tokenized
+    """The training examples that are left for the probes."""
+    knowledge_words: str
+    task_words: str
+    notes: list[str]
+
+    @property
+    def sentence(self) -> str:
+        """The schedule, for people."""
+        plan = self.schedule
+        if not plan.rounds:
+            return f"Boundary {plan.candidates[0]} is the only candidate: nothing is probed."
+        first, *later = plan.rounds
+        rounds = [f"{first.steps} steps each", *(f"then the best {each.size} to {each.steps}" for each in later)]
+        named = ", ".join(map(str, plan.candidates))
+        return f"Boundaries {named}: {', '.join(rounds)}. With scoring {plan.cost_share:.0%} of the training's {plan.steps_full} steps."
+
+
+def prepare(config: Config, examples: Tokenized, tokenizer: Any, blocks: int) -> Setting:
+    """Draw the questions and hold out the examples on which probes are scored, and fit the rounds into the budget.
+
+    Args:
+        config: `train`, `boundary`, `evaluate.knowledge`, `evaluate.text` and the seed are used.
+        examples: the tokenised training examples.
+        blocks: of the model.
+
+    Raises:
+        ConfigError: there is nothing to measure K on, too few examples, or too few steps.
+    """
+    wanted, options = candidates(blocks), config.boundary
+    steps_full = training_steps(config.train, len(examples.rows))
+    step = config.train.batch_size * examples.tokens / len(examples.rows)  # tokens
+    scorings = sum(halved(len(wanted))) + 1
+    room = options.budget * steps_full * SCORING * step / FORWARD / scorings / 2  # tokens of knowledge, and as many of the task
+    notes: list[str] = []
+    knowledge, knowledge_words = knowledge_rows(config, tokenizer, room, notes)
+    task, rest = hold_out(examples.rows, options.questions, room, config.seed)
+    scored = _tokens(task) + sum(_tokens(rows) for rows in knowledge.values())
+    schedule = fit(wanted, steps_full, options.probe, options.budget, FORWARD * scored / step)
+    left = sorted(set(wanted) - set(schedule.candidates))
+    if left:
+        notes.append(f"The budget leaves no room for boundary {', '.join(map(str, left))}.")
+    task_words = f"loss of the answers of {len(task)} training examples that no probe trains on"
+    return Setting(schedule, knowledge, task, Tokenized(rest), knowledge_words, task_words, notes)
+
+
+def training_steps(options: TrainConfig, rows: int) -> int:
+    """Optimiser steps of a training on so many examples."""
+    return options.max_steps or math.ceil(options.epochs * math.ceil(rows / options.batch_size))
+
+
+def knowledge_rows(config: Config, tokenizer: Any, room: float, notes: list[str]) -> tuple[dict[str, list[Row]], str]:
+    """What K is measured on, within so many tokens: the question sets, or general text where there are none.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    sets = [entry for entry in config.evaluate.knowledge if isinstance(entry, QuestionSet)]
+    names = [entry for entry in config.evaluate.knowledge if isinstance(entry, str)]
+    if names and (sets or config.evaluate.text):
+        notes.append(f"K leaves out {', '.join(names)}: the search scores question files, not tasks of lm_eval.")
+    limit = config.boundary.questions
+    if sets:
+        share = max(LEAST, limit // len(sets))
+        rows = {entry.name: question_tokens(entry, config, tokenizer, share) for entry in sets}
+        rows = {name: choose(each, affordable(each, share, room / len(sets)), config.seed) for name, each in rows.items()}
+        return rows, "probability of the answers to " + ", ".join(f"{len(each)} questions of {name}" for name, each in rows.items())
+    if config.evaluate.text:
+        text = text_tokens(config, tokenizer, limit)
+        text = choose(text, affordable(text, limit, room), config.seed)
+        notes.append("No knowledge questions are given (evaluate.knowledge), so K is measured on general text.")
+        return {"text": text}, f"probability of the tokens of {len(text)} rows of general text ({Path(config.evaluate.text).name})"
+    raise ConfigError(
+        "plan.boundary=auto needs something to measure forgetting on: give a file of questions (evaluate.knowledge: "
+        "[{name: facts, data: questions.jsonl}]) or of general text (evaluate.text), or give plan.boundary a number"
+    )
+
+
+def question_tokens(entry: QuestionSet, config: Config, tokenizer: Any, limit: int) -> list[Row]:
+    """Questions as the evaluation puts them, with the first accepted answer. Without the examples that it may show before
+    them: they would cost most of the budget, and are the same for every candidate."""
+    bare = replace(entry, fewshot=0, limit=min(limit, entry.limit or limit))
+    prompt = prompt_of(bare, "knowledge", config.data.template, tokenizer)
+    asked = draw(bare, question_rows(bare), config.seed).asked
+    stages = [[start := prompt.text(row["question"]), start + prompt.delimiter + row["answers"][0]] for row in asked]
+    rows = [_without_end(row, tokenizer.eos_token_id) for row in tokenize(stages, tokenizer, prompt.complete)]
+    short = [row for row in rows if len(row["input_ids"]) <= config.data.max_length]
+    if not short:
+        raise ConfigError(f"question set {entry.name!r}: every question is longer than data.max_length={config.data.max_length}: raise it")
+    return short
+
+
+def _without_end(row: Row, eos: int) -> Row:
+    """Take off the end-of-sequence token: it is no part of what the base model knows."""
+    return {name: values[:-1] for name, values in row.items()} if row["input_ids"][-1] == eos else row
+
+
+def text_tokens(config: Config, tokenizer: Any, limit: int) -> list[Row]:
+    """General text, every token but the first marked."""
+    assert config.evaluate.text is not None
+    texts = choose(text_rows(config.evaluate.text), limit, config.seed)
+    rows = [tokenizer(text, truncation=True, max_length=config.data.max_length).input_ids for text in texts]
+    rows = [ids for ids in rows if len(ids) > 1]
+    if not rows:
+        raise ConfigError(f"evaluate.text={config.evaluate.text!r} has no row with two tokens: give longer texts")
+    return [{"input_ids": ids, "completion_mask": [0] + [1] * (len(ids) - 1)} for ids in rows]
+
+
+def hold_out(rows: list[Row], limit: int, room: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Examples that no probe trains on, a fifth of them at most, and the others.
+
+    Raises:
+        ConfigError: there are too few.
+    """
+    most = min(limit, len(rows) // 5)
+    if most < LEAST:
+        raise ConfigError(
+            f"plan.boundary=auto holds out a fifth of the training examples, and {len(rows)} are too few for that: "
+            f"give {5 * LEAST} or more, or give plan.boundary a number"
+        )
+    # not the run's own seed, with which the calibration examples are drawn: statistics and scores from different examples
+    held = set(choose(range(len(rows)), affordable(rows, most, room), seed + 1))
+    return [row for place, row in enumerate(rows) if place in held], [row for place, row in enumerate(rows) if place not in held]
+
+
+def affordable(rows: Sequence[Row], limit: int, room: float) -> int:
+    """How many such rows fit into so many tokens, between `LEAST` and `limit`."""
+    return min(limit, max(LEAST, int(room * len(rows) / _tokens(rows))))
+
+
+def _tokens(rows: Sequence[Row]) -> int:
+    return sum(len(row["input_ids"]) for row in rows)
+
+
+# --- probing ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Prober:
+    """Makes probes, and remembers their outcomes: what is in its folder is not probed again."""
+
+    setting: Setting
+    config: Config
+    tokenizer: Any
+    survey: Survey
+    """From which every candidate is planned."""
+    untouched: Callable[[], Any]
+    """Loads the base model."""
+    adapted: Callable[[Plan], Any]
+    """Loads it with a plan's adapters."""
+    folder: Path
+    """Checkpoints lie here while they may be continued, outcomes for good."""
+    tell: Tell
+    seconds: float = 0.0
+    reached: dict[int, int] = dataclasses.field(default_factory=dict)
+    """Steps of every candidate so far."""
+
+    def base(self) -> Outcomes:
+        """The untouched model's outcomes."""
+        return self._remembered("base", lambda: self._outcomes(self.untouched(), 0))
+
+    def __call__(self, boundary: int, steps: int) -> Outcomes:
+        """The outcomes of one candidate after so many steps; its training goes on from where its last probe ended."""
+        found = self._remembered(f"boundary-{boundary}-step-{steps}", lambda: self._probe(boundary, steps))
+        self.reached[boundary] = steps
+        return found
+
+    def forget(self, left: list[int]) -> None:
+        """Delete the checkpoints of the candidates that do not go on: they are as large as those of a whole run."""
+        for boundary in set(self.reached) - set(left):
+            shutil.rmtree(self._place(boundary), ignore_errors=True)
+
+    def _place(self, boundary: int) -> Path:
+        return self.folder / f"boundary-{boundary}"
+
+    def _probe(self, boundary: int, steps: int) -> Outcomes:
+        rounds = self.setting.schedule.rounds
+        done, total = sum(self.reached.values()) - self.reached.get(boundary, 0), self.setting.schedule.training
+        plan = make_plan(replace(self.config.plan, boundary=boundary), self.survey)
+        model = self.adapted(plan)
+        train(
+            *(model, self.tokenizer, self.setting.train, probe_config(self.config, rounds), self._place(boundary)),
+            on_progress=lambda step, _, loss: self.tell(done + step, total, f"boundary {boundary}, step {step} of {steps}"),
+            stop_at=steps,
+            cycles=rounds[-1].steps // rounds[0].steps,
+        )
+        found = self._outcomes(model, plan.parameters)
+        del model
+        gc.collect()  # a trainer and its model hold each other, and the next model needs the memory
+        return found
+
+    def _outcomes(self, model: Any, parameters: int) -> Outcomes:
+        model.eval()
+        rows = [*self.setting.knowledge.values(), self.setting.task]
+        with freed_memory_kept(model.device):
+            size, pad = self.config.evaluate.batch_size, self.tokenizer.pad_token_id
+            *known, learned = (np.array(token_loglikelihoods(model, each, size, pad)) for each in rows)
+        return Outcomes([np.exp(each) for each in known], learned, parameters)
+
+    def _remembered(self, name: str, make: Callable[[], Outcomes]) -> Outcomes:
+        path = self.folder / f"{name}.json"
+        if not path.is_file():
+            begun = time.monotonic()
+            found = make()
+            lists = {"knowledge": [each.tolist() for each in found.knowledge], "task": found.task.tolist()}
+            write_json(path, {"seconds": time.monotonic() - begun, "parameters": found.parameters, **lists})
+        values = read_json(path)
+        self.seconds += values["seconds"]
+        return Outcomes([np.array(each) for each in values["knowledge"]], np.array(values["task"]), values["parameters"])
+
+
+def find(prober: Prober) -> Boundary:
+    """Probe every candidate as far as it may still win, and choose.
+
+    Raises:
+        FarssError: the probes learn nothing, or a loss is not finite.
+    """
+    setting, plan, config = prober.setting, prober.setting.schedule, prober.config
+    prober.tell(0, plan.training, setting.sentence)
+    found = Found(plan.candidates[0], [], 0.0, 0.0, 0.0, [])
+    if plan.rounds:
+        found = search(plan, prober.base(), prober, config.evaluate.resamples, config.seed, prober.forget)
+    prober.forget([])
+    return Boundary(
+        **found._asdict(),
+        steps_full=plan.steps_full,
+        cost_share=round(plan.cost_share, 4),
+        knowledge=setting.knowledge_words,
+        task=setting.task_words,
+        seconds=round(prober.seconds, 1),
+        notes=setting.notes,
+    )
+
+
+def probe_config(config: Config, rounds: list[Round]) -> Config:
+    """The run's configuration with the learning rates of its probes.
+
+    A model is scored best where its learning rate has fallen to zero, as it has at the end of a run: in the middle of a
+    training knowledge seems lost that the end of it brings back. But a probe shall also go on from where the shorter one
+    before it ended. So the rate falls once for every first probe's length and starts anew (SGDR, Loshchilov & Hutter,
+    2017); as each round has twice the steps, every round ends at the end of a fall.
+    """
+    first, last = rounds[0].steps, rounds[-1].steps
+    warmup = config.train.warmup_ratio * first / last  # a share of the first fall
+    options = replace(config.train, max_steps=last, scheduler="cosine_with_restarts", warmup_ratio=warmup, report_to=[])
+    return replace(config, train=options)
