@@ -96,6 +96,7 @@ def comparison_content(comparison: Comparison) -> dict[str, Any]:
         of_method.setdefault(methods[name], run)
     pictures = {
         "balance": results.balance_figure(table.get("rows", [])),
+        "frontier": results.frontier_figure(table.get("frontier")),
         "benchmarks": results.benchmarks_figure(table),
         "boundary": candidates.boundary_figure(common.boundary),
         **plan_figures({name: run.plan for name, run in runs.items() if run.plan}, common),

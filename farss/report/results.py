@@ -80,6 +80,42 @@ def balance_figure(rows: list[dict[str, Any]]) -> Figure | None:
     return Figure("balance", "Knowledge against task", [Choice("", [_contours(x, y), *dots], layout)])
 
 
+def frontier_figure(frontier: dict[str, Any] | None) -> Figure | None:
+    """K against T of every method over its learning rates; None where none was tuned."""
+    curves = {name: _reached(entry["points"]) for name, entry in (frontier or {}).get("methods", {}).items()}
+    curves = {name: points for name, points in curves.items() if points}
+    if not curves:
+        return None
+    data = [trace for place, (name, points) in enumerate(curves.items()) for trace in _frontier_lines(name, points, place)]
+    every = [point for points in curves.values() for point in points]
+    x, y = (_span([point[name] for point in every]) for name in "KT")
+    layout = {
+        "height": 520,
+        "xaxis": {"title": {"text": "K: kept of the knowledge, %"}, "range": x, "showgrid": False},
+        "yaxis": {"title": {"text": "T: learned, % of full fine-tuning"}, "range": y, "showgrid": False},
+    }
+    return Figure("frontier", "What each method can give", [Choice("", [_contours(x, y), *data], layout)])
+
+
+def _reached(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The points that have both K and T, from the smallest learning rate to the largest."""
+    placed = [point for point in points if all(is_number((point.get(name) or {}).get("value")) for name in "KT")]
+    return sorted(placed, key=lambda point: point["learning_rate"])
+
+
+def _frontier_lines(method: str, points: list[dict[str, Any]], place: int) -> list[Trace]:
+    """One method, and a larger mark on the chosen learning rate."""
+
+    def drawn(some: list[dict[str, Any]]) -> Trace:
+        pairs = [(significant(100 * point["K"]["value"]), significant(100 * point["T"]["value"])) for point in some]
+        found = line(method, pairs, place, f"{label(method)}, learning rate %{{customdata}}<br>K %{{x:.1f}} %, T %{{y:.1f}} %")
+        return {**found, "customdata": [f"{point['learning_rate']:g}" for point in some], "legendgroup": label(method)}
+
+    mark = drawn([point for point in points if point.get("chosen")])
+    symbol = {"size": 13, "symbol": SYMBOLS[place % len(SYMBOLS)]}
+    return [drawn(points), {**mark, "mode": "markers", "marker": {**mark["marker"], **symbol}, "showlegend": False}]
+
+
 def _span(values: list[dict[str, Any]]) -> list[float]:
     """Axis range in percent that holds all values and their intervals."""
     numbers = [100 * value[part] for value in values for part in ("value", "low", "high") if is_number(value.get(part))]

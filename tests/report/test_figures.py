@@ -6,6 +6,7 @@ import json
 import re
 import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pages import draw
@@ -102,3 +103,17 @@ def test_every_benchmark_shows_every_method(comparison_folder: Path) -> None:
     assert farss["x"] == pytest.approx([65 * (0.951 + 0.939) / 2, 43 * (0.962 + 0.958) / 2], rel=1e-3)
     assert all(0 < y - row < 0.5 or 0 < row - y < 0.5 for y, row in zip(before["y"], (0, 1), strict=True)), "each in its row"
     assert results.benchmarks_figure({"rows": []}) is None
+
+
+def test_the_frontier_has_a_line_for_each_method_and_a_mark_on_the_chosen_rate() -> None:
+    def point(rate: float, kept: float, learned: float, chosen: bool) -> dict[str, Any]:
+        marks = {name: {"value": value, "low": value, "high": value} for name, value in (("K", kept), ("T", learned))}
+        return {"learning_rate": rate, "chosen": chosen, **marks}
+
+    one = [point(2e-4, 0.5, 1.0, False), point(1e-4, 0.8, 0.9, True)]
+    figure = results.frontier_figure({"methods": {"farss": {"points": one}, "lora": {"points": [{"learning_rate": 1e-4, "chosen": True}]}}})
+    assert figure is not None
+    _, curve, mark = figure.choices[0].data
+    assert (curve["x"], curve["y"], curve["customdata"]) == ([80, 50], [90, 100], ["0.0001", "0.0002"])
+    assert (mark["x"], mark["y"], mark["mode"]) == ([80], [90], "markers")
+    assert results.frontier_figure(None) is None
