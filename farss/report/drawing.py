@@ -186,7 +186,8 @@ def _numbers(values: list[Any]) -> list[float]:
 
 
 def _scatter(plot: Any, trace: Trace) -> None:
-    x, y, marker, name = trace["x"], _numbers(trace["y"]), trace.get("marker", {}), plain_text(trace["name"])
+    x, y, marker = trace["x"], _numbers(trace["y"]), trace.get("marker", {})
+    name = plain_text(trace["name"]) if trace.get("showlegend", True) else None
     colour = marker.get("color") or trace["line"]["color"]
     symbol = marker.get("symbol", "circle")
     dots = {"marker": SYMBOLS[symbol], "color": colour, "markersize": 0.8 * marker.get("size", 6)}
