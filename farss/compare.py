@@ -109,7 +109,7 @@ class Entrant:
             self.tell(step if step in common else f"{name.rpartition('-')[0]} seed {self.seed}: {step}", done, total, line)
 
         out = Path(self.config.out)
-        self.run = Run(own, shared=out, shared_seed=self.config.seed, statistics_folder=out if same else out / self.label, tell=named)
+        self.run = Run(own, shared=out, shared_seed=self.config.seed, statistics_folder=None if same else out / self.label, tell=named)
 
     @property
     def method(self) -> str:

@@ -88,9 +88,9 @@ class Run:
 
     config: Config
     shared: Path | None = None
-    """Folder whose `base/` is used instead of this run's own, in a comparison."""
+    """Folder whose `base/` and `survey/` (or other statistics) are used instead of this run's own, in a comparison."""
     statistics_folder: Path | None = None
-    """Folder whose `survey/` (or other statistics) are used instead of this run's own, in a comparison."""
+    """Folder whose statistics are used instead, where they differ from the shared ones."""
     shared_seed: int | None = None
     """Seed of the shared survey and of the questions that are drawn; None: the run's own."""
     tell: Tell = _silent
@@ -120,7 +120,7 @@ class Run:
     @property
     def place(self) -> Folder:
         """The folder that holds `survey/` and other statistics."""
-        return Folder(self.statistics_folder) if self.statistics_folder else self.folder
+        return Folder(self.statistics_folder) if self.statistics_folder else self.common
 
     @property
     def common_config(self) -> Config:
