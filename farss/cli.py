@@ -101,9 +101,13 @@ class LogLines:
     def __init__(self) -> None:
         self.shown: dict[str, int] = {}
         self.begun: dict[str, tuple[float, int]] = {}
+        self.last: dict[str, int] = {}
 
     def tell(self, step: str, done: int, total: int, line: str) -> None:
         """Print a line if the step has come a tenth further."""
+        if done < self.last.get(step, 0):  # a step may count several things, one after the other
+            del self.begun[step]
+        self.last[step] = done
         start, first = self.begun.get(step, (0.0, done))
         if done == first:  # preparations do not count
             start = time.monotonic()
