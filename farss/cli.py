@@ -309,7 +309,8 @@ def convert(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="A run folder, a comparison's folder, or its run file.")],
+    folder: Annotated[Path, typer.Argument(metavar="CONFIG", help="A run file, or the folder of a run or a comparison.")],
+    overrides: Overrides = None,
     show: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
 ) -> None:
     """Draw report.html and its figures again from what the folder holds."""
@@ -317,7 +318,9 @@ def report(
 
     from farss.report import write_report
 
-    place = Path(load(folder).out) if folder.is_file() else folder
+    if overrides and folder.is_dir():
+        raise UsageError(f"{folder} is a folder, and a folder has no options to override: give its config.yaml instead")
+    place = Path(load(folder, overrides or ()).out) if folder.is_file() else folder
     page = write_report(place)
     _facts(place)
     _where({"report": page, "figures": place / "figures"})

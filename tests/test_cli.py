@@ -45,6 +45,8 @@ def test_methods_lists_them_all():
         (["run", "run.yaml", "model.path=nowhere/at/all"], 2, "there is no such folder"),
         (["run", "run.yaml", f"model.path={world.MODEL}", "plan.boundary=77"], 2, "the model has 12 blocks"),
         (["report", "."], 2, "holds no run of ours"),
+        (["report", "run.yaml", "out=nowhere"], 2, "nowhere"),
+        (["report", ".", "out=nowhere"], 2, "a folder has no options to override"),
         (["boundary", "run.yaml", "plan.method=lora"], 2, "treats all blocks alike"),
         (["boundary", "run.yaml", f"model.path={world.MODEL}"], 2, "something to measure forgetting on"),
     ],

@@ -157,6 +157,7 @@ def test_llama_cpp_gives_the_trained_models_answers(gemma, prepared, tmp_path):
             if token == tokenizer.eos_token_id or len(theirs) == 12:
                 break
         same += ours[0, len(prompt) :].tolist() == theirs
+    print(f"llama.cpp {llama_cpp.__version__} gives the same greedy answer for {same} of 8 messages")
     assert same >= 7  # the base is quantised to 4 bits in one and to bfloat16 in the other
 
 
