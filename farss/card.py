@@ -25,7 +25,7 @@ def write_card(folder: Path, summary: dict[str, Any] | None = None, command: str
     front |= {"license": licence} if licence else {}
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", ""]
     lines += [f"# {method} {'adapter for' if adapter else 'fine-tune of'} {base}", ""]
-    lines += [*(_adapter_lines(facts) if adapter else ["A whole model: the change that was trained is merged into its weights."]), ""]
+    lines += [*(_adapter_lines(facts) if adapter else _model_lines(facts)), ""]
     shallow = f", the first {facts['boundary']} of them shallow" if facts.get("boundary") else ""
     if facts.get("parameters"):
         lines.append(f"- trained as: {method}, {facts['parameters']:,} parameters, {facts['blocks']} blocks{shallow}")
@@ -45,6 +45,16 @@ def _adapter_lines(facts: dict[str, Any]) -> list[str]:
         f"Checked: its logits on the base differ from the trained model's by at most {facts['logit_difference']:.1e} "
         f"({facts['precision']}){lost}.",
     ]
+
+
+def _model_lines(facts: dict[str, Any]) -> list[str]:
+    lines = ["A whole model: the change that was trained is merged into its weights."]
+    if facts.get("logit_difference") is not None:
+        lines[0] += (
+            f" They are rounded as the base's are, so its logits differ from the trained model's by up to "
+            f"{facts['logit_difference']:.1e} ({facts['precision']})."
+        )
+    return lines
 
 
 def _measured(summary: dict[str, Any]) -> list[str]:

@@ -273,10 +273,15 @@ def export(
     with _single(config, [*(overrides or []), *extra]) as one:
         target = one.export()
     facts = one.folder.record("export") or {}
-    if "logit_difference" in facts:
+    if "rank" in facts:
         console.print(
             f"rank {facts['rank']}; logits differ from the trained model's by at most {facts['logit_difference']:.1e} "
             f"({facts['precision']}); lost to compression: {facts['lost']:.2%}"
+        )
+    elif "logit_difference" in facts:
+        console.print(
+            f"its weights are rounded as the base's are: logits differ from the trained model's by at most "
+            f"{facts['logit_difference']:.1e} ({facts['precision']})"
         )
     _where({target.name: target})
 

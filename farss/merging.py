@@ -15,6 +15,7 @@ from farss.adapter import changed_weight
 from farss.artifacts import Plan, whole_folder, write_tensors
 from farss.errors import FarssError
 from farss.models import base_weights, holds_packed, is_transposed
+from farss.portable import in_float32
 
 Change = Callable[[str, Tensor], Tensor]
 """(name of a weight, its value) -> its new value."""
@@ -47,6 +48,16 @@ def merge(adapted: Any, plan: Plan, tokenizer: Any, folder: Path | str, dtype: t
     with whole_folder(folder) as unfinished:
         write_model(model, plan, tokenizer, unfinished, dtype, Path(source), change)
     return folder
+
+
+def merged_difference(adapted: Any, merged: Any, batch: dict[str, Tensor]) -> tuple[float, str]:
+    """Largest |logit difference| on real tokens between a trained model and the whole model that was written of it, which
+    is what rounding the merged weights costs; and the precision of the comparison."""
+    mask, found = batch["attention_mask"].bool(), []
+    for model in (adapted, merged):
+        with in_float32(model) as precision, torch.no_grad():
+            found.append(model(**batch).logits[mask].float())
+    return (found[0] - found[1]).abs().max().item(), precision
 
 
 def write_model(model: Any, plan: Plan, tokenizer: Any, target: Path, dtype: torch.dtype, source: Path, change: Change) -> None:

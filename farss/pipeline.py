@@ -50,7 +50,7 @@ from farss.folder import (
     resolve,
 )
 from farss.llamacpp import write_gguf
-from farss.merging import merge
+from farss.merging import merge, merged_difference
 from farss.methods import Reading, Regime
 from farss.models import (
     device_of,
@@ -373,7 +373,10 @@ class Run:
             if whole:
                 merge(self.trained(), plan, self.tokenizer, target, _stored_dtype(self.config), self.config.model.path)
                 facts_of_it = {"method": plan.method, "boundary": plan.boundary, "blocks": plan.blocks, "base": self.config.model.path}
-                write_json(target / "farss.json", {**facts_of_it, "parameters": plan.parameters})
+                stored = load_model(replace(self.config.model, path=str(target), dtype="auto"))
+                difference, precision = merged_difference(self.trained(), stored, self._prompts(self.trained()))
+                facts |= {"logit_difference": difference, "precision": precision}
+                write_json(target / "farss.json", {**facts_of_it, "parameters": plan.parameters, **facts})
                 write_card(target, command=self._command)
             else:
                 batch = self._prompts(self.trained())

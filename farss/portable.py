@@ -7,6 +7,7 @@ scale such an adapter alike, while they disagree on everything else.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from farss.artifacts import Plan, read_json, whole_folder, write_json, write_ten
 from farss.card import write_card
 from farss.errors import FarssError
 from farss.maths.compress import compress
-from farss.models import base_fingerprint, holds_packed, tokenizer_fingerprint
+from farss.models import base_fingerprint, is_linear, is_packed, tokenizer_fingerprint, weight_of
 
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """vLLM accepts these and no others (`max_lora_rank`), so the exported rank is padded up to one of them."""
@@ -240,20 +241,42 @@ def _name(dtype: torch.dtype) -> str:
 
 @contextlib.contextmanager
 def in_float32(model: Any) -> Iterator[str]:
-    """The model in `eval()` mode and, unless it is very large or quantised, in float32; both are put back (without loss)."""
+    """The model in `eval()` mode and, unless it is very large, in float32; both are put back (without loss). Quantised
+    weights stay as they are, and are multiplied dequantised and in float32."""
     training = model.training
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     buffers = {name: buffer.dtype for name, buffer in model.named_buffers()}
     small = sum(parameter.numel() for parameter in model.parameters()) < FULL_PRECISION_LIMIT
-    small = small and not holds_packed(model)
+    packed = [module for module in model.modules() if is_linear(module) and is_packed(module)] if small else []
     model.eval()
     if small:
         model.float()
     try:
-        yield "float32" if small else _name(next(iter(dtypes.values())))
+        with _dequantised(packed):
+            yield "float32" if small else _name(next(iter(dtypes.values())))
     finally:
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
         for name, buffer in model.named_buffers():
             buffer.data = buffer.data.to(buffers.get(name, buffer.dtype))
         model.train(training)
+
+
+@contextlib.contextmanager
+def _dequantised(layers: list[nn.Module]) -> Iterator[None]:
+    """Let quantised layers compute in float32, one dequantised weight at a time."""
+    before = [vars(layer).get("forward") for layer in layers]
+    for layer in layers:
+        layer.forward = functools.partial(_float32_product, layer)
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
+
+
+def _float32_product(layer: Any, x: Tensor) -> Tensor:
+    bias = layer.bias.float() if layer.bias is not None else None
+    return nn.functional.linear(x.float(), weight_of(layer).float(), bias)
