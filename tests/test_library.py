@@ -86,3 +86,25 @@ def test_what_cannot_be_prepared_or_exported(tokenizer, rows, tmp_path):
         farss.prepare(base(tokenizer), tokenizer, [], plan=PLAN)
     with pytest.raises(farss.FarssError, match=r"was not made by farss\.prepare"):
         farss.export(base(tokenizer), tmp_path / "adapter")
+
+
+def test_a_second_task_on_top_of_a_first(tokenizer, rows, tmp_path):
+    """Merge the first, prepare the result; both adapters together on the original base are the second trained model."""
+    settings = {"plan": PLAN, "calibration": farss.CalibrationConfig(examples=8), "dropout": 0.0}
+    batch = tokenizer("Name the seal for this letter: Good day.", return_tensors="pt")
+    model = farss.prepare(base(tokenizer), tokenizer, rows[:12], **settings)
+    own_loop(model, batch)
+    farss.export(model, tmp_path / "first")
+    one = PeftModel.from_pretrained(base(tokenizer), str(tmp_path / "first")).merge_and_unload()
+    two = farss.prepare(one, tokenizer, rows[12:], **settings)
+    own_loop(two, tokenizer("Another task altogether.", return_tensors="pt"))
+    farss.export(two, tmp_path / "second")
+    expected = logits(two, batch)
+    both = PeftModel.from_pretrained(base(tokenizer), str(tmp_path / "first"), adapter_name="first")
+    both.load_adapter(str(tmp_path / "second"), adapter_name="second")
+    alone = logits(both, batch)
+    both.base_model.set_adapter(["first", "second"])
+    assert (logits(both, batch) - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert (alone - expected).abs().max() > 0.01
+    with pytest.raises(farss.FarssError, match="was made for a base with fingerprint"):
+        farss.load_adapter(base(tokenizer), tmp_path / "second")  # it is the second half of something
