@@ -170,6 +170,7 @@ class Run:
         """Read the tokenizer, the data and every question file, and plan what can be planned without a survey."""
         if any(self.folder.record(step) for step in STEPS):
             return  # they were usable when the run began
+        self._check_handover()
         _ = self.tokenizer, self.examples
         if self.config.calibration.knowledge:
             knowledge_texts(self.config.calibration.knowledge)
@@ -177,6 +178,23 @@ class Run:
         layers, blocks = layer_shapes(self.config.model)
         for boundary in self.search_setting.schedule.candidates if self.searches else [self.config.plan.boundary]:
             check_plan(replace(self.config.plan, boundary=boundary), layers, blocks)
+
+    def _check_handover(self) -> None:
+        """Find out before hours of training what cannot be handed over after it.
+
+        Raises:
+            ConfigError: a whole model is wanted of quantised weights.
+        """
+        config = self.config
+        if config.model.quantization == "none" or config.plan.method == "full":
+            return
+        if not self.method.plain_lora:
+            raise ConfigError(
+                f"plan.method={config.plan.method!r} is handed over as a whole model, and nothing can be merged into quantised weights: "
+                "set model.quantization=none"
+            )
+        if config.export.to == "merged":
+            raise ConfigError("export.to='merged', but nothing can be merged into quantised weights: set export.to=peft")
 
     def check_unchanged(self) -> None:
         """Refuse a folder that holds results of other options.
@@ -329,7 +347,8 @@ class Run:
         made = make_plan(config, known) if known else make_plan_without_survey(config, *layer_shapes(self.config.model))
         notes += [*made.notes, *(left_out(empty_model(self.config.model)) if made.layers else [])]
         result = replace(made, notes=notes)
-        self.tell("plan", 1, 1, f"{result.parameters:,} parameters")
+        handed_over = "" if self.method.plain_lora else ", handed over as a whole model: no plain LoRA computes it"
+        self.tell("plan", 1, 1, f"{result.parameters:,} parameters{handed_over}" if result.layers else "every weight trains")
         with self.folder.step("plan", options):
             result.save(self.path / "plan.json")
         return result
