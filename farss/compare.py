@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +100,7 @@ class Entrant:
         values["compare"] = {}
         own = resolve(from_dict(values))
         keys = (*SURVEY_KEYS, *READING_KEYS["knowledge"])
-        alike = replace_seed(own, self.config.seed)
-        same = options_of(alike, keys) == options_of(self.config, keys)
+        same = options_of(replace(own, seed=self.config.seed), keys) == options_of(self.config, keys)
         method = method_of(own.plan)
         common = {"survey", "evaluate base", "own text", getattr(method.needs, "name", "")} if same else {"evaluate base"}
 
@@ -115,11 +114,6 @@ class Entrant:
     def method(self) -> str:
         """The method's name."""
         return self.run.config.plan.method
-
-
-def replace_seed(config: Config, seed: int) -> Config:
-    """The same configuration with another seed."""
-    return from_dict({**to_dict(config), "seed": seed})
 
 
 # --- the learning rate -----------------------------------------------------------------------------------------------

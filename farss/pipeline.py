@@ -275,7 +275,7 @@ class Run:
         begun = time.monotonic()
         with self.place.step(wanted.name, options) as facts:
             meta = {"model": fingerprint(model), "tokenizer": tokenizer_fingerprint(self.tokenizer), "path": config.model.path}
-            batches = self._batches(model, wanted)
+            batches = self._batches(wanted)
             result = read_layers(
                 *(model, place, wanted.read, cap, batches, config.model.targets, meta),
                 lambda done, total, line: self.tell(wanted.name, done, total, line),
@@ -284,23 +284,24 @@ class Run:
             facts |= {"seconds": round(time.monotonic() - begun, 1)}
         return result
 
-    def _batches(self, model: Any, wanted: Reading) -> list[dict[str, torch.Tensor]] | None:
+    def _batches(self, wanted: Reading) -> list[dict[str, torch.Tensor]] | None:
         """The examples whose activations a reading looks at."""
         config = self.common_config
         if wanted.of == "weights":
             return None
-        rows = self.common_examples.rows if wanted.of == "task" else self._knowledge(model)
+        rows = self.common_examples.rows if wanted.of == "task" else self._knowledge()
         real = replace(config.calibration, padding="ignore")
         return calibration_batches(rows, real, self.tokenizer.pad_token_id, config.seed)
 
-    def _knowledge(self, model: Any) -> list[Row]:
+    def _knowledge(self) -> list[Row]:
         """The knowledge text: the user's, or what the model writes by itself, which is kept in `own_text.jsonl`."""
         config = self.common_config
         path, count = config.calibration.knowledge, config.calibration.examples
         if path:
             return plain_rows(choose(knowledge_texts(path), count, config.seed), self.tokenizer, config.data.max_length)
         length = min(LENGTH, config.data.max_length)
-        ids = own_text(model, self.tokenizer, count, length, config.seed, lambda done, total: self.tell("own text", done, total, ""))
+        writer = load_model(config.model)  # on the GPU, where there is one: the reading's own model stays on the CPU
+        ids = own_text(writer, self.tokenizer, count, length, config.seed, lambda done, total: self.tell("own text", done, total, ""))
         lines = [json.dumps({"text": self.tokenizer.decode(row, skip_special_tokens=True)}, ensure_ascii=False) for row in ids]
         write_text(self.place.path / "own_text.jsonl", "\n".join(lines) + "\n")
         return unlearnt(ids)

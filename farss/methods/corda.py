@@ -6,13 +6,14 @@ general knowledge, and the smallest are.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from farss.artifacts import Plan, layer_tensors
-from farss.config import PlanConfig
+from farss.artifacts import layer_tensors
 from farss.maths.directions import decompose, ends
-from farss.methods.base import Context, Method, Reading, uniform_plan
+from farss.methods.base import Method, Reading, uniform_plan
 
 DAMPING = 0.01
 """The covariance's mean diagonal times this is added to its diagonal, as in the authors' code, so that it has an inverse."""
@@ -42,27 +43,17 @@ def damped(covariance: Tensor) -> tuple[Tensor, Tensor]:
         damping *= 2
 
 
-def plan_most(config: PlanConfig, context: Context) -> Plan:
-    """The directions with the largest singular values of `W C`."""
-    return uniform_plan(config, context, "most")
-
-
-def plan_least(config: PlanConfig, context: Context) -> Plan:
-    """The directions with the smallest singular values of `W C`."""
-    return uniform_plan(config, context, "least")
-
-
 CORDA_IPM = Method(
     name="corda-ipm",
     title="CorDA, instruction-previewed (Yang et al., NeurIPS 2024)",
     changes="one rank in every layer, starting from the directions that the task's activations use most",
-    plan=plan_most,
+    plan=partial(uniform_plan, side="most"),
     needs=Reading("corda-task", "task", read),
 )
 CORDA_KPM = Method(
     name="corda-kpm",
     title="CorDA, knowledge-preserved (Yang et al., NeurIPS 2024)",
     changes="one rank in every layer, starting from the directions that knowledge text uses least",
-    plan=plan_least,
+    plan=partial(uniform_plan, side="least"),
     needs=Reading("corda-knowledge", "knowledge", read),
 )

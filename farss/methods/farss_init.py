@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from farss.artifacts import Plan
-from farss.config import PlanConfig
-from farss.methods.base import Context, Method, uniform_plan
+from functools import partial
 
-
-def plan(config: PlanConfig, context: Context) -> Plan:
-    """The directions with the lowest scores, in every layer."""
-    return uniform_plan(config, context, "least")
-
+from farss.methods.base import Method, uniform_plan
 
 FARSS_INIT = Method(
     name="farss-init",
     title="FARSS-init (FARSS, Table 4)",
     needs="survey",
     changes="one rank in every layer, starting from the least important directions",
-    plan=plan,
+    plan=partial(uniform_plan, side="least"),
 )

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from farss.artifacts import Plan
 from farss.config import PlanConfig
 from farss.maths.directions import factors
-from farss.methods.base import Context, Method, Regime, Start, uniform_plan
+from farss.methods.base import Method, Regime, Start, uniform_plan
 from farss.methods.diagonal import add_diagonals, orthogonality
 from farss.methods.singular import SINGULAR
 
@@ -18,11 +18,6 @@ from farss.methods.singular import SINGULAR
 def start(u: Tensor, sigma: Tensor, v: Tensor, scaling: float) -> Start:
     """PEFT's start at zero; the smallest components leave the base and do not come back."""
     return Start(None, factors(u, sigma, v, scaling))
-
-
-def plan(config: PlanConfig, context: Context) -> Plan:
-    """As many of the smallest singular components as the rank."""
-    return uniform_plan(config, context, "least", beside=lambda rank, rows: rank)
 
 
 class Penalties(Regime):
@@ -50,7 +45,7 @@ KASA = Method(
     name="kasa",
     title="KaSA (Wang et al. 2024)",
     changes="one rank in every layer, in singular form; the smallest singular components leave the base for good",
-    plan=plan,
+    plan=partial(uniform_plan, side="least", beside=lambda rank, rows: rank),
     needs=SINGULAR,
     start=start,
     regime=Penalties,

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from farss.artifacts import Plan
-from farss.config import PlanConfig
-from farss.methods.base import Context, Method, uniform_plan
+from functools import partial
 
-
-def plan(config: PlanConfig, context: Context) -> Plan:
-    """Rank `plan.rank`, or the one that `plan.match_params` gives, in every target layer."""
-    return uniform_plan(config, context, None)
-
+from farss.methods.base import Method, uniform_plan
 
 LORA = Method(
     name="lora",
     title="LoRA (Hu et al., ICLR 2022)",
     changes="one rank in every layer, starting from zero",
-    plan=plan,
+    plan=partial(uniform_plan, side=None),
 )

@@ -5,13 +5,14 @@ Both factors train, as in the paper's main rows.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from farss.artifacts import Plan, layer_tensors
-from farss.config import PlanConfig
+from farss.artifacts import layer_tensors
 from farss.maths.directions import factors
-from farss.methods.base import Context, Method, Reading, Start, uniform_plan
+from farss.methods.base import Method, Reading, Start, uniform_plan
 
 
 def read(weight: Tensor, moment: Tensor | None, cap: int) -> dict[str, Tensor]:
@@ -33,16 +34,11 @@ def start(u: Tensor, sigma: Tensor, v: Tensor, scaling: float) -> Start:
     return Start(part, part)
 
 
-def plan(config: PlanConfig, context: Context) -> Plan:
-    """The directions with the least energy."""
-    return uniform_plan(config, context, "least")
-
-
 LORA_NULL = Method(
     name="lora-null",
     title="LoRA-Null (Tang et al. 2025)",
     changes="one rank in every layer, starting from the null space of knowledge activations",
-    plan=plan,
+    plan=partial(uniform_plan, side="least"),
     needs=Reading("null-space", "knowledge", read),
     start=start,
 )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from farss.artifacts import Plan, layer_tensors
-from farss.config import PlanConfig
-from farss.methods.base import Context, Method, Reading, Start, uniform_plan
+from farss.artifacts import layer_tensors
+from farss.methods.base import Method, Reading, Start, uniform_plan
 
 
 def read(weight: Tensor, moment: Tensor | None, cap: int) -> dict[str, Tensor]:
@@ -23,16 +24,11 @@ def start(u: Tensor, sigma: Tensor, v: Tensor, scaling: float) -> Start:
     return Start((u, v.T), (u, v.T))
 
 
-def plan(config: PlanConfig, context: Context) -> Plan:
-    """The first columns."""
-    return uniform_plan(config, context, "most")
-
-
 OLORA = Method(
     name="olora",
     title="OLoRA (Buyukakyuz 2024)",
     changes="one rank in every layer, starting from the first columns of Q and rows of R",
-    plan=plan,
+    plan=partial(uniform_plan, side="most"),
     needs=Reading("orthogonal", "weights", read),
     start=start,
 )
