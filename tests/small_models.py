@@ -35,7 +35,7 @@ def small(kind: str, **options):
         "qwen3": (transformers.Qwen3Config, {"num_key_value_heads": 2, "head_dim": 8}),
         "gpt2": (
             transformers.GPT2Config,
-            {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64},
+            {"n_embd": 32, "n_head": 4},
         ),
         "phi3": (transformers.Phi3Config, {"num_key_value_heads": 2}),
         "gpt-neox": (transformers.GPTNeoXConfig, {}),
@@ -44,7 +44,8 @@ def small(kind: str, **options):
     values = {**common, **extra, **options}
     if kind == "gpt2":
         keep = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "attn_implementation")
-        values = {**{key: common[key] for key in keep}, **extra, "n_layer": values.get("num_hidden_layers", 4)}
+        named = {"n_layer": values["num_hidden_layers"], "n_positions": values["max_position_embeddings"]}
+        values = {**{key: values[key] for key in keep}, **extra, **named}
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config_class(**values), dtype=torch.float64)
     with torch.no_grad():  # default initialisation is so small that every layer is nearly linear

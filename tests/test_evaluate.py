@@ -17,6 +17,7 @@ from farss.artifacts import questions
 from farss.config import Config, DataConfig, EvaluateConfig, QuestionSet
 from farss.errors import ConfigError, DataError, FarssError, FolderError
 from farss.evaluate import Summary, evaluate, summarise
+from farss.tasks import prefix
 from farss.tasks.grading import contains, exact_match, final_number, normalise, number, same_mathematics
 from farss.tasks.questions import draw
 from farss.tasks.records import question_score
@@ -101,6 +102,12 @@ def recorded(model, function):
     return rows
 
 
+@pytest.fixture
+def whole_prompts(monkeypatch):
+    """Every prompt is read from its first token on."""
+    monkeypatch.setattr(prefix, "WORTH", 10**6)
+
+
 # --- scores ----------------------------------------------------------------------------------------------------------
 
 
@@ -167,6 +174,7 @@ def test_penalties_in_the_generation_settings_do_not_matter(model, tokenizer, fi
 # --- how it is asked -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("whole_prompts")
 def test_bos_stands_in_front_exactly_once(model, tokenizer, files, tmp_path):
     config = asking([QuestionSet("known", files["known"], fewshot=2)], [QuestionSet("steps", files["steps"])])
     rows = recorded(model, lambda: evaluate(model, tokenizer, config, tmp_path))
@@ -178,6 +186,7 @@ def test_bos_stands_in_front_exactly_once(model, tokenizer, files, tmp_path):
 
 
 @pytest.mark.parametrize(("opening", "count"), [("<s>", 1), ("", 0)])
+@pytest.mark.usefixtures("whole_prompts")
 def test_a_chat_template_decides_about_bos_itself(opening, count, model, tokenizer, files, tmp_path):
     chatty = deepcopy(tokenizer)
     chatty.chat_template = opening + "{% for m in messages %}U{{ m['content'] }}{% endfor %}A"
@@ -188,6 +197,7 @@ def test_a_chat_template_decides_about_bos_itself(opening, count, model, tokeniz
         evaluate(model, chatty, replace(config, evaluate=EvaluateConfig(task=[QuestionSet("s", files["steps"], fewshot=1)])), tmp_path)
 
 
+@pytest.mark.usefixtures("whole_prompts")
 def test_generation_uses_the_cache_even_after_gradient_checkpointing(model, tokenizer, files, tmp_path):
     model.gradient_checkpointing_enable()
     model.config.use_cache = False
@@ -199,6 +209,7 @@ def test_generation_uses_the_cache_even_after_gradient_checkpointing(model, toke
     assert model.is_gradient_checkpointing
 
 
+@pytest.mark.usefixtures("whole_prompts")
 def test_a_peft_model_is_asked_without_a_merge(model, tokenizer, files, tmp_path):
     base = evaluate(model, tokenizer, asking([QuestionSet("mixed", files["mixed"])]), tmp_path / "base")
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")).double()

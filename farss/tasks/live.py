@@ -14,6 +14,7 @@ import torch
 
 from farss.errors import ConfigError, FarssError, ModelError
 from farss.models import accepts
+from farss.tasks.prefix import Prefix, shared_prefix
 from farss.tasks.text import rows_that_fit
 
 Progress = Callable[[str, int, int], None]
@@ -146,6 +147,8 @@ class Asking(Base):
     """Length of the answer at the end of each row of tokens that is being scored."""
     rows: int
     """Prompts per forward pass."""
+    prefix: Prefix | None = None
+    """What all prompts begin with."""
 
     def start(self, title: str, complete: bool = False) -> None:
         """Begin a benchmark. `complete`: its prompts have their special tokens already (a chat template writes them)."""
@@ -158,26 +161,28 @@ class Asking(Base):
         if self.on_progress:
             self.on_progress(self.title, self.done, self.total)
 
-    def check_room(self, prompt: str, options: dict[str, Any]) -> None:
-        """Refuse a prompt that HFLM would cut from the left, and the BOS token with it.
+    def room(self, prompt: list[int], options: dict[str, Any]) -> int:
+        """Tokens of a prompt and the longest answer to it.
 
         Raises:
-            ConfigError: prompt and answer are longer than the model's context.
+            ConfigError: they are more than the model's context; HFLM would cut them from the left, and the BOS token with it.
         """
         from lm_eval.models.utils import normalize_gen_kwargs
 
-        used, wanted = len(self.tok_encode(prompt)), normalize_gen_kwargs(options, self.max_gen_toks)["max_gen_toks"]
+        used, wanted = len(prompt), int(normalize_gen_kwargs(options, self.max_gen_toks)["max_gen_toks"])
         if used + wanted > self.max_length:
             raise ConfigError(
                 f"{self.title!r}: a prompt of {used} tokens and an answer of up to {wanted} do not fit into the model's "
                 f"{self.max_length} tokens: choose a smaller fewshot or max_tokens"
             )
+        return used + wanted
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
         """Answers to prompts."""
         self.total += 2 * len(requests)  # the log-likelihood of their gold answers is asked for next
-        for request in requests:
-            self.check_room(*request.args[:2])
+        prompts = [self.tok_encode(request.args[0]) for request in requests]
+        room = max(self.room(prompt, request.args[1]) for prompt, request in zip(prompts, requests, strict=True))
+        self.prefix = shared_prefix(self.model, prompts, room)
         answers: list[str] = super().generate_until(requests, disable_tqdm=True)
         return answers
 
@@ -194,6 +199,7 @@ class Asking(Base):
         for _, prompt, answer in requests:
             row = tuple((prompt + answer)[:-1])
             self.answers[row] = max(len(answer), self.answers.get(row, 0))
+        self.prefix = shared_prefix(self.model, [prompt for _, prompt, _ in requests], longest)
         self.batch_size_per_gpu = rows_that_fit(self.rows, longest, self.model.config.get_text_config().vocab_size)
         found: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, **options)
         self.batch_size_per_gpu = self.rows
@@ -203,13 +209,20 @@ class Asking(Base):
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         if accepts(base, "logits_to_keep"):
             # HFLM counts from the end where it is given fewer logits than tokens
-            logits = self.model(inps, logits_to_keep=answer_span(inps.tolist(), self.answers)).logits
+            span, known, options = answer_span(inps.tolist(), self.answers), self.prefix, {}
+            if known is not None and known.begins(inps) and span <= inps.shape[1] - len(known.ids):
+                inps, options = inps[:, len(known.ids) :], {"cache": known.spread(inps.shape[0])}
+            logits = self.model(inps, logits_to_keep=span, **options).logits
         else:
             logits = super()._model_call(inps, *rest, **options)
         self.advance(inps.shape[0])
         return logits
 
     def _model_generate(self, context: Any, max_length: int, stop: list[str], **options: Any) -> Any:
+        known = self.prefix and self.prefix.to_front(context, options["attention_mask"])
+        if self.prefix and known:
+            context, mask = known
+            options |= {"attention_mask": mask, "cache": self.prefix.spread(context.shape[0])}
         tokens = super()._model_generate(context, max_length, stop, **{**options, **self.greedy})
         self.advance(context.shape[0])
         return tokens
