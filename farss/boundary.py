@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,26 +18,20 @@ from typing import Any
 import numpy as np
 
 from farss.artifacts import Plan, Survey, read_json, write_json
-from farss.config import Config, QuestionSet, TrainConfig
-from farss.data import Row, Tokenized, choose, question_rows, text_rows, tokenize
+from farss.config import Config, QuestionSet
+from farss.data import Row, Tokenized, choose
 from farss.errors import ConfigError
 from farss.memory import freed_memory_kept
 from farss.plan import make_plan
 from farss.search import Candidate, Found, Outcomes, Round, Schedule, candidates, fit, halved, search
-from farss.tasks.likelihood import token_loglikelihoods
-from farss.tasks.questions import draw, prompt_of
-from farss.train import train
+from farss.tasks.likelihood import FORWARD, LEAST, affordable, question_tokens, text_tokens, token_loglikelihoods, tokens_of
+from farss.train import train, training_steps
 
 Tell = Callable[[int, int, str], None]
 """Called with (optimiser steps done, steps in all, a line to show)."""
 
-FORWARD = 0.5
-"""What a scored token costs of a trained one. Training also goes backwards, and forward again where activations are
-recomputed: two to three times a forward pass."""
 SCORING = 0.25
 """Share of the budget that scoring may take: questions are left out until it does."""
-LEAST = 8
-"""The fewest questions, and the fewest held-out examples."""
 
 
 @dataclass(frozen=True)
@@ -137,18 +130,13 @@ def prepare(config: Config, examples: Tokenized, tokenizer: Any, blocks: int) ->
     notes: list[str] = []
     knowledge, knowledge_words = knowledge_rows(config, tokenizer, room, notes)
     task, rest = hold_out(examples.rows, options.questions, room, config.seed)
-    scored = _tokens(task) + sum(_tokens(rows) for rows in knowledge.values())
+    scored = tokens_of(task) + sum(tokens_of(rows) for rows in knowledge.values())
     schedule = fit(wanted, steps_full, options.probe, options.budget, FORWARD * scored / step)
     left = sorted(set(wanted) - set(schedule.candidates))
     if left:
         notes.append(f"The budget leaves no room for boundary {', '.join(map(str, left))}.")
     task_words = f"loss of the answers of {len(task)} training examples that no probe trains on"
     return Setting(schedule, knowledge, task, Tokenized(rest), knowledge_words, task_words, notes)
-
-
-def training_steps(options: TrainConfig, rows: int) -> int:
-    """Optimiser steps of a training on so many examples."""
-    return options.max_steps or math.ceil(options.epochs * math.ceil(rows / options.batch_size))
 
 
 def knowledge_rows(config: Config, tokenizer: Any, room: float, notes: list[str]) -> tuple[dict[str, list[Row]], str]:
@@ -164,7 +152,7 @@ def knowledge_rows(config: Config, tokenizer: Any, room: float, notes: list[str]
     limit = config.boundary.questions
     if sets:
         share = max(LEAST, limit // len(sets))
-        rows = {entry.name: question_tokens(entry, config, tokenizer, share) for entry in sets}
+        rows = {entry.name: question_tokens(entry, "knowledge", config, tokenizer, share) for entry in sets}
         rows = {name: choose(each, affordable(each, share, room / len(sets)), config.seed) for name, each in rows.items()}
         return rows, "probability of the answers to " + ", ".join(f"{len(each)} questions of {name}" for name, each in rows.items())
     if config.evaluate.text:
@@ -176,36 +164,6 @@ def knowledge_rows(config: Config, tokenizer: Any, room: float, notes: list[str]
         "plan.boundary=auto needs something to measure forgetting on: give a file of questions (evaluate.knowledge: "
         "[{name: facts, data: questions.jsonl}]) or of general text (evaluate.text), or give plan.boundary a number"
     )
-
-
-def question_tokens(entry: QuestionSet, config: Config, tokenizer: Any, limit: int) -> list[Row]:
-    """Questions as the evaluation puts them, with the first accepted answer. Without the examples that it may show before
-    them: they would cost most of the budget, and are the same for every candidate."""
-    bare = replace(entry, fewshot=0, limit=min(limit, entry.limit or limit))
-    prompt = prompt_of(bare, "knowledge", config.data.template, tokenizer)
-    asked = draw(bare, question_rows(bare), config.seed).asked
-    stages = [[start := prompt.text(row["question"]), start + prompt.delimiter + row["answers"][0]] for row in asked]
-    rows = [_without_end(row, tokenizer.eos_token_id) for row in tokenize(stages, tokenizer, prompt.complete)]
-    short = [row for row in rows if len(row["input_ids"]) <= config.data.max_length]
-    if not short:
-        raise ConfigError(f"question set {entry.name!r}: every question is longer than data.max_length={config.data.max_length}: raise it")
-    return short
-
-
-def _without_end(row: Row, eos: int) -> Row:
-    """Take off the end-of-sequence token: it is no part of what the base model knows."""
-    return {name: values[:-1] for name, values in row.items()} if row["input_ids"][-1] == eos else row
-
-
-def text_tokens(config: Config, tokenizer: Any, limit: int) -> list[Row]:
-    """General text, every token but the first marked."""
-    assert config.evaluate.text is not None
-    texts = choose(text_rows(config.evaluate.text), limit, config.seed)
-    rows = [tokenizer(text, truncation=True, max_length=config.data.max_length).input_ids for text in texts]
-    rows = [ids for ids in rows if len(ids) > 1]
-    if not rows:
-        raise ConfigError(f"evaluate.text={config.evaluate.text!r} has no row with two tokens: give longer texts")
-    return [{"input_ids": ids, "completion_mask": [0] + [1] * (len(ids) - 1)} for ids in rows]
 
 
 def hold_out(rows: list[Row], limit: int, room: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -223,15 +181,6 @@ def hold_out(rows: list[Row], limit: int, room: float, seed: int) -> tuple[list[
     # not the run's own seed, with which the calibration examples are drawn: statistics and scores from different examples
     held = set(choose(range(len(rows)), affordable(rows, most, room), seed + 1))
     return [row for place, row in enumerate(rows) if place in held], [row for place, row in enumerate(rows) if place not in held]
-
-
-def affordable(rows: Sequence[Row], limit: int, room: float) -> int:
-    """How many such rows fit into so many tokens, between `LEAST` and `limit`."""
-    return min(limit, max(LEAST, int(room * len(rows) / _tokens(rows))))
-
-
-def _tokens(rows: Sequence[Row]) -> int:
-    return sum(len(row["input_ids"]) for row in rows)
 
 
 # --- probing ---------------------------------------------------------------------------------------------------------

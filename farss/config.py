@@ -271,6 +271,8 @@ class EvaluateConfig:
     """File of general text (column `text`); forgetting is the mean token loss on it, after minus before."""
     text_rows: int | None = 500
     """Read this many rows of it, drawn with the seed; null: all."""
+    looks: int = 8
+    """While training, look this many times at how likely a few of the answers are (at most 5 % of its cost); 0: never."""
     full_scores: str | None = None
     """scores.json of a full fine-tuning run, the reference of T (eq. 37); null: T is not computed."""
     batch_size: int = 16
@@ -286,6 +288,7 @@ class EvaluateConfig:
         _check(self.batch_size >= 1, f"evaluate.batch_size={self.batch_size}: give 1 or more")
         _check(self.limit is None or self.limit >= 1, f"evaluate.limit={self.limit}: give 1 or more, or null for all")
         _check(self.text_rows is None or self.text_rows >= 1, f"evaluate.text_rows={self.text_rows}: give 1 or more, or null for all")
+        _check(self.looks >= 0, f"evaluate.looks={self.looks}: give 0 or more")
         _check(self.resamples >= 100, f"evaluate.resamples={self.resamples}: give 100 or more")
         names = [entry if isinstance(entry, str) else entry.name for entry in [*self.knowledge, *self.task]]
         twice = sorted({name for name in names if names.count(name) > 1})

@@ -68,7 +68,8 @@ from farss.portable import export, step_zero
 from farss.prepared import write_prepared
 from farss.report import write_report
 from farss.survey import LENGTH, own_text, read_layers, survey
-from farss.train import TrainResult, restore, train
+from farss.tasks.course import Course, prepare_course
+from farss.train import TrainResult, restore, train, training_steps
 
 Tell = Callable[[str, int, int, str], None]
 """Called with (step, done, total, a line to show)."""
@@ -366,11 +367,19 @@ class Run:
                 *(model, self.tokenizer, self.examples, self.config, self.path),
                 on_progress=lambda done, total, loss: self.tell("train", done, total, f"loss {loss:.3f}" if loss is not None else ""),
                 regime=self._regime,
+                course=self._course,
             )
             result.save(self.path / "train.json")
             facts |= {"seconds": result.seconds, **({"step_zero": before} if before else {})}
         self._live = model
         return result
+
+    @property
+    def _course(self) -> Course | None:
+        """What is looked at on the way; the same for every run of a comparison."""
+        rows, options = self.examples.rows, self.config.train
+        tokens = training_steps(options, len(rows)) * options.batch_size * self.examples.tokens / len(rows)
+        return prepare_course(self.common_config, self.tokenizer, tokens)
 
     def prepared(self) -> Path:
         """`prepared/`: a start for another trainer."""

@@ -32,6 +32,7 @@ from farss.errors import ConfigError, FarssError, FolderError, NumericalError
 from farss.memory import freed_memory_kept, peak_gib
 from farss.methods import Regime
 from farss.models import base_fingerprint
+from farss.tasks.course import Course
 
 Progress = Callable[[int, int, float | None], None]
 """Called with the step, the number of steps and the loss of that step (None before the first)."""
@@ -41,7 +42,7 @@ REGIME = "regime.safetensors"
 MARKER = "complete.json"
 SAME_RESULT = ("micro_batch_size", "gradient_checkpointing", "save_steps", "logging_steps", "report_to")
 """Options that a run may change between being killed and going on."""
-KEPT = ("identity", "base", "start", "step", "total", "epoch", "losses", "entries", "seconds", "memory")
+KEPT = ("identity", "base", "start", "step", "total", "epoch", "losses", "entries", "looks", "seconds", "memory")
 """What a checkpoint keeps of a `_Run`."""
 
 WRAPPED = ("forward", "_original_forward", "_require_grads_hook", "_require_grads_hooks")
@@ -67,6 +68,8 @@ class TrainResult:
     """Trainable parameters."""
     log: list[dict[str, float]] = field(default_factory=list)
     """Every `logging_steps` steps, and at the end: step, loss (mean since the entry before), learning_rate, seconds."""
+    course: list[dict[str, Any]] = field(default_factory=list)
+    """What was seen on the way: step, and a `tasks.course.Look`."""
 
     def save(self, path: Path) -> None:
         """Write `train.json`."""
@@ -89,6 +92,7 @@ def train(
     regime: Regime | None = None,
     stop_at: int | None = None,
     cycles: int | None = None,
+    course: Course | None = None,
 ) -> TrainResult:
     """Train every parameter that requires a gradient, in place; a killed run continues from its newest checkpoint.
 
@@ -103,6 +107,7 @@ def train(
         regime: what the method does beside the loss; the one that the model was attached with.
         stop_at: stop after this many steps, with a checkpoint; the same call with a later stop, or none, goes on from there.
         cycles: for `train.scheduler: cosine_with_restarts`: how often the learning rate falls to zero.
+        course: what is looked at on the way. It changes nothing, and its seconds are not counted.
 
     Raises:
         NumericalError: a loss or a gradient is NaN or infinite; the last checkpoint stays.
@@ -111,7 +116,7 @@ def train(
     """
     _check_model(model)
     checkpoints = Path(folder) / "checkpoints"
-    run = _Run(_identity(model, examples, config, cycles), model, config.train.logging_steps, on_progress, regime or Regime())
+    run = _Run(_identity(model, examples, config, cycles), model, config.train.logging_steps, on_progress, regime or Regime(), course)
     newest = _remove_broken(checkpoints)
     if newest is not None:
         run.continue_from(newest)
@@ -123,6 +128,11 @@ def train(
         trainer = _build(model, tokenizer, examples, config, checkpoints, run, [*callbacks, *_stop(stop_at)], cycles)
         trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
     return run.result()
+
+
+def training_steps(options: TrainConfig, rows: int) -> int:
+    """Optimiser steps of a training on so many examples."""
+    return options.max_steps or math.ceil(options.epochs * math.ceil(rows / options.batch_size))
 
 
 def restore(model: Any, folder: Path) -> None:
@@ -195,8 +205,10 @@ def _identity(model: nn.Module, examples: Tokenized, config: Config, cycles: int
 class _Run:
     """What is recorded while training, and goes on after a resume."""
 
-    def __init__(self, identity: str, model: nn.Module, every: int, on_progress: Progress | None, regime: Regime) -> None:
-        self.identity, self.every, self.on_progress, self.regime = identity, every, on_progress, regime
+    def __init__(
+        self, identity: str, model: nn.Module, every: int, on_progress: Progress | None, regime: Regime, course: Course | None
+    ) -> None:
+        self.identity, self.every, self.on_progress, self.regime, self.course = identity, every, on_progress, regime, course
         self.model, self.checkpoint = model, Path()
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.base, self.start = base_fingerprint(model), _start_fingerprint(model, trained)
@@ -207,6 +219,7 @@ class _Run:
         self.losses: list[float] = []  # losses of the steps since the last log entry
         self.learning_rate = 0.0
         self.entries: list[dict[str, float]] = []
+        self.looks: list[dict[str, Any]] = []
         self.started = time.monotonic()
         self.seconds_before, self.memory_before = 0.0, 0.0  # of the processes before this one
         self.seconds, self.memory = 0.0, 0.0  # at the last step or checkpoint
@@ -223,6 +236,8 @@ class _Run:
             self.regime.load(load_file(self.checkpoint / REGIME, str(self.device)))
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+        if self.step == 0:
+            self.look()
         self.tell(None)
 
     def measure(self) -> None:
@@ -248,7 +263,15 @@ class _Run:
         self.measure()
         if step % self.every == 0 or self.finished:
             self.close_entry()
+        self.look()
         self.tell(loss)
+
+    def look(self) -> None:
+        """See what the training has done so far, where that is due. The clock stands still meanwhile."""
+        if self.course is not None and self.course.due(self.step, self.total):
+            begun = time.monotonic()
+            self.looks.append({"step": self.step, **self.course.look(self.model)})
+            self.started += time.monotonic() - begun
 
     def close_entry(self) -> None:
         """Log the mean loss since the entry before."""
@@ -281,14 +304,14 @@ class _Run:
             )
         check_base(checkpoint, values, self.base, self.start)
         for name in KEPT:
-            setattr(self, name, values[name])
+            setattr(self, name, values.get(name, getattr(self, name)))  # a name may be younger than the checkpoint
         self.seconds_before, self.memory_before, self.checkpoint = self.seconds, self.memory, checkpoint
 
     def result(self) -> TrainResult:
         if self.losses:  # a callback stopped the training between two entries
             self.close_entry()
         loss = self.entries[-1]["loss"]
-        return TrainResult(self.step, self.epoch, self.seconds, loss, self.memory, self.parameters, self.entries)
+        return TrainResult(self.step, self.epoch, self.seconds, loss, self.memory, self.parameters, self.entries, self.looks)
 
 
 # --- the trainer -----------------------------------------------------------------------------------------------------

@@ -12,14 +12,14 @@ import farss
 from farss import boundary as room
 from farss import world
 from farss.artifacts import Plan
-from farss.boundary import Boundary, hold_out, knowledge_rows, prepare, probe_config, question_tokens
+from farss.boundary import Boundary, hold_out, knowledge_rows, prepare, probe_config
 from farss.config import from_dict, override
 from farss.data import Tokenized
 from farss.errors import ConfigError, FolderError
 from farss.models import load_tokenizer
 from farss.pipeline import Run
 from farss.search import Round, candidates
-from farss.tasks.likelihood import token_loglikelihoods
+from farss.tasks.likelihood import question_tokens, token_loglikelihoods
 from farss.train import train
 
 SCHEMA = ["candidates", "chosen", "margin", "steps_full", "cost_share", "knowledge", "task", "notes"]
@@ -216,14 +216,14 @@ def test_no_probe_trains_on_what_it_is_scored_on(config):
 def test_questions_are_put_as_the_evaluation_puts_them_and_only_the_answer_counts(config):
     tokenizer = load_tokenizer(config.model)
     entry = config.evaluate.knowledge[0]
-    for row in question_tokens(entry, config, tokenizer, 10):
+    for row in question_tokens(entry, "knowledge", config, tokenizer, 10):
         marked = [token for token, mark in zip(row["input_ids"], row["completion_mask"], strict=True) if mark]
         text = tokenizer.decode(row["input_ids"], skip_special_tokens=True)
         assert text.startswith("Question: ")
         assert text.endswith(f"\nAnswer: {tokenizer.decode(marked).strip()}")
         assert tokenizer.eos_token_id not in row["input_ids"]
         assert row["input_ids"][0] == tokenizer.bos_token_id
-    assert len(question_tokens(entry, config, tokenizer, 10)) == 10
+    assert len(question_tokens(entry, "knowledge", config, tokenizer, 10)) == 10
 
 
 def test_without_questions_it_is_general_text_and_it_says_so(config):

@@ -12,7 +12,7 @@ from typing import Any
 
 from farss.artifacts import write_text
 from farss.errors import FolderError
-from farss.report import candidates, examples, figures, planned, results, story, tables, words
+from farss.report import candidates, examples, figures, planned, results, story, tables, training, words
 from farss.report.drawing import save_figures
 from farss.report.figures import Figure
 from farss.report.folder import Comparison, Run, is_comparison, read_comparison, read_run
@@ -66,7 +66,8 @@ def run_content(run: Run) -> dict[str, Any]:
     pictures = {
         "boundary": candidates.boundary_figure(run.boundary),
         **plan_figures({run.plan.method: run.plan} if run.plan else {}, run),
-        "loss": results.loss_figure([results.Log("", "loss", run.train.get("log") or [])]),
+        "loss": training.loss_figure([training.log_of("", "loss", run.train)]),
+        "course": training.course_figure([training.log_of("", "", run.train)]),
     }
     return {
         "title": story.title(run),
@@ -90,7 +91,7 @@ def comparison_content(comparison: Comparison) -> dict[str, Any]:
     main = story.main_run(comparison)
     runs = {run.folder.name: run for run in ([main] if main else []) + list(comparison.runs.values())}  # the main run first
     methods = {name: str(row.get("method")) for name, row in zip(comparison.names, table.get("rows", []), strict=True)}
-    logs = [results.Log(methods[name], name, run.train.get("log") or []) for name, run in comparison.runs.items()]
+    logs = [training.log_of(methods[name], name, run.train) for name, run in comparison.runs.items()]
     of_method: dict[str, Run] = {}
     for name, run in runs.items():
         of_method.setdefault(methods[name], run)
@@ -100,7 +101,8 @@ def comparison_content(comparison: Comparison) -> dict[str, Any]:
         "benchmarks": results.benchmarks_figure(table),
         "boundary": candidates.boundary_figure(common.boundary),
         **plan_figures({name: run.plan for name, run in runs.items() if run.plan}, common),
-        "loss": results.loss_figure(logs),
+        "loss": training.loss_figure(logs),
+        "course": training.course_figure(logs),
     }
     return {
         "title": story.title(common),

@@ -1,62 +1,16 @@
-"""Pictures of the training and of what it gave: loss curves, benchmarks, and knowledge against task."""
+"""Pictures of what a training gave: benchmarks, and knowledge against task."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
-from farss.report.figures import Choice, Figure, Trace, line, thinned
+from farss.report.figures import Choice, Figure, Trace, line
 from farss.report.tables import Value, benchmark_names, methods, value
 from farss.report.words import is_number, label, percent, significant
 
-CURVE_POINTS = 600
 GRID = 41
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "hexagon", "triangle-down")
-
-
-class Log(NamedTuple):
-    """What one run logged while it trained."""
-
-    method: str
-    name: str
-    entries: list[dict[str, Any]]
-
-
-def loss_figure(logs: list[Log]) -> Figure | None:
-    """Training loss of one run (with its learning rate) or of several, one colour a method; None when nothing was logged."""
-    methods = list(dict.fromkeys(log.method for log in logs))
-    data = [_loss_line(log, points, methods.index(log.method)) for log in logs if (points := _curve(log.entries, "loss"))]
-    if not data:
-        return None
-    layout: dict[str, Any] = {
-        "height": 400,
-        "showlegend": len(data) > 1,
-        "xaxis": {"title": {"text": "step"}, "rangemode": "tozero"},
-        "yaxis": {"title": {"text": "loss (nats per token)"}, "rangemode": "tozero"},
-    }
-    rate = _curve(logs[0].entries, "learning_rate") if len(logs) == 1 else []
-    if rate:
-        data.append({**line("learning rate", rate, 7, "step %{x}: %{y:.3g}"), "mode": "lines", "yaxis": "y2"})
-        layout["yaxis"]["domain"] = [0.34, 1]
-        layout["yaxis2"] = {
-            "title": {"text": "learning rate"},
-            "domain": [0, 0.22],
-            "exponentformat": "power",
-            "nticks": 3,
-        }
-        layout["xaxis"]["anchor"] = "y2"
-    return Figure("loss", "Training loss", [Choice("", data, layout)])
-
-
-def _loss_line(log: Log, points: list[tuple[Any, float | None]], place: int) -> Trace:
-    """A click on the legend hides all seeds of a method."""
-    drawn = line(log.name, points, place, f"{label(log.name)} step %{{x}}: %{{y:.4g}}")
-    return {**drawn, "mode": "lines", "legendgroup": label(log.method)}
-
-
-def _curve(log: list[dict[str, Any]], key: str) -> list[tuple[Any, float | None]]:
-    found = [(entry.get("step"), significant(entry.get(key), 5)) for entry in log if is_number(entry.get(key))]
-    return thinned(found, CURVE_POINTS)
 
 
 def harmonic_mean(kept: float, learned: float) -> float:

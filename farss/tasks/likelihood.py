@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from farss.data import Row, batches, collate
-from farss.errors import NumericalError
+from farss.config import Config, QuestionSet
+from farss.data import Row, batches, choose, collate, question_rows, text_rows, tokenize
+from farss.errors import ConfigError, NumericalError
 from farss.models import accepts
+from farss.tasks.questions import Kind, draw, prompt_of
 from farss.tasks.text import rows_that_fit
+
+FORWARD = 0.5
+"""What a scored token costs of a trained one. Training also goes backwards, and forward again where activations are
+recomputed: two to three times a forward pass."""
+LEAST = 8
+"""The fewest questions, and the fewest held-out examples."""
 
 
 def token_loglikelihoods(
@@ -57,3 +66,46 @@ def _last_logits(model: Any, batch: dict[str, Tensor], count: int) -> Tensor:
     spared = {"logits_to_keep": count} if accepts(base, "logits_to_keep") else {}
     logits: Tensor = model(**inputs, use_cache=False, **spared).logits[:, -count:]
     return logits
+
+
+# --- what is scored ---------------------------------------------------------------------------------------------------
+
+
+def question_tokens(entry: QuestionSet, kind: Kind, config: Config, tokenizer: Any, limit: int) -> list[Row]:
+    """Questions as the evaluation puts them, with the first accepted answer. Without the examples that it may show before
+    them: they would cost most of the budget, and are the same for every candidate."""
+    bare = replace(entry, fewshot=0, limit=min(limit, entry.limit or limit))
+    prompt = prompt_of(bare, kind, config.data.template, tokenizer)
+    asked = draw(bare, question_rows(bare), config.seed).asked
+    stages = [[start := prompt.text(row["question"]), start + prompt.delimiter + row["answers"][0]] for row in asked]
+    rows = [_without_end(row, tokenizer.eos_token_id) for row in tokenize(stages, tokenizer, prompt.complete)]
+    short = [row for row in rows if len(row["input_ids"]) <= config.data.max_length]
+    if not short:
+        raise ConfigError(f"question set {entry.name!r}: every question is longer than data.max_length={config.data.max_length}: raise it")
+    return short
+
+
+def _without_end(row: Row, eos: int) -> Row:
+    """Take off the end-of-sequence token: it is no part of what the base model knows."""
+    return {name: values[:-1] for name, values in row.items()} if row["input_ids"][-1] == eos else row
+
+
+def text_tokens(config: Config, tokenizer: Any, limit: int) -> list[Row]:
+    """General text, every token but the first marked."""
+    assert config.evaluate.text is not None
+    texts = choose(text_rows(config.evaluate.text), limit, config.seed)
+    rows = [tokenizer(text, truncation=True, max_length=config.data.max_length).input_ids for text in texts]
+    rows = [ids for ids in rows if len(ids) > 1]
+    if not rows:
+        raise ConfigError(f"evaluate.text={config.evaluate.text!r} has no row with two tokens: give longer texts")
+    return [{"input_ids": ids, "completion_mask": [0] + [1] * (len(ids) - 1)} for ids in rows]
+
+
+def affordable(rows: Sequence[Row], limit: int, room: float) -> int:
+    """How many such rows fit into so many tokens, between `LEAST` and `limit`."""
+    return min(limit, max(LEAST, int(room * len(rows) / tokens_of(rows))))
+
+
+def tokens_of(rows: Sequence[Row]) -> int:
+    """All tokens of these rows."""
+    return sum(len(row["input_ids"]) for row in rows)

@@ -85,7 +85,16 @@ def write_train(folder: Path, parameters: int, offset: float = 0.0) -> None:
         "peak_memory_gib": 17.34,
         "parameters": parameters,
     }
-    write_json(folder / "train.json", values | {"log": log})
+    course = [
+        {
+            "step": step,
+            "knowledge": {"triviaqa": -2.1 - offset - step / 900, "nq_open": -3.0 - step / 700},
+            "task": {"farss_gsm8k": -1.4 + step / 500},
+            "text": {"general text": -3.2 - step / 2000},
+        }
+        for step in range(0, 401, 50)
+    ]
+    write_json(folder / "train.json", values | {"log": log, "course": course})
 
 
 def write_answers(folder: Path, name: str, answers: list[tuple[str, float]]) -> None:

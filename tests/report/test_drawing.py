@@ -22,7 +22,7 @@ def test_every_figure_is_written_as_png_and_svg(run_folder: Path) -> None:
     write_boundary(run_folder)
     write_report(run_folder)
     names = {path.name for path in (run_folder / "figures").iterdir()}
-    single = {"boundary", "plan", "importance", "energy", "loss"}
+    single = {"boundary", "plan", "importance", "energy", "loss", "course"}
     spectra = {"spectrum-1-model-layers-0-self-attn-q-proj", "spectrum-42-model-layers-5-mlp-down-proj"}
     assert names == {f"{name}.{kind}" for name in single | spectra for kind in ("png", "svg")}
     for path in (run_folder / "figures").glob("*.png"):

@@ -1,0 +1,79 @@
+"""What a training does to knowledge and task on its way: how likely a few answers are, now and then."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from farss.config import Config, QuestionSet
+from farss.data import Row
+from farss.tasks.likelihood import FORWARD, affordable, question_tokens, text_tokens, token_loglikelihoods
+
+SHARE = 0.05
+"""What all looks together may cost, as a share of the training's tokens."""
+MOST = 200
+"""Questions of one set, however long the training is."""
+
+Look = dict[str, dict[str, float]]
+"""Kind (knowledge, task, text) -> set -> mean log-likelihood of its answers, nats a token."""
+
+
+class Watched(NamedTuple):
+    """One set of questions, or general text."""
+
+    kind: str
+    name: str
+    rows: list[Row]
+
+
+@dataclass(frozen=True)
+class Course:
+    """What is looked at, and how often."""
+
+    sets: list[Watched]
+    looks: int
+    """Beside the one before the first step."""
+    batch_size: int
+    pad_id: int
+
+    def due(self, step: int, total: int) -> bool:
+        """Whether to look after this step: before the first, after the last, and evenly between."""
+        return step in {round(total * look / self.looks) for look in range(self.looks + 1)}
+
+    def look(self, model: Any) -> Look:
+        """The mean log-likelihoods now. The model's modes are restored; no random number is drawn."""
+        training = {module: module.training for module in model.modules()}
+        model.eval()
+        found: Look = defaultdict(dict)
+        try:
+            for kind, name, rows in self.sets:
+                values = token_loglikelihoods(model, rows, self.batch_size, self.pad_id)
+                found[kind][name] = round(sum(values) / len(values), 5)
+        finally:
+            for module, mode in training.items():
+                module.training = mode
+        return dict(found)
+
+
+def prepare_course(config: Config, tokenizer: Any, tokens: float) -> Course | None:
+    """Draw what is looked at: the question files of `evaluate`, as they are asked but without examples before them, and
+    the general text. None: nothing to look at, or `evaluate.looks: 0`.
+
+    Args:
+        tokens: that the training reads in all; every set gets an equal share of what the looks may cost.
+
+    Tasks of lm_eval are left out: they are asked after the training.
+    """
+    options = config.evaluate
+    asked = [(kind, entry) for kind, entries in (("knowledge", options.knowledge), ("task", options.task)) for entry in entries]
+    files = [(kind, entry) for kind, entry in asked if isinstance(entry, QuestionSet)]
+    count = len(files) + bool(options.text)
+    if not options.looks or not count:
+        return None
+    room = SHARE * tokens / FORWARD / (options.looks + 1) / count  # tokens of one set at one look
+    found = [Watched(kind, entry.name, question_tokens(entry, kind, config, tokenizer, MOST)) for kind, entry in files]  # type: ignore[arg-type]
+    if options.text:
+        found.append(Watched("text", "general text", text_tokens(config, tokenizer, MOST)))
+    sets = [one._replace(rows=one.rows[: affordable(one.rows, len(one.rows), room)]) for one in found]
+    return Course(sets, options.looks, options.batch_size, tokenizer.pad_token_id)
