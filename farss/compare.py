@@ -13,6 +13,7 @@ from farss.config import Config, from_dict, set_key, to_dict
 from farss.errors import ConfigError
 from farss.evaluate import Entry, Standing, Summary, differences, standings, task_score
 from farss.folder import READING_KEYS, SURVEY_KEYS, Folder, options_of, resolve
+from farss.jobs import do_all
 from farss.maths.frontier import area, kept_at, learned_at
 from farss.pipeline import Run, Tell, versions
 from farss.plan import method_of
@@ -43,13 +44,24 @@ def compare(config: Config, tell: Tell) -> Path:
         entrant.run.check_inputs()
         entrant.run.check_unchanged()
     Folder(config.out).claim(config, versions())
-    for entrant in everyone:
-        entrant.run.all_but_report()
+    _run_all(everyone)
     chosen = choose(config, tried)
     final = [Entrant(label, chosen[label].factor, seed, config, tell) for seed in seeds(config) for label in labels]
-    for entrant in final:
-        entrant.run.all_but_report()
+    _run_all(final)
     return _write(config, tried, chosen, final)
+
+
+def _run_all(entrants: list[Entrant]) -> None:
+    """Every run, as many at a time as `compare.jobs` says; what they share is made before."""
+    config, tell = entrants[0].config, entrants[0].tell
+    if config.compare.jobs > 1:
+        for entrant in entrants:
+            entrant.run.before_plan()
+    do_all(_run_one, [(one.label, one.factor, one.seed, config) for one in entrants], config.compare.jobs, tell)
+
+
+def _run_one(item: tuple[str, float | None, int, Config], tell: Tell) -> None:
+    Entrant(*item, tell).run.all_but_report()
 
 
 def seeds(config: Config) -> list[int]:

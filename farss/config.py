@@ -327,8 +327,11 @@ class CompareConfig:
     every seed at the best; empty: at its own learning rate."""
     held_out: float = 0.2
     """Share of the questions by which the best is chosen; the table is made of the others."""
+    jobs: int = 1
+    """Runs at a time, each in a process of its own with an equal share of the processor's threads, or with a GPU of its own."""
 
     def __post_init__(self) -> None:
+        _check(self.jobs >= 1, f"compare.jobs={self.jobs}: give 1 or more")
         for factor in self.tune:
             _check(factor > 0, f"compare.tune holds {factor}: give numbers above 0")
         twice = sorted({factor for factor in self.tune if self.tune.count(factor) > 1})

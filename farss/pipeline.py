@@ -459,14 +459,25 @@ class Run:
         self.all_but_report()
         return self.report()
 
+    @property
+    def _asks(self) -> bool:
+        return bool(self.config.evaluate.knowledge or self.config.evaluate.task)
+
+    def before_plan(self) -> None:
+        """What other runs of a comparison may share: the base's answers, statistics, a boundary."""
+        self.claim()
+        if self._asks:
+            self.evaluate_base()  # first: one model in memory at a time, and a question that cannot be asked is found early
+        if self.folder.record("plan") is None:
+            self.statistics()
+            if self.searches:
+                self.boundary()
+
     def all_but_report(self) -> None:
         """Every step that the table of a comparison needs."""
-        self.claim()
-        asks = bool(self.config.evaluate.knowledge or self.config.evaluate.task)
-        if asks:
-            self.evaluate_base()  # first: one model in memory at a time, and a question that cannot be asked is found early
+        self.before_plan()
         self.export()
-        if asks:
+        if self._asks:
             self.evaluate()
         self._live = None  # the next run of a comparison needs the memory
 

@@ -125,3 +125,12 @@ def test_every_method_on_the_embedded_world(tmp_path):
         assert (folder / row["folder"] / ("adapter" if METHODS[method].plain_lora else "model")).is_dir()
     assert {row["method"] for row in comparison["differences"]} == set(METHODS) - {"full"}
     assert len({path.parent.name for path in folder.glob("*/survey.json")}) == 8  # one for each thing that is looked at
+
+
+def test_several_jobs_give_the_table_of_one(values, tmp_path):
+    values["compare"] = {"methods": ["lora", "farss"], "seeds": [0, 1]}
+    alone = read(compare(from_dict(values), silent))
+    beside = read(compare(from_dict(values | {"out": str(tmp_path / "jobs"), "compare": values["compare"] | {"jobs": 2}}), silent))
+    timed = ("seconds_init", "seconds_train", "peak_memory_gib")
+    for first, second in zip(alone["rows"], beside["rows"], strict=True):
+        assert {key: first[key] for key in first if key not in timed} == {key: second[key] for key in second if key not in timed}

@@ -1,0 +1,131 @@
+"""Several pieces of work at a time, each in a fresh process with its share of the machine."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from farss.errors import FarssError
+
+Tell = Callable[[str, int, int, str], None]
+Work = Callable[[Any, Tell], None]
+"""A function of a module, called with one of the items and something to tell its progress to."""
+
+
+def do_all(work: Work, items: Sequence[Any], jobs: int, tell: Tell) -> None:
+    """Call `work(item, tell)` for every item, `jobs` of them at a time.
+
+    With one job everything happens here, one after the other. Otherwise every item gets a process of its own, with an
+    equal share of the processor's threads and, where there are GPUs, with one of them.
+
+    Args:
+        work: a function that another process can import.
+        items: what can be pickled.
+        tell: called from this process only.
+
+    Raises:
+        FarssError: a process died. An error in a process is raised here; what runs beside it is finished first.
+    """
+    if jobs == 1 or len(items) < 2:
+        for item in items:
+            work(item, tell)
+        return
+    context = multiprocessing.get_context("spawn")
+    slots, told = context.Queue(), context.Queue()
+    for slot in range(jobs):
+        slots.put(slot)
+    threads = max(1, torch.get_num_threads() // jobs)
+    with _listening(told, tell), _with_threads(threads):
+        pool = ProcessPoolExecutor(jobs, context, _begin, (slots, told, os.getpid()), max_tasks_per_child=1)
+        try:
+            _wait([pool.submit(_one, work, item, threads, _gpus()) for item in items])
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _gpus() -> list[str]:
+    """The GPUs that this process may use, by the names that the driver knows them by."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(index) for index in range(torch.cuda.device_count())] if named is None else [name for name in named.split(",") if name]
+
+
+def _wait(futures: list[Future[None]]) -> None:
+    try:
+        for future in as_completed(futures):
+            future.result()
+    except BrokenProcessPool as error:
+        raise FarssError(
+            "a process of the comparison was killed, most likely for its memory: set compare.jobs=1 or a smaller "
+            "train.micro_batch_size, and start the same command again"
+        ) from error
+
+
+@contextmanager
+def _listening(told: Any, tell: Tell) -> Iterator[None]:
+    """Pass on what the processes tell."""
+
+    def listen() -> None:
+        while (message := told.get()) is not None:
+            tell(*message)
+
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    try:
+        yield
+    finally:
+        told.put(None)
+        listener.join()
+
+
+@contextmanager
+def _with_threads(threads: int) -> Iterator[None]:
+    """Processes that are started meanwhile find this number of threads in their environment: some libraries read nothing else."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
+# --- in the process --------------------------------------------------------------------------------------------------
+
+_queues: tuple[Any, Any] | None = None
+
+
+def _begin(slots: Any, told: Any, parent: int) -> None:
+    global _queues
+    _queues = (slots, told)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """A process whose parent was killed would work on, beside the next start of the same command."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _one(work: Work, item: Any, threads: int, gpus: list[str]) -> None:
+    assert _queues is not None
+    slots, told = _queues
+    slot = slots.get()
+    try:
+        torch.set_num_threads(threads)
+        if gpus:  # read when a GPU is first used, which is later
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+        work(item, lambda *message: told.put(message))
+    finally:
+        slots.put(slot)

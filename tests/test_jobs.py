@@ -1,0 +1,87 @@
+"""Several pieces of work at a time: all done, in processes of their own, and none left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from farss.errors import FarssError
+from farss.jobs import do_all
+
+HERE = Path(__file__).parent
+
+
+def write(item, tell):
+    """Work of the tests: write who did it, with how many threads."""
+    folder, name = item
+    tell(name, 1, 2, "half")
+    (folder / name).write_text(f"{os.getpid()} {torch.get_num_threads()} {os.environ.get('CUDA_VISIBLE_DEVICES')}")
+    tell(name, 2, 2, "")
+
+
+def fail(item, tell):
+    raise FarssError(f"{item} cannot be done")
+
+
+def die(item, tell):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def linger(item, tell):
+    """Work that says where it is and takes long."""
+    (Path(item) / str(os.getpid())).touch()
+    time.sleep(60)
+
+
+def test_every_item_has_a_process_of_its_own(tmp_path):
+    told = []
+    names = ["one", "two", "three"]
+    do_all(write, [(tmp_path, name) for name in names], 2, lambda *message: told.append(message))
+    found = [(tmp_path / name).read_text().split() for name in names]
+    assert len({pid for pid, *_ in found} | {str(os.getpid())}) == 4
+    assert {threads for _, threads, _ in found} == {str(max(1, torch.get_num_threads() // 2))}
+    assert sorted(told) == sorted([(name, 1, 2, "half") for name in names] + [(name, 2, 2, "") for name in names])
+
+
+def test_each_gets_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    do_all(write, [(tmp_path, name) for name in "abcd"], 2, lambda *_: None)
+    assert {(tmp_path / name).read_text().split()[2] for name in "abcd"} <= {"3", "5"}
+
+
+def test_one_job_works_here(tmp_path):
+    do_all(write, [(tmp_path, "one"), (tmp_path, "two")], 1, lambda *_: None)
+    assert (tmp_path / "two").read_text().split()[0] == str(os.getpid())
+
+
+def test_an_error_is_the_error_of_the_work():
+    with pytest.raises(FarssError, match="cannot be done"):
+        do_all(fail, ["a", "b"], 2, lambda *_: None)
+
+
+def test_a_killed_process_is_told():
+    with pytest.raises(FarssError, match=r"compare\.jobs=1"):
+        do_all(die, ["a", "b"], 2, lambda *_: None)
+
+
+def test_nobody_works_on_when_the_parent_is_killed(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import test_jobs as t; t.do_all(t.linger, [{str(tmp_path)!r}] * 2, 2, print)"
+    guard = f"if __name__ == '__main__':\n    exec({code!r})\n"
+    script = tmp_path / "script.py"
+    script.write_text(guard)
+    parent = subprocess.Popen([sys.executable, str(script)])
+    deadline = time.monotonic() + 60
+    while len([path for path in tmp_path.iterdir() if path.name.isdigit()]) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    parent.kill()
+    parent.wait()
+    workers = [int(path.name) for path in tmp_path.iterdir() if path.name.isdigit()]
+    while any(Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2] for pid in workers):
+        assert time.monotonic() < deadline + 20
+        time.sleep(0.2)
