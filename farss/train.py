@@ -127,6 +127,8 @@ def train(
     with freed_memory_kept(run.device), _unchanged(model), _quiet(), _answers_only(), _memory_cure(config.train):
         trainer = _build(model, tokenizer, examples, config, checkpoints, run, [*callbacks, *_stop(stop_at)], cycles)
         trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+    if run.finished:
+        _tidy(checkpoints)
     return run.result()
 
 
@@ -590,6 +592,22 @@ def _complete(checkpoint: Path) -> bool:
 
 def _newest(folder: Path) -> Path | None:
     return next((path for path in _checkpoints(folder) if _complete(path)), None)
+
+
+def _tidy(folder: Path) -> None:
+    """After the last step keep what `restore` needs: the weights are a third of a checkpoint, the rest is the optimiser's."""
+    newest = _newest(folder)
+    for path in _checkpoints(folder):
+        if path != newest:
+            shutil.rmtree(path)
+    if newest is None:
+        return
+    marker = read_json(newest / MARKER)
+    kept = {name: size for name, size in marker["files"].items() if name in (WEIGHTS, REGIME)}
+    write_json(newest / MARKER, marker | {"files": kept})
+    for path in newest.iterdir():
+        if path.name not in (MARKER, *kept):
+            path.unlink()
 
 
 def _remove_broken(folder: Path) -> Path | None:
