@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import safe_open
@@ -304,12 +304,19 @@ class TaskScore:
     """Version of the task and of the harness."""
 
 
+Kind = Literal["knowledge", "task", "other"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+"""What is asked: to be kept, to be learned, and the rest."""
+
+
 @dataclass(frozen=True)
 class Scores:
     """One model's answers. Per-question outcomes lie beside it, one JSONL a benchmark (see `questions`)."""
 
     knowledge: dict[str, TaskScore] = field(default_factory=dict)
     task: dict[str, TaskScore] = field(default_factory=dict)
+    other: dict[str, TaskScore] = field(default_factory=dict)
+    """Asked too, and in neither K nor T."""
     text_loss: float | None = None
     """Mean loss (nats per token) on the general text."""
     meta: dict[str, Any] = field(default_factory=dict)
@@ -323,9 +330,14 @@ class Scores:
     def load(cls, path: Path) -> Scores:
         """Read `scores.json`."""
         values = read_json(path)
-        for kind in ("knowledge", "task"):
-            values[kind] = {name: TaskScore(**entry) for name, entry in values[kind].items()}
+        for kind in KINDS:
+            values[kind] = {name: TaskScore(**entry) for name, entry in values.get(kind, {}).items()}
         return cls(**values)
+
+    @property
+    def all(self) -> dict[str, TaskScore]:
+        """Every benchmark by its name."""
+        return self.knowledge | self.task | self.other
 
 
 def questions(folder: Path, name: str) -> list[dict[str, Any]]:

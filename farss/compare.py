@@ -181,10 +181,10 @@ def _write(config: Config, tried: dict[str, list[Entrant]], chosen: dict[str, En
     rows = [_row(entrant, fulls[entrant.seed], only) for entrant in final]
     entries = {label: [Entry(one.run.path, fulls[one.seed]) for one in final if one.label == label] for label in chosen}
     base = Scores.load(folder / "base" / "scores.json")
-    found = standings(folder / "base", entries, config.evaluate.resamples, config.seed, only) if base.knowledge or base.task else {}
+    found = standings(folder / "base", entries, config.evaluate.resamples, config.seed, only) if base.all else {}
     comparison = {
         "rows": rows,
-        "base": {name: x.score for name, x in (base.knowledge | base.task).items()},
+        "base": {name: x.score for name, x in base.all.items()},
         "methods": {label: {name: asdict(x) for name, x in standing.estimates.items()} for label, standing in found.items()},
         "differences": differences(found),
         "frontier": _frontier(config, tried, chosen, only),
@@ -218,6 +218,7 @@ def _row(entrant: Entrant, full: Path | None, only: Callable[[str], bool] | None
         "learning_rate": run.config.train.learning_rate,
         "parameters": trained.parameters,
         **{key: values[key] for key in ("K", "T", "KT", "forgetting")},
+        **{name: _nats(summary, kind) for kind, name in (("knowledge", "kept"), ("task", "learned"))},
         "seconds_init": sum(record["seconds"] for record in before if record),
         "seconds_train": trained.seconds,
         "peak_memory_gib": trained.peak_memory_gib,
@@ -225,9 +226,15 @@ def _row(entrant: Entrant, full: Path | None, only: Callable[[str], bool] | None
             entry["name"]: {"score": entry["after"], "low": entry.get("low"), "high": entry.get("high"), "kind": entry["kind"]}
             for entry in values["benchmarks"]
         },
-        "gold_loglikelihood": {name: x.gold_loglikelihood for name, x in (scores.knowledge | scores.task).items()},
+        "gold_loglikelihood": {name: x.gold_loglikelihood for name, x in scores.all.items()},
         "notes": list(plan.notes) + list(summary.notes),
     }
+
+
+def _nats(summary: Summary, kind: str) -> float | None:
+    """How much likelier the right answers became, mean over the benchmarks of a kind."""
+    found = [each.gold_change.value for each in summary.benchmarks if each.kind == kind and each.gold_change]
+    return sum(found) / len(found) if found else None
 
 
 def _frontier(
@@ -240,17 +247,23 @@ def _frontier(
     runs = {one.run.path.name: [Entry(one.run.path, full)] for group in tried.values() for one in group}
     known = standings(Path(config.out) / "base", runs, config.evaluate.resamples, config.seed, only)
     curves = {label: [_point(one, known[one.run.path.name], one is chosen[label]) for one in group] for label, group in tried.items()}
-    pairs = {label: [(p["T"]["value"], p["K"]["value"]) for p in curve if {"T", "K"} <= set(p)] for label, curve in curves.items()}
-    learned, kept = (_levels([[pair[axis] for pair in points] for points in pairs.values() if points]) for axis in (0, 1))
+    return {"curves": curves, "scores": _equals(curves, "T", "K"), "likelihoods": _equals(curves, "learned", "kept")}
+
+
+def _equals(curves: dict[str, list[dict[str, Any]]], learned: str, kept: str) -> dict[str, Any]:
+    """What each curve says where methods are equal, by two of its metrics."""
+    pairs = {
+        label: [(p[learned]["value"], p[kept]["value"]) for p in curve if {learned, kept} <= set(p)] for label, curve in curves.items()
+    }
+    at, of = (_levels([[pair[axis] for pair in points] for points in pairs.values() if points]) for axis in (0, 1))
     return {
-        "T": learned,
-        "K": kept,
+        "learned": at,
+        "kept": of,
         "methods": {
             label: {
-                "points": curves[label],
-                "K at T": [kept_at(points, t) for t in learned],
-                "T at K": [learned_at(points, k) for k in kept],
-                "area": area(points, learned[0], learned[-1]) if learned else None,
+                "kept at learned": [kept_at(points, t) for t in at],
+                "learned at kept": [learned_at(points, k) for k in of],
+                "area": area(points, at[0], at[-1]) if at else None,
             }
             for label, points in pairs.items()
         },

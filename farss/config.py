@@ -267,6 +267,8 @@ class EvaluateConfig:
     """Names of lm_eval tasks (triviaqa, nq_open, webqs), or question sets: {name, data, question, answers}."""
     task: list[str | QuestionSet] = field(default_factory=list)
     """The same for the task. farss_gsm8k asks GSM8K with the training prompt."""
+    other: list[str | QuestionSet] = field(default_factory=list)
+    """Asked before and after too, but in neither K nor T: the same knowledge without examples, for instance."""
     text: str | None = None
     """File of general text (column `text`); forgetting is the mean token loss on it, after minus before."""
     text_rows: int | None = 500
@@ -290,7 +292,7 @@ class EvaluateConfig:
         _check(self.text_rows is None or self.text_rows >= 1, f"evaluate.text_rows={self.text_rows}: give 1 or more, or null for all")
         _check(self.looks >= 0, f"evaluate.looks={self.looks}: give 0 or more")
         _check(self.resamples >= 100, f"evaluate.resamples={self.resamples}: give 100 or more")
-        names = [entry if isinstance(entry, str) else entry.name for entry in [*self.knowledge, *self.task]]
+        names = [entry if isinstance(entry, str) else entry.name for entry in [*self.knowledge, *self.task, *self.other]]
         twice = sorted({name for name in names if names.count(name) > 1})
         _check(not twice, f"evaluate asks {twice[0] if twice else ''!r} twice: give every question set its own name")
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from farss.artifacts import Scores, TaskScore, fingerprint, read_json, write_json, write_text
+from farss.artifacts import KINDS, Kind, Scores, TaskScore, fingerprint, read_json, write_json, write_text
 from farss.config import Config, QuestionSet, to_dict
 from farss.data import choose, prompt_text, question_rows, text_rows
 from farss.errors import ConfigError, FarssError
@@ -19,7 +19,7 @@ from farss.models import fingerprint as weights_fingerprint
 from farss.tasks.grading import STEPS
 from farss.tasks.live import Progress, asking, live_model, require_harness
 from farss.tasks.names import task_manager
-from farss.tasks.questions import Drawn, Kind, draw, prompt_of, task_settings
+from farss.tasks.questions import Drawn, draw, prompt_of, task_settings
 from farss.tasks.records import Logged, Record, main_metric, metric_label, records_of
 from farss.tasks.standing import Entry, Standing, differences, standings, task_score
 from farss.tasks.summary import Summary, summarise
@@ -73,7 +73,7 @@ def evaluate(
         for each in waiting:
             results[each.name] = _ask_and_write(each, live, config, manager, folder / "scores")
         loss = _text_loss(model, live.tokenizer, config, identity, folder / "scores", on_progress)
-    found = {kind: {x.name: results[x.name] for x in benchmarks if x.kind == kind} for kind in ("knowledge", "task")}
+    found = {kind: {x.name: results[x.name] for x in benchmarks if x.kind == kind} for kind in KINDS}
     scores = Scores(**found, text_loss=loss, meta=identity)  # type: ignore[arg-type]
     scores.save(folder / "scores.json")
     return scores
@@ -98,6 +98,7 @@ def list_benchmarks(config: Config, identity: dict[str, Any]) -> list[Benchmark]
     kinds: list[tuple[Kind, list[str | QuestionSet]]] = [
         ("knowledge", config.evaluate.knowledge),
         ("task", config.evaluate.task),
+        ("other", config.evaluate.other),
     ]
     return [_benchmark(kind, entry, config, identity) for kind, entries in kinds for entry in entries]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from farss import processes
-from farss.artifacts import disk_cure, read_json, write_json, write_text
+from farss.artifacts import KINDS, disk_cure, read_json, write_json, write_text
 from farss.config import Config, dump, from_dict, to_dict
 from farss.errors import ConfigError, FolderError
 
@@ -177,7 +177,7 @@ def resolve(config: Config) -> Config:
     values["out"] = str(Path(_expand("out", config.out)).absolute())
     for section, name in PATHS:
         values[section][name] = _resolve(f"{section}.{name}", values[section][name])
-    for kind in ("knowledge", "task"):
+    for kind in KINDS:
         for index, entry in enumerate(values["evaluate"][kind]):
             if isinstance(entry, dict):
                 entry["data"] = _resolve(f"evaluate.{kind}[{index}].data", entry["data"])

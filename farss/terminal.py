@@ -14,7 +14,7 @@ from rich.text import Text
 from farss.artifacts import LayerPlan, Plan, Survey
 from farss.report.figures import SIDES, layer_types
 from farss.report.story import MEANINGS, tiles
-from farss.report.tables import Cell, base_cells, cells, columns
+from farss.report.tables import NATS, Cell, base_cells, cells, columns
 from farss.report.words import SPACE, change, cut, interval, points
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ def comparison_table(comparison: dict[str, Any]) -> Group:
     The best of each column is bold, the second best underlined. Two tables, so that they fit 80 columns.
     """
     keys = [column.key for column in columns(comparison)]
-    benchmarks = [place for place, key in enumerate(keys) if key.startswith("benchmarks.")]
+    benchmarks = [place for place, key in enumerate(keys) if key.startswith("benchmarks.") or key in NATS]
     balance = [place for place, key in enumerate(keys) if place not in benchmarks and key != "peak_memory_gib"]
     parts: list[Any] = [_methods_table(comparison, balance)]
     if benchmarks:

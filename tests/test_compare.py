@@ -72,9 +72,9 @@ def test_learning_rates_are_chosen_on_questions_that_the_table_leaves_out(values
     names = {path.name for path in folder.glob("*-seed*")}
     assert {f"{method}-lr{rate}-seed0" for method in ("full", "lora") for rate in ("0.0005", "0.002")} <= names
     assert len(names) == 6  # the second seed only at the chosen rates
-    for method, entry in comparison["frontier"]["methods"].items():
-        assert [point["learning_rate"] for point in entry["points"]] == pytest.approx([0.0005, 0.002])
-        (chosen,) = [point["learning_rate"] for point in entry["points"] if point["chosen"]]
+    for method, curve in comparison["frontier"]["curves"].items():
+        assert [point["learning_rate"] for point in curve] == pytest.approx([0.0005, 0.002])
+        (chosen,) = [point["learning_rate"] for point in curve if point["chosen"]]
         assert {row["learning_rate"] for row in comparison["rows"] if row["method"] == method} == {chosen}
     ids = [str(record["id"]) for record in questions(folder / "base" / "scores", "facts")]
     rest = [key for key in ids if the_rest(config)(key)]

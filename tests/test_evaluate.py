@@ -248,6 +248,18 @@ def test_the_prompt_shows_answered_examples(model, tokenizer, files, tmp_path):
     assert shown.pop().count("Answer: ") == 2
 
 
+def test_other_questions_are_asked_and_count_for_nothing(model, tokenizer, files, tmp_path):
+    known, plain = QuestionSet("known", files["known"]), QuestionSet("plain", files["known"], prompt="{question}", metric="contains")
+    config = replace(asking([known]), evaluate=EvaluateConfig(knowledge=[known], other=[plain], resamples=100))
+    for folder in ("base", "after"):
+        scores = evaluate(model, tokenizer, config, tmp_path / folder)
+    assert (list(scores.knowledge), list(scores.other), list(scores.all)) == (["known"], ["plain"], ["known", "plain"])
+    assert "a?" in [record["prompt"] for record in questions(tmp_path / "base" / "scores", "plain")]
+    summary = summarise(tmp_path / "base", tmp_path / "after", None, config)
+    assert [(line.name, line.kind) for line in summary.benchmarks] == [("known", "knowledge"), ("plain", "other")]
+    assert summary.K.value == 1
+
+
 def test_the_seed_chooses_the_questions():
     entry = QuestionSet("q", "q.jsonl", limit=4)
     rows = KNOWN + UNKNOWN

@@ -18,7 +18,7 @@ from farss.report.figures import Figure
 from farss.report.folder import Comparison, Run, is_comparison, read_comparison, read_run
 
 BENCHMARK_KEYS = ("name", "kind", "questions", "before", "after", "full", "low", "high", "change", "gold_before", "gold_after")
-BENCHMARK_KINDS = {"knowledge": "Knowledge: to be kept", "task": "Task: to be learned"}
+BENCHMARK_KINDS = {"knowledge": "Knowledge: to be kept", "task": "Task: to be learned", "other": "Also asked, in neither K nor T"}
 EMPTY: dict[str, Any] = {
     "tiles": [],
     "steps": [],

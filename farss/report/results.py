@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from farss.report.figures import Choice, Figure, Trace, line
 from farss.report.tables import Value, benchmark_names, methods, value
@@ -36,33 +36,54 @@ def balance_figure(rows: list[dict[str, Any]]) -> Figure | None:
 
 def frontier_figure(frontier: dict[str, Any] | None) -> Figure | None:
     """K against T of every method over its learning rates; None where none was tuned."""
-    curves = {name: _reached(entry["points"]) for name, entry in (frontier or {}).get("methods", {}).items()}
-    curves = {name: points for name, points in curves.items() if points}
-    if not curves:
+    curves = (frontier or {}).get("curves", {})
+    choices = [choice for axes in (SCORES, LIKELIHOODS) if (choice := _frontier_choice(curves, axes))]
+    return Figure("frontier", "What each method can give", choices, "Measured by") if choices else None
+
+
+class Axes(NamedTuple):
+    """Two metrics of one kind."""
+
+    title: str
+    kept: str
+    learned: str
+    unit: str
+    factor: float
+    names: tuple[str, str]
+
+
+SCORES = Axes("scores", "K", "T", "%", 100, ("K: kept of the knowledge, %", "T: learned, % of full fine-tuning"))
+LIKELIHOODS = Axes("log-likelihoods", "kept", "learned", "nats", 1, ("right answers to knowledge, nats", "right answers to the task, nats"))
+
+
+def _frontier_choice(curves: dict[str, Any], axes: Axes) -> Choice | None:
+    reached = {name: points for name, curve in curves.items() if (points := _reached(curve, axes))}
+    if not reached:
         return None
-    data = [trace for place, (name, points) in enumerate(curves.items()) for trace in _frontier_lines(name, points, place)]
-    every = [point for points in curves.values() for point in points]
-    x, y = (_span([point[name] for point in every]) for name in "KT")
+    data = [trace for place, (name, points) in enumerate(reached.items()) for trace in _frontier_lines(name, points, place, axes)]
+    every = [point for points in reached.values() for point in points]
+    x, y = (_span([point[name] for point in every], axes.factor) for name in (axes.kept, axes.learned))
     layout = {
         "height": 520,
-        "xaxis": {"title": {"text": "K: kept of the knowledge, %"}, "range": x, "showgrid": False},
-        "yaxis": {"title": {"text": "T: learned, % of full fine-tuning"}, "range": y, "showgrid": False},
+        "xaxis": {"title": {"text": axes.names[0]}, "range": x, "showgrid": False},
+        "yaxis": {"title": {"text": axes.names[1]}, "range": y, "showgrid": False},
     }
-    return Figure("frontier", "What each method can give", [Choice("", [_contours(x, y), *data], layout)])
+    return Choice(axes.title, [*([_contours(x, y)] if axes is SCORES else []), *data], layout)
 
 
-def _reached(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The points that have both K and T, from the smallest learning rate to the largest."""
-    placed = [point for point in points if all(is_number((point.get(name) or {}).get("value")) for name in "KT")]
+def _reached(points: list[dict[str, Any]], axes: Axes) -> list[dict[str, Any]]:
+    """The points that have both metrics, from the smallest learning rate to the largest."""
+    placed = [point for point in points if all(is_number((point.get(name) or {}).get("value")) for name in (axes.kept, axes.learned))]
     return sorted(placed, key=lambda point: point["learning_rate"])
 
 
-def _frontier_lines(method: str, points: list[dict[str, Any]], place: int) -> list[Trace]:
+def _frontier_lines(method: str, points: list[dict[str, Any]], place: int, axes: Axes) -> list[Trace]:
     """One method, and a larger mark on the chosen learning rate."""
 
     def drawn(some: list[dict[str, Any]]) -> Trace:
-        pairs = [(significant(100 * point["K"]["value"]), significant(100 * point["T"]["value"])) for point in some]
-        found = line(method, pairs, place, f"{label(method)}, learning rate %{{customdata}}<br>K %{{x:.1f}} %, T %{{y:.1f}} %")
+        pairs = [tuple(significant(axes.factor * point[name]["value"]) for name in (axes.kept, axes.learned)) for point in some]
+        values = f"{axes.kept} %{{x:.4g}} {axes.unit}, {axes.learned} %{{y:.4g}} {axes.unit}"
+        found = line(method, pairs, place, f"{label(method)}, learning rate %{{customdata}}<br>{values}")  # type: ignore[arg-type]
         return {**found, "customdata": [f"{point['learning_rate']:g}" for point in some], "legendgroup": label(method)}
 
     mark = drawn([point for point in points if point.get("chosen")])
@@ -70,11 +91,12 @@ def _frontier_lines(method: str, points: list[dict[str, Any]], place: int) -> li
     return [drawn(points), {**mark, "mode": "markers", "marker": {**mark["marker"], **symbol}, "showlegend": False}]
 
 
-def _span(values: list[dict[str, Any]]) -> list[float]:
-    """Axis range in percent that holds all values and their intervals."""
-    numbers = [100 * value[part] for value in values for part in ("value", "low", "high") if is_number(value.get(part))]
-    margin = max(2.0, 0.12 * (max(numbers) - min(numbers)))
-    return [max(0.0, min(numbers) - margin), max(numbers) + margin]
+def _span(values: list[dict[str, Any]], factor: float = 100) -> list[float]:
+    """Axis range that holds all values, times a factor, and their intervals; no ratio is below 0."""
+    numbers = [factor * value[part] for value in values for part in ("value", "low", "high") if is_number(value.get(part))]
+    margin = max(0.02 * factor, 0.12 * (max(numbers) - min(numbers)))
+    low = min(numbers) - margin
+    return [max(0.0, low) if factor > 1 else low, max(numbers) + margin]
 
 
 def _contours(x: list[float], y: list[float]) -> Trace:

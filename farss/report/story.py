@@ -6,7 +6,7 @@ import re
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
-from farss.artifacts import LayerPlan, Plan
+from farss.artifacts import KINDS, LayerPlan, Plan
 from farss.methods import METHODS
 from farss.report.folder import Comparison, Run
 from farss.report.tables import METRICS, Value, methods, value
@@ -126,10 +126,7 @@ def _trained(trains: list[dict[str, Any]]) -> str:
 
 
 def _judged(summary: dict[str, Any]) -> str:
-    asked = {
-        kind: sum(row.get("questions") or 0 for row in summary.get("benchmarks") or [] if row.get("kind") == kind)
-        for kind in ("knowledge", "task")
-    }
+    asked = {kind: sum(row.get("questions") or 0 for row in summary.get("benchmarks") or [] if row.get("kind") == kind) for kind in KINDS}
     words = [count(number, f"{kind} question") for kind, number in asked.items() if number]
     return f"{' and '.join(words)} were asked before and after." if words else ""
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from farss.report.words import NOTHING, compact, duration, gib, interval, is_number, points, signed
 
 METRICS = ("KT", "K", "T")
+NATS = {"kept": "Knowledge (nats)", "learned": "Task (nats)"}
 
 
 class Value(NamedTuple):
@@ -68,6 +69,7 @@ def columns(comparison: dict[str, Any]) -> list[Column]:
         *(Column(name, f"{name} %", points, 1) for name in METRICS),
         Column("forgetting", "Forgetting", signed, -1),
         *(Column(f"benchmarks.{name}", f"{name} %", points, 1) for name in benchmark_names(comparison)),
+        *(Column(name, title, signed, 1) for name, title in NATS.items()),
         Column("seconds_init", "Start", duration),
         Column("seconds_train", "Training", duration),
         Column("peak_memory_gib", "Peak memory", gib),
@@ -177,16 +179,28 @@ def _frontier_markdown(comparison: dict[str, Any]) -> str:
     frontier = comparison.get("frontier")
     if not frontier:
         return ""
-    lines = [_line(["Method", "Learning rate", "KT %", "K %", "T %"]), _line(["---", "---:", "---:", "---:", "---:"])]
-    for method, entry in frontier["methods"].items():
-        for point in entry["points"]:
+    lines = [_line(["Method", "Learning rate", *(f"{name} %" for name in METRICS), *NATS.values()])]
+    lines.append(_line(["---", *["---:"] * (1 + len(METRICS) + len(NATS))]))
+    for method, curve in frontier["curves"].items():
+        for point in curve:
             rate = f"{point['learning_rate']:g}{' (chosen)' if point['chosen'] else ''}"
-            lines.append(_line([method, rate, *(points((point.get(name) or {}).get("value")) for name in METRICS)]))
-    heads = ["Method", *(f"K % at T {points(t)} %" for t in frontier["T"]), *(f"T % at K {points(k)} %" for k in frontier["K"]), "Area %"]
-    equal = [_line(heads), _line(["---", *("---:" for _ in heads[1:])])]
-    for method, entry in frontier["methods"].items():
-        equal.append(_line([method, *map(points, [*entry["K at T"], *entry["T at K"], entry["area"]])]))
-    return "\n".join(lines) + "\n\n" + "\n".join(equal)
+            shown = [(points, name) for name in METRICS] + [(signed, name) for name in NATS]
+            lines.append(_line([method, rate, *(form((point.get(name) or {}).get("value")) for form, name in shown)]))
+    parts = ["\n".join(lines), _equals_markdown(frontier["scores"], "K", "T", "%", points)]
+    parts.append(_equals_markdown(frontier["likelihoods"], "knowledge", "task", "nats", signed))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _equals_markdown(found: dict[str, Any], kept: str, learned: str, unit: str, form: Callable[[Any], str]) -> str:
+    """The curves where methods learned, or kept, equally much."""
+    if not found["learned"]:
+        return ""
+    heads = [f"{kept} at {learned} {form(level)} {unit}" for level in found["learned"]]
+    heads = ["Method", *heads, *(f"{learned} at {kept} {form(level)} {unit}" for level in found["kept"]), f"Area ({unit})"]
+    lines = [_line(heads), _line(["---", *("---:" for _ in heads[1:])])]
+    for method, entry in found["methods"].items():
+        lines.append(_line([method, *map(form, [*entry["kept at learned"], *entry["learned at kept"], entry["area"]])]))
+    return "\n".join(lines)
 
 
 def _line(texts: list[str], keep: bool = False) -> str:

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from farss.artifacts import Kind
 from farss.config import Config, QuestionSet
 from farss.data import Row, batches, choose, collate, question_rows, text_rows, tokenize
 from farss.errors import ConfigError, NumericalError
 from farss.models import accepts
-from farss.tasks.questions import Kind, draw, prompt_of
+from farss.tasks.questions import draw, prompt_of
 from farss.tasks.text import rows_that_fit
 
 FORWARD = 0.5

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
+from farss.artifacts import Kind
 from farss.config import QuestionSet
 from farss.data import prompt_text
 from farss.errors import ConfigError, DataError
 from farss.tasks.grading import METRICS, final_number
 
-Kind = Literal["knowledge", "task"]
 Row = dict[str, Any]
 """One question: `{id, question, answers}`; the id is its place in the file."""
 

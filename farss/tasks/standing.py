@@ -1,5 +1,8 @@
 """How methods stand to each other: K, T and KT of each over its seeds, and whether a difference is more than chance.
 
+Beside these ratios of scores stand `kept` and `learned`, in nats: how much likelier the right answers to knowledge and to task
+questions became than they were before. They say something where a model solves too few questions for a ratio.
+
 One bootstrap for all: every resample draws questions (the same for every model) and, where a method has several seeds,
 seeds of each method anew, so that an interval holds the chance of both.
 """
@@ -14,10 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from farss.artifacts import Kind
 from farss.maths.metrics import Array, balances, bootstrap, interval, p_value
-from farss.tasks.summary import Estimate, Kind, outcomes_of, read_scores
+from farss.tasks.summary import Estimate, Outcomes, outcomes_of, read_scores
 
-METRICS = ("K", "T", "KT")
+METRICS = ("K", "T", "KT", "kept", "learned")
 Only = Callable[[str], bool]
 """Whether a question, by its id, counts."""
 
@@ -35,7 +39,7 @@ class Standing:
     """One method."""
 
     estimates: dict[str, Estimate]
-    """K, T and KT: the mean over the seeds with a 95 % interval over questions and seeds; what has no value is left out."""
+    """Of `METRICS`: the mean over the seeds with a 95 % interval over questions and seeds; what has no value is left out."""
     draws: dict[str, Array]
     """The resamples behind them, [resamples]."""
 
@@ -60,41 +64,55 @@ def standings(
     generator = np.random.default_rng(seed + 1)
     picks = {method: generator.integers(len(entries), size=(resamples, len(entries))) for method, entries in methods.items()}
     found: dict[str, dict[str, tuple[float, Array]]] = {method: {} for method in methods}
-    for kind, letter in (("knowledge", "K"), ("task", "T")):
-        means, values = _means(runs, kind, resamples, seed, only)  # type: ignore[arg-type]
-        if not means:
-            continue
+    kinds: tuple[tuple[Kind, str, str], ...] = (("knowledge", "K", "kept"), ("task", "T", "learned"))
+    for kind, letter, nats in kinds:
+        outcomes = _outcomes(runs, kind, only)
+        scores = _means([each.scores for each in outcomes], resamples, seed)
+        changes = _means([gold for each in outcomes if (gold := _changes(each.gold)).size], resamples, seed)
         for method, group in methods.items():
-            if letter == "T" and any(entry.full is None for entry in group):
-                continue
-            pairs = [(place[entry.folder], 0 if letter == "K" or entry.full is None else place[entry.full]) for entry in group]
-            found[method][letter] = _over_seeds(means, values, pairs, picks[method])
+            places = [place[entry.folder] for entry in group]
+            if scores and (letter == "K" or all(entry.full is not None for entry in group)):
+                below = [0 if letter == "K" or entry.full is None else place[entry.full] for entry in group]
+                with np.errstate(divide="ignore", invalid="ignore"):  # what has no value is left out below
+                    ratios = [each[:, places] / each[:, below] for each in scores]
+                found[method][letter] = _over_seeds(ratios, picks[method])
+            if changes:
+                found[method][nats] = _over_seeds([each[:, places] for each in changes], picks[method])
     return {method: _standing(letters) for method, letters in found.items()}
 
 
-def _means(runs: list[Any], kind: Kind, resamples: int, seed: int, only: Only | None) -> tuple[list[Array], list[Array]]:
-    """For each benchmark of a kind that every run was asked: `[resamples, models]` and the plain means `[models]`."""
+def _outcomes(runs: list[Any], kind: Kind, only: Only | None) -> list[Outcomes]:
+    """Each benchmark of a kind that every run was asked."""
     names = [name for name in getattr(runs[0][0], kind) if all(name in getattr(run[0], kind) for run in runs)]
-    outcomes = [outcomes_of(name, kind, runs, only).scores for name in names]
-    return bootstrap(outcomes, resamples, seed), [each.mean(axis=1) for each in outcomes]
+    return [outcomes_of(name, kind, runs, only) for name in names]
 
 
-def _over_seeds(means: list[Array], values: list[Array], pairs: list[tuple[int, int]], picks: NDArray[np.int64]) -> tuple[float, Array]:
-    """K or T: the value, and every resample with its own seeds.
+def _changes(gold: Array) -> Array:
+    """`[models, questions]`: how much likelier the right answer is than before, where every model has a likelihood."""
+    known: Array = gold[:, np.isfinite(gold).all(axis=0)]
+    return known - known[:1]
+
+
+def _means(outcomes: list[Array], resamples: int, seed: int) -> list[Array]:
+    """For each benchmark `[1 + resamples, models]`: the mean over its questions, and over those of each resample."""
+    drawn = bootstrap(outcomes, resamples, seed)
+    return [np.vstack([each.mean(axis=1), draws]) for each, draws in zip(outcomes, drawn, strict=True)]
+
+
+def _over_seeds(benchmarks: list[Array], picks: NDArray[np.int64]) -> tuple[float, Array]:
+    """The mean over benchmarks and seeds, and that of every resample with its own seeds.
 
     Args:
-        pairs: for each seed, (column of the run, column of what it is divided by).
+        benchmarks: for each `[1 + resamples, seeds]`: the value of each seed, and its resamples.
         picks: [resamples, seeds], the seeds of each resample.
     """
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = np.stack([np.mean([each[:, top] / each[:, bottom] for each in means], axis=0) for top, bottom in pairs], axis=1)
-        value = float(np.mean([[each[top] / each[bottom] for each in values] for top, bottom in pairs]))
-    return value, np.take_along_axis(ratios, picks, axis=1).mean(axis=1)
+    value, draws = np.split(np.mean(benchmarks, axis=0), [1])
+    return float(value.mean()), np.take_along_axis(draws, picks, axis=1).mean(axis=1)
 
 
 def _standing(letters: dict[str, tuple[float, Array]]) -> Standing:
     known = {letter: pair for letter, pair in letters.items() if np.isfinite(pair[0])}
-    if len(known) == 2:
+    if {"K", "T"} <= set(known):
         (k, k_draws), (t, t_draws) = known["K"], known["T"]
         known["KT"] = (2 * k * t / (k + t) if k + t else 0.0, balances(k_draws, t_draws))
     return Standing(
@@ -110,7 +128,7 @@ def task_score(folder: Path, only: Only | None = None) -> float:
 
 
 def differences(found: dict[str, Standing], reference: str = "lora") -> list[dict[str, Any]]:
-    """KT, K and T of every method against `reference` and against the best other method.
+    """Every metric of every method against `reference` and against the best other method.
 
     Returns:
         `{method, against, metric, value, low, high, p_value}` each; full fine-tuning, the reference of T, is no rival.

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from farss.artifacts import Scores, TaskScore, questions, read_json, write_json
+from farss.artifacts import KINDS, Kind, Scores, TaskScore, questions, read_json, write_json
 from farss.config import Config
 from farss.errors import FarssError, FolderError
 from farss.maths.metrics import (
@@ -24,7 +24,6 @@ from farss.maths.metrics import (
     task_learned,
 )
 
-Kind = Literal["knowledge", "task"]
 BEFORE, AFTER, FULL = 0, 1, 2
 
 
@@ -121,7 +120,7 @@ class Outcomes:
     scores: Array
     """`[models, questions]`, in the order of the runs: before, after and, where it was asked, full fine-tuning."""
     gold: Array
-    """`[2, questions]` gold log-likelihoods of the first two; NaN where there is none."""
+    """`[models, questions]` gold log-likelihoods; NaN where there is none."""
 
 
 def read_scores(folder: Path) -> tuple[Scores, Path]:
@@ -153,7 +152,7 @@ def outcomes_of(name: str, kind: Kind, runs: Sequence[tuple[Scores, Path]], only
     if not tables[0]:
         raise FolderError(f"no question of {name!r} is left to be scored: ask more questions, or lower compare.held_out")
     scored = [[record["score"] for record in table.values()] for table in tables]
-    gold_likelihoods = [[record["gold_loglikelihood"] for record in table.values()] for table in tables[:2]]
+    gold_likelihoods = [[record["gold_loglikelihood"] for record in table.values()] for table in tables]
     return Outcomes(getattr(runs[0][0], kind)[name], kind, np.array(scored, float), np.array(gold_likelihoods, float))
 
 
@@ -174,7 +173,7 @@ def summarise(before: Path, after: Path, full: Path | None, config: Config, only
     reference = read_scores(full) if full is not None else None
     outcomes = [
         outcomes_of(name, kind, [*runs, *_asked(reference, kind, name)], only)
-        for kind in ("knowledge", "task")
+        for kind in KINDS
         for name in getattr(runs[0][0], kind)
         if name in getattr(runs[1][0], kind)
     ]
@@ -199,7 +198,7 @@ def _asked(reference: tuple[Scores, Path] | None, kind: Kind, name: str) -> list
 def _unpaired(before: Scores, after: Scores) -> list[str]:
     """A note for every benchmark that only one of the two runs was asked."""
     both: list[str] = []
-    for kind in ("knowledge", "task"):
+    for kind in KINDS:
         only = set(getattr(before, kind)) ^ set(getattr(after, kind))
         both += [f"{name!r} was asked only before or only after, so it is left out." for name in sorted(only)]
     return both

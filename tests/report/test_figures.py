@@ -111,7 +111,7 @@ def test_the_frontier_has_a_line_for_each_method_and_a_mark_on_the_chosen_rate()
         return {"learning_rate": rate, "chosen": chosen, **marks}
 
     one = [point(2e-4, 0.5, 1.0, False), point(1e-4, 0.8, 0.9, True)]
-    figure = results.frontier_figure({"methods": {"farss": {"points": one}, "lora": {"points": [{"learning_rate": 1e-4, "chosen": True}]}}})
+    figure = results.frontier_figure({"curves": {"farss": one, "lora": [{"learning_rate": 1e-4, "chosen": True}]}})
     assert figure is not None
     _, curve, mark = figure.choices[0].data
     assert (curve["x"], curve["y"], curve["customdata"]) == ([80, 50], [90, 100], ["0.0001", "0.0002"])

@@ -1,0 +1,113 @@
+"""How methods stand to each other, against plain means of made-up records."""
+
+import json
+
+import numpy as np
+import pytest
+
+from farss.artifacts import Scores, TaskScore
+from farss.tasks.standing import Entry, differences, standings
+
+QUESTIONS = {"facts": ("knowledge", 40), "places": ("knowledge", 30), "intents": ("task", 50), "puzzles": ("other", 20)}
+
+
+def records(name, count, skill, seed):
+    generator = np.random.default_rng([seed, len(name)])
+    return [
+        {
+            "id": place,
+            "prompt": "?",
+            "gold": ["a"],
+            "answer": "",
+            "score": float(generator.random() < skill),
+            "gold_loglikelihood": float(generator.normal(skill * 3 - 5)),
+        }
+        for place in range(count)
+    ]
+
+
+@pytest.fixture
+def asked(tmp_path):
+    """Writes a run's answers; `skills` by benchmark."""
+
+    def write(run, seed, **skills):
+        found = {"knowledge": {}, "task": {}, "other": {}}
+        for name, (kind, count) in QUESTIONS.items():
+            rows = records(name, count, skills.get(name, 0.5), seed)
+            path = tmp_path / run / "scores" / f"{name}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("\n".join(map(json.dumps, rows)))
+            found[kind][name] = TaskScore(name, "exact_match", np.mean([row["score"] for row in rows]), count, 0, None, 0.0, "1")
+        Scores(**found).save(tmp_path / run / "scores.json")
+        return tmp_path / run
+
+    return write
+
+
+def mean(folder, name, key):
+    return np.mean([json.loads(line)[key] for line in (folder / "scores" / f"{name}.jsonl").read_text().splitlines()])
+
+
+@pytest.fixture
+def runs(asked):
+    base = asked("base", 0, facts=0.6, places=0.4, intents=0.1)
+    full = asked("full", 1, facts=0.3, places=0.2, intents=0.9)
+    groups = {
+        name: [Entry(asked(f"{name}{seed}", 10 * place + seed, facts=kept, places=kept, intents=0.8), full) for seed in range(2)]
+        for place, (name, kept) in enumerate({"lora": 0.3, "farss": 0.6}.items(), 1)
+    }
+    return base, full, groups
+
+
+def test_values_are_means_over_benchmarks_and_seeds(runs):
+    base, full, groups = runs
+    found = standings(base, groups, 200, 0)
+    for name, group in groups.items():
+        folders = [entry.folder for entry in group]
+        ratios = [mean(each, task, "score") / mean(base, task, "score") for each in folders for task in ("facts", "places")]
+        learned = [mean(each, "intents", "score") / mean(full, "intents", "score") for each in folders]
+        nats = [
+            mean(each, task, "gold_loglikelihood") - mean(base, task, "gold_loglikelihood")
+            for each in folders
+            for task in ("facts", "places")
+        ]
+        gained = [mean(each, "intents", "gold_loglikelihood") - mean(base, "intents", "gold_loglikelihood") for each in folders]
+        k, t = np.mean(ratios), np.mean(learned)
+        expected = {"K": k, "T": t, "KT": 2 * k * t / (k + t), "kept": np.mean(nats), "learned": np.mean(gained)}
+        assert {metric: estimate.value for metric, estimate in found[name].estimates.items()} == pytest.approx(expected)
+        for estimate in found[name].estimates.values():
+            assert estimate.low < estimate.value < estimate.high
+
+
+def test_nats_need_no_full_fine_tuning(runs):
+    base, _, groups = runs
+    alone = {name: [Entry(entry.folder, None) for entry in group] for name, group in groups.items()}
+    assert {name: set(standing.estimates) for name, standing in standings(base, alone, 200, 0).items()} == {
+        name: {"K", "kept", "learned"} for name in groups
+    }
+
+
+def test_some_questions_alone_may_count(runs):
+    base, _, groups = runs
+    few = standings(base, groups, 200, 0, lambda key: int(key) < 10)["lora"].estimates["kept"].value
+    rows = {}
+    for folder in (base, *(entry.folder for entry in groups["lora"])):
+        for task in ("facts", "places"):
+            lines = (folder / "scores" / f"{task}.jsonl").read_text().splitlines()[:10]
+            rows[folder, task] = np.mean([json.loads(line)["gold_loglikelihood"] for line in lines])
+    changes = [rows[entry.folder, task] - rows[base, task] for entry in groups["lora"] for task in ("facts", "places")]
+    assert few == pytest.approx(np.mean(changes))
+
+
+def test_differences_are_paired(runs):
+    base, _, groups = runs
+    found = standings(base, groups, 400, 0)
+    rows = {(row["method"], row["metric"]): row for row in differences(found)}
+    assert set(rows) == {(name, metric) for name in groups for metric in ("K", "T", "KT", "kept", "learned")}
+    row = rows["farss", "kept"]
+    assert row["value"] == pytest.approx(found["farss"].estimates["kept"].value - found["lora"].estimates["kept"].value)
+    assert row["low"] < row["value"] < row["high"]
+    assert rows["lora", "kept"]["value"] == pytest.approx(-row["value"])
+    same = {"one": groups["lora"], "two": groups["lora"]}
+    equal = {row["metric"]: row for row in differences(standings(base, same, 400, 0), reference="one") if row["method"] == "two"}
+    assert all(row["value"] == pytest.approx(0) and row["low"] <= 0 <= row["high"] for row in equal.values())
