@@ -4,7 +4,8 @@
     FARSS_DATA=../shared/data python benchmarks/boundary.py configs/gemma-banking77.yaml
 
 One survey and one evaluation of the base are shared by the search, a full run of every candidate, and full fine-tuning, the
-reference of T. Whatever is complete is not done again, so it may be killed and started again. `key=value` overrides options.
+reference of T. Whatever is complete is not done again, so it may be killed and started again. `key=value` overrides options;
+`compare.jobs=2` makes two runs at a time.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from farss.cli import bars
 from farss.config import Config, load, override, to_dict
 from farss.evaluate import Summary
 from farss.folder import Folder
+from farss.jobs import do_all
 from farss.maths.metrics import Array, balance, balances, bootstrap, interval, mean_ratios
 from farss.models import layer_shapes
-from farss.pipeline import Run, versions
+from farss.pipeline import Run, Tell, versions
 from farss.search import candidates
 from farss.train import TrainResult
 from farss.world.demo import demo_config
@@ -63,11 +65,17 @@ def measure(config: Config, folder: Path) -> Measured:
             run.check_inputs()
         search.claim()
         found = search.boundary()
-        for run in (full, *runs.values()):
-            run.all_but_report()
+        search.evaluate_base()
+        do_all(_whole, [(run.config, folder) for run in (full, *runs.values())], config.compare.jobs, tell)
     summaries = {n: run.summarise(full.path / "scores.json") for n, run in runs.items()}
     trained = {n: TrainResult.load(run.path / "train.json") for n, run in runs.items()}
     return Measured(found, summaries, trained, *balanced(folder, list(runs), config))
+
+
+def _whole(item: tuple[Config, Path], tell: Tell) -> None:
+    config, folder = item
+    name = Path(config.out).name
+    Run(config, shared=folder, tell=lambda step, done, total, line: tell(f"{name}: {step}", done, total, line)).all_but_report()
 
 
 def balanced(folder: Path, wanted: list[int], config: Config) -> tuple[dict[int, float], dict[int, Array]]:

@@ -217,7 +217,7 @@ def _row(entrant: Entrant, full: Path | None, only: Callable[[str], bool] | None
         "rank": plan.rank,
         "learning_rate": run.config.train.learning_rate,
         "parameters": trained.parameters,
-        **{key: values[key] for key in ("K", "T", "KT", "forgetting")},
+        **{key: values[key] for key in ("K", "T", "KT", "recovered", "forgetting")},
         **{name: _nats(summary, kind) for kind, name in (("knowledge", "kept"), ("task", "learned"))},
         "seconds_init": sum(record["seconds"] for record in before if record),
         "seconds_train": trained.seconds,

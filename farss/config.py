@@ -242,7 +242,9 @@ class QuestionSet:
     """The prompt, with {question} in it; `train` for the training template; null: `train` for tasks and
     'Question: {question}\\nAnswer:' for knowledge."""
     fewshot: int = 0
-    """Show this many other questions of the file, with their answers, before each question."""
+    """Show this many other questions, with their answers, before each question."""
+    examples: str | None = None
+    """File with the questions that are shown, with the same columns; null: others of the same file."""
     limit: int | None = None
     """Ask this many questions, drawn with the seed; null: all."""
     max_tokens: int = 32
@@ -273,6 +275,9 @@ class EvaluateConfig:
     """File of general text (column `text`); forgetting is the mean token loss on it, after minus before."""
     text_rows: int | None = 500
     """Read this many rows of it, drawn with the seed; null: all."""
+    recovery: int = 0
+    """Ask the knowledge once more after this many steps of question answering, on questions of the same files that are not
+    asked: what comes back was only masked. 0: do not."""
     looks: int = 8
     """While training, look this many times at how likely a few of the answers are (at most 5 % of its cost); 0: never."""
     full_scores: str | None = None
@@ -290,6 +295,9 @@ class EvaluateConfig:
         _check(self.batch_size >= 1, f"evaluate.batch_size={self.batch_size}: give 1 or more")
         _check(self.limit is None or self.limit >= 1, f"evaluate.limit={self.limit}: give 1 or more, or null for all")
         _check(self.text_rows is None or self.text_rows >= 1, f"evaluate.text_rows={self.text_rows}: give 1 or more, or null for all")
+        _check(self.recovery >= 0, f"evaluate.recovery={self.recovery}: give 0 or more")
+        files = [entry for entry in self.knowledge if isinstance(entry, QuestionSet)]
+        _check(not self.recovery or bool(files), "evaluate.recovery needs a question file in evaluate.knowledge: {name, data, ...}")
         _check(self.looks >= 0, f"evaluate.looks={self.looks}: give 0 or more")
         _check(self.resamples >= 100, f"evaluate.resamples={self.resamples}: give 100 or more")
         names = [entry if isinstance(entry, str) else entry.name for entry in [*self.knowledge, *self.task, *self.other]]

@@ -12,7 +12,7 @@ import random
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, Literal, TypeVar
@@ -231,6 +231,11 @@ def question_rows(entry: QuestionSet) -> list[dict[str, Any]]:
         {"question": _text(row, entry.question, number), "answers": _answers(row, entry.answers, number)}
         for number, row in enumerate(rows, 1)
     ]
+
+
+def example_rows(entry: QuestionSet) -> list[dict[str, Any]] | None:
+    """The questions of the file whose questions are shown; None: they come from the file that is asked."""
+    return question_rows(replace(entry, data=entry.examples)) if entry.examples and entry.fewshot else None
 
 
 def knowledge_texts(path: str) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from farss.artifacts import KINDS, Kind, Scores, TaskScore, fingerprint, read_json, write_json, write_text
 from farss.config import Config, QuestionSet, to_dict
-from farss.data import choose, prompt_text, question_rows, text_rows
+from farss.data import choose, example_rows, prompt_text, question_rows, text_rows
 from farss.errors import ConfigError, FarssError
 from farss.memory import freed_memory_kept
 from farss.models import fingerprint as weights_fingerprint
@@ -107,13 +107,15 @@ def _benchmark(kind: Kind, entry: str | QuestionSet, config: Config, identity: d
     name = entry if isinstance(entry, str) else entry.name
     if name.startswith(".") or set(name) & set('/\\:*?"<>|'):
         raise ConfigError(f"evaluate: {name!r} is also a file name: use letters, digits, - and _")
-    drawn, rows = None, None
+    drawn: Drawn | None = None
+    asked: Any = entry
     if isinstance(entry, QuestionSet):
-        rows = question_rows(entry)
-        drawn = draw(entry, rows, config.seed)
+        rows, examples = question_rows(entry), example_rows(entry)
+        drawn = draw(entry, rows, config.seed, examples)
+        asked = to_dict(entry) | {"data": fingerprint(rows), "examples": examples and fingerprint(examples)}
     depends = {
         "kind": kind,
-        "entry": entry if isinstance(entry, str) else to_dict(entry) | {"data": fingerprint(rows)},
+        "entry": asked,
         "limit": config.evaluate.limit if isinstance(entry, str) else None,
         "template": config.data.template,
         "identity": identity,

@@ -180,7 +180,8 @@ def resolve(config: Config) -> Config:
     for kind in KINDS:
         for index, entry in enumerate(values["evaluate"][kind]):
             if isinstance(entry, dict):
-                entry["data"] = _resolve(f"evaluate.{kind}[{index}].data", entry["data"])
+                for name in ("data", "examples"):
+                    entry[name] = _resolve(f"evaluate.{kind}[{index}].{name}", entry[name])
     return from_dict(values)
 
 

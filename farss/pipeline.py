@@ -28,6 +28,7 @@ from farss.data import (
     calibration_batches,
     choose,
     collate,
+    example_rows,
     knowledge_texts,
     load_examples,
     plain_rows,
@@ -64,8 +65,9 @@ from farss.models import (
     tokenizer_fingerprint,
 )
 from farss.plan import check_plan, make_plan, make_plan_without_survey, method_of, require_boundary, survey_cap
-from farss.portable import export, step_zero
+from farss.portable import export, load_adapter, step_zero
 from farss.prepared import write_prepared
+from farss.recovery import knowledge_alone, recover, recovery_rows
 from farss.report import write_report
 from farss.survey import LENGTH, own_text, read_layers, survey
 from farss.tasks.course import Course, prepare_course
@@ -176,6 +178,8 @@ class Run:
         if self.config.calibration.knowledge:
             knowledge_texts(self.config.calibration.knowledge)
         check_questions(self.config)
+        if self.config.evaluate.recovery:
+            recovery_rows(self.common_config, self.tokenizer)
         layers, blocks = layer_shapes(self.config.model)
         for boundary in self.search_setting.schedule.candidates if self.searches else [self.config.plan.boundary]:
             check_plan(replace(self.config.plan, boundary=boundary), layers, blocks)
@@ -431,6 +435,34 @@ class Run:
                 write_card(target, dataclasses.asdict(summary), self._command)
         return summary
 
+    def recover_base(self) -> None:
+        """`base-recovered/`: the untouched model after the steps of `recover`."""
+        self._recover("recover-base", self.common, "base-recovered", lambda: load_model(self.config.model))
+
+    def recover(self) -> None:
+        """`recovered/`: knowledge asked once more, after a few steps of question answering."""
+        self.export()
+        self.recover_base()
+        self._recover("recover", self.folder, "recovered", self._as_handed_over)
+        self.summarise(self.config.evaluate.full_scores)
+
+    def _recover(self, step: str, place: Folder, name: str, load: Callable[[], Any]) -> None:
+        options, config, target = options_of(self.common_config, EVALUATE_KEYS), self.common_config, place.path / name
+        if place.is_done(step, options, redo=True):
+            return
+        self._live = None  # one model in memory at a time
+        with place.step(step, options):
+            rows = recovery_rows(config, self.tokenizer)
+            model = recover(load(), self.tokenizer, rows, config, target, lambda done, total, loss: self.tell(step, done, total, ""))
+            self._ask(model, target, step, knowledge_alone(config))
+
+    def _as_handed_over(self) -> Any:
+        """The result as its user loads it."""
+        target = self.export()
+        if target.name == "model":
+            return load_model(replace(self.config.model, path=str(target), quantization="none"))
+        return load_adapter(load_model(self.config.model), target)
+
     @property
     def _command(self) -> str:
         return f"farss run {self.path / 'config.yaml'}"
@@ -447,6 +479,9 @@ class Run:
         """`summary.json`: K, T and KT from the stored scores, of all questions or those whose id `only` takes."""
         full = Path(full_scores) if full_scores else None
         summary = summarise(self.common.path / "base", self.path, full, self.config, only)
+        pair = self.common.path / "base-recovered", self.path / "recovered"
+        if self.config.evaluate.recovery and all((place / "scores.json").is_file() for place in pair):
+            summary = replace(summary, recovered=summarise(*pair, None, self.config, only).K)
         summary.save(self.path / "summary.json")
         return summary
 
@@ -468,6 +503,8 @@ class Run:
         self.claim()
         if self._asks:
             self.evaluate_base()  # first: one model in memory at a time, and a question that cannot be asked is found early
+        if self.config.evaluate.recovery:
+            self.recover_base()
         if self.folder.record("plan") is None:
             self.statistics()
             if self.searches:
@@ -479,6 +516,8 @@ class Run:
         self.export()
         if self._asks:
             self.evaluate()
+        if self.config.evaluate.recovery:
+            self.recover()
         self._live = None  # the next run of a comparison needs the memory
 
     # --- models -----------------------------------------------------------------------------------------------------
@@ -512,12 +551,12 @@ class Run:
         model = self.trained()
         return model if self.plan().layers else model.to(_stored_dtype(self.config))
 
-    def _ask(self, model: Any, folder: Path, who: str) -> None:
-        meta = {"path": self.config.model.path, "method": "base" if who == "base" else self.config.plan.method}
+    def _ask(self, model: Any, folder: Path, who: str, config: Config | None = None) -> None:
+        meta = {"path": self.config.model.path, "method": "base" if who.endswith("base") else self.config.plan.method}
         evaluate(
             model,
             self.tokenizer,
-            self.common_config,
+            config or self.common_config,
             folder,
             meta,
             lambda name, done, total: self.tell(f"evaluate {who}", done, total, name),
@@ -529,6 +568,7 @@ def check_questions(config: Config) -> None:
     for entry in [*config.evaluate.knowledge, *config.evaluate.task, *config.evaluate.other]:
         if isinstance(entry, QuestionSet):
             question_rows(entry)
+            example_rows(entry)
     if config.evaluate.text:
         text_rows(config.evaluate.text)
 

@@ -239,6 +239,18 @@ def test_examples_are_shown_and_never_asked():
         assert [row["id"] for row in drawn.asked] == sorted(row["id"] for row in drawn.asked)
 
 
+def test_examples_may_come_from_a_file_of_their_own(model, tokenizer, files, tmp_path):
+    shown = [{"question": "a?", "answers": ["red"]}, {"question": "over there?", "answers": ["here"]}]
+    (tmp_path / "shown.jsonl").write_text("\n".join(map(json.dumps, shown)))
+    entry = QuestionSet("known", files["known"], fewshot=2, examples=str(tmp_path / "shown.jsonl"))
+    evaluate(model, tokenizer, asking([entry]), tmp_path)
+    prompts = [record["prompt"] for record in questions(tmp_path / "scores", "known")]
+    assert len(prompts) == len(KNOWN) - 1, "what is shown is not asked"
+    assert all("Question: over there?\nAnswer: here\n\n" in prompt and "Question: a?\nAnswer: red\n\n" in prompt for prompt in prompts)
+    with pytest.raises(ConfigError, match=r"shown.jsonl has 2 questions, and fewshot=3 are to be shown"):
+        evaluate(model, tokenizer, asking([replace(entry, fewshot=3)]), tmp_path)
+
+
 def test_the_prompt_shows_answered_examples(model, tokenizer, files, tmp_path):
     evaluate(model, tokenizer, asking([QuestionSet("known", files["known"], fewshot=2, limit=3)]), tmp_path)
     records = questions(tmp_path / "scores", "known")

@@ -29,6 +29,7 @@ MEANINGS = {
     "KT": "balance of kept and learned",
     "K": "kept of the knowledge",
     "T": "learned, against full fine-tuning",
+    "recovered": "K after a few steps of question answering",
 }
 
 
@@ -186,7 +187,7 @@ def _between(entry: dict[str, Any]) -> str:
 def tiles(summary: dict[str, Any]) -> list[Tile]:
     """K, T, KT and forgetting, as far as they were measured."""
     found = []
-    for name in METRICS:
+    for name in (*METRICS, "recovered"):
         entry = summary.get(name) or {}
         if is_number(entry.get("value")):
             found.append(

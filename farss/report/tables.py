@@ -67,6 +67,7 @@ def columns(comparison: dict[str, Any]) -> list[Column]:
     wanted = [
         Column("parameters", "Parameters", compact),
         *(Column(name, f"{name} %", points, 1) for name in METRICS),
+        Column("recovered", "K recovered %", points, 1),
         Column("forgetting", "Forgetting", signed, -1),
         *(Column(f"benchmarks.{name}", f"{name} %", points, 1) for name in benchmark_names(comparison)),
         *(Column(name, title, signed, 1) for name, title in NATS.items()),

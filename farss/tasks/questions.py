@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from farss.artifacts import Kind
@@ -14,6 +14,8 @@ from farss.tasks.grading import METRICS, final_number
 
 Row = dict[str, Any]
 """One question: `{id, question, answers}`; the id is its place in the file."""
+Source = Mapping[str, Any]
+"""`{question, answers}`."""
 
 KNOWLEDGE_PROMPT = "Question: {question}\nAnswer:"
 
@@ -38,31 +40,42 @@ class Prompt(NamedTuple):
     """Whether the text already has its special tokens (a chat template writes them)."""
 
 
-def draw(entry: QuestionSet, rows: list[Row], seed: int) -> Drawn:
+def draw(entry: QuestionSet, rows: Sequence[Source], seed: int, examples: Sequence[Source] | None = None) -> Drawn:
     """Choose the questions with the seed: the same ones for every model, in the order of the file.
 
     Args:
-        rows: `{question, answers}` of the whole file, from `farss.data.question_rows`.
+        rows: of the whole file, from `farss.data.question_rows`.
+        examples: of the file whose questions are shown; None: `rows`.
 
     Raises:
         ConfigError: the file has too few questions for the examples that are shown.
         DataError: numbers are compared, but an accepted answer has none.
     """
-    numbered = [{"id": place, "question": row["question"], "answers": list(row["answers"])} for place, row in enumerate(rows)]
-    order = random.Random(seed).sample(numbered, len(numbered))
-    shown = order[: entry.fewshot]
-    # The same question may stand in the file twice: its answer must not be shown before it.
+    order = _shuffled(rows, seed)
+    others = order if examples is None else _shuffled(examples, seed)
+    shown = others[: entry.fewshot]
+    if len(shown) < entry.fewshot:
+        raise ConfigError(
+            f"question set {entry.name!r}: {entry.examples or entry.data} has {len(others)} questions, and fewshot={entry.fewshot} "
+            "are to be shown: choose a smaller fewshot"
+        )
+    # The same question may stand in a file twice: its answer must not be shown before it.
     seen = {row["question"] for row in shown}
-    asked = [row for row in order[entry.fewshot :] if row["question"] not in seen][: entry.limit]
+    asked = [row for row in order if row["question"] not in seen][: entry.limit]
     if not asked:
         raise ConfigError(
-            f"question set {entry.name!r}: {entry.data} has {len(rows)} questions, none is left to ask after "
+            f"question set {entry.name!r}: {entry.data} has {len(order)} questions, none is left to ask after "
             f"showing fewshot={entry.fewshot}: choose a smaller fewshot"
         )
     asked.sort(key=lambda row: int(row["id"]))
     if entry.metric == "number":
         _check_numbers(entry, asked)
     return Drawn(asked, shown)
+
+
+def _shuffled(rows: Sequence[Source], seed: int) -> list[Row]:
+    numbered = [{"id": place, "question": row["question"], "answers": list(row["answers"])} for place, row in enumerate(rows)]
+    return random.Random(seed).sample(numbered, len(numbered))
 
 
 def _check_numbers(entry: QuestionSet, rows: list[Row]) -> None:

@@ -84,6 +84,9 @@ class Summary:
     resamples: int = 0
     seed: int = 0
     notes: list[str] = field(default_factory=list)
+    recovered: Estimate | None = None
+    """K after a few steps of question answering, relative to the base after the same: what is missing here is lost and not
+    only masked. None where it was not asked."""
 
     def save(self, path: Path) -> None:
         """Write `summary.json`."""
@@ -93,8 +96,8 @@ class Summary:
     def load(cls, path: Path) -> Summary:
         """Read `summary.json`."""
         values = read_json(path)
-        for name in ("K", "T", "KT"):
-            values[name] = _estimate(values[name])
+        for name in ("K", "T", "KT", "recovered"):
+            values[name] = _estimate(values.get(name))
         values["benchmarks"] = [_benchmark(each) for each in values["benchmarks"]]
         return cls(**values)
 

@@ -1,0 +1,80 @@
+"""Knowledge asked once more after a few steps of question answering: on other questions, the same for every model."""
+
+import dataclasses
+import json
+
+import pytest
+from test_pipeline import settings
+
+from farss import world
+from farss.artifacts import questions
+from farss.compare import compare
+from farss.config import from_dict, override
+from farss.data import question_rows
+from farss.errors import ConfigError
+from farss.models import load_tokenizer
+from farss.pipeline import Run
+from farss.recovery import BATCH, recovery_rows
+
+
+@pytest.fixture
+def values(tmp_path):
+    found = settings(world.MODEL, tmp_path / "run")
+    found["evaluate"]["knowledge"][0] |= {"limit": 30}
+    found["evaluate"] |= {"recovery": 2, "looks": 0}
+    found["train"]["max_steps"] = 2
+    return found
+
+
+def test_recovery_trains_on_what_is_not_asked(values):
+    config = from_dict(values)
+    tokenizer = load_tokenizer(config.model)
+    found = recovery_rows(config, tokenizer)
+    run = Run(config)
+    run.evaluate_base()
+    asked = {record["prompt"] for record in questions(run.path / "base" / "scores", "facts")}
+    trained = [tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in found.rows]
+    learnt = [tokenizer.decode([t for t, m in zip(row["input_ids"], row["completion_mask"], strict=True) if m]) for row in found.rows]
+    assert len(found.rows) == 2 * BATCH
+    assert not any(text.startswith(prompt) for text in trained for prompt in asked)
+    answers = {row["answers"][0] for row in question_rows(config.evaluate.knowledge[0])}
+    assert all(text.replace(tokenizer.eos_token, "").strip() in answers for text in learnt)
+    with pytest.raises(ConfigError, match=r"evaluate.recovery=100000 trains on 1600000 knowledge questions that are not asked"):
+        recovery_rows(override(config, ["evaluate.recovery=100000"]), tokenizer)
+    with pytest.raises(ConfigError, match=r"evaluate.recovery needs a question file"):
+        override(config, ["evaluate.knowledge=[triviaqa]"])
+
+
+def test_a_model_that_learned_nothing_recovers_as_the_base_does(values):
+    values["train"]["learning_rate"] = 1e-30
+    for method in ("lora", "full"):
+        own = values | {"plan": {"method": method, "rank": 4}, "out": f"{values['out']}-{method}"}
+        run = Run(from_dict(own))
+        run.all()
+        summary = json.loads((run.path / "summary.json").read_text())
+        assert summary["recovered"]["value"] == pytest.approx(1)
+        before, after = (questions(run.path / name / "scores", "facts") for name in ("base-recovered", "recovered"))
+        gold = [[record["gold_loglikelihood"] for record in records] for records in (before, after)]
+        assert gold[0] == pytest.approx(gold[1], abs=1e-3)
+        assert gold[0] != [record["gold_loglikelihood"] for record in questions(run.path / "base" / "scores", "facts")]
+        assert "K after a few steps of question answering" in (run.path / "report.html").read_text()
+
+
+def test_a_comparison_recovers_the_base_once(values):
+    values["compare"] = {"methods": ["lora", "pissa"]}
+    folder = compare(from_dict(values), lambda *_: None)
+    comparison = json.loads((folder / "comparison.json").read_text())
+    assert all(row["recovered"]["low"] <= row["recovered"]["value"] <= row["recovered"]["high"] for row in comparison["rows"])
+    assert [path.parent.name for path in folder.rglob("base-recovered")] == [folder.name]
+    assert "K recovered %" in (folder / "comparison.md").read_text()
+
+
+def test_nothing_is_recovered_unless_it_is_asked_for(values):
+    config = from_dict(values)
+    config = dataclasses.replace(
+        config, evaluate=dataclasses.replace(config.evaluate, recovery=0), plan=dataclasses.replace(config.plan, method="lora")
+    )
+    run = Run(config)
+    run.all()
+    assert not (run.path / "recovered").exists()
+    assert json.loads((run.path / "summary.json").read_text())["recovered"] is None
