@@ -102,7 +102,7 @@ def percent(value: float, low: float, high: float) -> str:
     return f"{100 * value:.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
-def written(measured: Measured) -> str:
+def written(measured: Measured, arguments: list[str]) -> str:
     """The table, and what it says."""
     found, best = measured.found, max(measured.values, key=lambda n: (measured.values[n], -n))
     probed = {each.boundary: each for each in found.candidates}
@@ -131,7 +131,8 @@ def written(measured: Measured) -> str:
         f"The search took {found.seconds:.0f} s, {found.seconds / seconds:.0%} of the {seconds:.0f} s that a full run trains on average.",
         f"K: {found.knowledge}. T: {found.task}.",
     ]
-    return f"{table(rows)}\n\n" + "\n".join(lines) + f"\n\n({environment()})"
+    command = " ".join(["python benchmarks/boundary.py", *arguments])
+    return f"`{command}`\n\n{table(rows)}\n\n" + "\n".join(lines) + f"\n\n({environment()})"
 
 
 def main() -> None:
@@ -143,7 +144,8 @@ def main() -> None:
     config = load(options.config) if options.config else demo_config("")
     folder = WORK / f"boundary-{name}"
     config = override(config, [*options.overrides, f"out={folder}"])
-    write_section(f"boundary-{name}", written(measure(config, folder)), "boundary.md")
+    arguments = [*([str(options.config)] if options.config else []), *options.overrides]
+    write_section(f"boundary-{name}", written(measure(config, folder), arguments), "boundary.md")
 
 
 if __name__ == "__main__":
