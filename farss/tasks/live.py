@@ -194,20 +194,26 @@ class Asking(Base):
         return found
 
     def _loglikelihood_tokens(self, requests: list[Any], **options: Any) -> list[tuple[float, bool]]:
-        longest = max(len(prompt) + len(answer) for _, prompt, answer in requests)
+        lengths = [len(prompt) + len(answer) for _, prompt, answer in requests]
+        longest = max(lengths)
         self.answers = {}
         for _, prompt, answer in requests:
             row = tuple((prompt + answer)[:-1])
             self.answers[row] = max(len(answer), self.answers.get(row, 0))
         self.prefix = shared_prefix(self.model, [prompt for _, prompt, _ in requests], longest)
-        self.batch_size_per_gpu = rows_that_fit(self.rows, longest, self.model.config.get_text_config().vocab_size)
+        # positions whose logits are computed: an answer, and the padding behind the shortest row
+        kept = max(self.answers.values()) + longest - min(lengths) if accepts(self._base, "logits_to_keep") else longest
+        self.batch_size_per_gpu = rows_that_fit(self.rows, min(kept, longest), self.model.config.get_text_config().vocab_size)
         found: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, **options)
         self.batch_size_per_gpu = self.rows
         return found
 
+    @property
+    def _base(self) -> Any:
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
     def _model_call(self, inps: Any, *rest: Any, **options: Any) -> Any:
-        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        if accepts(base, "logits_to_keep"):
+        if accepts(self._base, "logits_to_keep"):
             # HFLM counts from the end where it is given fewer logits than tokens
             span, known, options = answer_span(inps.tolist(), self.answers), self.prefix, {}
             if known is not None and known.begins(inps) and span <= inps.shape[1] - len(known.ids):
