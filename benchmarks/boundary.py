@@ -137,14 +137,12 @@ def written(measured: Measured, arguments: list[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", nargs="?", type=Path, help="a run file; default: the embedded world")
-    parser.add_argument("overrides", nargs="*")
-    options = parser.parse_args()
-    name = options.config.stem if options.config else "world"
-    config = load(options.config) if options.config else demo_config("")
+    parser.add_argument("arguments", nargs="*", help="a run file (default: the embedded world), and key=value")
+    arguments = parser.parse_args().arguments
+    file = next((Path(each) for each in arguments if "=" not in each), None)
+    name, config = (file.stem, load(file)) if file else ("world", demo_config(""))
     folder = WORK / f"boundary-{name}"
-    config = override(config, [*options.overrides, f"out={folder}"])
-    arguments = [*([str(options.config)] if options.config else []), *options.overrides]
+    config = override(config, [*(each for each in arguments if "=" in each), f"out={folder}"])
     write_section(f"boundary-{name}", written(measure(config, folder), arguments), "boundary.md")
 
 
