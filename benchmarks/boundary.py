@@ -64,9 +64,10 @@ def measure(config: Config, folder: Path) -> Measured:
         for run in (search, full, *runs.values()):
             run.check_inputs()
         search.claim()
-        found = search.boundary()
         search.evaluate_base()
+        search.survey()
         do_all(_whole, [(run.config, folder) for run in (full, *runs.values())], config.compare.jobs, tell)
+        found = search.boundary()
     summaries = {n: run.summarise(full.path / "scores.json") for n, run in runs.items()}
     trained = {n: TrainResult.load(run.path / "train.json") for n, run in runs.items()}
     return Measured(found, summaries, trained, *balanced(folder, list(runs), config))

@@ -293,5 +293,6 @@ def probe_config(config: Config, rounds: list[Round]) -> Config:
     """
     first, last = rounds[0].steps, rounds[-1].steps
     warmup = config.train.warmup_ratio * first / last  # a share of the first fall
-    options = replace(config.train, max_steps=last, scheduler="cosine_with_restarts", warmup_ratio=warmup, report_to=[])
+    rate = config.train.learning_rate * config.boundary.rate
+    options = replace(config.train, learning_rate=rate, max_steps=last, scheduler="cosine_with_restarts", warmup_ratio=warmup, report_to=[])
     return replace(config, train=options)

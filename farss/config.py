@@ -152,6 +152,9 @@ class BoundaryConfig:
 
     probe: float = 0.05
     """Length of a first probe as a share of the training's steps; down to half of it where the budget asks for it."""
+    rate: float = 4.0
+    """Learning rate of the probes, as a multiple of the training's: forgetting begins late, and a few steps at the training's own
+    rate show none of it."""
     budget: float = 0.3
     """What all probes and their scoring may cost, as a share of the training's steps."""
     questions: int = 400
@@ -159,6 +162,7 @@ class BoundaryConfig:
 
     def __post_init__(self) -> None:
         _check(0 < self.probe <= 1, f"boundary.probe={self.probe}: give a share above 0 and up to 1")
+        _check(self.rate > 0, f"boundary.rate={self.rate}: give a number above 0, such as 4")
         _check(self.budget > 0, f"boundary.budget={self.budget}: give a share above 0, such as 0.3")
         _check(self.questions >= 8, f"boundary.questions={self.questions}: give 8 or more")
 
