@@ -77,14 +77,18 @@ def course_figure(logs: list[Log]) -> Figure | None:
     }
     title = "Kept and learned on the way"
     if len(logs) == 1:
-        data = [_course_line(logs[0], kind, name, f"{name} ({kind})", place) for place, (kind, name) in enumerate(sets)]
+        data = [_course_line(logs[0], kind, name, _title(kind, name), place) for place, (kind, name) in enumerate(sets)]
         return Figure("course", title, [Choice("", data, layout)])
     methods = list(dict.fromkeys(log.method for log in logs))
     choices = [
-        Choice(f"{name} ({kind})", [_course_line(log, kind, name, log.name, methods.index(log.method)) for log in logs], layout)
+        Choice(_title(kind, name), [_course_line(log, kind, name, log.name, methods.index(log.method)) for log in logs], layout)
         for kind, name in sets
     ]
     return Figure("course", title, choices, "Set")
+
+
+def _title(kind: str, name: str) -> str:
+    return name if kind == "text" else f"{name} ({kind})"
 
 
 def _sets(entry: dict[str, Any]) -> list[tuple[str, str]]:

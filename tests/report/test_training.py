@@ -14,14 +14,14 @@ def test_one_run_shows_every_set():
     assert drawn == {
         "facts (knowledge)": ([0, 10], [-2.0, -2.5]),
         "intents (task)": ([0, 10], [-4.0, -1.0]),
-        "general text (text)": ([0], [-3.0]),
+        "general text": ([0], [-3.0]),
     }
 
 
 def test_several_runs_are_compared_set_by_set():
     logs = [Log("lora", "lora-seed0", [], LOOKS), Log("lora", "lora-seed1", [], LOOKS[:1]), Log("farss", "farss-seed0", [], [])]
     figure = course_figure(logs)
-    assert [choice.label for choice in figure.choices] == ["facts (knowledge)", "intents (task)", "general text (text)"]
+    assert [choice.label for choice in figure.choices] == ["facts (knowledge)", "intents (task)", "general text"]
     first = figure.choices[0].data
     assert [(trace["name"], trace["legendgroup"], trace["y"]) for trace in first] == [
         ("lora-seed0", "lora", [-2.0, -2.5]),
