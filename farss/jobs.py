@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from farss.errors import FarssError
+from farss.memory import give_back
 
 Tell = Callable[[str, int, int, str], None]
 Work = Callable[[Any, Tell], None]
@@ -44,6 +45,7 @@ def do_all(work: Work, items: Sequence[Any], jobs: int, tell: Tell) -> None:
     for slot in range(jobs):
         slots.put(slot)
     threads = max(1, torch.get_num_threads() // jobs)
+    give_back()
     with _listening(told, tell), _with_threads(threads):
         pool = ProcessPoolExecutor(jobs, context, _begin, (slots, told, os.getpid()), max_tasks_per_child=1)
         try:

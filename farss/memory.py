@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,6 +50,13 @@ def freed_memory_kept(device: torch.device) -> Iterator[None]:
     finally:
         libc.mallopt(M_MMAP_MAX, 65536)  # the defaults of mallopt(3)
         libc.mallopt(M_TRIM_THRESHOLD, 128 * 1024)
+        libc.malloc_trim(0)
+
+
+def give_back() -> None:
+    """Give what nothing refers to any more back to the system: models and trainers refer to each other, and wait for that."""
+    gc.collect()
+    if libc := _glibc():
         libc.malloc_trim(0)
 
 

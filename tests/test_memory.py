@@ -2,7 +2,7 @@
 
 import torch
 
-from farss.memory import freed_memory_kept, peak_gib, used_gib
+from farss.memory import freed_memory_kept, give_back, peak_gib, used_gib
 
 CPU = torch.device("cpu")
 
@@ -22,3 +22,13 @@ def test_freed_memory_is_kept_and_given_back_at_the_end():
     assert used_gib(CPU) <= inside + 0.01
     with freed_memory_kept(torch.device("meta")):  # other devices are left alone
         pass
+
+
+def test_what_nothing_refers_to_is_given_back():
+    before = used_gib(CPU)
+    circle = [torch.ones(2**28, dtype=torch.uint8)]
+    circle.append(circle)
+    assert used_gib(CPU) >= before + 0.2
+    del circle
+    give_back()
+    assert used_gib(CPU) <= before + 0.05
