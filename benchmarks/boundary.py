@@ -55,7 +55,7 @@ def measure(config: Config, folder: Path) -> Measured:
 
         def made(name: str, *options: str) -> Run:
             wanted = override(config, [f"out={folder / name}", "compare={methods: [], seeds: [], settings: {}}", *options])
-            return Run(wanted, shared=folder, tell=lambda step, done, total, line: tell(f"{name}: {step}", done, total, line))
+            return _run(wanted, folder, tell)
 
         full = made("full", "plan.method=full", *(f"{key}={value}" for key, value in own.items()))
         search = made("search", "plan.method=farss", "plan.boundary=auto")
@@ -73,10 +73,13 @@ def measure(config: Config, folder: Path) -> Measured:
     return Measured(found, summaries, trained, *balanced(folder, list(runs), config))
 
 
-def _whole(item: tuple[Config, Path], tell: Tell) -> None:
-    config, folder = item
+def _run(config: Config, folder: Path, tell: Tell) -> Run:
     name = Path(config.out).name
-    Run(config, shared=folder, tell=lambda step, done, total, line: tell(f"{name}: {step}", done, total, line)).all_but_report()
+    return Run(config, shared=folder, tell=lambda step, done, total, line: tell(f"{name}: {step}", done, total, line))
+
+
+def _whole(item: tuple[Config, Path], tell: Tell) -> None:
+    _run(*item, tell).all_but_report()
 
 
 def balanced(folder: Path, wanted: list[int], config: Config) -> tuple[dict[int, float], dict[int, Array]]:

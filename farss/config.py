@@ -304,9 +304,14 @@ class EvaluateConfig:
         _check(not self.recovery or bool(files), "evaluate.recovery needs a question file in evaluate.knowledge: {name, data, ...}")
         _check(self.looks >= 0, f"evaluate.looks={self.looks}: give 0 or more")
         _check(self.resamples >= 100, f"evaluate.resamples={self.resamples}: give 100 or more")
-        names = [entry if isinstance(entry, str) else entry.name for entry in [*self.knowledge, *self.task, *self.other]]
+        names = [entry if isinstance(entry, str) else entry.name for entry in self.asked]
         twice = sorted({name for name in names if names.count(name) > 1})
         _check(not twice, f"evaluate asks {twice[0] if twice else ''!r} twice: give every question set its own name")
+
+    @property
+    def asked(self) -> list[str | QuestionSet]:
+        """Everything that is asked, of every kind."""
+        return [*self.knowledge, *self.task, *self.other]
 
 
 @dataclass(frozen=True)

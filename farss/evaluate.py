@@ -95,12 +95,7 @@ def list_benchmarks(config: Config, identity: dict[str, Any]) -> list[Benchmark]
     Raises:
         ConfigError: a name that cannot be a file name, or a question set that cannot be asked.
     """
-    kinds: list[tuple[Kind, list[str | QuestionSet]]] = [
-        ("knowledge", config.evaluate.knowledge),
-        ("task", config.evaluate.task),
-        ("other", config.evaluate.other),
-    ]
-    return [_benchmark(kind, entry, config, identity) for kind, entries in kinds for entry in entries]
+    return [_benchmark(kind, entry, config, identity) for kind in KINDS for entry in getattr(config.evaluate, kind)]
 
 
 def _benchmark(kind: Kind, entry: str | QuestionSet, config: Config, identity: dict[str, Any]) -> Benchmark:

@@ -44,12 +44,12 @@ def do_all(work: Work, items: Sequence[Any], jobs: int, tell: Tell) -> None:
     slots, told = context.Queue(), context.Queue()
     for slot in range(jobs):
         slots.put(slot)
-    threads = max(1, torch.get_num_threads() // jobs)
+    gpus, threads = _gpus(), max(1, torch.get_num_threads() // jobs)
     give_back()
     with _listening(told, tell), _with_threads(threads):
         pool = ProcessPoolExecutor(jobs, context, _begin, (slots, told, os.getpid()), max_tasks_per_child=1)
         try:
-            _wait([pool.submit(_one, work, item, threads, _gpus()) for item in items])
+            _wait([pool.submit(_one, work, item, threads, gpus) for item in items])
         finally:
             pool.shutdown(cancel_futures=True)
 

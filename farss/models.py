@@ -9,6 +9,8 @@ import json
 import logging
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -249,9 +251,22 @@ def _matches(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-def accepts(model: nn.Module, argument: str) -> bool:
-    """Whether the model's forward takes an argument of this name."""
-    return argument in inspect.signature(model.forward).parameters
+def accepts(model: Any, argument: str) -> bool:
+    """Whether the forward of a model, or of the model in a `PeftModel`, takes an argument of this name."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return argument in inspect.signature(base.forward).parameters
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; every module's own mode is restored."""
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training:
+            module.training = mode
 
 
 ORIGINAL = "farss_original"

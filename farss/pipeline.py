@@ -496,7 +496,7 @@ class Run:
 
     @property
     def _asks(self) -> bool:
-        return bool(self.config.evaluate.knowledge or self.config.evaluate.task or self.config.evaluate.other)
+        return bool(self.config.evaluate.asked)
 
     def before_plan(self) -> None:
         """What other runs of a comparison may share: the base's answers, statistics, a boundary."""
@@ -565,7 +565,7 @@ class Run:
 
 def check_questions(config: Config) -> None:
     """Read every question file and the general text once, so that a bad one is found before hours of training."""
-    for entry in [*config.evaluate.knowledge, *config.evaluate.task, *config.evaluate.other]:
+    for entry in config.evaluate.asked:
         if isinstance(entry, QuestionSet):
             question_rows(entry)
             example_rows(entry)

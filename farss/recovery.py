@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from farss.config import Config, EvaluateConfig, QuestionSet, TrainConfig
-from farss.data import Row, Tokenized, choose, example_rows, question_rows, tokenize
+from farss.data import Row, Tokenized, choose, example_rows, question_rows
 from farss.errors import ConfigError
 from farss.models import layer_shapes
+from farss.tasks.likelihood import answered
 from farss.tasks.questions import draw, prompt_of
 from farss.train import train
 
@@ -54,8 +55,7 @@ def _unasked(entry: QuestionSet, config: Config, tokenizer: Any) -> list[Row]:
     drawn = draw(entry, every, config.seed, example_rows(entry))
     taken = {row["question"] for row in (*drawn.asked, *drawn.shown)}
     prompt = prompt_of(entry, "knowledge", config.data.template, tokenizer)
-    pairs = [(prompt.text(row["question"]), row["answers"][0]) for row in every if row["question"] not in taken]
-    rows = tokenize([[text, text + prompt.delimiter + answer] for text, answer in pairs], tokenizer, prompt.complete)
+    rows = answered([row for row in every if row["question"] not in taken], prompt, tokenizer)
     return [row for row in rows if len(row["input_ids"]) <= config.data.max_length]
 
 

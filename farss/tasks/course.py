@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from farss.config import Config, QuestionSet
 from farss.data import Row
+from farss.models import evaluating
 from farss.tasks.likelihood import FORWARD, affordable, question_tokens, text_tokens, token_loglikelihoods
 
 SHARE = 0.05
@@ -43,16 +44,11 @@ class Course:
 
     def look(self, model: Any) -> Look:
         """The mean log-likelihoods now. The model's modes are restored; no random number is drawn."""
-        training = {module: module.training for module in model.modules()}
-        model.eval()
         found: Look = defaultdict(dict)
-        try:
+        with evaluating(model):
             for kind, name, rows in self.sets:
                 values = token_loglikelihoods(model, rows, self.batch_size, self.pad_id)
                 found[kind][name] = round(sum(values) / len(values), 5)
-        finally:
-            for module, mode in training.items():
-                module.training = mode
         return dict(found)
 
 

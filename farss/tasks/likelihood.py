@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from farss.config import Config, QuestionSet
 from farss.data import Row, batches, choose, collate, question_rows, text_rows, tokenize
 from farss.errors import ConfigError, NumericalError
 from farss.models import accepts
-from farss.tasks.questions import draw, prompt_of
+from farss.tasks.questions import Prompt, draw, prompt_of
 from farss.tasks.text import rows_that_fit
 
 FORWARD = 0.5
@@ -63,8 +63,7 @@ def _means(model: Any, rows: list[Row], pad_id: int) -> list[float]:
 def _last_logits(model: Any, batch: dict[str, Tensor], count: int) -> Tensor:
     """The logits of the last `count` positions, `[b, count, v]`; with a large vocabulary the others cost most of the time."""
     inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    spared = {"logits_to_keep": count} if accepts(base, "logits_to_keep") else {}
+    spared = {"logits_to_keep": count} if accepts(model, "logits_to_keep") else {}
     logits: Tensor = model(**inputs, use_cache=False, **spared).logits[:, -count:]
     return logits
 
@@ -78,12 +77,17 @@ def question_tokens(entry: QuestionSet, kind: Kind, config: Config, tokenizer: A
     bare = replace(entry, fewshot=0, limit=min(limit, entry.limit or limit))
     prompt = prompt_of(bare, kind, config.data.template, tokenizer)
     asked = draw(bare, question_rows(bare), config.seed).asked
-    stages = [[start := prompt.text(row["question"]), start + prompt.delimiter + row["answers"][0]] for row in asked]
-    rows = [_without_end(row, tokenizer.eos_token_id) for row in tokenize(stages, tokenizer, prompt.complete)]
+    rows = [_without_end(row, tokenizer.eos_token_id) for row in answered(asked, prompt, tokenizer)]
     short = [row for row in rows if len(row["input_ids"]) <= config.data.max_length]
     if not short:
         raise ConfigError(f"question set {entry.name!r}: every question is longer than data.max_length={config.data.max_length}: raise it")
     return short
+
+
+def answered(questions: Sequence[Mapping[str, Any]], prompt: Prompt, tokenizer: Any) -> list[Row]:
+    """Questions as a prompt puts them, each with its first accepted answer and the end of sequence marked."""
+    stages = [[start := prompt.text(row["question"]), start + prompt.delimiter + row["answers"][0]] for row in questions]
+    return tokenize(stages, tokenizer, prompt.complete)
 
 
 def _without_end(row: Row, eos: int) -> Row:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from farss.errors import ConfigError, FarssError, ModelError
-from farss.models import accepts
+from farss.models import accepts, evaluating
 from farss.tasks.prefix import Prefix, shared_prefix
 from farss.tasks.text import rows_that_fit
 
@@ -34,19 +34,14 @@ def require_harness() -> None:
 @contextlib.contextmanager
 def asking(model: Any, run_generated_code: bool = False) -> Iterator[None]:
     """Evaluation mode, no gradients, no checkpointing, quiet libraries; everything is as before afterwards."""
-    modules = list(model.modules())
-    training = [module.training for module in modules]
     # Checkpointed layers drop the key-value cache, which makes generation many times slower.
-    checkpointed = [module for module in modules if getattr(module, "gradient_checkpointing", False)]
-    model.eval()
+    checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     for module in checkpointed:
         module.gradient_checkpointing = False
     try:
-        with torch.no_grad(), _quiet(), _code_allowed(run_generated_code), _compact_head(model):
+        with evaluating(model), torch.no_grad(), _quiet(), _code_allowed(run_generated_code), _compact_head(model):
             yield
     finally:
-        for module, mode in zip(modules, training, strict=True):
-            module.training = mode
         for module in checkpointed:
             module.gradient_checkpointing = True
 
@@ -202,18 +197,14 @@ class Asking(Base):
             self.answers[row] = max(len(answer), self.answers.get(row, 0))
         self.prefix = shared_prefix(self.model, [prompt for _, prompt, _ in requests], longest)
         # positions whose logits are computed: an answer, and the padding behind the shortest row
-        kept = max(self.answers.values()) + longest - min(lengths) if accepts(self._base, "logits_to_keep") else longest
+        kept = max(self.answers.values()) + longest - min(lengths) if accepts(self.model, "logits_to_keep") else longest
         self.batch_size_per_gpu = rows_that_fit(self.rows, min(kept, longest), self.model.config.get_text_config().vocab_size)
         found: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, **options)
         self.batch_size_per_gpu = self.rows
         return found
 
-    @property
-    def _base(self) -> Any:
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-
     def _model_call(self, inps: Any, *rest: Any, **options: Any) -> Any:
-        if accepts(self._base, "logits_to_keep"):
+        if accepts(self.model, "logits_to_keep"):
             # HFLM counts from the end where it is given fewer logits than tokens
             span, known, options = answer_span(inps.tolist(), self.answers), self.prefix, {}
             if known is not None and known.begins(inps) and span <= inps.shape[1] - len(known.ids):

@@ -68,11 +68,10 @@ def shared_prefix(model: Any, prompts: Sequence[list[int]], room: int) -> Prefix
     shared = [token for token, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
     settings = model.config.get_text_config()
     window = getattr(settings, "sliding_window", None)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if len(prompts) < 2 or len(shared) < WORTH or (window and room > window) or not accepts(base, "cache"):
+    if len(prompts) < 2 or len(shared) < WORTH or (window and room > window) or not accepts(model, "cache"):
         return None
     ids = torch.tensor(shared, device=model.device)
-    keep = {"logits_to_keep": 1} if accepts(base, "logits_to_keep") else {}
+    keep = {"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {}
     with torch.no_grad():
         cache = model(input_ids=ids[None], use_cache=True, **keep).cache
     return Prefix(ids, cache) if _grows(cache) else None
