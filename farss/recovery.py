@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from farss.config import Config, EvaluateConfig, QuestionSet, TrainConfig
+from farss.config import Config, QuestionSet, TrainConfig
 from farss.data import Row, Tokenized, choose, example_rows, question_rows
 from farss.errors import ConfigError
 from farss.models import layer_shapes
@@ -108,5 +108,4 @@ def _with_fresh_adapter(model: Any, layers: list[str], seed: int) -> Any:
 
 def knowledge_alone(config: Config) -> Config:
     """The same questions of knowledge, and what is neither knowledge nor task."""
-    asked = config.evaluate
-    return replace(config, evaluate=replace(EvaluateConfig(), knowledge=asked.knowledge, other=asked.other, batch_size=asked.batch_size))
+    return replace(config, evaluate=replace(config.evaluate, task=[], text=None))

@@ -14,7 +14,7 @@ from farss.data import question_rows
 from farss.errors import ConfigError
 from farss.models import load_tokenizer
 from farss.pipeline import Run
-from farss.recovery import BATCH, recovery_rows
+from farss.recovery import BATCH, knowledge_alone, recovery_rows
 
 
 @pytest.fixture
@@ -67,6 +67,13 @@ def test_a_comparison_recovers_the_base_once(values):
     assert all(row["recovered"]["low"] <= row["recovered"]["value"] <= row["recovered"]["high"] for row in comparison["rows"])
     assert [path.parent.name for path in folder.rglob("base-recovered")] == [folder.name]
     assert "K recovered %" in (folder / "comparison.md").read_text()
+
+
+def test_the_same_questions_are_asked_again(values):
+    config = override(from_dict(values), ["evaluate.limit=7"])
+    again = knowledge_alone(config).evaluate
+    assert (again.knowledge, again.other, again.limit) == (config.evaluate.knowledge, config.evaluate.other, 7)
+    assert (again.task, again.text) == ([], None)
 
 
 def test_nothing_is_recovered_unless_it_is_asked_for(values):
