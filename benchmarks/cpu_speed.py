@@ -1,5 +1,5 @@
-"""How much four measures save on a CPU with a large vocabulary: training on answer tokens only, freed memory that is kept,
-a compact output layer, and reading the examples before every question once.
+"""How much five measures save on a CPU with a large vocabulary: float32 where it has no units for 16-bit products, training on
+answer tokens only, freed memory that is kept, a compact output layer, and reading the examples before every question once.
 
     farss gemma models/gemma-3-270m
     FARSS_DATA=../shared/data python benchmarks/cpu_speed.py models/gemma-3-270m
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from farss import models
 from farss import train as train_room
 from farss.config import from_dict
 from farss.evaluate import evaluate
@@ -96,6 +97,22 @@ def show(what: str, before: float, after: float) -> None:
     print(f"| {what} | {before:.1f} s | {after:.1f} s | {before / after:.1f} |", flush=True)
 
 
+def float32(model: str, data: Path) -> None:
+    """What a CPU without units for 16-bit products takes if it is not spared them."""
+    if models.multiplies_in(torch.bfloat16, torch.device("cpu")):
+        print("(this CPU has units for bfloat16 products, and uses them)")
+        return
+
+    def measured() -> tuple[float, float]:
+        return step_seconds(model, data, "lora", "Banking77"), question_seconds(model, data)
+
+    now = measured()
+    with without(models, "multiplies_in", True), without(train_room, "multiplies_in", True):
+        before = measured()
+    for what, *seconds in zip(("lora, a step of 16 examples of Banking77", f"{QUESTIONS} five-shot questions"), before, now, strict=True):
+        show(f"float32 instead of bfloat16: {what}", *seconds)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of a causal language model")
@@ -103,6 +120,7 @@ def main() -> None:
     data = Path(os.environ.get("FARSS_DATA", "../shared/data"))
     print(", ".join(f"{name} {version}" for name, version in versions().items()), f"({torch.get_num_threads()} threads)")
     print("\n| what | without | with | ratio |\n|---|---:|---:|---:|")
+    float32(model, data)
     for method, task in itertools.product(("lora", "full"), TASKS):
         now = step_seconds(model, data, method, task)
         for measure, words in (("_answers_only", "answers only"), ("freed_memory_kept", "freed memory kept")):

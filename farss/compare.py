@@ -61,7 +61,10 @@ def _run_all(entrants: list[Entrant]) -> None:
 
 
 def _run_one(item: tuple[str, float | None, int, Config], tell: Tell) -> None:
-    Entrant(*item, tell).run.all_but_report()
+    entrant = Entrant(*item, tell)
+    entrant.run.all_but_report()
+    if entrant.config.compare.keep == "scores":
+        entrant.run.drop_weights()
 
 
 def seeds(config: Config) -> list[int]:

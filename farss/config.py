@@ -32,7 +32,7 @@ class ModelConfig:
     path: str = ""
     """Folder of the base model (safetensors and tokenizer), or its name on a hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the frozen weights; auto: as they are stored."""
+    """Precision of the frozen weights; auto: as they are stored, or float32 on a CPU that cannot compute with 16 bits."""
     quantization: Literal["none", "nf4"] = "none"
     """nf4: hold the frozen weights in bitsandbytes' 4-bit format while training, as QLoRA does."""
     device: str = "auto"
@@ -203,8 +203,9 @@ class TrainConfig:
     """Dropout on the adapter's input."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Precision of the matrix products; trainable weights and their updates are always float32."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Precision of the matrix products; auto: bf16 where the machine has units for it. Trainable weights and their updates
+    are always float32."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a third more time."""
     save_steps: int = 100
@@ -346,6 +347,8 @@ class CompareConfig:
     every seed at the best; empty: at its own learning rate."""
     held_out: float = 0.2
     """Share of the questions by which the best is chosen; the table is made of the others."""
+    keep: Literal["all", "scores"] = "all"
+    """scores: a run's weights are deleted when it is scored; its adapter is gone, its answers, curves and report stay."""
     jobs: int = 1
     """Runs at a time, each in a process of its own with an equal share of the processor's threads, or with a GPU of its own."""
 

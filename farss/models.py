@@ -32,7 +32,38 @@ def device_of(config: ModelConfig) -> torch.device:
         raise ConfigError(f"model.device={config.device!r} cannot be used on this machine: choose auto or cpu") from error
 
 
-def load_model(config: ModelConfig, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Any:
+def multiplies_in(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a device has units for matrix products in this precision.
+
+    A CPU without them goes through 16-bit products ten to several hundred times slower than through float32 ones.
+    """
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    checks = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    if device.type != "cpu" or dtype not in checks:
+        return True
+    try:
+        return bool(getattr(torch.ops.mkldnn, checks[dtype])())
+    except (AttributeError, RuntimeError):  # a torch that was built without oneDNN, or decides otherwise
+        return False
+
+
+def computing_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The precision in which to compute with values of a precision: float32, which holds them exactly, on a CPU without units for it."""
+    return dtype if device.type != "cpu" or multiplies_in(dtype, device) else torch.float32
+
+
+def stored_dtype(config: ModelConfig) -> torch.dtype:
+    """The precision in which the base model's weights are stored (or used, if the configuration says so)."""
+    from transformers import AutoConfig
+
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)  # type: ignore[no-any-return]
+    found = getattr(_from_pretrained(AutoConfig, config), "dtype", None)
+    return found if isinstance(found, torch.dtype) else torch.float32
+
+
+def load_model(config: ModelConfig, dtype: torch.dtype | None = None, device: torch.device | None = None, as_stored: bool = False) -> Any:
     """Load a causal language model, frozen and in `eval()` mode.
 
     On a CPU, and in the precision of the files, weights stay in the files until they are used, and the system may drop
@@ -42,16 +73,18 @@ def load_model(config: ModelConfig, dtype: torch.dtype | None = None, device: to
         config: where it lies and how to load it.
         dtype: overrides `config.dtype` (full fine-tuning trains float32 weights).
         device: overrides `config.device`.
+        as_stored: with `config.dtype: auto` keep the precision of the files, even one in which this device cannot compute.
 
     Raises:
         ModelError: the folder is missing, unreadable or not a supported model.
     """
     from transformers import AutoModelForCausalLM
 
-    wanted = dtype if dtype is not None else (config.dtype if config.dtype == "auto" else getattr(torch, config.dtype))
     place = device or device_of(config)
+    wanted = dtype or _dtype(config, place, as_stored)
     if config.quantization != "none" and dtype is None:
-        model = _from_pretrained(AutoModelForCausalLM, config, dtype=wanted, quantization_config=_four_bits(), device_map={"": place})
+        bits = _four_bits(computing_dtype(torch.bfloat16, place))
+        model = _from_pretrained(AutoModelForCausalLM, config, dtype=wanted, quantization_config=bits, device_map={"": place})
     else:
         model = _from_pretrained(AutoModelForCausalLM, config, dtype=wanted)
         model = model if is_quantised(model) else model.to(place)
@@ -59,18 +92,26 @@ def load_model(config: ModelConfig, dtype: torch.dtype | None = None, device: to
     return model.requires_grad_(False).eval()
 
 
+def _dtype(config: ModelConfig, device: torch.device, as_stored: bool) -> torch.dtype | str:
+    """What `model.dtype` means on a device, as transformers is told."""
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)  # type: ignore[no-any-return]
+    stored = stored_dtype(config)
+    return "auto" if as_stored or computing_dtype(stored, device) == stored else torch.float32
+
+
 def is_quantised(model: Any) -> bool:
     """Whether transformers loaded a model in a quantised format; such a model stays where it was put."""
     return getattr(model, "hf_quantizer", None) is not None
 
 
-def _four_bits() -> Any:
+def _four_bits(dtype: torch.dtype) -> Any:
     """bitsandbytes' NF4, as in QLoRA (Dettmers et al. 2023)."""
     from transformers import BitsAndBytesConfig
 
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError("model.quantization=nf4 needs bitsandbytes: pip install 'farss[quantized]'")
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
 def load_tokenizer(config: ModelConfig) -> Any:

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 import json
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from farss.artifacts import Plan, Scores, Survey, write_json, write_text
 from farss.boundary import Boundary, Prober, Setting, find
 from farss.boundary import prepare as prepare_search
 from farss.card import write_card
-from farss.config import Config, QuestionSet
+from farss.config import Config, ModelConfig, QuestionSet
 from farss.data import (
     Row,
     Tokenized,
@@ -54,6 +55,7 @@ from farss.llamacpp import write_gguf
 from farss.merging import merge, merged_difference
 from farss.methods import Reading, Regime
 from farss.models import (
+    computing_dtype,
     device_of,
     empty_model,
     fingerprint,
@@ -61,7 +63,9 @@ from farss.models import (
     left_out,
     load_model,
     load_tokenizer,
+    multiplies_in,
     quiet,
+    stored_dtype,
     tokenizer_fingerprint,
 )
 from farss.plan import check_plan, make_plan, make_plan_without_survey, method_of, require_boundary, survey_cap
@@ -71,7 +75,7 @@ from farss.recovery import knowledge_alone, recover, recovery_rows
 from farss.report import write_report
 from farss.survey import LENGTH, own_text, read_layers, survey
 from farss.tasks.course import Course, prepare_course
-from farss.train import TrainResult, restore, train, training_steps
+from farss.train import TrainResult, products, restore, train, training_steps
 
 Tell = Callable[[str, int, int, str], None]
 """Called with (step, done, total, a line to show)."""
@@ -230,7 +234,7 @@ class Run:
 
     @property
     def _boundary_options(self) -> dict[str, Any]:
-        options = options_of(self.common_config, BOUNDARY_KEYS)
+        options = options_of(self.common_config, BOUNDARY_KEYS) | self._products
         del options["plan.boundary"]  # a search is the same, whatever was chosen before it
         return options
 
@@ -240,7 +244,12 @@ class Run:
 
     @property
     def _train_options(self) -> dict[str, Any]:
-        return options_of(self.config, (*PLAN_KEYS, *TRAIN_KEYS))
+        return options_of(self.config, (*PLAN_KEYS, *TRAIN_KEYS)) | self._products
+
+    @property
+    def _products(self) -> dict[str, str]:
+        """What `train.precision: auto` means on this machine: a result depends on it."""
+        return {"train.precision": products(self.config.train, device_of(self.config.model))}
 
     @property
     def _may_replan(self) -> bool:
@@ -258,8 +267,7 @@ class Run:
         parts = calibration_batches(
             self.common_examples.rows, config.calibration, self.tokenizer.pad_token_id, config.seed, config.data.max_length
         )
-        # blocks go to the GPU one at a time, unless they are quantised
-        model = load_model(config.model, device=torch.device("cpu") if config.model.quantization == "none" else None)
+        model = self._to_look_at()
         meta = {"model": fingerprint(model), "tokenizer": tokenizer_fingerprint(self.tokenizer), "path": config.model.path}
         with self.place.step("survey", options) as facts:
             result = survey(
@@ -276,7 +284,7 @@ class Run:
         options, place, cap = options_of(config, READING_KEYS[wanted.of]), self.place.path / wanted.name, survey_cap(config.plan)
         if self.place.is_done(wanted.name, options):
             return _check_cap(Survey.load(place), cap)
-        model = load_model(config.model, device=torch.device("cpu") if config.model.quantization == "none" else None)
+        model = self._to_look_at()
         begun = time.monotonic()
         with self.place.step(wanted.name, options) as facts:
             meta = {"model": fingerprint(model), "tokenizer": tokenizer_fingerprint(self.tokenizer), "path": config.model.path}
@@ -404,7 +412,7 @@ class Run:
         self.tell("export", 0, 1, "")
         with self.folder.step("export", options) as facts:
             if whole:
-                merge(self.trained(), plan, self.tokenizer, target, _stored_dtype(self.config), self.config.model.path)
+                merge(self.trained(), plan, self.tokenizer, target, stored_dtype(self.config.model), self.config.model.path)
                 facts_of_it = {"method": plan.method, "boundary": plan.boundary, "blocks": plan.blocks, "base": self.config.model.path}
                 stored = load_model(replace(self.config.model, path=str(target), dtype="auto"))
                 difference, precision = merged_difference(self.trained(), stored, self._prompts(self.trained()))
@@ -520,7 +528,19 @@ class Run:
             self.recover()
         self._live = None  # the next run of a comparison needs the memory
 
+    def drop_weights(self) -> None:
+        """Delete the trained weights in every form; what was measured of them stays, and the run counts as done."""
+        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+        for path in (self.path / name for name in ("adapter", "model", "recovered")):
+            for file in [*path.rglob("*.safetensors"), *path.rglob("*.gguf"), *path.rglob("*.bin")]:
+                file.unlink()
+
     # --- models -----------------------------------------------------------------------------------------------------
+
+    def _to_look_at(self) -> Any:
+        """The base model, whose blocks go to the GPU one at a time, unless they are quantised."""
+        model = self.config.model
+        return load_model(model, device=torch.device("cpu") if model.quantization == "none" else None, as_stored=True)
 
     def _adapted(self, plan: Plan, config: Config | None = None) -> Any:
         """The base model with this plan's adapters, before training; with another configuration's seed, if one is given."""
@@ -546,10 +566,10 @@ class Run:
         return {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
 
     def _handed_over(self) -> Any:
-        """The trained model in the precision in which it is handed over: full fine-tuning trains in float32, and is
-        saved as the base was."""
-        model = self.trained()
-        return model if self.plan().layers else model.to(_stored_dtype(self.config))
+        """The trained model with the weights that are handed over: full fine-tuning trains in float32, and is saved as the
+        base was."""
+        model, stored = self.trained(), stored_dtype(self.config.model)
+        return model if self.plan().layers else model.to(stored).to(computing_dtype(stored, model.device))
 
     def _ask(self, model: Any, folder: Path, who: str, config: Config | None = None) -> None:
         meta = {"path": self.config.model.path, "method": "base" if who.endswith("base") else self.config.plan.method}
@@ -595,16 +615,6 @@ def _check_cap(found: Survey, cap: int) -> Survey:
     return found
 
 
-def _stored_dtype(config: Config) -> torch.dtype:
-    """The precision in which the base model's weights are stored (or loaded, if the configuration says so)."""
-    from transformers import AutoConfig
-
-    if config.model.dtype != "auto":
-        return getattr(torch, config.model.dtype)  # type: ignore[no-any-return]
-    stored = getattr(AutoConfig.from_pretrained(config.model.path), "dtype", None)
-    return stored if isinstance(stored, torch.dtype) else torch.float32
-
-
 def versions() -> dict[str, str]:
     """Versions of what a result depends on, the machine, and the commit where there is one."""
     found = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "trl")}
@@ -613,6 +623,8 @@ def versions() -> dict[str, str]:
     found["machine"] = f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads" + (
         f", {torch.cuda.get_device_name(0)}" if torch.cuda.is_available() else ", no GPU"
     )
+    if not multiplies_in(torch.bfloat16, device_of(ModelConfig())):
+        found["machine"] += ", no units for bfloat16 products: computes in float32"
     found["date"] = time.strftime("%Y-%m-%d")
     return found
 

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -31,7 +31,7 @@ from farss.data import Tokenized
 from farss.errors import ConfigError, FarssError, FolderError, NumericalError
 from farss.memory import freed_memory_kept, peak_gib
 from farss.methods import Regime
-from farss.models import base_fingerprint
+from farss.models import base_fingerprint, multiplies_in
 from farss.tasks.course import Course
 
 Progress = Callable[[int, int, float | None], None]
@@ -132,6 +132,13 @@ def train(
     return run.result()
 
 
+def products(options: TrainConfig, device: torch.device) -> Literal["bf16", "fp32"]:
+    """The precision of matrix products that `train.precision` means on a device."""
+    if options.precision != "auto":
+        return options.precision
+    return "bf16" if multiplies_in(torch.bfloat16, device) else "fp32"
+
+
 def training_steps(options: TrainConfig, rows: int) -> int:
     """Optimiser steps of a training on so many examples."""
     return options.max_steps or math.ceil(options.epochs * math.ceil(rows / options.batch_size))
@@ -145,7 +152,8 @@ def restore(model: Any, folder: Path) -> None:
     """
     newest = _newest(Path(folder) / "checkpoints")
     if newest is None:
-        raise FolderError(f"there is no training in {folder}: run `farss train` first")
+        what = "the weights that were trained there are deleted" if (Path(folder) / "train.json").is_file() else "run `farss train` first"
+        raise FolderError(f"there is no training in {folder}: {what}")
     marker = read_json(newest / MARKER)
     if marker["step"] < marker["total"]:
         raise FolderError(f"the training in {folder} stopped at step {marker['step']} of {marker['total']}: run it again to go on")
@@ -197,6 +205,7 @@ def _identity(model: nn.Module, examples: Tokenized, config: Config, cycles: int
     for row in examples.rows:
         digest.update(array.array("q", [*row["input_ids"], -1, *row["completion_mask"], -1]).tobytes())
     options = {key: value for key, value in dataclasses.asdict(config.train).items() if key not in SAME_RESULT}
+    options["precision"] = products(config.train, next(model.parameters()).device)
     shapes = [[name, list(p.shape)] for name, p in model.named_parameters() if p.requires_grad]
     return fingerprint([options, config.seed, digest.hexdigest(), shapes, *([cycles] if cycles else [])])
 
@@ -374,7 +383,7 @@ def _arguments(options: TrainConfig, seed: int, checkpoints: Path, device: torch
         seed=seed,
         data_seed=seed,
         # precision and memory
-        bf16=options.precision == "bf16",
+        bf16=products(options, device) == "bf16",
         use_cpu=device.type == "cpu",
         dataloader_pin_memory=device.type == "cuda",
         activation_checkpointing=options.gradient_checkpointing,

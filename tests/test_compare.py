@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 from test_pipeline import model_folder, settings
@@ -9,7 +10,7 @@ from test_pipeline import model_folder, settings
 from farss.artifacts import Survey, questions
 from farss.compare import compare, held_out, the_rest
 from farss.config import from_dict, override
-from farss.errors import ConfigError
+from farss.errors import ConfigError, FolderError
 from farss.methods import METHODS
 from farss.report import comparison_markdown
 from farss.world.demo import demo_config
@@ -135,3 +136,19 @@ def test_several_jobs_give_the_table_of_one(values, tmp_path):
     timed = ("seconds_init", "seconds_train", "peak_memory_gib")
     for first, second in zip(alone["rows"], beside["rows"], strict=True):
         assert {key: first[key] for key in first if key not in timed} == {key: second[key] for key in second if key not in timed}
+
+
+def test_scores_alone_are_enough_to_go_on(values):
+    values["compare"] = {"methods": ["full", "lora", "dora"], "keep": "scores"}
+    first = read(folder := compare(from_dict(values), silent))
+    runs = [folder / row["folder"] for row in first["rows"]]
+    assert not [path for run in runs for path in run.rglob("*.safetensors")]
+    before = [(run / "steps" / "train.json").stat().st_mtime_ns for run in runs]
+    shutil.rmtree(folder / "survey", ignore_errors=True)  # a folder that came from another machine, without its large files
+    values["compare"]["seeds"] = [0, 1]
+    second = read(compare(from_dict(values), silent))
+    assert [row for row in second["rows"] if row["seed"] == 0] == first["rows"]
+    assert [(run / "steps" / "train.json").stat().st_mtime_ns for run in runs] == before
+    values["evaluate"]["task"][0]["limit"] = 8
+    with pytest.raises(FolderError, match=r"the weights that were trained there are deleted"):
+        compare(from_dict(values), silent)

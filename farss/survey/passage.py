@@ -70,7 +70,8 @@ def enter(model: nn.Module, blocks: nn.ModuleList, batch: Batch, uniforms: Tenso
 def through(block: nn.Module, index: int, passage: Passage, hidden: Tensor) -> Tensor:
     """The output [b, t, d] of a block for its input [b, t, d]."""
     args, kwargs = passage.calls[index]
-    output = block(hidden, *args, **kwargs)
+    # states that another kind of machine left on disk may be in another precision than its computing
+    output = block(hidden.to(passage.start.dtype), *args, **kwargs)
     result: Tensor = output[0] if isinstance(output, tuple) else output
     return result
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from farss.models import is_quantised
+from farss.models import computing_dtype, is_quantised
 from farss.survey.passage import Batch
 
 
@@ -24,15 +25,32 @@ def moved(batch: Batch, device: torch.device) -> Batch:
 
 @contextmanager
 def placed(tensors: list[Tensor], device: torch.device) -> Iterator[None]:
-    """Have these tensors' values on a device for a while."""
+    """Have these tensors' values on a device for a while, in a precision in which it can compute."""
     before = [tensor.data for tensor in tensors]
     for tensor in tensors:
-        tensor.data = tensor.data.to(device)
+        tensor.data = tensor.data.to(device, computing_dtype(tensor.dtype, device))
     try:
         yield
     finally:
         for tensor, data in zip(tensors, before, strict=True):
             tensor.data = data
+
+
+@contextmanager
+def placed_in_turn(blocks: nn.ModuleList, device: torch.device) -> Iterator[None]:
+    """Have each block on a device while it runs, whoever calls it."""
+    with ExitStack() as hooks, ExitStack() as running:
+
+        def enter(block: nn.Module, args: tuple[Any, ...]) -> None:
+            running.enter_context(placed(tensors_of(block), device))
+
+        def leave(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            running.close()
+
+        for block in blocks:
+            hooks.callback(block.register_forward_pre_hook(enter).remove)
+            hooks.callback(block.register_forward_hook(leave).remove)
+        yield
 
 
 @contextmanager

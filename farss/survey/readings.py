@@ -23,7 +23,7 @@ from farss.models import find_blocks, keep_gradients, target_layers
 from farss.models import fingerprint as model_fingerprint
 from farss.survey.kept import INPUT, Kept
 from farss.survey.passage import Batch, check_passage, enter, through
-from farss.survey.places import computing_device, frozen, moved, outside, placed, tensors_of
+from farss.survey.places import computing_device, frozen, moved, outside, placed, placed_in_turn, tensors_of
 from farss.survey.record import begin, finish, mark_file, same_survey, write_block
 from farss.survey.statistics import add_once, finite_moment, finite_weight, real_rows
 from farss.survey.sweep import Progress, real_tokens, silent
@@ -96,9 +96,10 @@ def _moments(
 ) -> Iterator[tuple[int, dict[str, Moment]]]:
     """The same, with the second moments of its layers' inputs; what enters the next block is kept on disk first."""
     kept, undone = Kept(folder), _undone(layers, folder)
-    if not kept.blocks(INPUT):
-        check_passage(model, blocks, moved(batches[0], next(model.parameters()).device))
     with placed(outside(model, blocks), device):
+        if not kept.blocks(INPUT):
+            with placed_in_turn(blocks, device):
+                check_passage(model, blocks, moved(batches[0], device))
         passages = [enter(model, blocks, moved(batch, device)) for batch in batches]
         if undone[:1] == [0]:
             kept.write(INPUT, 0, [passage.start for passage in passages])

@@ -29,7 +29,7 @@ from farss.models import fingerprint as model_fingerprint
 from farss.search import shallow_end
 from farss.survey.kept import GRADIENT, INPUT, Kept, check_space
 from farss.survey.passage import Batch, Passage, check_passage, counted, enter, output_gradient, through, uniform_draws
-from farss.survey.places import computing_device, frozen, moved, outside, placed, tensors_of
+from farss.survey.places import computing_device, frozen, moved, outside, placed, placed_in_turn, tensors_of
 from farss.survey.record import PROGRESS, begin, finish, mark_of, same_survey, write_block
 from farss.survey.statistics import Readout, Statistics, add_up, read_out, recording, start, summary
 
@@ -132,10 +132,11 @@ class Sweep:
         self.tokens = sum(int(counted(batch).sum()) for batch in batches)
         last, lowest = len(self.blocks) - 1, min(layer.block for layer in self.layers.values())
         undone = self._first_undone()
-        if undone == last and not self.kept.blocks(INPUT):
-            check_passage(self.model, self.blocks, moved(batches[0], next(self.model.parameters()).device))
-            self._announce(batches)
         with placed(outside(self.model, self.blocks), self.device):
+            if undone == last and not self.kept.blocks(INPUT):
+                with placed_in_turn(self.blocks, self.device):
+                    check_passage(self.model, self.blocks, moved(batches[0], self.device))
+                self._announce(batches)
             passages = self._passages(batches, draws)
             if undone == last and last not in self.kept.blocks(GRADIENT):
                 with self._timed("forward pass"):

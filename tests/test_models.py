@@ -1,0 +1,117 @@
+"""A CPU that cannot compute with 16 bits computes in float32: with the same values, and nothing else changes."""
+
+import pytest
+import torch
+from small_models import examples, save_small, small
+
+from farss import models
+from farss.config import ModelConfig, TrainConfig
+from farss.data import batches, collate
+from farss.methods import METHODS
+from farss.models import computing_dtype, fingerprint, load_model, multiplies_in
+from farss.survey import read_layers, survey
+from farss.train import products
+
+CPU, BFLOAT16 = torch.device("cpu"), torch.bfloat16
+
+
+@pytest.fixture(params=[True, False], ids=["with units", "without"])
+def units(request, monkeypatch):
+    """A CPU with units for 16-bit products, and one without."""
+    monkeypatch.setattr(models, "multiplies_in", lambda dtype, device: request.param or dtype not in (torch.float16, BFLOAT16))
+    monkeypatch.setattr("farss.train.multiplies_in", models.multiplies_in)
+    return request.param
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """A model's folder, in bfloat16."""
+    folder = save_small("llama-gqa", tmp_path / "model")
+    load_model(ModelConfig(path=str(folder)), BFLOAT16).save_pretrained(folder)
+    return folder
+
+
+def test_the_machine_is_asked_for_each_precision():
+    assert multiplies_in(torch.float32, CPU)
+    assert multiplies_in(torch.float64, CPU)
+    assert multiplies_in(BFLOAT16, CPU) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert computing_dtype(torch.float64, CPU) == torch.float64
+
+
+def test_a_torch_without_onednn_has_no_units(monkeypatch):
+    monkeypatch.delattr(torch.ops, "mkldnn", raising=False)
+    monkeypatch.setattr(torch.ops, "mkldnn", object(), raising=False)
+    assert not multiplies_in(BFLOAT16, CPU)
+
+
+def test_a_model_is_loaded_as_this_machine_computes(stored, units):
+    config = ModelConfig(path=str(stored), device="cpu")
+    kept, used = load_model(config, as_stored=True), load_model(config)
+    assert kept.dtype == BFLOAT16
+    assert used.dtype == (BFLOAT16 if units else torch.float32)
+    assert fingerprint(kept) == fingerprint(used)
+    assert all(torch.equal(a.float(), b.float()) for a, b in zip(kept.parameters(), used.parameters(), strict=True))
+
+
+def test_a_precision_that_is_asked_for_is_used(stored, units):
+    for dtype in ("float32", "bfloat16"):
+        assert load_model(ModelConfig(path=str(stored), dtype=dtype, device="cpu")).dtype == getattr(torch, dtype)
+        assert load_model(ModelConfig(path=str(stored), device="cpu"), getattr(torch, dtype)).dtype == getattr(torch, dtype)
+
+
+def test_training_multiplies_in_what_the_machine_has(units):
+    assert products(TrainConfig(), CPU) == ("bf16" if units else "fp32")
+    assert products(TrainConfig(precision="bf16"), CPU) == "bf16"
+    assert products(TrainConfig(precision="fp32"), CPU) == "fp32"
+
+
+def without_units(monkeypatch):
+    monkeypatch.setattr(models, "multiplies_in", lambda dtype, device: dtype not in (torch.float16, BFLOAT16))
+
+
+def as_batches():
+    return [collate(part, 0) for part in batches(examples(), 2)]
+
+
+def narrow_and_wide():
+    """The same weights in bfloat16 and in float32."""
+    return small("llama-gqa").to(BFLOAT16), small("llama-gqa").to(BFLOAT16).float()
+
+
+def bytes_of(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("block-*.safetensors")}
+
+
+def test_without_units_a_survey_is_that_of_the_same_weights_in_float32(tmp_path, monkeypatch):
+    without_units(monkeypatch)
+    narrow, wide = narrow_and_wide()
+    found = [survey(model, as_batches(), tmp_path / str(model.dtype), cap=4) for model in (narrow, wide)]
+    assert bytes_of(found[0].folder) == bytes_of(found[1].folder)
+    assert narrow.dtype == BFLOAT16
+    assert all(parameter.dtype == BFLOAT16 for parameter in narrow.parameters())
+
+
+def test_without_units_a_reading_is_that_of_the_same_weights_in_float32(tmp_path, monkeypatch):
+    without_units(monkeypatch)
+    read = METHODS["corda-kpm"].needs.read
+    found = [read_layers(model, tmp_path / str(model.dtype), read, 4, as_batches()) for model in narrow_and_wide()]
+    assert bytes_of(found[0].folder) == bytes_of(found[1].folder)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_survey_goes_on_where_another_kind_of_machine_left_it(tmp_path, monkeypatch, first):
+    narrow, _ = narrow_and_wide()
+    expected = survey(narrow, as_batches(), tmp_path / "whole", cap=4)
+
+    def stop(done, total, line):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "multiplies_in", lambda dtype, device: first)
+        with pytest.raises(KeyboardInterrupt):
+            survey(narrow, as_batches(), tmp_path / "moved", cap=4, on_progress=stop)
+    monkeypatch.setattr(models, "multiplies_in", lambda dtype, device: not first)
+    found = survey(narrow, as_batches(), tmp_path / "moved", cap=4)
+    for name in found.layers:
+        torch.testing.assert_close(found.directions(name).scores, expected.directions(name).scores, rtol=0.1, atol=0)
