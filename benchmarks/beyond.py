@@ -1,13 +1,14 @@
-"""Beyond the paper: variations on FARSS and LoRA, each at several learning rates, K against T.
+"""Beyond the paper: variations on FARSS and LoRA, at several learning rates, K against T.
 
     python benchmarks/beyond.py                                              # the embedded world
-    FARSS_DATA=../shared/data python benchmarks/beyond.py configs/gemma-banking77.yaml --variants farss farss+stay:1 --rates 0.5 1
+    FARSS_DATA=../shared/data python benchmarks/beyond.py configs/gemma-banking77.yaml --variants farss farss@0.5 farss+stay:1
 
-A variant is a method, and behind each `+` a change to it:
+A variant is a method, behind each `+` a change to it, and behind `@` a factor of its learning rate:
 
 - `stay:MU` adds `MU / 2 sum_l tr(G_l D_l A_l D_l^T)` to the loss, where `D_l` is the change of a layer's weight, and `A_l` and
   `G_l` are the second moments of activations and gradients on *knowledge* text: the Kronecker-factored second-order estimate of the
   divergence (nats a token) between the base and the fine-tuned model on that text (Ritter et al. 2018 use it between tasks);
+- `thin:MU` the same with the 64 largest eigenvalues of each, and the mean of the others for the rest: what a large model could afford;
 - `diagonal:MU` the same with the diagonals of A and G alone;
 - `decay:MU` the same with multiples of the identity of the same trace, which know nothing of knowledge: the control;
 - `ratio` chooses the directions with the largest (deep) and smallest (shallow) quotient of task score and knowledge score;
@@ -19,10 +20,11 @@ Finished runs are not done again. The knowledge text is `calibration.knowledge`,
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from common import WORK, environment, table, write_section
@@ -37,14 +39,16 @@ from farss.evaluate import Summary
 from farss.folder import Folder
 from farss.maths.directions import select
 from farss.methods import Regime
-from farss.models import layer_shapes, load_model, target_layers
+from farss.models import fingerprint, layer_shapes, load_model, target_layers
 from farss.pipeline import Run, versions
 from farss.survey import survey
 from farss.world.demo import demo_config
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 """By layer: `A [n, n]` and `G [m, m]`."""
-VARIANTS = ["farss", "farss+stay:1", "farss+stay:10", "farss+decay:1", "farss+ratio", "farss+aside", "lora", "lora+stay:1", "lora+stay:10"]
+THIN = 64
+"""Eigenvalues that a thin penalty keeps."""
+VARIANTS = ["farss", "farss@0.5", "farss+stay:1", "farss+decay:1", "farss+ratio", "farss+aside", "lora", "lora+stay:1"]
 
 
 def moments(model: Any, names: list[str], rows: list[dict[str, Any]], size: int, pad: int) -> Factors:
@@ -79,6 +83,31 @@ def moments(model: Any, names: list[str], rows: list[dict[str, Any]], size: int,
     return {name: (a / tokens, g / tokens) for name, (a, g) in sums.items()}
 
 
+class Root(NamedTuple):
+    """A positive semidefinite matrix as `columns columns^T + rest I`."""
+
+    columns: Tensor
+    """[d, q]."""
+    rest: float = 0.0
+
+    def form(self, x: Tensor) -> Tensor:
+        """`x^T M x` of `x [d, r]`."""
+        seen = self.columns.T @ x
+        return seen.T @ seen + self.rest * (x.T @ x)
+
+
+def root(matrix: Tensor, kind: str) -> Root:
+    """What a kind of penalty knows of a second moment `[d, d]`."""
+    if kind == "decay":
+        return Root(matrix.new_empty(len(matrix), 0), float(matrix.diagonal().mean()))
+    if kind == "diagonal":
+        return Root(matrix.diagonal().sqrt().diag())
+    values, vectors = torch.linalg.eigh(matrix.double())
+    kept = min(len(values), THIN if kind == "thin" else len(values))
+    left_out = float(values[:-kept].clamp_min(0).mean()) if kept < len(values) else 0.0
+    return Root((vectors[:, -kept:] * (values[-kept:] - left_out).clamp_min(0).sqrt()).float(), left_out)
+
+
 @dataclass
 class Stay(Regime):
     """A price on moving weights that knowledge text uses."""
@@ -87,11 +116,9 @@ class Stay(Regime):
     price: float
     factors: Factors
     plan: Plan
-    last: float = 0.0
 
     def __post_init__(self) -> None:
-        makes = {"stay": lambda x: x, "diagonal": lambda x: x.diagonal().diag(), "decay": lambda x: x.diagonal().mean() * torch.eye(len(x))}
-        self.factors = {name: (makes[self.kind](a), makes[self.kind](g)) for name, (a, g) in self.factors.items()}
+        self.roots = {name: (root(a, self.kind), root(g, self.kind)) for name, (a, g) in self.factors.items()}
 
     def begin(self, model: Any, steps: int) -> None:
         self.layers = lora_layers(model, self.plan)
@@ -99,14 +126,11 @@ class Stay(Regime):
     def penalty(self) -> Tensor:
         total = torch.zeros(())
         for name, module in self.layers.items():
-            a, g = self.factors[name]
-            left, right = [], []
-            for adapter in (TRAINED, START):
-                if adapter in module.lora_B:
-                    left.append(module.scaling[adapter] * module.lora_B[adapter].weight)
-                    right.append(module.lora_A[adapter].weight)
-            p, q = torch.cat(left, 1), torch.cat(right, 0)  # D = p q: the frozen adapter holds the start, negative
-            total = total + ((p.T @ (g @ p)) * (q @ (a @ q.T)).T).sum()
+            adapters = [adapter for adapter in (TRAINED, START) if adapter in module.lora_B]  # D = p q: START holds the start, negative
+            p = torch.cat([module.scaling[adapter] * module.lora_B[adapter].weight for adapter in adapters], 1)
+            q = torch.cat([module.lora_A[adapter].weight for adapter in adapters], 0)
+            a, g = self.roots[name]
+            total = total + (g.form(p) * a.form(q.T)).sum()
         return self.price / 2 * total
 
 
@@ -140,7 +164,9 @@ class Variant(Run):
         config, rows = self.common_config, self.common_examples.rows if what == "task" else self._knowledge_rows()
         parts = calibration_batches(rows, config.calibration, self.tokenizer.pad_token_id, config.seed, config.data.max_length)
         cap = max(min(layer.shape) for layer in layer_shapes(config.model)[0].values())
-        return survey(self._to_look_at(), parts, place, cap, config.model.targets, config.calibration.fisher, config.seed)
+        model = self._to_look_at()
+        meta = {"model": fingerprint(model)}
+        return survey(model, parts, place, cap, config.model.targets, config.calibration.fisher, config.seed, meta)
 
     def statistics(self) -> Survey | None:
         rules = {"ratio", "aside"} & set(self.changes)
@@ -161,20 +187,20 @@ class Variant(Run):
 
     def _adapted(self, plan: Plan, config: Config | None = None) -> Any:
         adapted = super()._adapted(plan, config)
-        for kind in ("stay", "diagonal", "decay"):
+        for kind in ("stay", "thin", "diagonal", "decay"):
             if kind in self.changes:
                 self._regime = Stay(kind, float(self.changes[kind]), self._factors, plan)
         return adapted
 
 
-def variant(config: Config, folder: Path, name: str, rate: float, tell: Any) -> Variant:
+def variant(config: Config, folder: Path, name: str, tell: Any) -> Variant:
     """One run."""
-    method, *changes = name.split("+")
+    what, _, factor = name.partition("@")
+    method, *changes = what.split("+")
     own = config.compare.settings.get(method, {})
-    options = [f"plan.method={method}", *(f"{key}={value}" for key, value in own.items())]
-    config = override(config, options)
-    rate *= config.train.learning_rate
-    place = folder / f"{name.replace(':', '-')}-lr{rate:g}"
+    config = override(config, [f"plan.method={method}", *(f"{key}={value}" for key, value in own.items())])
+    rate = config.train.learning_rate * float(factor or 1)
+    place = folder / f"{what.replace(':', '-')}-lr{rate:g}"
     config = override(config, [f"out={place}", f"train.learning_rate={rate}", "compare={methods: [], seeds: [], settings: {}}"])
     found = dict(change.partition(":")[::2] for change in changes)
     label = place.name
@@ -194,7 +220,7 @@ def nats(summary: Summary, kind: str) -> str:
 def row(name: str, run: Variant, summary: Summary) -> dict[str, str]:
     """A line of the table."""
     return {
-        "variant": name,
+        "variant": name.partition("@")[0],
         "learning rate": f"{run.config.train.learning_rate:g}",
         **{f"{metric} %": estimate(summary, metric) for metric in ("K", "T", "KT")},
         "kept (nats)": nats(summary, "knowledge"),
@@ -206,7 +232,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("arguments", nargs="*", help="a run file (default: the embedded world), and key=value")
     parser.add_argument("--variants", nargs="+", default=VARIANTS)
-    parser.add_argument("--rates", nargs="+", type=float, default=[0.5, 1.0])
     given = parser.parse_args()
     file = next((Path(each) for each in given.arguments if "=" not in each), None)
     name, config = (file.stem, load(file)) if file else ("world", demo_config(""))
@@ -214,21 +239,13 @@ def main() -> None:
     folder = WORK / f"beyond-{name}-seed{config.seed}"
     config = override(config, [f"out={folder}"])
     Folder(folder).claim(config, versions())
-    rows = []
     with bars() as tell:
-        full = variant(config, folder, "full", 1.0, tell)
-        full.all_but_report()
-        full.drop_weights()
-        for each in given.variants:
-            for rate in given.rates:
-                run = variant(config, folder, each, rate, tell)
-                run.all_but_report()
-                run.drop_weights()
-                summary = run.summarise(full.path / "scores.json")
-                rows.append(row(each, run, summary))
-                print(rows[-1], flush=True)
-    rows.insert(0, row("full", full, full.summarise(full.path / "scores.json")))
-    command = " ".join(["python benchmarks/beyond.py", *given.arguments])
+        runs = {each: variant(config, folder, each, tell) for each in ["full", *given.variants]}
+        for run in runs.values():
+            run.all_but_report()
+            run.drop_weights()
+    rows = [row(each, run, run.summarise(runs["full"].path / "scores.json")) for each, run in runs.items()]
+    command = " ".join(["python benchmarks/beyond.py", *sys.argv[1:]])
     write_section(f"beyond-{name}-seed{config.seed}", f"`{command}`\n\n{table(rows)}\n\n({environment()})", "beyond.md")
 
 
