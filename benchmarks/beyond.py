@@ -28,16 +28,18 @@ from typing import Any, NamedTuple
 
 import torch
 from common import WORK, environment, table, write_section
+from safetensors.torch import load_file
 from torch import Tensor
 
 from farss.adapter import START, TRAINED, lora_layers
-from farss.artifacts import Plan, Survey, read_json, write_json
+from farss.artifacts import Plan, Survey, read_json, write_json, write_tensors
 from farss.cli import bars
 from farss.config import Config, load, override
 from farss.data import batches, calibration_batches, collate
 from farss.evaluate import Summary
 from farss.folder import Folder
 from farss.maths.directions import select
+from farss.maths.moments import Moment, kept_rows
 from farss.methods import Regime
 from farss.models import fingerprint, layer_shapes, load_model, target_layers
 from farss.pipeline import Run, versions
@@ -53,16 +55,15 @@ VARIANTS = ["farss", "farss@0.5", "farss+stay:1", "farss+decay:1", "farss+ratio"
 
 def moments(model: Any, names: list[str], rows: list[dict[str, Any]], size: int, pad: int) -> Factors:
     """Second moments of inputs and output gradients of the summed loss, mean over real tokens, of whole matrices."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-    sums: dict[str, tuple[Tensor, Tensor]] = {}
-    tokens = 0
+    found = {name: (Moment(), Moment()) for name in names}
+    mask = torch.empty(0)
 
     def hook(name: str) -> Any:
-        def keep(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
-            output.retain_grad()
-            seen[name] = (args[0].detach(), output)
+        def record(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+            found[name][0].add(kept_rows(args[0].detach(), mask))
+            output.register_hook(lambda gradient: found[name][1].add(kept_rows(gradient, mask)))
 
-        return keep
+        return record
 
     hooks = [model.get_submodule(name).register_forward_hook(hook(name)) for name in names]
     model.get_input_embeddings().weight.requires_grad_(True)  # so that there are gradients at all
@@ -72,15 +73,10 @@ def moments(model: Any, names: list[str], rows: list[dict[str, Any]], size: int,
         logits = model(**{key: value for key, value in batch.items() if key != "counted"}).logits[:, :-1]
         logits, targets = logits.flatten(0, 1).float(), labels[:, 1:].flatten()
         torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum").backward()
-        for name, (h, y) in seen.items():
-            x, g = h[mask].float(), y.grad[mask].float()
-            a, b = sums.get(name, (0.0, 0.0))
-            sums[name] = (a + x.T @ x, b + g.T @ g)
-        tokens += int(mask.sum())
         model.zero_grad()
     for one in hooks:
         one.remove()
-    return {name: (a / tokens, g / tokens) for name, (a, g) in sums.items()}
+    return {name: (a.mean, g.mean) for name, (a, g) in found.items()}
 
 
 class Root(NamedTuple):
@@ -149,12 +145,13 @@ class Variant(Run):
 
     @cached_property
     def _factors(self) -> Factors:
-        path = self.common.path / "knowledge-moments.pt"
+        path = self.common.path / "knowledge-moments.safetensors"
         if not path.is_file():
-            model = load_model(self.config.model)
-            rows = self._knowledge_rows()
-            torch.save(moments(model, list(target_layers(model, self.config.model.targets)), rows, 8, self.tokenizer.pad_token_id), path)
-        return torch.load(path)
+            model, rows = load_model(self.config.model), self._knowledge_rows()
+            found = moments(model, list(target_layers(model, self.config.model.targets)), rows, 8, self.tokenizer.pad_token_id)
+            write_tensors(path, {f"{side}.{name}": each for name, pair in found.items() for side, each in zip("AG", pair, strict=True)})
+        held = load_file(path)
+        return {key[2:]: (held[key], held[f"G.{key[2:]}"]) for key in held if key.startswith("A.")}
 
     def _survey_of(self, what: str) -> Survey:
         """Of the task or of the knowledge text, with every direction."""
