@@ -27,14 +27,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from common import WORK, environment, table, write_section
+from common import environment, percent, run_config, table, write_section
 from safetensors.torch import load_file
 from torch import Tensor
 
 from farss.adapter import START, TRAINED, lora_layers
 from farss.artifacts import Plan, Survey, read_json, write_json, write_tensors
 from farss.cli import bars
-from farss.config import Config, load, override
+from farss.config import Config, override
 from farss.data import batches, calibration_batches, collate
 from farss.evaluate import Summary
 from farss.folder import Folder
@@ -44,7 +44,6 @@ from farss.methods import Regime
 from farss.models import fingerprint, layer_shapes, load_model, target_layers
 from farss.pipeline import Run, versions
 from farss.survey import survey
-from farss.world.demo import demo_config
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 """By layer: `A [n, n]` and `G [m, m]`."""
@@ -204,11 +203,6 @@ def variant(config: Config, folder: Path, name: str, tell: Any) -> Variant:
     return Variant(config, shared=folder, tell=lambda step, done, total, line: tell(f"{label}: {step}", done, total, line), changes=found)
 
 
-def estimate(summary: Summary, metric: str) -> str:
-    found = getattr(summary, metric)
-    return "" if found is None else f"{100 * found.value:.1f} ({100 * found.low:.1f} to {100 * found.high:.1f})"
-
-
 def nats(summary: Summary, kind: str) -> str:
     found = [each.gold_change.value for each in summary.benchmarks if each.kind == kind and each.gold_change]
     return f"{sum(found) / len(found):+.2f}" if found else ""
@@ -216,10 +210,11 @@ def nats(summary: Summary, kind: str) -> str:
 
 def row(name: str, run: Variant, summary: Summary) -> dict[str, str]:
     """A line of the table."""
+    known = {metric: getattr(summary, metric) for metric in ("K", "T", "KT")}
     return {
         "variant": name.partition("@")[0],
         "learning rate": f"{run.config.train.learning_rate:g}",
-        **{f"{metric} %": estimate(summary, metric) for metric in ("K", "T", "KT")},
+        **{f"{metric} %": percent(x.value, x.low, x.high) if x else "" for metric, x in known.items()},
         "kept (nats)": nats(summary, "knowledge"),
         "learned (nats)": nats(summary, "task"),
     }
@@ -230,10 +225,8 @@ def main() -> None:
     parser.add_argument("arguments", nargs="*", help="a run file (default: the embedded world), and key=value")
     parser.add_argument("--variants", nargs="+", default=VARIANTS)
     given = parser.parse_args()
-    file = next((Path(each) for each in given.arguments if "=" not in each), None)
-    name, config = (file.stem, load(file)) if file else ("world", demo_config(""))
-    config = override(config, [each for each in given.arguments if "=" in each])
-    folder = WORK / f"beyond-{name}-seed{config.seed}"
+    name, config = run_config(given.arguments, "beyond")
+    folder = Path(f"{config.out}-seed{config.seed}")
     config = override(config, [f"out={folder}"])
     Folder(folder).claim(config, versions())
     with bars() as tell:

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from common import WORK, environment, table, write_section
+from common import environment, percent, run_config, table, write_section
 
 from farss.artifacts import questions
 from farss.boundary import Boundary
 from farss.cli import bars
-from farss.config import Config, load, override, to_dict
+from farss.config import Config, override, to_dict
 from farss.evaluate import Summary
 from farss.folder import Folder
 from farss.jobs import do_all
@@ -29,7 +29,6 @@ from farss.models import layer_shapes
 from farss.pipeline import Run, Tell, versions
 from farss.search import candidates
 from farss.train import TrainResult
-from farss.world.demo import demo_config
 
 BASE, FULL = 0, 1
 """The first two models of every benchmark's outcomes; the candidates follow."""
@@ -102,10 +101,6 @@ def balanced(folder: Path, wanted: list[int], config: Config) -> tuple[dict[int,
     return values, resampled
 
 
-def percent(value: float, low: float, high: float) -> str:
-    return f"{100 * value:.1f} ({100 * low:.1f} to {100 * high:.1f})"
-
-
 def written(measured: Measured, arguments: list[str]) -> str:
     """The table, and what it says."""
     found, best = measured.found, max(measured.values, key=lambda n: (measured.values[n], -n))
@@ -143,11 +138,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("arguments", nargs="*", help="a run file (default: the embedded world), and key=value")
     arguments = parser.parse_args().arguments
-    file = next((Path(each) for each in arguments if "=" not in each), None)
-    name, config = (file.stem, load(file)) if file else ("world", demo_config(""))
-    folder = WORK / f"boundary-{name}"
-    config = override(config, [*(each for each in arguments if "=" in each), f"out={folder}"])
-    write_section(f"boundary-{name}", written(measure(config, folder), arguments), "boundary.md")
+    name, config = run_config(arguments, "boundary")
+    write_section(f"boundary-{name}", written(measure(config, Path(config.out)), arguments), "boundary.md")
 
 
 if __name__ == "__main__":

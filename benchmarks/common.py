@@ -13,6 +13,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from farss.config import Config
 
 WORK = Path(os.environ.get("FARSS_BENCHMARKS", Path(tempfile.gettempdir()) / "farss-benchmarks"))
 """Models and logs; large ones stay for the next time."""
@@ -25,6 +29,25 @@ def data_file(name: str) -> Path:
     if not path.is_file():
         sys.exit(f"there is no {path}: set FARSS_DATA to the folder with the data sets")
     return path
+
+
+def run_config(arguments: list[str], title: str) -> tuple[str, Config]:
+    """The name and the configuration that a benchmark is given: a run file (default: the embedded world) and key=value.
+
+    Args:
+        title: of the benchmark; it runs in a folder of this name in `WORK`.
+    """
+    from farss.config import load, override
+    from farss.world.demo import demo_config
+
+    file = next((Path(each) for each in arguments if "=" not in each), None)
+    name, config = (file.stem, load(file)) if file else ("world", demo_config(""))
+    return name, override(config, [*(each for each in arguments if "=" in each), f"out={WORK / f'{title}-{name}'}"])
+
+
+def percent(value: float, low: float, high: float) -> str:
+    """A share and its interval."""
+    return f"{100 * value:.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
