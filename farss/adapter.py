@@ -120,7 +120,7 @@ def start_of(plan: Plan, survey: Survey, name: str) -> Start:
     layer = plan.layers[name]
     u, v = survey.vectors(name, layer.directions)
     sigma = survey.directions(name).sigma[layer.directions]
-    return METHODS[plan.method].start(u, sigma, v, layer.scaling)
+    return METHODS[plan.method].start(u, sigma, v, 1.0 if plan.unscaled else layer.scaling)
 
 
 def _begin(adapted: Any, plan: Plan, survey: Survey) -> None:

@@ -265,6 +265,8 @@ class Plan:
     """Rank R of the deep layers."""
     notes: list[str] = field(default_factory=list)
     """What was decided on the way, in sentences (matched rank, lost budget, ...)."""
+    unscaled: bool = False
+    """The factors do without 1 / s, so that s times the chosen part of a weight leaves the base (`alpha: constant`)."""
 
     @property
     def parameters(self) -> int:

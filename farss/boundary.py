@@ -20,11 +20,20 @@ import numpy as np
 from farss.artifacts import Plan, Survey, read_json, write_json
 from farss.config import Config, QuestionSet
 from farss.data import Row, Tokenized, choose
-from farss.errors import ConfigError
+from farss.errors import ConfigError, NumericalError
 from farss.memory import freed_memory_kept
 from farss.plan import make_plan
 from farss.search import Candidate, Found, Outcomes, Round, Schedule, candidates, fit, halved, search
-from farss.tasks.likelihood import FORWARD, LEAST, affordable, question_tokens, text_tokens, token_loglikelihoods, tokens_of
+from farss.tasks.likelihood import (
+    FORWARD,
+    LEAST,
+    affordable,
+    other_question_tokens,
+    question_tokens,
+    text_tokens,
+    token_loglikelihoods,
+    tokens_of,
+)
 from farss.train import train, training_steps
 
 Tell = Callable[[int, int, str], None]
@@ -61,12 +70,13 @@ class Boundary:
 
     def save(self, path: Path) -> None:
         """Write `boundary.json`."""
-        write_json(path, dataclasses.asdict(self))
+        write_json(path, {**dataclasses.asdict(self), "sentence": self.sentence})
 
     @classmethod
     def load(cls, path: Path) -> Boundary:
         """Read `boundary.json`."""
         values = read_json(path)
+        values.pop("sentence", None)  # it follows from the others
         values["candidates"] = [Candidate(**each) for each in values["candidates"]]
         values["rounds"] = [[Candidate(**each) for each in one] for one in values["rounds"]]
         return cls(**values)
@@ -152,8 +162,7 @@ def knowledge_rows(config: Config, tokenizer: Any, room: float, notes: list[str]
     limit = config.boundary.questions
     if sets:
         share = max(LEAST, limit // len(sets))
-        rows = {entry.name: question_tokens(entry, "knowledge", config, tokenizer, share) for entry in sets}
-        rows = {name: choose(each, affordable(each, share, room / len(sets)), config.seed) for name, each in rows.items()}
+        rows = {entry.name: _questions(entry, config, tokenizer, share, room / len(sets), notes) for entry in sets}
         return rows, "probability of the answers to " + ", ".join(f"{len(each)} questions of {name}" for name, each in rows.items())
     if config.evaluate.text:
         text = text_tokens(config, tokenizer, limit)
@@ -164,6 +173,20 @@ def knowledge_rows(config: Config, tokenizer: Any, room: float, notes: list[str]
         "plan.boundary=auto needs something to measure forgetting on: give a file of questions (evaluate.knowledge: "
         "[{name: facts, data: questions.jsonl}]) or of general text (evaluate.text), or give plan.boundary a number"
     )
+
+
+def _questions(entry: QuestionSet, config: Config, tokenizer: Any, limit: int, room: float, notes: list[str]) -> list[Row]:
+    """Questions that the evaluation does not ask, so that no boundary is chosen by those that judge it; where the file has
+    too few of them, asked ones too."""
+    fresh = other_question_tokens(entry, "knowledge", config, tokenizer, limit)
+    asked = question_tokens(entry, "knowledge", config, tokenizer, limit) if len(fresh) < limit else []
+    count = affordable([*fresh, *asked], limit, room)
+    if count > len(fresh):
+        notes.append(
+            f"K is measured on {count} questions of {entry.name}, of which {count - len(fresh)} are asked in the evaluation too: the "
+            "file has no others (a smaller limit would leave some)."
+        )
+    return [*choose(fresh, count, config.seed), *choose(asked, max(0, count - len(fresh)), config.seed)]
 
 
 def hold_out(rows: list[Row], limit: int, room: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -178,7 +201,7 @@ def hold_out(rows: list[Row], limit: int, room: float, seed: int) -> tuple[list[
             f"plan.boundary=auto holds out a fifth of the training examples, and {len(rows)} are too few for that: "
             f"give {5 * LEAST} or more, or give plan.boundary a number"
         )
-    # not the run's own seed, with which the calibration examples are drawn: statistics and scores from different examples
+    # not the run's own seed: it would hold out just the examples that the statistics were estimated on
     held = set(choose(range(len(rows)), affordable(rows, most, room), seed + 1))
     return [row for place, row in enumerate(rows) if place in held], [row for place, row in enumerate(rows) if place not in held]
 
@@ -229,12 +252,18 @@ class Prober:
         done, total = sum(self.reached.values()) - self.reached.get(boundary, 0), self.setting.schedule.training
         plan = make_plan(replace(self.config.plan, boundary=boundary), self.survey)
         model = self.adapted(plan)
-        train(
-            *(model, self.tokenizer, self.setting.train, probe_config(self.config, rounds), self._place(boundary)),
-            on_progress=lambda step, _, loss: self.tell(done + step, total, f"boundary {boundary}, step {step} of {steps}"),
-            stop_at=steps,
-            cycles=rounds[-1].steps // rounds[0].steps,
-        )
+        try:
+            train(
+                *(model, self.tokenizer, self.setting.train, probe_config(self.config, rounds), self._place(boundary)),
+                on_progress=lambda step, _, loss: self.tell(done + step, total, f"boundary {boundary}, step {step} of {steps}"),
+                stop_at=steps,
+                cycles=rounds[-1].steps // rounds[0].steps,
+            )
+        except NumericalError as error:
+            raise NumericalError(
+                f"the probe of boundary {boundary} failed at {self.config.boundary.rate:g} times the training's learning rate, "
+                f"so boundary.rate={self.config.boundary.rate:g} may be what is too high: {error}"
+            ) from error
         found = self._outcomes(model, plan.parameters)
         del model
         gc.collect()  # a trainer and its model hold each other, and the next model needs the memory

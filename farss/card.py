@@ -42,8 +42,7 @@ def _adapter_lines(facts: dict[str, Any]) -> list[str]:
         "`farss.load_adapter(base, folder)`, which refuses another base, with `PeftModel.from_pretrained(base, folder)`, or serve it "
         "with vLLM or llama.cpp.",
         "",
-        f"Checked: its logits on the base differ from the trained model's by at most {facts['logit_difference']:.1e} "
-        f"({facts['precision']}){lost}.",
+        f"Checked: its logits on the base differ from the trained model's by at most {facts['logit_difference']:.1e} (float32){lost}.",
     ]
 
 
@@ -52,7 +51,7 @@ def _model_lines(facts: dict[str, Any]) -> list[str]:
     if facts.get("logit_difference") is not None:
         lines[0] += (
             f" They are rounded as the base's are, so its logits differ from the trained model's by up to "
-            f"{facts['logit_difference']:.1e} ({facts['precision']})."
+            f"{facts['logit_difference']:.1e} (float32)."
         )
     return lines
 

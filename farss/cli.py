@@ -220,10 +220,10 @@ def boundary(config: ConfigFile, overrides: Overrides = None) -> None:
     with _single(config, wanted) as one:
         console.print(one.search_setting.sentence, highlight=False, soft_wrap=True)
         found = one.boundary()
+        page = one.report()
     _show_boundary(found)
-    for note in [found.sentence, *found.notes]:
-        console.print(note, highlight=False, soft_wrap=True)
-    _where({"boundary": one.path / "boundary.json"})
+    console.print(found.sentence, highlight=False, soft_wrap=True)
+    _where({"boundary": one.path / "boundary.json", "report": page})
 
 
 def _show_boundary(found: Any) -> None:
@@ -232,6 +232,8 @@ def _show_boundary(found: Any) -> None:
     if found.candidates:
         console.print(boundary_table(found))
         console.print(f"[dim]K: {_escape(found.knowledge)}\nT: {_escape(found.task)}", highlight=False, soft_wrap=True)
+    for note in found.notes:
+        console.print(note, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -240,6 +242,8 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     with _single(config, overrides) as one:
         result = one.train()
     console.print(f"{result.steps} steps, loss {result.loss:.4f}, {result.seconds:.0f} s, peak memory {result.peak_memory_gib:.1f} GiB")
+    if result.cut:
+        console.print(result.cut, highlight=False)
     zero = (one.folder.record("train") or {}).get("step_zero")
     if zero:
         found = ", ".join(f"{value:.1e} ({precision})" for precision, value in zero.items())
@@ -275,13 +279,13 @@ def export(
     facts = one.folder.record("export") or {}
     if "rank" in facts:
         console.print(
-            f"rank {facts['rank']}; logits differ from the trained model's by at most {facts['logit_difference']:.1e} "
-            f"({facts['precision']}); lost to compression: {facts['lost']:.2%}"
+            f"rank {facts['rank']}; logits differ from the trained model's by at most {facts['logit_difference']:.1e} (float32); "
+            f"lost to compression: {facts['lost']:.2%}"
         )
     elif "logit_difference" in facts:
         console.print(
             f"its weights are rounded as the base's are: logits differ from the trained model's by at most "
-            f"{facts['logit_difference']:.1e} ({facts['precision']})"
+            f"{facts['logit_difference']:.1e} (float32)"
         )
     _where({target.name: target})
 
@@ -308,7 +312,7 @@ def convert(
 
     quiet()
     done = turn(prepared, trained, out, rank, energy)
-    console.print(f"rank {done.rank}; logits differ from the trained model's by at most {done.logit_difference:.1e} ({done.precision})")
+    console.print(f"rank {done.rank}; logits differ from the trained model's by at most {done.logit_difference:.1e} (float32)")
     _where({"adapter": out})
 
 
@@ -398,7 +402,8 @@ def _facts(folder: Path) -> None:
     """What the report says, briefly: the table of a comparison, or the ranks and the scores of a run."""
     from farss.artifacts import Plan, read_json
     from farss.boundary import Boundary
-    from farss.terminal import comparison_table, rank_map, summary_table
+    from farss.terminal import boundary_departure, comparison_table, rank_map, summary_table
+    from farss.train import TrainResult
 
     if (folder / "comparison.json").is_file():
         comparison = read_json(folder / "comparison.json")
@@ -406,15 +411,20 @@ def _facts(folder: Path) -> None:
         for note in comparison.get("notes") or []:
             console.print(f"[dim]{_escape(note)}", highlight=False)
         return
-    if (folder / "boundary.json").is_file():
-        _show_boundary(Boundary.load(folder / "boundary.json"))
     plan = Plan.load(folder / "plan.json") if (folder / "plan.json").is_file() else None
+    if (folder / "boundary.json").is_file():
+        found = Boundary.load(folder / "boundary.json")
+        _show_boundary(found)
+        if told := boundary_departure(found, plan):
+            console.print(told, highlight=False, markup=False, soft_wrap=True)
     if plan and plan.layers:
         console.print(rank_map(plan))
     if (folder / "summary.json").is_file():
         console.print(summary_table(read_json(folder / "summary.json")))
     for note in plan.notes if plan else []:
         console.print(note, highlight=False, markup=False)
+    if (folder / "train.json").is_file() and (cut := TrainResult.load(folder / "train.json").cut):
+        console.print(cut, highlight=False)
 
 
 def _handed_over(folder: Path) -> Path:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from farss.artifacts import Plan, Scores, read_json, write_json, write_text
-from farss.config import Config, from_dict, set_key, to_dict
-from farss.errors import ConfigError
-from farss.evaluate import Entry, Standing, Summary, differences, standings, task_score
-from farss.folder import READING_KEYS, SURVEY_KEYS, Folder, options_of, resolve
+from farss.artifacts import Plan, Scores, write_json, write_text
+from farss.config import Config, from_dict, nearest, set_key, to_dict
+from farss.errors import ConfigError, FarssError
+from farss.evaluate import Entry, Estimate, Standing, Summary, differences, standings, task_score
+from farss.folder import READING_KEYS, SURVEY_KEYS, Folder, options_of, replaced, resolve
 from farss.jobs import do_all
 from farss.maths.frontier import area, kept_at, learned_at
+from farss.maths.metrics import balance
+from farss.methods import METHODS
 from farss.pipeline import Run, Tell, versions
-from farss.plan import method_of
+from farss.plan import method_of, survey_cap
 from farss.report import comparison_csv, comparison_markdown, write_report
 from farss.train import TrainResult
 
@@ -35,6 +38,7 @@ def compare(config: Config, tell: Tell) -> Path:
         The comparison's folder.
     """
     config = resolve(config)
+    check_labels(config)
     check_tuning(config)
     labels = config.compare.methods
     factors: list[float | None] = [*config.compare.tune] or [None]
@@ -45,10 +49,10 @@ def compare(config: Config, tell: Tell) -> Path:
         entrant.run.check_unchanged()
     Folder(config.out).claim(config, versions())
     _run_all(everyone)
-    chosen = choose(config, tried)
+    chosen, measure = choose(config, tried)
     final = [Entrant(label, chosen[label].factor, seed, config, tell) for seed in seeds(config) for label in labels]
     _run_all(final)
-    return _write(config, tried, chosen, final)
+    return _write(config, tried, chosen, final, _notes(config, chosen, measure))
 
 
 def _run_all(entrants: list[Entrant]) -> None:
@@ -70,6 +74,23 @@ def _run_one(item: tuple[str, float | None, int, Config], tell: Tell) -> None:
 def seeds(config: Config) -> list[int]:
     """The seeds of a comparison."""
     return config.compare.seeds or [config.seed]
+
+
+def check_labels(config: Config) -> None:
+    """Refuse a variant that would be the plain method under another name.
+
+    Raises:
+        ConfigError: a variant has no options, or options are given for a method that there is not.
+    """
+    settings = config.compare.settings
+    for label in config.compare.methods:
+        if "@" in label and label not in settings:
+            variants = [known for known in settings if "@" in known]
+            cure = nearest(label, variants) if variants else "add them"
+            raise ConfigError(f"compare.methods names the variant {label!r}, and compare.settings has no options for it: {cure}")
+    for label in settings:
+        if label.partition("@")[0] not in METHODS:
+            raise ConfigError(f"compare.settings has options for {label!r}, which is no method: {nearest(label, METHODS)}")
 
 
 def check_tuning(config: Config) -> None:
@@ -103,32 +124,42 @@ class Entrant:
     tell: Tell
 
     def __post_init__(self) -> None:
-        values = to_dict(self.config)
-        changes = {"plan.method": self.label.partition("@")[0], "seed": self.seed, **self.config.compare.settings.get(self.label, {})}
-        for key, value in changes.items():
-            set_key(values, key, value)
-        name = f"{self.label}-seed{self.seed}"
+        out, common = Path(self.config.out), _configured(self.config, self.label)
+        own, name = replace(common, seed=self.seed), f"{self.label}-seed{self.seed}"
         if self.factor is not None:
-            rate = values["train"]["learning_rate"] = values["train"]["learning_rate"] * self.factor
-            name = f"{self.label}-lr{rate:g}-seed{self.seed}"
-        values["out"] = str(Path(self.config.out) / name)
-        values["compare"] = {}
-        own = resolve(from_dict(values))
+            own = replaced(own, "train", learning_rate=own.train.learning_rate * self.factor)
+            name = f"{self.label}-lr{own.train.learning_rate:g}-seed{self.seed}"
         keys = (*SURVEY_KEYS, *READING_KEYS["knowledge"])
-        same = options_of(replace(own, seed=self.config.seed), keys) == options_of(self.config, keys)
-        method = method_of(own.plan)
-        common = {"survey", "evaluate base", "own text", getattr(method.needs, "name", "")} if same else {"evaluate base"}
+        same = options_of(common, keys) == options_of(self.config, keys)
+        needs = method_of(own.plan).needs
+        shared = {"survey", "evaluate base", "own text", getattr(needs, "name", "")} if same else {"evaluate base"}
 
         def named(step: str, done: int, total: int, line: str) -> None:
-            self.tell(step if step in common else f"{name.rpartition('-')[0]} seed {self.seed}: {step}", done, total, line)
+            self.tell(step if step in shared else f"{name.rpartition('-')[0]} seed {self.seed}: {step}", done, total, line)
 
-        out = Path(self.config.out)
-        self.run = Run(own, shared=out, shared_seed=self.config.seed, statistics_folder=None if same else out / self.label, tell=named)
+        plans = [_configured(self.config, label).plan for label in self.config.compare.methods]
+        self.run = Run(
+            replace(own, out=str(out / name)),
+            shared=out,
+            shared_config=common,
+            statistics_folder=None if same else out / self.label,
+            label=self.label,
+            cap=max((survey_cap(plan) for plan in plans if method_of(plan).needs == needs), default=0),
+            tell=named,
+        )
 
     @property
     def method(self) -> str:
         """The method's name."""
         return self.run.config.plan.method
+
+
+def _configured(config: Config, label: str) -> Config:
+    """The options of a label's runs, before their seed and a tuned learning rate: those of what they share."""
+    values = to_dict(config)
+    for key, value in {"plan.method": label.partition("@")[0], **config.compare.settings.get(label, {})}.items():
+        set_key(values, key, value)
+    return resolve(from_dict(values | {"compare": {}}))
 
 
 # --- the learning rate -----------------------------------------------------------------------------------------------
@@ -147,22 +178,52 @@ def the_rest(config: Config) -> Callable[[str], bool] | None:
     return lambda key: not chooses(key)
 
 
-def choose(config: Config, tried: dict[str, list[Entrant]]) -> dict[str, Entrant]:
-    """The entrant of each label that is best on the held-out questions: by KT, and full fine-tuning by its task score
-    alone, since the others are measured by it. Of equal ones the smaller learning rate."""
+def choose(config: Config, tried: dict[str, list[Entrant]]) -> tuple[dict[str, Entrant], str]:
+    """The entrant of each label that is best on the held-out questions, and by what: by KT, and full fine-tuning by its task
+    score alone, since the others are measured by it. Of equal ones the smaller learning rate.
+
+    Raises:
+        FarssError: there is nothing to choose by on the held-out questions.
+    """
     if not config.compare.tune:
-        return {label: entrants[0] for label, entrants in tried.items()}
+        return {label: entrants[0] for label, entrants in tried.items()}, ""
     only = held_out(config.compare.held_out)
     ordered = {label: sorted(entrants, key=lambda one: one.factor or 1.0) for label, entrants in tried.items()}
     found = {label: max(group, key=lambda one: task_score(one.run.path, only)) for label, group in ordered.items() if _is_full(group)}
     full = _full_folder(config, [*found.values()])
+    assert full is not None  # `check_tuning`
+    runs = {one.run.path.name: [Entry(one.run.path, full)] for group in ordered.values() for one in group}
+    known = standings(Path(config.out) / "base", runs | {"": [Entry(full, full)]}, config.evaluate.resamples, config.seed, only)
+    measure, values = _measured({name: standing.estimates for name, standing in known.items()})
     for label, group in ordered.items():
         if label not in found:
-            runs = {str(place): [Entry(one.run.path, full)] for place, one in enumerate(group)}
-            known = standings(Path(config.out) / "base", runs, config.evaluate.resamples, config.seed, only)
-            scores = [known[name].estimates["KT"].value if "KT" in known[name].estimates else 0.0 for name in runs]
-            found[label] = group[scores.index(max(scores))]
-    return {label: found[label] for label in tried}
+            found[label] = max(group, key=lambda one: values[one.run.path.name])
+    return {label: found[label] for label in tried}, measure
+
+
+def _measured(known: dict[str, dict[str, Estimate]]) -> tuple[str, dict[str, float]]:
+    """What learning rates are chosen by, and its value for every run; the run without a name is full fine-tuning.
+
+    Where the few questions that are held out have no ratio of scores, because the untouched model or full fine-tuning solves none of
+    them, how much likelier their right answers became still says what was kept and what was learned.
+
+    Raises:
+        FarssError: there are no log-likelihoods either.
+    """
+    if all("KT" in each for each in known.values()):
+        return "KT", {name: each["KT"].value for name, each in known.items()}
+    if not all({"kept", "learned"} <= set(each) for each in known.values()):
+        raise FarssError(
+            "compare.tune cannot choose: the untouched model or full fine-tuning solves none of the held-out questions, and their answers "
+            "have no log-likelihoods: ask more questions, raise compare.held_out, or leave out compare.tune"
+        )
+    scored, reach = all("K" in each for each in known.values()), known[""]["learned"].value
+
+    def value(each: dict[str, Estimate]) -> float:
+        kept = each["K"].value if scored else math.exp(each["kept"].value)
+        return balance(max(0.0, kept), max(0.0, each["learned"].value / reach) if reach > 0 else 0.0)
+
+    return "log-likelihoods (too few are solved for KT)", {name: value(each) for name, each in known.items()}
 
 
 def _is_full(group: list[Entrant]) -> bool:
@@ -178,20 +239,20 @@ def _full_folder(config: Config, entrants: list[Entrant]) -> Path | None:
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
-def _write(config: Config, tried: dict[str, list[Entrant]], chosen: dict[str, Entrant], final: list[Entrant]) -> Path:
+def _write(config: Config, tried: dict[str, list[Entrant]], chosen: dict[str, Entrant], final: list[Entrant], notes: list[str]) -> Path:
     folder, only = Path(config.out), the_rest(config)
     fulls = {seed: _full_folder(config, [entrant for entrant in final if entrant.seed == seed]) for seed in seeds(config)}
     rows = [_row(entrant, fulls[entrant.seed], only) for entrant in final]
     entries = {label: [Entry(one.run.path, fulls[one.seed]) for one in final if one.label == label] for label in chosen}
-    base = Scores.load(folder / "base" / "scores.json")
-    found = standings(folder / "base", entries, config.evaluate.resamples, config.seed, only) if base.all else {}
+    base = Scores.load(folder / "base" / "scores.json").all if config.evaluate.asks else {}
+    found = standings(folder / "base", entries, config.evaluate.resamples, config.seed, only) if base else {}
     comparison = {
         "rows": rows,
-        "base": {name: x.score for name, x in base.all.items()},
+        "base": {name: x.score for name, x in base.items()},
         "methods": {label: {name: asdict(x) for name, x in standing.estimates.items()} for label, standing in found.items()},
         "differences": differences(found),
         "frontier": _frontier(config, tried, chosen, only),
-        "notes": _notes(config, chosen),
+        "notes": notes,
     }
     write_json(folder / "comparison.json", comparison)
     write_text(folder / "comparison.md", comparison_markdown(comparison))
@@ -205,14 +266,12 @@ def _write(config: Config, tried: dict[str, list[Entrant]], chosen: dict[str, En
 def _row(entrant: Entrant, full: Path | None, only: Callable[[str], bool] | None) -> dict[str, Any]:
     """One line of the table."""
     run = entrant.run
-    summary: Summary = run.summarise(full, only)
-    plan, trained, scores = (
-        Plan.load(run.path / "plan.json"),
-        TrainResult.load(run.path / "train.json"),
-        Scores.load(run.path / "scores.json"),
-    )
-    values = read_json(run.path / "summary.json")
-    before = [run.place.record(step) for step in run.steps_before]
+    asks = run.config.evaluate.asks
+    plan, trained = Plan.load(run.path / "plan.json"), TrainResult.load(run.path / "train.json")
+    summary = run.summarise(full, only) if asks else Summary(None, None, None, None)
+    scores = Scores.load(run.path / "scores.json").all if asks else {}
+    values = asdict(summary)
+    before = [record for step in run.steps_before if (record := run.place.record(step))]
     return {
         "method": entrant.label,
         "seed": run.config.seed,
@@ -222,14 +281,15 @@ def _row(entrant: Entrant, full: Path | None, only: Callable[[str], bool] | None
         "parameters": trained.parameters,
         **{key: values[key] for key in ("K", "T", "KT", "recovered", "forgetting")},
         **{name: _nats(summary, kind) for kind, name in (("knowledge", "kept"), ("task", "learned"))},
-        "seconds_init": sum(record["seconds"] for record in before if record),
+        "seconds_init": sum(record["seconds"] for record in before),
         "seconds_train": trained.seconds,
+        "peak_memory_init_gib": max((record["peak_memory_gib"] for record in before if "peak_memory_gib" in record), default=None),
         "peak_memory_gib": trained.peak_memory_gib,
         "benchmarks": {
             entry["name"]: {"score": entry["after"], "low": entry.get("low"), "high": entry.get("high"), "kind": entry["kind"]}
             for entry in values["benchmarks"]
         },
-        "gold_loglikelihood": {name: x.gold_loglikelihood for name, x in scores.all.items()},
+        "gold_loglikelihood": {name: x.gold_loglikelihood for name, x in scores.items()},
         "notes": list(plan.notes) + list(summary.notes),
     }
 
@@ -278,24 +338,29 @@ def _point(entrant: Entrant, standing: Standing, is_chosen: bool) -> dict[str, A
     return {"learning_rate": rate, "chosen": is_chosen, **{name: asdict(x) for name, x in standing.estimates.items()}}
 
 
-def _levels(values: list[list[float]]) -> list[float]:
-    """Levels that every curve spans, evenly; none where there is no such range."""
-    if not values:
-        return []
-    low, high = max(map(min, values)), min(map(max, values))
-    return [low + (high - low) * step / (LEVELS - 1) for step in range(LEVELS)] if high > low else []
+def _levels(curves: list[list[float]]) -> list[float]:
+    """Levels that the curves span, evenly; none where there is no such range. A method that never comes so far has no value
+    there, and does not take the others' away."""
+    left = sorted(curves, key=max)
+    while left:
+        low, high = max(map(min, left)), max(left[0])
+        if high > low:
+            return [low + (high - low) * step / (LEVELS - 1) for step in range(LEVELS)]
+        left = left[1:] if len(left) > 2 else []
+    return []
 
 
-def _notes(config: Config, chosen: dict[str, Entrant]) -> list[str]:
+def _notes(config: Config, chosen: dict[str, Entrant], measure: str) -> list[str]:
     """What a reader must know to judge the table."""
     settings = config.compare.settings
     notes = [f"{label}: {', '.join(f'{key}={value}' for key, value in settings[label].items())}" for label in chosen if settings.get(label)]
+    notes += [f"{label}: {one.run.boundary().sentence}" for label, one in chosen.items() if one.run.searches]
     if not config.compare.tune:
         return [f"Learning rate {config.train.learning_rate:g} for every method unless its own settings say otherwise.", *notes]
     rates = ", ".join(f"{label} {one.run.config.train.learning_rate:g}" for label, one in chosen.items())
     tried = ", ".join(f"{factor:g}" for factor in config.compare.tune)
     return [
-        f"Learning rates, each chosen on {config.compare.held_out:.0%} of the questions, which the table leaves out, "
+        f"Learning rates, each chosen by {measure} on {config.compare.held_out:.0%} of the questions, which the table leaves out, "
         f"among {tried} times its own: {rates}.",
         *notes,
     ]

@@ -58,7 +58,7 @@ class DataConfig:
     template: str = "alpaca"
     """alpaca, chat (the model's own chat template), plain (as it is), or your own text with {instruction} in it."""
     max_length: int = 512
-    """Longest example in tokens; the end is cut off."""
+    """Longest example in tokens; the end is cut off, and an example of which no answer is left is not used (you are told)."""
     limit: int | None = None
     """Use this many examples, drawn with the seed; null: all."""
 
@@ -73,6 +73,41 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class QuestionSet:
+    """A file of questions with their answers, scored by exact match and by the answers' log-likelihood."""
+
+    name: str = ""
+    """How the table calls it."""
+    data: str = ""
+    """A .jsonl, .csv or .parquet file (.gz too)."""
+    question: str = "question"
+    """Column with the question."""
+    answers: str = "answers"
+    """Column with the answer, or with a list of accepted answers."""
+    prompt: str | None = None
+    """The prompt, with {question} in it; `train` for the training template; null: `train` for tasks and
+    'Question: {question}\\nAnswer:' for knowledge."""
+    fewshot: int = 0
+    """Show this many other questions, with their answers, before each question."""
+    examples: str | None = None
+    """File with the questions that are shown, with the same columns; null: others of the same file."""
+    limit: int | None = None
+    """Ask this many questions, drawn with the seed; null: all."""
+    max_tokens: int = 32
+    """Longest answer in tokens."""
+    metric: Literal["exact_match", "contains", "number"] = "exact_match"
+    """exact_match: the answer is one of the accepted ones (case, articles and punctuation apart); contains: holds one;
+    number: the number behind its last '####' or 'The answer is:', else its last number, equals that of one."""
+
+    def __post_init__(self) -> None:
+        _check(bool(self.name), f"a question set needs a name: add `name:` beside data={self.data!r}")
+        _check(bool(self.data), f"question set {self.name!r} needs a file: add `data:`")
+        _check(self.fewshot >= 0, f"question set {self.name!r}: fewshot={self.fewshot}: give 0 or more")
+        _check(self.limit is None or self.limit >= 1, f"question set {self.name!r}: limit={self.limit}: give 1 or more")
+        _check(self.max_tokens >= 1, f"question set {self.name!r}: max_tokens={self.max_tokens}: give 1 or more")
+
+
+@dataclass(frozen=True)
 class CalibrationConfig:
     """The examples on which the Fisher statistics are estimated (FARSS, section 3.2)."""
 
@@ -80,9 +115,9 @@ class CalibrationConfig:
     """How many training examples to use, drawn with the seed."""
     batch_size: int = 8
     """Examples per forward pass; changes the memory, not the result."""
-    knowledge: str | None = None
-    """The knowledge that CorDA-KPM and LoRA-Null start away from: a file with a column text, or with a question and its
-    answer; null: text that the base model writes by itself."""
+    knowledge: str | QuestionSet | None = None
+    """The knowledge that CorDA-KPM and LoRA-Null start away from: a file with a column text, or with question and answers (with
+    columns of other names: {name, data, question, answers}); null: text that the base model writes by itself."""
     fisher: Literal["empirical", "sampled"] = "empirical"
     """empirical: gradients at the data's own answers; sampled: at answers drawn from the model (the true Fisher)."""
     padding: Literal["ignore", "count"] = "ignore"
@@ -115,12 +150,13 @@ class PlanConfig:
     r_max: int = 64
     """Largest rank of a shallow layer."""
     alpha: float | Literal["uniform", "constant"] = "uniform"
-    """A number: the adapter is scaled by alpha / R in every layer. uniform: alpha = R, so the scale is 1. constant:
-    alpha = R in every layer whatever its rank, as the authors' released code does (for comparison only)."""
+    """A number: the adapter is scaled by alpha / plan.rank in every layer. uniform: the scale is 1. constant: alpha = R in every
+    layer whatever its rank, and FARSS's factors without the scale, as the authors' released code does (for comparison only)."""
     budget: Literal["paper", "exact"] = "paper"
     """paper: round and clip (eq. 12), which loses some of the budget; exact: hand out all of it."""
     match_params: int | Literal["lora"] | None = None
-    """Solve for the rank so that the number of trainable parameters is this, or that of uniform LoRA at `rank`."""
+    """Solve for the rank so that the number of trainable parameters is this, or that of uniform LoRA at `rank` (AdaLoRA: at
+    the end of its training)."""
     shallow_directions: Literal["least", "most"] = "least"
     """Shallow layers start from their least (or most) important singular directions."""
     deep_directions: Literal["least", "most"] = "most"
@@ -232,41 +268,6 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class QuestionSet:
-    """A file of questions with their answers, scored by exact match and by the answers' log-likelihood."""
-
-    name: str = ""
-    """How the table calls it."""
-    data: str = ""
-    """A .jsonl, .csv or .parquet file (.gz too)."""
-    question: str = "question"
-    """Column with the question."""
-    answers: str = "answers"
-    """Column with the answer, or with a list of accepted answers."""
-    prompt: str | None = None
-    """The prompt, with {question} in it; `train` for the training template; null: `train` for tasks and
-    'Question: {question}\\nAnswer:' for knowledge."""
-    fewshot: int = 0
-    """Show this many other questions, with their answers, before each question."""
-    examples: str | None = None
-    """File with the questions that are shown, with the same columns; null: others of the same file."""
-    limit: int | None = None
-    """Ask this many questions, drawn with the seed; null: all."""
-    max_tokens: int = 32
-    """Longest answer in tokens."""
-    metric: Literal["exact_match", "contains", "number"] = "exact_match"
-    """exact_match: the answer is one of the accepted ones (case, articles and punctuation apart); contains: holds one;
-    number: the number behind its last '####' or 'The answer is:', else its last number, equals that of one."""
-
-    def __post_init__(self) -> None:
-        _check(bool(self.name), f"a question set needs a name: add `name:` beside data={self.data!r}")
-        _check(bool(self.data), f"question set {self.name!r} needs a file: add `data:`")
-        _check(self.fewshot >= 0, f"question set {self.name!r}: fewshot={self.fewshot}: give 0 or more")
-        _check(self.limit is None or self.limit >= 1, f"question set {self.name!r}: limit={self.limit}: give 1 or more")
-        _check(self.max_tokens >= 1, f"question set {self.name!r}: max_tokens={self.max_tokens}: give 1 or more")
-
-
-@dataclass(frozen=True)
 class EvaluateConfig:
     """What is asked before and after: knowledge (what shall be kept) and task (what shall be learned)."""
 
@@ -314,6 +315,11 @@ class EvaluateConfig:
         """Everything that is asked, of every kind."""
         return [*self.knowledge, *self.task, *self.other]
 
+    @property
+    def asks(self) -> bool:
+        """Whether anything is measured before and after."""
+        return bool(self.asked or self.text)
+
 
 @dataclass(frozen=True)
 class ExportConfig:
@@ -341,7 +347,7 @@ class CompareConfig:
     seeds: list[int] = field(default_factory=list)
     """One run of each method for each of these seeds; empty: the one `seed`."""
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Options that differ for one method, such as {full: {train.learning_rate: 1e-5}}."""
+    """Options that differ for one method, such as {full: {train.learning_rate: 1e-5}}; a later file adds methods to an earlier one's."""
     tune: list[float] = field(default_factory=list)
     """Run every method at its learning rate times each of these, such as [0.25, 0.5, 1, 2], with the first seed, and with
     every seed at the best; empty: at its own learning rate."""
@@ -356,8 +362,9 @@ class CompareConfig:
         _check(self.jobs >= 1, f"compare.jobs={self.jobs}: give 1 or more")
         for factor in self.tune:
             _check(factor > 0, f"compare.tune holds {factor}: give numbers above 0")
-        twice = sorted({factor for factor in self.tune if self.tune.count(factor) > 1})
-        _check(not twice, f"compare.tune holds {twice[0] if twice else 0} twice: give each once")
+        for name, values in (("methods", self.methods), ("seeds", self.seeds), ("tune", self.tune)):
+            twice = [value for place, value in enumerate(values) if value in values[:place]]
+            _check(not twice, f"compare.{name} holds {twice[0] if twice else ''} twice: give each once")
         _check(0 < self.held_out < 1, f"compare.held_out={self.held_out}: give a share above 0 and below 1")
 
 
@@ -451,7 +458,8 @@ def set_key(values: dict[str, Any], key: str, value: Any) -> None:
         section = values.get(first)
         if not isinstance(section, dict) or (rest not in section and first != "compare"):
             raise ConfigError(f"unknown key {key!r}: {nearest(key, all_keys())}")
-        section[rest] = value
+        # a file on top of another has options for some methods, and shall not take away those of the others
+        section[rest] = section["settings"] | value if key == "compare.settings" and isinstance(value, dict) else value
     else:
         values[first] = value
 

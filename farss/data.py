@@ -238,16 +238,18 @@ def example_rows(entry: QuestionSet) -> list[dict[str, Any]] | None:
     return question_rows(replace(entry, data=entry.examples)) if entry.examples and entry.fewshot else None
 
 
-def knowledge_texts(path: str) -> list[str]:
+def knowledge_texts(source: str | QuestionSet) -> list[str]:
     """Read knowledge as plain text: a column `text`, or questions with their (first) answer, as they are asked.
 
     Raises:
         DataError: see `text_rows` and `question_rows`.
     """
-    columns = columns_of(read_rows(path))
-    if "text" in columns:
-        return text_rows(path)
-    rows = question_rows(QuestionSet(name="knowledge", data=path, answers="answers" if "answers" in columns else "answer"))
+    if isinstance(source, str):
+        columns = columns_of(read_rows(source))
+        if "text" in columns:
+            return text_rows(source)
+        source = QuestionSet(name="knowledge", data=source, answers="answers" if "answers" in columns else "answer")
+    rows = question_rows(source)
     return [f"Question: {row['question']}\nAnswer: {row['answers'][0]}" for row in rows]
 
 

@@ -38,6 +38,9 @@ READING_KEYS = {
 """By what a `Reading` looks at."""
 PATHS = (("model", "path"), ("data", "train"), ("calibration", "knowledge"), ("evaluate", "text"), ("evaluate", "full_scores"))
 """Options that may be files."""
+FILES = ("data.train", "calibration.knowledge", "evaluate.knowledge", "evaluate.task", "evaluate.other", "evaluate.text")
+"""Options whose files a result depends on."""
+CONTENT = "content of "
 PLAN_KEYS = ("model.path", "model.targets", "plan")
 TRAIN_KEYS = (
     *(
@@ -87,6 +90,8 @@ class Folder:
             raise FolderError(f"out={str(self.path)!r} cannot be made: {error.strerror}") from error
         if processes.rank():
             return
+        if (self.record("train") or {}).get("done") and (self.path / "versions.json").is_file():
+            versions = read_json(self.path / "versions.json")  # those that it was trained with
         heading = "".join(f"# {name} {version}\n" for name, version in versions.items())
         write_text(self.path / "config.yaml", heading + dump(config))
         write_json(self.path / "versions.json", versions)
@@ -109,8 +114,9 @@ class Folder:
         record = self.record(step)
         if record is None:
             return False
-        # An option that the record does not know is younger than the folder, which was made with its default.
-        known = _defaults(options) | record["options"]
+        # An option that the record does not know is younger than the folder, which was made with its default; and where
+        # it did not look at a file's content, nothing can be said of it.
+        known = _defaults(options) | {key: options[key] for key in options if key.startswith(CONTENT)} | record["options"]
         if known != options:
             if redo:
                 return False
@@ -149,10 +155,20 @@ def options_of(config: Config, keys: tuple[str, ...]) -> dict[str, Any]:
             found |= {f"{section}.{inner}": value[inner] for inner in value}
         else:
             found[key] = value[name] if name else value
-    for key in ("data.train", "calibration.knowledge"):
-        if found.get(key):
-            found[f"content of {key}"] = content_hash(found[key])
+    for key in FILES:
+        hashes = [content_hash(path) for path in _files(found.get(key))]
+        if hashes:
+            found[f"{CONTENT}{key}"] = hashes[0] if len(hashes) == 1 else hashes
     return found
+
+
+def _files(value: Any) -> list[str]:
+    """The files that an option names: its own path, or those of its question sets."""
+    if isinstance(value, dict):
+        return [value[name] for name in ("data", "examples") if value.get(name)]
+    if isinstance(value, list):
+        return [path for entry in value if isinstance(entry, dict) for path in _files(entry)]
+    return [value] if value else []
 
 
 def _defaults(options: dict[str, Any]) -> dict[str, Any]:
@@ -178,14 +194,17 @@ def resolve(config: Config) -> Config:
     for section, name in PATHS:
         values[section][name] = _resolve(f"{section}.{name}", values[section][name])
     for kind in KINDS:
-        for index, entry in enumerate(values["evaluate"][kind]):
-            if isinstance(entry, dict):
-                for name in ("data", "examples"):
-                    entry[name] = _resolve(f"evaluate.{kind}[{index}].{name}", entry[name])
+        entries = values["evaluate"][kind]
+        values["evaluate"][kind] = [
+            _resolve(f"evaluate.{kind}[{index}]", entry) if isinstance(entry, dict) else entry for index, entry in enumerate(entries)
+        ]
     return from_dict(values)
 
 
-def _resolve(key: str, path: str | None) -> str | None:
+def _resolve(key: str, path: Any) -> Any:
+    """A path, or a question set with its paths."""
+    if isinstance(path, dict):
+        return path | {name: _resolve(f"{key}.{name}", path[name]) for name in ("data", "examples")}
     if not path:
         return path
     expanded = _expand(key, path)

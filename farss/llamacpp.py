@@ -40,7 +40,7 @@ def write_gguf(adapter: Path | str, config: Any) -> Path:
     try:
         import gguf
     except ImportError as error:
-        raise FarssError("a GGUF file needs the package gguf: pip install 'farss[gguf]'") from error
+        raise FarssError("a GGUF file needs the package gguf: pip install -e '.[gguf]'") from error
     if config.model_type not in ARCHITECTURES:
         raise FarssError(f"no GGUF adapter for {config.model_type}: known are {', '.join(ARCHITECTURES)}; export to peft, or merged")
     architecture = getattr(gguf.MODEL_ARCH, ARCHITECTURES[config.model_type])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,13 +24,24 @@ def used_gib(device: torch.device) -> float:
 
 
 def peak_gib(device: torch.device) -> float:
-    """Most memory that was in use at once: of the GPU, or of this process with the files that are mapped into it."""
+    """Most memory that was in use at once since `reset_peak`: of the GPU, or of this process with the files that are mapped into
+    it."""
     import resource
 
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # macOS counts bytes, Linux KiB
+
+
+def reset_peak(device: torch.device) -> None:
+    """Let `peak_gib` begin anew: otherwise every run in this process has the peak of the largest before it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    give_back()
+    with suppress(OSError):  # Linux alone has this file, and not every container lets us write to it
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 @contextmanager

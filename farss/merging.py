@@ -50,14 +50,15 @@ def merge(adapted: Any, plan: Plan, tokenizer: Any, folder: Path | str, dtype: t
     return folder
 
 
-def merged_difference(adapted: Any, merged: Any, batch: dict[str, Tensor]) -> tuple[float, str]:
-    """Largest |logit difference| on real tokens between a trained model and the whole model that was written of it, which
-    is what rounding the merged weights costs; and the precision of the comparison."""
-    mask, found = batch["attention_mask"].bool(), []
+def merged_difference(adapted: Any, merged: Any, batch: dict[str, Tensor]) -> float:
+    """Largest |logit difference| on real tokens, in float32, between a trained model and the whole model that was written of it:
+    what rounding the merged weights costs. The two may lie on different devices."""
+    found = []
     for model in (adapted, merged):
-        with in_float32(model) as precision, torch.no_grad():
-            found.append(model(**batch).logits[mask].float())
-    return (found[0] - found[1]).abs().max().item(), precision
+        own = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        with in_float32(model), torch.no_grad():
+            found.append(model(**own).logits[own["attention_mask"].bool()].float().cpu())
+    return (found[0] - found[1]).abs().max().item()
 
 
 def write_model(model: Any, plan: Plan, tokenizer: Any, target: Path, dtype: torch.dtype, source: Path, change: Change) -> None:

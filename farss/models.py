@@ -110,7 +110,7 @@ def _four_bits(dtype: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError("model.quantization=nf4 needs bitsandbytes: pip install 'farss[quantized]'")
+        raise ConfigError("model.quantization=nf4 needs bitsandbytes: pip install -e '.[quantized]'")
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 

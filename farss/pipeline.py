@@ -52,6 +52,7 @@ from farss.folder import (
     resolve,
 )
 from farss.llamacpp import write_gguf
+from farss.memory import peak_gib, reset_peak
 from farss.merging import merge, merged_difference
 from farss.methods import Reading, Regime
 from farss.models import (
@@ -98,8 +99,12 @@ class Run:
     """Folder whose `base/` and `survey/` (or other statistics) are used instead of this run's own, in a comparison."""
     statistics_folder: Path | None = None
     """Folder whose statistics are used instead, where they differ from the shared ones."""
-    shared_seed: int | None = None
-    """Seed of the shared survey and of the questions that are drawn; None: the run's own."""
+    shared_config: Config | None = None
+    """Configuration of what is shared (statistics, questions, the search for a boundary); None: the run's own."""
+    label: str = ""
+    """Its name in a comparison."""
+    cap: int = 0
+    """How many directions at each end the shared statistics shall hold at least."""
     tell: Tell = _silent
     _live: Any = field(default=None, repr=False)
     """The trained model, while it is in memory."""
@@ -131,8 +136,8 @@ class Run:
 
     @property
     def common_config(self) -> Config:
-        """The configuration with the seed of what is shared, so that every run of a comparison is asked the same."""
-        return self.config if self.shared_seed is None else replace(self.config, seed=self.shared_seed)
+        """The configuration of what is shared, so that every run of a comparison is asked the same."""
+        return self.shared_config or self.config
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -229,8 +234,12 @@ class Run:
 
     @property
     def _boundary_step(self) -> str:
-        """Methods of one comparison search apart."""
-        return f"boundary-{self.config.plan.method}"
+        return f"boundary-{self._searched_for}"
+
+    @property
+    def _searched_for(self) -> str:
+        """Methods and variants of one comparison search apart; the seeds and learning rates of one of them use one search."""
+        return self.label or self.config.plan.method
 
     @property
     def _boundary_options(self) -> dict[str, Any]:
@@ -261,12 +270,13 @@ class Run:
     def survey(self) -> Survey:
         """`survey/`: the statistics and decompositions."""
         config = self.common_config
-        options, place, cap = self._survey_options, self.place.path / "survey", survey_cap(config.plan)
-        if self.place.is_done("survey", options):
-            return _check_cap(Survey.load(place), cap)
+        options, place, cap = self._survey_options, self.place.path / "survey", max(survey_cap(config.plan), self.cap)
+        if self.place.is_done("survey", options) and place.is_dir():
+            return _check_cap(Survey.load(place), survey_cap(config.plan))
         parts = calibration_batches(
             self.common_examples.rows, config.calibration, self.tokenizer.pad_token_id, config.seed, config.data.max_length
         )
+        reset_peak(device_of(config.model))
         model = self._to_look_at()
         meta = {"model": fingerprint(model), "tokenizer": tokenizer_fingerprint(self.tokenizer), "path": config.model.path}
         with self.place.step("survey", options) as facts:
@@ -275,15 +285,17 @@ class Run:
                 lambda done, total, line: self.tell("survey", done, total, line),
                 *(config.calibration.svd, device_of(config.model)),
             )
-            facts |= {"seconds": result.meta["seconds"]}
+            facts |= {name: result.meta[name] for name in ("seconds", "peak_memory_gib")}
         return result
 
     def reading(self, wanted: Reading) -> Survey:
         """`<its name>/`: what a method other than FARSS looks at before it is planned."""
         config = self.common_config
-        options, place, cap = options_of(config, READING_KEYS[wanted.of]), self.place.path / wanted.name, survey_cap(config.plan)
-        if self.place.is_done(wanted.name, options):
-            return _check_cap(Survey.load(place), cap)
+        options, place = options_of(config, READING_KEYS[wanted.of]), self.place.path / wanted.name
+        cap, device = max(survey_cap(config.plan), self.cap), device_of(config.model)
+        if self.place.is_done(wanted.name, options) and place.is_dir():
+            return _check_cap(Survey.load(place), survey_cap(config.plan))
+        reset_peak(device)
         model = self._to_look_at()
         begun = time.monotonic()
         with self.place.step(wanted.name, options) as facts:
@@ -292,9 +304,9 @@ class Run:
             result = read_layers(
                 *(model, place, wanted.read, cap, batches, config.model.targets, meta),
                 lambda done, total, line: self.tell(wanted.name, done, total, line),
-                device_of(config.model),
+                *(device, wanted.answers),
             )
-            facts |= {"seconds": round(time.monotonic() - begun, 1)}
+            facts |= {"seconds": round(time.monotonic() - begun, 1), "peak_memory_gib": round(peak_gib(device), 2)}
         return result
 
     def _batches(self, wanted: Reading) -> list[dict[str, torch.Tensor]] | None:
@@ -309,15 +321,21 @@ class Run:
     def _knowledge(self) -> list[Row]:
         """The knowledge text: the user's, or what the model writes by itself, which is kept in `own_text.jsonl`."""
         config = self.common_config
-        path, count = config.calibration.knowledge, config.calibration.examples
-        if path:
-            return plain_rows(choose(knowledge_texts(path), count, config.seed), self.tokenizer, config.data.max_length)
-        length = min(LENGTH, config.data.max_length)
-        writer = load_model(config.model)  # on the GPU, where there is one: the reading's own model stays on the CPU
-        ids = own_text(writer, self.tokenizer, count, length, config.seed, lambda done, total: self.tell("own text", done, total, ""))
-        lines = [json.dumps({"text": self.tokenizer.decode(row, skip_special_tokens=True)}, ensure_ascii=False) for row in ids]
-        write_text(self.place.path / "own_text.jsonl", "\n".join(lines) + "\n")
-        return unlearnt(ids)
+        source, count = config.calibration.knowledge, config.calibration.examples
+        if source:
+            return plain_rows(choose(knowledge_texts(source), count, config.seed), self.tokenizer, config.data.max_length)
+        path, options = self.place.path / "own_text.jsonl", options_of(config, READING_KEYS["knowledge"])
+        if not (self.place.is_done("own_text", options) and path.is_file()):
+            length = min(LENGTH, config.data.max_length)
+            writer = load_model(config.model)  # on the GPU, where there is one: the reading's own model stays on the CPU
+            with self.place.step("own_text", options):
+                ids = own_text(
+                    writer, self.tokenizer, count, length, config.seed, lambda done, total: self.tell("own text", done, total, "")
+                )
+                texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+                rows = [json.dumps({"text": text, "tokens": row}, ensure_ascii=False) for text, row in zip(texts, ids, strict=True)]
+                write_text(path, "\n".join(rows) + "\n")
+        return unlearnt([json.loads(line)["tokens"] for line in path.read_text(encoding="utf-8").strip().split("\n")])
 
     def statistics(self) -> Survey | None:
         """What the method looks at before it is planned."""
@@ -333,7 +351,7 @@ class Run:
         """
         require_boundary(self.config.plan)
         step, options = self._boundary_step, self._boundary_options
-        place = self.place.path / "boundary" / self.method.name
+        place = self.place.path / "boundary" / self._searched_for
         if not self.place.is_done(step, options):
             known, config = self.survey(), self.common_config
 
@@ -357,7 +375,7 @@ class Run:
         config, known, notes = self.config.plan, self.statistics(), []
         if self.searches:
             found = self.boundary()
-            config, notes = replace(config, boundary=found.chosen), [found.sentence, *found.notes]
+            config, notes = replace(config, boundary=found.chosen), [found.sentence]
         made = make_plan(config, known) if known else make_plan_without_survey(config, *layer_shapes(self.config.model))
         notes += [*made.notes, *(left_out(empty_model(self.config.model)) if made.layers else [])]
         result = replace(made, notes=notes)
@@ -381,6 +399,8 @@ class Run:
                 regime=self._regime,
                 course=self._course,
             )
+            data = self.examples
+            result = replace(result, examples=len(data.rows), truncated=data.truncated, dropped=data.dropped)
             result.save(self.path / "train.json")
             facts |= {"seconds": result.seconds, **({"step_zero": before} if before else {})}
         self._live = model
@@ -414,16 +434,16 @@ class Run:
             if whole:
                 merge(self.trained(), plan, self.tokenizer, target, stored_dtype(self.config.model), self.config.model.path)
                 facts_of_it = {"method": plan.method, "boundary": plan.boundary, "blocks": plan.blocks, "base": self.config.model.path}
-                stored = load_model(replace(self.config.model, path=str(target), dtype="auto"))
-                difference, precision = merged_difference(self.trained(), stored, self._prompts(self.trained()))
-                facts |= {"logit_difference": difference, "precision": precision}
+                # Where a GPU has room for one model only, the one that was written stays in its files and the CPU's memory.
+                stored = load_model(replace(self.config.model, path=str(target), dtype="auto"), device=torch.device("cpu"), as_stored=True)
+                facts |= {"logit_difference": merged_difference(self.trained(), stored, self._prompts(self.trained()))}
                 write_json(target / "farss.json", {**facts_of_it, "parameters": plan.parameters, **facts})
                 write_card(target, command=self._command)
             else:
                 batch = self._prompts(self.trained())
                 choice = self.config.export
                 done = export(self.trained(), plan, target, batch, self.config.model.path, choice.rank, choice.energy, self.tokenizer)
-                facts |= {"logit_difference": done.logit_difference, "precision": done.precision, "rank": done.rank, "lost": done.lost}
+                facts |= {"logit_difference": done.logit_difference, "rank": done.rank, "lost": done.lost}
             if self.config.export.to == "gguf" and not whole:
                 write_gguf(target, self.trained().get_base_model().config)
         self.tell("export", 1, 1, "")
@@ -473,7 +493,7 @@ class Run:
 
     @property
     def _command(self) -> str:
-        return f"farss run {self.path / 'config.yaml'}"
+        return f"farss compare {self.shared / 'config.yaml'}" if self.shared else f"farss run {self.path / 'config.yaml'}"
 
     def evaluate_base(self) -> Scores:
         """`base/`: the untouched model's scores."""
@@ -502,14 +522,10 @@ class Run:
         self.all_but_report()
         return self.report()
 
-    @property
-    def _asks(self) -> bool:
-        return bool(self.config.evaluate.asked)
-
     def before_plan(self) -> None:
         """What other runs of a comparison may share: the base's answers, statistics, a boundary."""
         self.claim()
-        if self._asks:
+        if self.config.evaluate.asks:
             self.evaluate_base()  # first: one model in memory at a time, and a question that cannot be asked is found early
         if self.config.evaluate.recovery:
             self.recover_base()
@@ -522,7 +538,7 @@ class Run:
         """Every step that the table of a comparison needs."""
         self.before_plan()
         self.export()
-        if self._asks:
+        if self.config.evaluate.asks:
             self.evaluate()
         if self.config.evaluate.recovery:
             self.recover()
@@ -634,8 +650,3 @@ def _own_version() -> str:
     here = Path(__file__).parent
     commit = subprocess.run(["git", "-C", str(here), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return f"{version} ({commit.stdout.strip()})" if commit.returncode == 0 else version
-
-
-def write_versions(path: Path) -> None:
-    """`versions.json` alone, for folders that are no run."""
-    write_json(path, versions())

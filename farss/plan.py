@@ -8,8 +8,9 @@ from farss.artifacts import Layer, Plan, Survey
 from farss.config import PlanConfig, nearest
 from farss.errors import ConfigError
 from farss.methods import METHODS, Method, Reading
-from farss.methods.base import Context, check_rank
+from farss.methods.base import Context
 from farss.methods.farss import choose_boundary
+from farss.methods.uniform import check_rank
 
 
 def method_of(config: PlanConfig) -> Method:

@@ -20,13 +20,14 @@ from farss.artifacts import Plan, read_json, whole_folder, write_json, write_ten
 from farss.card import write_card
 from farss.errors import FarssError
 from farss.maths.compress import compress
-from farss.models import base_fingerprint, is_linear, is_packed, tokenizer_fingerprint, weight_of
+from farss.models import base_fingerprint, evaluating, find_blocks, is_linear, is_packed, tokenizer_fingerprint, weight_of
+from farss.survey.places import outside, placed, placed_in_turn
 
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """vLLM accepts these and no others (`max_lora_rank`), so the exported rank is padded up to one of them."""
 CHECKED = "farss_checked"
-FULL_PRECISION_LIMIT = 2_000_000_000
-"""Models with fewer parameters are checked in float32; larger ones in their own precision."""
+TOLERANCE = 1e-5
+"""Largest difference of an exact adapter's logits in float32, relative to the largest logit."""
 
 
 class Portable(NamedTuple):
@@ -47,9 +48,7 @@ class Exported(NamedTuple):
     lost: float
     """Largest relative Frobenius error of a layer's change (0 unless compressed)."""
     logit_difference: float
-    """Largest |logit difference| between the trained model and the exported adapter on the original base."""
-    precision: str
-    """Precision in which that was measured."""
+    """Largest |logit difference| in float32 between the trained model and the exported adapter on the original base."""
 
 
 def portable(changes: dict[str, tuple[Tensor, Tensor]], rank: int | None = None, energy: float | None = None) -> Portable:
@@ -99,14 +98,14 @@ def export(
     state, served, lost = portable({name: adapter_change(adapted, plan, name) for name in plan.layers}, rank, energy)
     with whole_folder(folder) as unfinished:
         write_adapter(unfinished, state, plan, base, served)
-        difference, scale, precision = check(adapted, unfinished, batch)
-        tolerance = (1e-5 if precision == "float32" else 2e-2) * max(1.0, scale)
+        difference, scale = check(adapted, unfinished, batch)
+        tolerance = TOLERANCE * max(1.0, scale)
         if rank is None and energy is None and not difference <= tolerance:
             raise FarssError(
                 f"the exported adapter's logits differ by {difference:.2g} from the trained model's (allowed: {tolerance:.2g}): "
                 "it was not kept"
             )
-        exported = Exported(folder, served, lost, difference, precision)
+        exported = Exported(folder, served, lost, difference)
         write_facts(unfinished, plan, base, base_fingerprint(adapted), tokenizer_fingerprint(tokenizer) if tokenizer else None, exported)
     return exported
 
@@ -186,14 +185,14 @@ def _everywhere(plan: Plan) -> bool:
     return all(len(blocks) == plan.blocks for blocks in kinds.values())
 
 
-def check(adapted: Any, folder: Path, batch: dict[str, Tensor]) -> tuple[float, float, str]:
-    """Load an exported adapter with stock PEFT on the same, untouched base and compare logits on real tokens.
+def check(adapted: Any, folder: Path, batch: dict[str, Tensor]) -> tuple[float, float]:
+    """Load an exported adapter with stock PEFT on the same, untouched base and compare logits on real tokens, in float32.
 
     Returns:
-        (largest |difference|, largest |logit|, precision of the comparison)
+        (largest |difference|, largest |logit|)
     """
     mask = batch["attention_mask"].bool()
-    with in_float32(adapted) as precision, torch.no_grad():
+    with in_float32(adapted), torch.no_grad():
         expected = adapted(**batch).logits[mask].float()
         adapted.load_adapter(str(folder), CHECKED, torch_device=str(adapted.device))
         try:
@@ -203,19 +202,19 @@ def check(adapted: Any, folder: Path, batch: dict[str, Tensor]) -> tuple[float, 
         finally:
             adapted.delete_adapter(CHECKED)
             activate(adapted)
-    return (found - expected).abs().max().item(), expected.abs().max().item(), precision
+    return (found - expected).abs().max().item(), expected.abs().max().item()
 
 
 def step_zero(adapted: Any, batch: dict[str, Tensor]) -> dict[str, float]:
     """How far an adapted model is from its base before training: largest |logit difference| by precision.
 
-    Measured on real tokens in float32 (models that are not very large) and in the precision of the weights.
+    Measured on real tokens in float32 and in the precision of the weights.
     """
     found = {}
     mask = batch["attention_mask"].bool()
-    own = _name(next(adapted.get_base_model().parameters()).dtype)
-    for precision in (in_float32(adapted), contextlib.nullcontext(own)):
-        with precision as name, evaluating(adapted), torch.no_grad():
+    own = str(next(adapted.get_base_model().parameters()).dtype).removeprefix("torch.")
+    for name, precision in (("float32", in_float32(adapted)), (own, contextlib.nullcontext())):
+        with precision, evaluating(adapted), torch.no_grad():
             expected = adapted(**batch).logits[mask].float()
             with adapted.disable_adapter(), untouched_base(adapted):
                 base = adapted(**batch).logits[mask].float()
@@ -225,41 +224,15 @@ def step_zero(adapted: Any, batch: dict[str, Tensor]) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """The model in `eval()` mode."""
-    training = model.training
-    model.eval()
-    try:
+def in_float32(model: Any) -> Iterator[None]:
+    """The model in `eval()` mode and in float32, a block at a time: it fits wherever the model does. Everything is put back.
+    Quantised weights stay as they are, and are multiplied dequantised and in float32."""
+    _, blocks = find_blocks(model)
+    device = next(model.parameters()).device
+    packed = [module for module in model.modules() if is_linear(module) and is_packed(module)]
+    rest = placed(outside(model, blocks), device, torch.float32)
+    with evaluating(model), rest, placed_in_turn(blocks, device, torch.float32), _dequantised(packed):
         yield
-    finally:
-        model.train(training)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-@contextlib.contextmanager
-def in_float32(model: Any) -> Iterator[str]:
-    """The model in `eval()` mode and, unless it is very large, in float32; both are put back (without loss). Quantised
-    weights stay as they are, and are multiplied dequantised and in float32."""
-    training = model.training
-    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    buffers = {name: buffer.dtype for name, buffer in model.named_buffers()}
-    small = sum(parameter.numel() for parameter in model.parameters()) < FULL_PRECISION_LIMIT
-    packed = [module for module in model.modules() if is_linear(module) and is_packed(module)] if small else []
-    model.eval()
-    if small:
-        model.float()
-    try:
-        with _dequantised(packed):
-            yield "float32" if small else _name(next(iter(dtypes.values())))
-    finally:
-        for name, parameter in model.named_parameters():
-            parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
-        for name, buffer in model.named_buffers():
-            buffer.data = buffer.data.to(buffers.get(name, buffer.dtype))
-        model.train(training)
 
 
 @contextlib.contextmanager

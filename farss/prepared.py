@@ -122,7 +122,7 @@ def convert(prepared: Path | str, trained: Path | str, out: Path | str, rank: in
     with whole_folder(out) as unfinished:
         write_adapter(unfinished, made.state, plan, facts["base"], made.rank)
         difference = _compare(prepared / "base", trained, facts["base"], unfinished)
-        exported = Exported(out, made.rank, made.lost, difference, "float32")
+        exported = Exported(out, made.rank, made.lost, difference)
         write_facts(unfinished, plan, facts["base"], facts["base_fingerprint"], facts["tokenizer_fingerprint"], exported)
     return exported
 

@@ -20,7 +20,7 @@ from farss.data import Row, Tokenized, choose, example_rows, question_rows
 from farss.errors import ConfigError
 from farss.models import layer_shapes
 from farss.tasks.likelihood import answered
-from farss.tasks.questions import draw, prompt_of
+from farss.tasks.questions import prompt_of, unasked
 from farss.train import train
 
 NAME = "recovery"
@@ -51,11 +51,8 @@ def recovery_rows(config: Config, tokenizer: Any) -> Tokenized:
 
 
 def _unasked(entry: QuestionSet, config: Config, tokenizer: Any) -> list[Row]:
-    every = question_rows(entry)
-    drawn = draw(entry, every, config.seed, example_rows(entry))
-    taken = {row["question"] for row in (*drawn.asked, *drawn.shown)}
     prompt = prompt_of(entry, "knowledge", config.data.template, tokenizer)
-    rows = answered([row for row in every if row["question"] not in taken], prompt, tokenizer)
+    rows = answered(unasked(entry, question_rows(entry), config.seed, example_rows(entry)), prompt, tokenizer)
     return [row for row in rows if len(row["input_ids"]) <= config.data.max_length]
 
 

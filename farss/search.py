@@ -221,7 +221,7 @@ def score(
     if task[best].mean() <= task[BASE].mean():
         raise FarssError(
             f"plan.boundary=auto: after {steps} steps no probe has a lower loss on held-out examples than the base model: "
-            "give plan.boundary a number, raise boundary.probe, or change train.learning_rate"
+            "give plan.boundary a number, raise boundary.probe, or lower boundary.rate if the loss has risen"
         )
     *known, learned = bootstrap([*knowledge, task], resamples, seed)
     found, draws = [], []

@@ -12,9 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from farss.artifacts import LayerPlan, Plan, Survey
+from farss.report.candidates import departure
 from farss.report.figures import SIDES, layer_types
 from farss.report.story import MEANINGS, tiles
-from farss.report.tables import NATS, Cell, base_cells, cells, columns
+from farss.report.tables import METRICS, NATS, Cell, base_cells, cells, columns, gap_heads, gaps
 from farss.report.words import SPACE, change, cut, interval, points
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ STYLES = {"least": "yellow", "most": "blue", None: "white"}
 SHADES = "░▒▓█"
 SPARKS = "▁▂▃▄▅▆▇█"
 LABEL_WIDTH = 20
+ONLY_REPORTED = ("learning_rate", "peak_memory_init_gib", "peak_memory_gib")
+"""Columns for which a terminal has no room; what is said of learning rates stands in a comparison's notes."""
 
 
 class RankMap:
@@ -147,6 +150,11 @@ def boundary_table(found: Boundary) -> Table:
     return table
 
 
+def boundary_departure(found: Boundary, plan: Plan | None) -> str:
+    """A sentence where the plan was made with another boundary than the search chose, else nothing."""
+    return departure(found.chosen, plan) if found.candidates else ""
+
+
 def _sparks(values: list[float]) -> str:
     """One small bar a block, on a logarithmic scale."""
     logs = [math.log(value) if value > 0 else -math.inf for value in values]
@@ -174,17 +182,30 @@ def summary_table(summary: Mapping[str, Any] | DataclassInstance) -> Table:
 
 
 def comparison_table(comparison: dict[str, Any]) -> Group:
-    """The balance and the costs of each method, and below them its benchmarks; the report has the rest.
+    """The balance and the costs of each method, below them its benchmarks, and the paired differences of KT; the report has
+    the rest.
 
-    The best of each column is bold, the second best underlined. Two tables, so that they fit 80 columns.
+    The best of each column is bold, the second best underlined. Several tables, so that they fit 80 columns.
     """
     keys = [column.key for column in columns(comparison)]
     benchmarks = [place for place, key in enumerate(keys) if key.startswith("benchmarks.") or key in NATS]
-    balance = [place for place, key in enumerate(keys) if place not in benchmarks and key != "peak_memory_gib"]
+    balance = [place for place, key in enumerate(keys) if place not in benchmarks and key not in ONLY_REPORTED]
     parts: list[Any] = [_methods_table(comparison, balance)]
     if benchmarks:
         parts += ["", _methods_table(comparison, benchmarks, before=True)]
+    if METRICS[0] in gaps(comparison):
+        parts += ["", _gap_table(comparison)]
     return Group(*parts)
+
+
+def _gap_table(comparison: dict[str, Any]) -> Table:
+    """KT of each method against LoRA and against the best other method."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for place, head in enumerate(gap_heads(METRICS[0])):
+        table.add_column(Text(head), justify="right" if place > 1 else "left")
+    for gap in gaps(comparison)[METRICS[0]]:
+        table.add_row(Text(cut(gap.method, 40)), Text(cut(gap.against, 40)), gap.text, gap.between, gap.p)
+    return table
 
 
 def _methods_table(comparison: dict[str, Any], shown: list[int], before: bool = False) -> Table:

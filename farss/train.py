@@ -29,7 +29,7 @@ from farss.artifacts import fingerprint, read_json, write_json, write_tensors
 from farss.config import Config, TrainConfig, nearest
 from farss.data import Tokenized
 from farss.errors import ConfigError, FarssError, FolderError, NumericalError
-from farss.memory import freed_memory_kept, peak_gib
+from farss.memory import freed_memory_kept, peak_gib, reset_peak
 from farss.methods import Regime
 from farss.models import base_fingerprint, multiplies_in
 from farss.tasks.course import Course
@@ -70,6 +70,21 @@ class TrainResult:
     """Every `logging_steps` steps, and at the end: step, loss (mean since the entry before), learning_rate, seconds."""
     course: list[dict[str, Any]] = field(default_factory=list)
     """What was seen on the way: step, and a `tasks.course.Look`."""
+    examples: int = 0
+    """Training examples: those that were used, those of them whose end was cut off, and those that were left out because no
+    answer fits into `data.max_length`."""
+    truncated: int = 0
+    dropped: int = 0
+
+    @property
+    def cut(self) -> str:
+        """What `data.max_length` took away, for people; empty where that is nothing."""
+        if not (self.truncated or self.dropped):
+            return ""
+        return (
+            f"Of {self.examples + self.dropped:,} training examples the end of {self.truncated:,} was cut off at data.max_length, and "
+            f"{self.dropped:,} were left out because no answer fits into it."
+        )
 
     def save(self, path: Path) -> None:
         """Write `train.json`."""
@@ -245,8 +260,7 @@ class _Run:
         self.regime.begin(self.model, total)
         if (self.checkpoint / REGIME).is_file():
             self.regime.load(load_file(self.checkpoint / REGIME, str(self.device)))
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+        reset_peak(self.device)
         if self.step == 0:
             self.look()
         self.tell(None)

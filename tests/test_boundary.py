@@ -14,12 +14,13 @@ from farss import world
 from farss.artifacts import Plan
 from farss.boundary import Boundary, hold_out, knowledge_rows, prepare, probe_config
 from farss.config import from_dict, override
-from farss.data import Tokenized
-from farss.errors import ConfigError, FolderError
+from farss.data import Tokenized, question_rows
+from farss.errors import ConfigError, FolderError, NumericalError
 from farss.models import load_tokenizer
 from farss.pipeline import Run
 from farss.search import Round, candidates
 from farss.tasks.likelihood import question_tokens, token_loglikelihoods
+from farss.tasks.questions import draw
 from farss.train import train
 
 SCHEMA = ["candidates", "chosen", "margin", "steps_full", "cost_share", "knowledge", "task", "notes"]
@@ -160,6 +161,31 @@ def test_a_search_with_other_options_is_refused(searched, text, key):
         Run(override(searched.config, [text])).claim()
 
 
+def test_a_changed_question_file_is_noticed(config, tmp_path, monkeypatch):
+    file = tmp_path / "facts.jsonl"
+    file.write_text(world.KNOWLEDGE.read_text())
+    config = override(config, [f"evaluate.knowledge=[{{name: facts, data: {file}}}]"])
+    monkeypatch.setattr(room, "train", None)
+    run = Run(config)
+    run.claim()
+    with pytest.raises(TypeError):  # the search has begun, and there is nothing to train with
+        run.boundary()
+    file.write_text("\n".join(world.KNOWLEDGE.read_text().splitlines()[:-1]))
+    with pytest.raises(FolderError, match=r"holds a boundary-farss made with content of evaluate\.knowledge="):
+        Run(config).boundary()
+
+
+def test_a_failed_probe_names_the_rate_of_the_probes(config, monkeypatch):
+    def fails(*_, **__):
+        raise NumericalError("the loss is nan at training step 3")
+
+    monkeypatch.setattr(room, "train", fails)
+    run = Run(config)
+    run.claim()
+    with pytest.raises(NumericalError, match=r"boundary.rate=4 may be what is too high: the loss is nan"):
+        run.boundary()
+
+
 def test_a_number_or_another_schedule_needs_no_new_search(searched, monkeypatch):
     monkeypatch.setattr(room, "train", None)
     stamp = (searched.path / "plan.json").read_bytes()
@@ -177,7 +203,7 @@ def test_a_number_or_another_schedule_needs_no_new_search(searched, monkeypatch)
 def test_the_seeds_of_a_comparison_share_one_search(searched, monkeypatch, tmp_path):
     monkeypatch.setattr(room, "train", None)
     other = override(searched.config, ["seed=1", f"out={tmp_path / 'farss-seed1'}"])
-    run = Run(other, shared=searched.path, shared_seed=0)
+    run = Run(other, shared=searched.path, shared_config=searched.config)
     run.claim()
     assert run.plan().boundary == told(searched.path)["chosen"]
     assert told(run.path) == told(searched.path)
@@ -224,6 +250,24 @@ def test_questions_are_put_as_the_evaluation_puts_them_and_only_the_answer_count
         assert tokenizer.eos_token_id not in row["input_ids"]
         assert row["input_ids"][0] == tokenizer.bos_token_id
     assert len(question_tokens(entry, "knowledge", config, tokenizer, 10)) == 10
+
+
+def test_no_boundary_is_chosen_by_the_questions_that_judge_it(config):
+    tokenizer = load_tokenizer(config.model)
+
+    def asked(limit):
+        notes = []
+        wanted = override(config, [f"evaluate.knowledge=[{{name: facts, data: {world.KNOWLEDGE}, fewshot: 3, limit: {limit}}}]"])
+        rows, _ = knowledge_rows(wanted, tokenizer, 1e9, notes)
+        drawn = draw(wanted.evaluate.knowledge[0], question_rows(wanted.evaluate.knowledge[0]), wanted.seed)
+        texts = [tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in rows["facts"]]
+        return [text for text in texts if any(f"Question: {row['question']}\n" in text for row in (*drawn.asked, *drawn.shown))], notes
+
+    both, notes = asked(100)
+    assert (both, notes) == ([], [])
+    both, notes = asked(600)  # of 675: too few are left
+    assert 0 < len(both) < config.boundary.questions
+    assert notes[0].startswith(f"K is measured on {config.boundary.questions} questions of facts, of which {len(both)} are asked")
 
 
 def test_without_questions_it_is_general_text_and_it_says_so(config):

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 import yaml
+from small_models import save_small
+from test_boundary import settings
 from typer.testing import CliRunner
 
 from farss import cli, world
@@ -65,6 +67,19 @@ def test_importing_loads_nothing_heavy():
     heavy = ("torch", "transformers", "peft", "trl", "lm_eval", "datasets")
     code = f"import sys, farss, farss.config; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_boundary_shows_its_curve_and_leaves_a_page(tmp_path):
+    (tmp_path / "run.yaml").write_text(json.dumps(settings(save_small("llama-gqa", tmp_path / "model"), tmp_path / "run")))
+    result = CliRunner().invoke(app, ["boundary", str(tmp_path / "run.yaml")])
+    assert result.exit_code == 0, result.exception
+    found = json.loads((tmp_path / "run" / "boundary.json").read_text())
+    assert [each["boundary"] for each in found["candidates"]] == [1, 2]
+    shown = " ".join(result.output.split())
+    assert f"The search chose boundary {found['chosen']}" in shown
+    assert "are asked in the evaluation too" in shown
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert f"Chosen: {found['chosen']} shallow block" in page.replace("\u202f", " ").replace("\xa0", " ")
 
 
 def test_report_draws_from_artifacts_alone_and_opens_the_page(tmp_path, monkeypatch):

@@ -2,17 +2,23 @@
 
 import dataclasses
 import json
+import math
+import pathlib
 import shutil
 
 import pytest
 from test_pipeline import model_folder, settings
 
-from farss.artifacts import Survey, questions
-from farss.compare import compare, held_out, the_rest
+from farss import pipeline
+from farss.artifacts import Plan, Survey, questions
+from farss.boundary import Boundary
+from farss.compare import _levels, _measured, compare, held_out, the_rest
 from farss.config import from_dict, override
-from farss.errors import ConfigError, FolderError
+from farss.errors import ConfigError, FarssError, FolderError
+from farss.evaluate import Estimate
 from farss.methods import METHODS
 from farss.report import comparison_markdown
+from farss.survey import own_text
 from farss.world.demo import demo_config
 
 __all__ = ["model_folder"]  # a fixture
@@ -106,11 +112,108 @@ def test_tuning_needs_a_measure(values):
     config = dataclasses.replace(override(config, ["compare.methods=[lora, full]"]), evaluate=dataclasses.replace(config.evaluate, task=[]))
     with pytest.raises(ConfigError, match=r"name questions in evaluate.knowledge and evaluate.task"):
         compare(config, silent)
-    for bad, message in (("[0]", "compare.tune holds 0"), ("[1, 1]", "compare.tune holds 1.0 twice")):
-        with pytest.raises(ConfigError, match=message):
-            override(config, [f"compare.tune={bad}"])
+    for bad, message in (("tune=[0]", "tune holds 0"), ("tune=[1, 1]", "tune holds 1.0 twice"), ("seeds=[2, 2]", "seeds holds 2 twice")):
+        with pytest.raises(ConfigError, match=f"compare.{message}"):
+            override(config, [f"compare.{bad}"])
     with pytest.raises(ConfigError, match=r"compare.held_out=1.0: give a share above 0 and below 1"):
         override(config, ["compare.held_out=1"])
+
+
+def test_each_variant_searches_for_its_boundary_once(values, monkeypatch):
+    searched = []
+
+    def found(prober):
+        searched.append(prober.config)
+        return Boundary([], 1, 0.0, 0.0, 0.0, 60, 0.1, "facts", "loss", seconds=1.0)
+
+    monkeypatch.setattr(pipeline, "find", found)
+    values["train"]["max_steps"] = 40
+    values["plan"]["boundary"] = "auto"
+    values["compare"] = {
+        "methods": ["full", "farss", "farss@wide"],
+        "tune": [0.5, 1],
+        "settings": {"farss@wide": {"plan.r_max": 8}},
+    }
+    folder = compare(from_dict(values), silent)
+    assert [(one.plan.r_max, one.train.learning_rate) for one in searched] == [(6, 1e-3), (8, 1e-3)]
+    assert {path.name for path in (folder / "boundary").iterdir()} == {"farss", "farss@wide"}
+    assert {Plan.load(path).boundary for path in folder.glob("farss*/plan.json")} == {1}
+    assert "farss@wide: Boundary 1 is the only candidate." in read(folder)["notes"]
+
+
+def test_without_questions_there_is_still_a_table_of_costs(values):
+    values["evaluate"] = {"knowledge": [], "task": []}
+    values["compare"] = {"methods": ["lora", "farss"]}
+    comparison = read(compare(from_dict(values), silent))
+    assert [row["K"] for row in comparison["rows"]] == [None, None]
+    assert all(row["seconds_train"] > 0 for row in comparison["rows"])
+    assert comparison["rows"][1]["peak_memory_init_gib"] > 0
+    assert comparison["differences"] == []
+
+
+def test_one_survey_is_wide_enough_for_all(values):
+    values["plan"] |= {"rank": 2, "r_avg": 1, "r_max": 2}
+    values["compare"] = {"methods": ["farss", "farss@wide"], "settings": {"farss@wide": {"plan.rank": 6}}}
+    folder = compare(from_dict(values), silent)
+    assert Survey.load(folder / "survey").cap == 6
+    assert [row["rank"] for row in read(folder)["rows"]] == [2, 6]
+
+
+def test_a_survey_that_was_deleted_is_made_again(values):
+    values["compare"] = {"methods": ["farss"]}
+    folder = compare(from_dict(values), silent)
+    shutil.rmtree(folder / "survey")
+    shutil.rmtree(folder / "farss-seed0")
+    compare(from_dict(values), silent)
+    assert Survey.load(folder / "survey").examples == 8
+
+
+def test_the_model_writes_its_own_text_once(values, monkeypatch):
+    written = []
+    monkeypatch.setattr(pipeline, "own_text", lambda *arguments: written.append(1) or own_text(*arguments))
+    values["compare"] = {"methods": ["corda-kpm", "lora-null"]}
+    compare(from_dict(values), silent)
+    assert written == [1]
+
+
+@pytest.mark.parametrize(
+    ("methods", "settings", "message"),
+    [
+        (
+            ["farss@unmached"],
+            {"farss@unmatched": {"plan.r_max": 8}},
+            r"'farss@unmached', .* no options for it: did you mean 'farss@unmatched'",
+        ),
+        (["farss@wide"], {}, r"'farss@wide', .* no options for it: add them"),
+        (["farss"], {"frass": {"plan.r_max": 8}}, r"options for 'frass', which is no method: did you mean 'farss'"),
+    ],
+)
+def test_a_variant_is_never_the_plain_method(values, methods, settings, message):
+    values["compare"] = {"methods": methods, "settings": settings}
+    with pytest.raises(ConfigError, match=message):
+        compare(from_dict(values), silent)
+    assert not (pathlib.Path(values["out"])).exists()
+
+
+def test_a_method_that_stays_behind_takes_no_level_from_the_others():
+    assert _levels([[0.5, 0.9], [0.4, 0.8]]) == pytest.approx([0.5, 0.65, 0.8])
+    assert _levels([[0.5, 0.9], [0.4, 0.8], [0.0, 0.1]]) == pytest.approx([0.5, 0.65, 0.8])
+    assert _levels([[0.5, 0.9], [0.0, 0.1]]) == []
+    assert _levels([]) == []
+
+
+def test_where_nothing_is_solved_the_likelihoods_choose():
+    def one(**values):
+        return {name: Estimate(value, value, value) for name, value in values.items()}
+
+    assert _measured({"": one(KT=0.9), "a": one(KT=0.5)}) == ("KT", {"": 0.9, "a": 0.5})
+    half = math.log(0.5)
+    for kept in ({"K": 0.5, "kept": -9.0}, {"kept": half}):  # a score where there is one
+        measure, values = _measured({"": one(**kept, learned=8.0), "a": one(**kept, learned=4.0), "b": one(**kept, learned=-1.0)})
+        assert measure.startswith("log-likelihoods")
+        assert values == pytest.approx({"": 2 / 3, "a": 0.5, "b": 0.0})
+    with pytest.raises(FarssError, match=r"compare.tune cannot choose"):
+        _measured({"": one(K=0.5), "a": one(K=0.5)})
 
 
 @pytest.mark.slow
@@ -126,14 +229,15 @@ def test_every_method_on_the_embedded_world(tmp_path):
         assert row["seconds_train"] > 0
         assert (folder / row["folder"] / ("adapter" if METHODS[method].plain_lora else "model")).is_dir()
     assert {row["method"] for row in comparison["differences"]} == set(METHODS) - {"full"}
-    assert len({path.parent.name for path in folder.glob("*/survey.json")}) == 8  # one for each thing that is looked at
+    looked_at = {path.parent.name for path in folder.glob("*/survey.json")} - {"steps"}
+    assert len(looked_at) == 7  # one for each thing that is looked at
 
 
 def test_several_jobs_give_the_table_of_one(values, tmp_path):
     values["compare"] = {"methods": ["lora", "farss"], "seeds": [0, 1]}
     alone = read(compare(from_dict(values), silent))
     beside = read(compare(from_dict(values | {"out": str(tmp_path / "jobs"), "compare": values["compare"] | {"jobs": 2}}), silent))
-    timed = ("seconds_init", "seconds_train", "peak_memory_gib")
+    timed = ("seconds_init", "seconds_train", "peak_memory_gib", "peak_memory_init_gib")
     for first, second in zip(alone["rows"], beside["rows"], strict=True):
         assert {key: first[key] for key in first if key not in timed} == {key: second[key] for key in second if key not in timed}
 

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from farss.compare import Entrant, check_labels
 from farss.config import Config, all_keys, commented, dump, field_help, from_dict, load, override, to_dict
 from farss.errors import ConfigError
+from farss.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 FIXED = [
@@ -121,13 +123,27 @@ def test_further_files_change_options_in_their_order(tmp_path):
         override(Config(), [str(tmp_path / "bad.yaml")])
 
 
+def test_settings_of_further_files_are_added(tmp_path):
+    before = override(Config(), ["compare.settings={full: {seed: 3}, lora: {seed: 4}}"])
+    (tmp_path / "more.yaml").write_text("compare: {settings: {lora: {seed: 5}, farss@wide: {plan.r_max: 8}}}\n")
+    found = override(before, [str(tmp_path / "more.yaml")])
+    assert found.compare.settings == {"full": {"seed": 3}, "lora": {"seed": 5}, "farss@wide": {"plan.r_max": 8}}
+    assert override(found, ["compare.settings={full: {}}"]).compare.settings["full"] == {}
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs" / "overlays").glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_overlays_fit_their_run_files(file):
+    for name in ("gemma-banking77", "gemma-gsm8k"):
+        check_labels(load(ROOT / "configs" / f"{name}.yaml", [str(file)]))
+
+
 @pytest.mark.parametrize("file", sorted((ROOT / "configs" / "ablations").glob("*.yaml")), ids=lambda file: file.stem)
 def test_the_ablations_are_runs_of_known_methods(file):
-    from farss.compare import Entrant
-    from farss.methods import METHODS
-
     config = load(ROOT / "configs" / "laptop.yaml", [str(file)])
     assert len(config.compare.methods) >= 3
     assert set(config.compare.settings) <= set(config.compare.methods)
+    check_labels(config)
+    full = load(ROOT / "configs" / "gemma-gsm8k.yaml", [str(file)]).compare.settings["full"]
+    assert full == load(ROOT / "configs" / "gemma-gsm8k.yaml").compare.settings["full"]
     for label in config.compare.methods:
         assert Entrant(label, None, 0, config, lambda *_: None).method in METHODS

@@ -1,8 +1,11 @@
 """What is said of memory is so."""
 
+import pathlib
+
+import pytest
 import torch
 
-from farss.memory import freed_memory_kept, give_back, peak_gib, used_gib
+from farss.memory import freed_memory_kept, give_back, peak_gib, reset_peak, used_gib
 
 CPU = torch.device("cpu")
 
@@ -32,3 +35,12 @@ def test_what_nothing_refers_to_is_given_back():
     del circle
     give_back()
     assert used_gib(CPU) <= before + 0.05
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="the kernel keeps no peak that can be reset")
+def test_a_peak_is_not_that_of_the_run_before():
+    held = torch.ones(2**29, dtype=torch.uint8)
+    del held
+    before = peak_gib(CPU)
+    reset_peak(CPU)
+    assert peak_gib(CPU) <= before - 0.4

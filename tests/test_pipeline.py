@@ -17,7 +17,7 @@ from farss.artifacts import Plan, Survey
 from farss.compare import compare
 from farss.config import from_dict, load, override
 from farss.errors import ConfigError, DataError, FolderError, ModelError
-from farss.folder import resolve
+from farss.folder import READING_KEYS, options_of, resolve
 from farss.pipeline import Run
 
 
@@ -174,7 +174,7 @@ def test_comparison_shares_survey_and_base(model_folder, tmp_path):
     [
         ("corda-kpm", [], "corda-knowledge"),
         ("lora-null", [f"calibration.knowledge={world.KNOWLEDGE}"], "null-space"),
-        ("eva", [], "eva-task"),
+        ("eva", [], "eva-answers"),
         ("adalora", [], None),
         ("kasa", [], "weights"),
         ("dora", ["evaluate.task=[]"], None),
@@ -193,6 +193,46 @@ def test_every_kind_of_method_goes_the_whole_way(config, method, changes, readin
     before = (run.path / "plan.json").stat().st_mtime_ns
     Run(run.config).all()
     assert (run.path / "plan.json").stat().st_mtime_ns == before
+
+
+def test_general_text_alone_is_measured_too(config):
+    run = Run(override(config, ["evaluate.knowledge=[]", "evaluate.task=[]"]))
+    run.all()
+    assert run.summarise(None).forgetting is not None
+
+
+def test_what_a_length_takes_away_is_told(config):
+    run = Run(override(config, ["data.max_length=24", "train.max_steps=2"]))
+    run.claim()
+    found, data = run.train(), run.examples
+    assert (found.examples, found.truncated, found.dropped) == (len(data.rows), data.truncated, data.dropped)
+    assert found.truncated + found.dropped > 0
+    assert f"{found.dropped} were left out" in found.cut
+
+
+def test_the_versions_are_those_of_the_training(config):
+    run = Run(override(config, ["train.max_steps=2"]))
+    run.claim()
+    run.train()
+    file = run.path / "versions.json"
+    before = json.loads(file.read_text())
+    file.write_text(json.dumps(before | {"torch": "1.0"}))
+    Run(run.config).claim()
+    assert json.loads(file.read_text())["torch"] == "1.0"
+    assert "# torch 1.0\n" in (run.path / "config.yaml").read_text()
+
+
+def test_knowledge_may_have_columns_of_other_names(config, tmp_path):
+    file = tmp_path / "webqs.jsonl"
+    rows = [json.loads(line) for line in world.KNOWLEDGE.read_text().splitlines()]
+    file.write_text("".join(json.dumps({"qText": row["question"], "golden": row["answers"]}) + "\n" for row in rows))
+    named = f"calibration.knowledge={{name: webqs, data: {file}, question: qText, answers: golden}}"
+    run, other = (Run(override(config, ["plan.method=lora-null", text])) for text in (named, f"calibration.knowledge={world.KNOWLEDGE}"))
+    assert run._knowledge() == other._knowledge()
+    run.claim()
+    run.statistics()
+    file.write_text(file.read_text()[:-1])
+    assert not run.place.is_done("null-space", options_of(resolve(run.config), READING_KEYS["knowledge"]), redo=True)
 
 
 def test_a_folder_from_before_an_option_existed_is_taken_up(config):

@@ -11,7 +11,7 @@ from farss.config import PlanConfig
 from farss.data import batches, collate
 from farss.errors import ConfigError
 from farss.maths.directions import select
-from farss.methods.base import uniform_parameters
+from farss.methods.uniform import uniform_parameters
 from farss.models import find_blocks, target_layers
 from farss.plan import check_plan, make_plan, make_plan_without_survey, survey_cap
 from farss.survey import survey
@@ -85,6 +85,10 @@ def test_one_scale_in_every_layer(found, alpha, scaling):
 def test_constant_alpha_reproduces_the_released_code(found):
     plan = make_plan(dataclasses.replace(BASE, alpha="constant"), found)
     assert {layer.alpha for layer in plan.layers.values()} == {8.0}
+    assert plan.unscaled
+    matched = make_plan(dataclasses.replace(BASE, alpha="constant", match_params="lora"), found)
+    assert {layer.alpha for layer in matched.layers.values()} == {float(matched.rank)}  # R as it was solved for
+    assert matched.rank > BASE.rank
 
 
 def test_matched_parameters_are_within_one_rank_step(found):

@@ -17,7 +17,7 @@ from farss.errors import FarssError
 from farss.maths.compress import compress
 from farss.merging import merge
 from farss.models import base_fingerprint, fingerprint
-from farss.portable import SERVED_RANKS, export, load_adapter
+from farss.portable import SERVED_RANKS, export, in_float32, load_adapter
 
 from small_models import examples  # isort: skip
 
@@ -107,10 +107,29 @@ def test_bfloat16_base_to_a_thousandth(tmp_path):
     adapted, plan = trained("llama", tmp_path, torch.bfloat16)
     done = export(adapted, plan, tmp_path / "adapter", prompts())
     assert done.logit_difference <= 1e-3
-    assert done.precision == "float32"
     assert next(adapted.get_base_model().parameters()).dtype == torch.bfloat16
     stock = PeftModel.from_pretrained(small("llama").bfloat16(), str(tmp_path / "adapter")).eval()
     assert (logits(stock.float()) - logits(adapted.float())).abs().max() <= 1e-3
+
+
+def test_the_check_holds_one_block_in_float32_at_a_time(tmp_path):
+    adapted, _ = trained("llama", tmp_path, torch.bfloat16)
+    blocks = adapted.get_base_model().model.layers
+    before = {name: tensor.clone() for name, tensor in adapted.state_dict().items()}
+    expected, widened = logits(small("llama").bfloat16().float()), []
+
+    def look(*_):
+        widened.append([next(block.parameters()).dtype == torch.float32 for block in blocks])
+
+    hooks = [block.mlp.register_forward_hook(look) for block in blocks]
+    with adapted.disable_adapter(), in_float32(adapted):
+        found = logits(adapted)
+    for hook in hooks:
+        hook.remove()
+    assert widened == [[one == place for one in range(len(blocks))] for place in range(len(blocks))]
+    assert torch.equal(found, expected)
+    after = adapted.state_dict()
+    assert all(torch.equal(tensor, after[name]) and tensor.dtype == after[name].dtype for name, tensor in before.items())
 
 
 def test_one_rank_alpha_equal_to_it_and_no_patterns(tmp_path):

@@ -73,7 +73,6 @@ def test_training_and_export_on_a_4_bit_base(folder, tmp_path):
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     done = export(adapted, plan, tmp_path / "adapter", prompts(), base=str(folder))
-    assert done.precision == "float32"  # of the products; the weights are the 4-bit ones
     assert done.logit_difference <= 1e-5 * max(1.0, scale)
     stock = PeftModel.from_pretrained(four_bits(folder), str(tmp_path / "adapter")).eval()
     assert (logits(stock).float() - logits(adapted.eval()).float()).abs().max().item() <= 2**-5 * scale

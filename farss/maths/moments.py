@@ -40,6 +40,28 @@ class Moment:
         return self.total / self.count
 
 
+class Covariance(Moment):
+    """Running mean of `(x - E x)(x - E x)^T [d, d]` over rows `x [d]`."""
+
+    def add(self, rows: Tensor) -> None:
+        """Add rows `[t, d]`."""
+        if not rows.shape[0]:
+            return
+        rows = rows.to(self.dtype)
+        if self.total is None:  # sums around a point near the mean lose few digits when the mean is taken out
+            self.origin = rows.mean(0)
+            self.offset = torch.zeros_like(self.origin)
+        rows = rows - self.origin
+        self.offset += rows.sum(0)
+        super().add(rows)
+
+    @property
+    def mean(self) -> Tensor:
+        """[d, d]"""
+        around, offset = super().mean, self.offset / self.count
+        return around - torch.outer(offset, offset)
+
+
 def energies(moment: Tensor, basis: Tensor) -> Tensor:
     """[k]: `q_i^T E q_i` of a moment `E [w, w]` along the columns of `Q [w, k]`."""
     basis = basis.to(moment.dtype)

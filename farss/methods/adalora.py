@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from farss.artifacts import Plan
 from farss.config import PlanConfig
-from farss.methods.base import Context, Method, Regime, layer_alpha, layer_cap, uniform_plan
+from farss.methods.base import Context, Method, Regime
 from farss.methods.diagonal import add_diagonals, orthogonality
+from farss.methods.uniform import layer_alpha, layer_cap, uniform_plan
 
 EXTRA = 1.5
 """The ranks begin at this many times their final average, as in the paper."""
@@ -28,14 +29,18 @@ MOMENTS = ("exp_avg_ipt", "exp_avg_unc")
 
 
 def plan(config: PlanConfig, context: Context) -> Plan:
-    """One rank everywhere, larger than the average at the end."""
-    final = uniform_plan(config, context, None)
+    """One rank everywhere, larger than the average at the end. It is the end that `plan.match_params` speaks of."""
+    final = uniform_plan(config, context, None, lambda rank, rows: rank, when=" at the end of training, if it is pruned evenly")
     layers = {}
     for name, layer in final.layers.items():
         rank = min(math.ceil(EXTRA * layer.rank), layer_cap(context.layers[name]))
-        layers[name] = dataclasses.replace(layer, rank=rank, alpha=layer_alpha(config, rank), beside=rank)
-    note = f"AdaLoRA trains {EXTRA} times the final rank at first, and keeps the best {final.rank} per layer on average."
-    return dataclasses.replace(final, layers=layers, notes=[*final.notes, note])
+        layers[name] = dataclasses.replace(layer, rank=rank, alpha=layer_alpha(config, rank, final.rank), beside=rank)
+    made = dataclasses.replace(final, layers=layers)
+    note = (
+        f"AdaLoRA begins with {EXTRA} times the final rank, {made.parameters:,} trainable parameters, and keeps the best {final.rank} "
+        "per layer on average."
+    )
+    return dataclasses.replace(made, notes=[*made.notes, note])
 
 
 class Pruning(Regime):

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from farss.artifacts import layer_tensors
 from farss.maths.directions import decompose, ends
-from farss.methods.base import Method, Reading, uniform_plan
+from farss.methods.base import Method, Reading
+from farss.methods.uniform import uniform_plan
 
 DAMPING = 0.01
 """The covariance's mean diagonal times this is added to its diagonal, as in the authors' code, so that it has an inverse."""

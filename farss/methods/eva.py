@@ -1,21 +1,24 @@
-"""EVA: A starts from the main directions of the task's activations, B from zero, and ranks go where they explain most
-(Paischer et al. 2024)."""
+"""EVA: A starts from the principal components of the activations on the task's answers, B from zero, and ranks go where they
+explain most (Paischer et al. 2024)."""
 
 from __future__ import annotations
+
+from collections import Counter
 
 import torch
 from torch import Tensor
 
-from farss.artifacts import LayerPlan, Plan, Survey, layer_tensors
+from farss.artifacts import LayerPlan, Plan, layer_tensors
 from farss.config import PlanConfig
-from farss.methods.base import Context, Method, Reading, Start, layer_alpha, layer_cap, uniform_rank
+from farss.methods.base import Context, Method, Reading, Start
+from farss.methods.uniform import chosen_rank, layer_alpha
 
 RHO = 2
 """A layer gets at most this many times the average rank (PEFT's default)."""
 
 
 def read(weight: Tensor, moment: Tensor | None, cap: int) -> dict[str, Tensor]:
-    """The main directions of the inputs; a direction's score is its share of the activations' energy."""
+    """The principal components of the inputs; a component's score is its share of their variance."""
     assert moment is not None
     energy, vectors = torch.linalg.eigh(moment.double())
     count = min(weight.shape)
@@ -30,34 +33,43 @@ def start(u: Tensor, sigma: Tensor, v: Tensor, scaling: float) -> Start:
 
 
 def plan(config: PlanConfig, context: Context) -> Plan:
-    """The budget of one rank everywhere, given to the directions with the largest shares of their layers' energy. A layer
+    """The budget of one rank everywhere, given to the components with the largest shares of their layers' variance. A layer
     without any is left as it is."""
-    assert context.survey is not None
+    survey = context.survey
+    assert survey is not None
+    shares = {name: survey.directions(name).lam[: survey.cap].tolist() for name in survey.layers}
+
+    def parameters(rank: int) -> int:
+        return sum(own * sum(context.layers[name].shape) for name, own in share_out(shares, rank).items())
+
     notes: list[str] = []
-    rank = uniform_rank(config, context.layers, notes)
-    ranks = share_out(context.survey, rank)
+    rank = chosen_rank(config, context.layers, parameters, notes)
+    ranks = share_out(shares, rank)
     layers = {
-        name: LayerPlan(own, layer_alpha(config, own), layer.block, layer.shape, "most", list(range(own)))
+        name: LayerPlan(own, layer_alpha(config, own, rank), layer.block, layer.shape, "most", list(range(own)))
         for name, layer in context.layers.items()
         if (own := ranks[name])
     }
     return Plan(config.method, layers, context.blocks, rank=rank, notes=notes)
 
 
-def share_out(survey: Survey, rank: int) -> dict[str, int]:
-    """The rank of each layer: how many of its directions are among the best of all."""
-    caps = {name: min(RHO * rank, layer_cap(layer), survey.cap) for name, layer in survey.layers.items()}
-    known = {name: survey.directions(name).lam[:cap].tolist() for name, cap in caps.items()}
-    shares = [(-share, place, name) for place, name in enumerate(known) for share in known[name]]
-    best = sorted(shares)[: rank * len(caps)]
-    return {name: sum(entry[2] == name for entry in best) for name in caps}
+def share_out(shares: dict[str, list[float]], rank: int) -> dict[str, int]:
+    """The rank of each layer: how many of its components are among the best of all.
+
+    Args:
+        shares: of each layer's variance, descending.
+        rank: the average.
+    """
+    ordered = sorted((-share, place, name) for place, name in enumerate(shares) for share in shares[name][: RHO * rank])
+    counts = Counter(name for _, _, name in ordered[: rank * len(shares)])
+    return {name: counts[name] for name in shares}
 
 
 EVA = Method(
     name="eva",
     title="EVA (Paischer et al. 2024)",
-    changes="ranks by explained variance, starting from the main directions of the task's activations",
+    changes="ranks by explained variance, starting from the principal components of the activations on answers",
     plan=plan,
-    needs=Reading("eva-task", "task", read, reach=RHO),
+    needs=Reading("eva-answers", "task", read, reach=RHO, answers=True),
     start=start,
 )

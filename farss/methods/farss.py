@@ -3,12 +3,15 @@ important directions in deep blocks (Chen et al., Findings of ACL 2026)."""
 
 from __future__ import annotations
 
+import dataclasses
+
 from farss.artifacts import Layer, LayerPlan, Plan, Side, Survey
 from farss.config import PlanConfig
 from farss.errors import ConfigError, NumericalError
 from farss.maths.directions import select
 from farss.maths.ranks import BUDGETS, matched_rank
-from farss.methods.base import Context, Method, check_rank, layer_alpha, layer_cap, target_parameters
+from farss.methods.base import Context, Method
+from farss.methods.uniform import check_rank, layer_alpha, layer_cap, target_parameters, uniform_plan
 
 
 def plan(config: PlanConfig, context: Context) -> Plan:
@@ -20,10 +23,15 @@ def plan(config: PlanConfig, context: Context) -> Plan:
     shallow = shallow_ranks(config, context.layers, boundary, notes)
     deep = deep_rank(config, context.layers, shallow, notes)
     layers = {
-        name: plan_layer(config, context.survey, layer, boundary, shallow.get(name, min(deep, layer_cap(layer))))
+        name: plan_layer(config, context.survey, layer, boundary, shallow.get(name, min(deep, layer_cap(layer))), deep)
         for name, layer in context.layers.items()
     }
-    return Plan(config.method, layers, context.blocks, boundary, deep, notes)
+    return Plan(config.method, layers, context.blocks, boundary, deep, notes, unscaled=config.alpha == "constant")
+
+
+def everywhere(config: PlanConfig, context: Context, side: Side) -> Plan:
+    """The start alone: one rank in every layer, from one end of the scores."""
+    return dataclasses.replace(uniform_plan(config, context, side), unscaled=config.alpha == "constant")
 
 
 def choose_boundary(config: PlanConfig, blocks: int) -> int:
@@ -80,11 +88,11 @@ def deep_rank(config: PlanConfig, layers: dict[str, Layer], shallow: dict[str, i
     return chosen
 
 
-def plan_layer(config: PlanConfig, survey: Survey, layer: Layer, boundary: int, rank: int) -> LayerPlan:
-    """Side and directions of one layer."""
+def plan_layer(config: PlanConfig, survey: Survey, layer: Layer, boundary: int, rank: int, deep: int) -> LayerPlan:
+    """Side and directions of one layer of this rank; `deep` is R."""
     side: Side = config.shallow_directions if layer.block < boundary else config.deep_directions
     directions = select(survey.directions(layer.name).scores, rank, side).tolist()
-    return LayerPlan(rank, layer_alpha(config, rank), layer.block, layer.shape, side, directions)
+    return LayerPlan(rank, layer_alpha(config, rank, deep), layer.block, layer.shape, side, directions)
 
 
 FARSS = Method(

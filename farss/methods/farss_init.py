@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from functools import partial
 
-from farss.methods.base import Method, uniform_plan
+from farss.methods.base import Method
+from farss.methods.farss import everywhere
 
 FARSS_INIT = Method(
     name="farss-init",
     title="FARSS-init (FARSS, Table 4)",
     needs="survey",
     changes="one rank in every layer, starting from the least important directions",
-    plan=partial(uniform_plan, side="least"),
+    plan=partial(everywhere, side="least"),
 )

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
-from functools import partial
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from farss.artifacts import Layer, Plan
 from farss.config import PlanConfig
 from farss.maths.directions import factors
-from farss.methods.base import Method, Regime, Start, uniform_plan
+from farss.methods.base import Context, Method, Regime, Start
 from farss.methods.diagonal import add_diagonals, orthogonality
 from farss.methods.singular import SINGULAR
+from farss.methods.uniform import layer_cap, uniform_plan
+
+
+def cut_cap(layer: Layer) -> int:
+    """All components but one: what is cut off does not come back, and a layer without any computes nothing."""
+    return layer_cap(layer) - 1
+
+
+def plan(config: PlanConfig, context: Context) -> Plan:
+    """One rank everywhere, and a diagonal of that size."""
+    made = uniform_plan(config, context, "least", lambda rank, rows: rank, cut_cap)
+    small = [name for name, layer in context.layers.items() if cut_cap(layer) < made.rank]
+    if not small:
+        return made
+    where = small[0] if len(small) == 1 else f"{small[0]} and {len(small) - 1} more"
+    note = f"KaSA cuts components off for good and leaves each layer one: the rank is min(m, n) - 1, below {made.rank}, in {where}."
+    return dataclasses.replace(made, notes=[*made.notes, note])
 
 
 def start(u: Tensor, sigma: Tensor, v: Tensor, scaling: float) -> Start:
@@ -45,7 +63,7 @@ KASA = Method(
     name="kasa",
     title="KaSA (Wang et al. 2024)",
     changes="one rank in every layer, in singular form; the smallest singular components leave the base for good",
-    plan=partial(uniform_plan, side="least", beside=lambda rank, rows: rank),
+    plan=plan,
     needs=SINGULAR,
     start=start,
     regime=Penalties,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from farss.methods.base import Method, uniform_plan
+from farss.methods.base import Method
+from farss.methods.uniform import uniform_plan
 
 LORA = Method(
     name="lora",

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from farss.artifacts import layer_tensors
 from farss.maths.directions import factors
-from farss.methods.base import Method, Reading, Start, uniform_plan
+from farss.methods.base import Method, Reading, Start
+from farss.methods.uniform import uniform_plan
 
 
 def read(weight: Tensor, moment: Tensor | None, cap: int) -> dict[str, Tensor]:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from farss.artifacts import layer_tensors
-from farss.methods.base import Method, Reading, Start, uniform_plan
+from farss.methods.base import Method, Reading, Start
+from farss.methods.uniform import uniform_plan
 
 
 def read(weight: Tensor, moment: Tensor | None, cap: int) -> dict[str, Tensor]:

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 from functools import partial
 
-from farss.methods.base import Method, uniform_plan
+from farss.methods.base import Method
 from farss.methods.singular import SINGULAR
+from farss.methods.uniform import uniform_plan
 
 PISSA = Method(
     name="pissa",

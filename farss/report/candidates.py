@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from farss.artifacts import Plan
 from farss.report.figures import Choice, Figure, Trace, line
 from farss.report.results import bars
-from farss.report.words import SPACE, compact, count, interval, is_number, percent, plain, points, significant
+from farss.report.words import SPACE, compact, count, cut, interval, is_number, percent, plain, points, significant
 
 KINDS = {"K": "knowledge K", "T": "task T"}
 
@@ -127,6 +128,14 @@ def _margin(found: dict[str, Any]) -> list[str]:
     detail = f" (95{SPACE}% interval {between})" if between else ""
     doubt = ": too little to tell them apart" if between and found["margin_low"] <= 0 else ""
     return [f"That is {points(found['margin'])} points above the next best{detail}{doubt}."]
+
+
+def departure(chosen: Any, plan: Plan | None) -> str:
+    """A sentence where the plan was made with another boundary than the search chose, else nothing."""
+    if plan is None or chosen is None or plan.boundary == chosen:
+        return ""
+    made = f"it was made with {count(plan.boundary, 'shallow block')}" if plan.boundary else f"{cut(plan.method, 80)} has no shallow blocks"
+    return f"The plan does not follow the search: {made}."
 
 
 def boundary_rows(found: dict[str, Any]) -> list[dict[str, Any]]:

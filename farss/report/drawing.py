@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from farss.artifacts import whole_file
-from farss.report.figures import Choice, Figure, Trace
+from farss.report.figures import NAMES, Choice, Figure, Trace
 
 WIDTH = 960
 """Pixels, at 100 to the inch."""
 MOST = 6
-"""A figure with more choices than this is written for its first and its last one; the page saves any other."""
+"""A figure with more choices than this is written for its first and its last one, unless it wants every one written; the
+page saves any other."""
 DASHES = {"solid": "-", "dash": "--", "dot": ":"}
 SYMBOLS = {
     "circle": "o",
@@ -46,18 +47,30 @@ STYLE: dict[Any, Any] = {
 
 
 def save_figures(figures: Iterable[Figure], folder: Path) -> None:
-    """Write `<figure>.png` and `.svg`; of a figure with several choices `<figure>-<number>-<choice>`."""
+    """Write `<figure>.png` and `.svg`; of a figure with several choices `<figure>-<number>-<choice>`. Files of figures that
+    are not there any more are deleted."""
     from matplotlib import rc_context
 
-    colours = light_colours()
+    colours, written = light_colours(), set[str]()
     with rc_context(STYLE):
         for figure in figures:
             for name, choice in _files(figure):
                 _save(draw(themed({"data": choice.data, "layout": choice.layout}, colours)), folder / name)
+                written.add(name)
+    _forget(folder, written)
+
+
+def _forget(folder: Path, written: set[str]) -> None:
+    """Delete what an earlier report wrote and this one did not; files of other names are not ours."""
+    ours = re.compile(rf"({'|'.join(NAMES)})(-\d+-[a-z0-9-]*)?")
+    for path in [*folder.glob("*.png"), *folder.glob("*.svg")]:
+        if ours.fullmatch(path.stem) and path.stem not in written:
+            path.unlink()
 
 
 def _files(figure: Figure) -> list[tuple[str, Choice]]:
-    places = range(len(figure.choices)) if len(figure.choices) <= MOST else (0, len(figure.choices) - 1)
+    few = figure.every or len(figure.choices) <= MOST
+    places = range(len(figure.choices)) if few else (0, len(figure.choices) - 1)
     if len(figure.choices) == 1:
         return [(figure.name, figure.choices[0])]
     slugs = [re.sub(r"[^a-z0-9]+", "-", figure.choices[place].label.lower()).strip("-")[:60] for place in places]

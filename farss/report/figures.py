@@ -19,6 +19,8 @@ SIDES = {
     None: "random start",
 }
 SPECTRUM_POINTS = 160
+NAMES = ("balance", "frontier", "benchmarks", "boundary", "plan", "importance", "energy", "spectrum", "loss", "course")
+"""Every figure that a page may have."""
 
 
 class Choice(NamedTuple):
@@ -37,6 +39,8 @@ class Figure(NamedTuple):
     choices: list[Choice]
     chooser: str = ""
     """What is chosen in the drop-down list."""
+    every: bool = False
+    """Every choice is saved as a file, however many there are."""
 
 
 def layer_type(name: str, block: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,11 @@ class Run:
     summary: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, Any] = field(default_factory=dict)
     shared: Path = Path()
-    """Folder with base/ and survey/: the run's own, or the comparison's."""
+    """Folder with base/: the run's own, or the comparison's."""
+    place: Path = Path()
+    """Folder with survey/ and other statistics: the run's own, its variant's, or the comparison's."""
+    comparison: str = ""
+    """config.yaml of the comparison that it is a run of, as text."""
 
     @property
     def empty(self) -> bool:
@@ -46,6 +51,10 @@ class Run:
         """Size of the adapter's files; 0 when there is none."""
         return sum(path.stat().st_size for path in (self.folder / "adapter").rglob("*") if path.is_file())
 
+    def record(self, step: str) -> dict[str, Any]:
+        """What a step that looked at the model left: seconds, peak memory; empty where there is nothing."""
+        return _json(self.place / "steps" / f"{step}.json")
+
     def answers(self) -> dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
         """Per benchmark, the outcomes before and after; only those that were asked both times."""
         before, after = self.shared / "base" / "scores", self.folder / "scores"
@@ -61,7 +70,7 @@ class Comparison:
     table: dict[str, Any]
     """comparison.json."""
     common: Run
-    """What all runs share: configuration, survey, versions."""
+    """What all runs share: configuration and versions. A survey, too, but not always with every run: see `Run.place`."""
     names: list[str]
     """The folder name of each of its rows."""
     runs: dict[str, Run]
@@ -82,18 +91,22 @@ def read_run(folder: Path) -> Run:
     if not folder.is_dir():
         raise FolderError(f"there is no folder {folder}: give the folder of a run")
     shared = _shared(folder)
-    config = _text(folder / "config.yaml") or _text(shared / "config.yaml")
+    place = _place(folder, shared)
+    above = _text(shared / "config.yaml")
+    config = _text(folder / "config.yaml") or above
     return Run(
         folder=folder,
         config=config,
         settings=_values(config),
-        survey=_survey(folder) or _survey(shared),
-        boundary=_json(folder / "boundary.json") or _json(shared / "boundary.json"),
+        survey=_survey(folder) or _survey(place),
+        boundary=_json(folder / "boundary.json"),
         plan=Plan.load(folder / "plan.json") if (folder / "plan.json").is_file() else None,
         train=_json(folder / "train.json"),
         summary=_json(folder / "summary.json"),
         versions=_json(folder / "versions.json") or _json(shared / "versions.json"),
         shared=shared,
+        place=place,
+        comparison=above if shared != folder and _compares(_values(above)) else "",
     )
 
 
@@ -110,6 +123,23 @@ def _shared(folder: Path) -> Path:
     above = folder.resolve().parent
     own, others = ([place for place in ("survey", "base") if (where / place).is_dir()] for where in (folder, above))
     return above if others and not own else folder
+
+
+def _place(folder: Path, shared: Path) -> Path:
+    """A variant whose options change the statistics has its own, in a folder that is named by its label.
+
+    Its runs are called `<label>-seed<number>` or `<label>-lr<rate>-seed<number>` (`farss.compare.Entrant`).
+    """
+    if shared == folder:
+        return folder
+    name = re.sub(r"-seed-?\d+$", "", folder.resolve().name)
+    labels = (name, re.sub(r"-lr[\d.]+(e[+-]?\d+)?$", "", name))
+    return next((shared / label for label in labels if label != folder.resolve().name and (shared / label).is_dir()), shared)
+
+
+def _compares(settings: dict[str, Any]) -> bool:
+    options = settings.get("compare")
+    return isinstance(options, dict) and bool(options.get("methods"))
 
 
 def _survey(folder: Path) -> Survey | None:

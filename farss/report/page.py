@@ -28,8 +28,10 @@ EMPTY: dict[str, Any] = {
     "known": {},
     "costs": [],
     "examples_of": "",
+    "own_config": "",
     "command": "",
     "install": "",
+    "release": "",
 }
 
 
@@ -64,8 +66,9 @@ def write_report(folder: Path, figures: bool = True) -> Path:
 def run_content(run: Run) -> dict[str, Any]:
     """Everything the template shows of one run; what is missing is empty."""
     pictures = {
+        "balance": results.balance_figure([as_row(run)]),
         "boundary": candidates.boundary_figure(run.boundary),
-        **plan_figures({run.plan.method: run.plan} if run.plan else {}, run),
+        **plan_figures({run.plan.method: run} if run.plan else {}, run),
         "loss": training.loss_figure([training.log_of("", "loss", run.train)]),
         "course": training.course_figure([training.log_of("", "", run.train)]),
     }
@@ -76,11 +79,11 @@ def run_content(run: Run) -> dict[str, Any]:
         "tiles": story.tiles(run.summary),
         "steps": story.steps(run),
         "figures": {name: figure for name, figure in pictures.items() if figure},
-        "boundary": boundary_table(run.boundary),
+        "boundary": boundary_table(run),
         **benchmark_tables(run.summary),
         "examples": example_groups({"after": run}),
         "costs": story.costs(run),
-        "notes": [*(run.plan.notes if run.plan else []), *(run.summary.get("notes") or [])],
+        "notes": [*plan_notes(run), *(run.summary.get("notes") or [])],
         **again(run, "farss run"),
     }
 
@@ -95,12 +98,14 @@ def comparison_content(comparison: Comparison) -> dict[str, Any]:
     of_method: dict[str, Run] = {}
     for name, run in runs.items():
         of_method.setdefault(methods[name], run)
+    searched = {method: run for method, run in of_method.items() if run.boundary.get("candidates")}
+    search = next(iter(searched.values()), common)
     pictures = {
         "balance": results.balance_figure(table.get("rows", [])),
         "frontier": results.frontier_figure(table.get("frontier")),
         "benchmarks": results.benchmarks_figure(table),
-        "boundary": candidates.boundary_figure(common.boundary),
-        **plan_figures({name: run.plan for name, run in runs.items() if run.plan}, common),
+        "boundary": candidates.boundary_figure(search.boundary) if searched else None,
+        **plan_figures(runs, main or common),
         "loss": training.loss_figure(logs),
         "course": training.course_figure(logs),
     }
@@ -111,7 +116,7 @@ def comparison_content(comparison: Comparison) -> dict[str, Any]:
         "steps": story.steps(main, list(runs.values())) if main else [],
         "comparison": comparison_tables(comparison),
         "figures": {name: figure for name, figure in pictures.items() if figure},
-        "boundary": boundary_table(common.boundary),
+        "boundary": boundary_table(search, whose_search(list(searched), list(of_method))) if searched else {},
         "examples": example_groups(of_method),
         "examples_of": main.folder.name if main else "",
         "notes": table.get("notes") or [],
@@ -120,15 +125,51 @@ def comparison_content(comparison: Comparison) -> dict[str, Any]:
 
 
 def again(run: Run, command: str) -> dict[str, Any]:
-    """What it takes to do it once more."""
-    return {"config": run.config, "versions": run.versions, "command": command, "install": story.install(run.versions)}
+    """What it takes to do it once more; a run of a comparison, which shares much with the others, needs the whole of it."""
+    own = {"config": run.config, "command": command}
+    if run.comparison:
+        own = {"config": run.comparison, "command": "farss compare", "own_config": run.config}
+    release = str(run.versions.get("farss") or "")
+    return {**own, "versions": run.versions, "install": story.install(run.versions), "release": release}
 
 
-def boundary_table(found: dict[str, Any]) -> dict[str, Any]:
+def as_row(run: Run) -> dict[str, Any]:
+    """A run as a comparison's table would have it."""
+    method = run.plan.method if run.plan else (run.settings.get("plan") or {}).get("method") or "run"
+    return {**run.summary, "method": method, "seed": run.settings.get("seed", words.NOTHING)}
+
+
+def plan_notes(run: Run) -> list[str]:
+    """The plan's notes without what the section about the boundary says."""
+    said = [run.boundary.get("sentence"), *(run.boundary.get("notes") or [])] if run.boundary.get("candidates") else []
+    return [note for note in run.plan.notes if note not in said] if run.plan else []
+
+
+def boundary_table(run: Run, whose: str = "") -> dict[str, Any]:
     """The search in sentences and as a table; empty where there was none."""
+    found = run.boundary
     if not found.get("candidates"):
         return {}
-    return {"sentences": candidates.boundary_sentences(found), "rows": candidates.boundary_rows(found), "notes": found.get("notes") or []}
+    sentences = [whose, *candidates.boundary_sentences(found), candidates.departure(found.get("chosen"), run.plan)]
+    return {
+        "sentences": [sentence for sentence in sentences if sentence],
+        "rows": candidates.boundary_rows(found),
+        "notes": found.get("notes") or [],
+    }
+
+
+def whose_search(searched: list[str], methods: list[str]) -> str:
+    """Whose search a comparison's page shows, where that is not clear.
+
+    Args:
+        searched: the methods that searched; the first one's search is shown.
+        methods: all methods; the page is about the first one.
+    """
+    if searched == methods[:1]:
+        return ""
+    shown, *others = (words.cut(method, 80) for method in searched)
+    too = f"; {' and '.join(others)} searched too" if others else ""
+    return f"This is the search of {shown}{too}."
 
 
 def benchmark_tables(summary: dict[str, Any]) -> dict[str, Any]:
@@ -142,18 +183,17 @@ def benchmark_tables(summary: dict[str, Any]) -> dict[str, Any]:
     return {"benchmarks": groups if any(groups.values()) else {}, "known": known}
 
 
-def plan_figures(plans: dict[str, Any], run: Run) -> dict[str, Figure]:
-    """Pictures of the plans and of the survey behind them."""
+def plan_figures(runs: dict[str, Run], about: Run) -> dict[str, Figure]:
+    """Pictures of the plans of some runs, and of the survey behind one of them."""
     drawn: dict[str, Figure] = {}
-    plans = {name: plan for name, plan in plans.items() if plan.layers}
+    plans = {name: (run.plan, story.seen(run)) for name, run in runs.items() if run.plan and run.plan.layers}
     if plans:
-        drawn["plan"] = planned.plan_figure(plans, run.survey)
-    if run.survey:
-        chosen = next(iter(plans.values()), None)
-        boundary = chosen.boundary if chosen else run.first_deep
-        drawn["importance"] = figures.importance_figure(run.survey, boundary)
-        drawn["energy"] = figures.energy_figure(run.survey, boundary)
-        drawn["spectrum"] = figures.spectrum_figure(run.survey, chosen)
+        drawn["plan"] = planned.plan_figure(plans)
+    survey = story.seen(about)  # directions of methods without it are numbered by another decomposition
+    if survey:
+        drawn["importance"] = figures.importance_figure(survey, about.first_deep)
+        drawn["energy"] = figures.energy_figure(survey, about.first_deep)
+        drawn["spectrum"] = figures.spectrum_figure(survey, about.plan)
     return drawn
 
 
@@ -171,6 +211,7 @@ def comparison_tables(comparison: Comparison) -> dict[str, Any]:
         "heads": [head.title for head in heads],
         "base": tables.base_cells(table) if table.get("base") else [],
         "methods": tables.cells(table),
+        "gaps": {metric: (tables.gap_heads(metric), rows) for metric, rows in tables.gaps(table).items()},
         "runs": runs if len(runs) > len(tables.methods(table)) or any(run["page"] for run in runs) else [],
     }
 
@@ -203,7 +244,7 @@ def render(content: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        name: getattr(words, name) for name in ("points", "signed_points", "change", "interval", "plain", "signed", "compact", "cut")
+        name: getattr(words, name) for name in ("points", "change", "interval", "signed_interval", "plain", "signed", "cut")
     }
     scripts = [plotly_script(), _own("page.js")] if content["figures"] else []
     return environment.get_template("page.html.j2").render(

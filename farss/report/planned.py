@@ -13,11 +13,15 @@ STRIP, GAP, ROW = 104, 16, 34
 """Pixels of the plan's picture: the strip of parameters, the space below it, and one row of layers."""
 
 
-def plan_figure(plans: dict[str, Plan], survey: Survey | None) -> Figure:
+def plan_figure(plans: dict[str, tuple[Plan, Survey | None]]) -> Figure:
     """Layer types x blocks; the hue is the side, the strength the rank. Above them what each block costs, and beside them
-    what each layer type costs, in trainable parameters."""
-    choices = [_plan_choice(name, plan, survey) for name, plan in plans.items()]
-    return Figure("plan", "Rank of every layer", choices, "Run")
+    what each layer type costs, in trainable parameters.
+
+    Args:
+        plans: of each run, and the survey that it was made from, if there was one.
+    """
+    choices = [_plan_choice(name, plan, survey) for name, (plan, survey) in plans.items()]
+    return Figure("plan", "Rank of every layer", choices, "Run", every=True)
 
 
 def _plan_choice(name: str, plan: Plan, survey: Survey | None) -> Choice:

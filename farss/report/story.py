@@ -6,10 +6,10 @@ import re
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
-from farss.artifacts import KINDS, LayerPlan, Plan
+from farss.artifacts import KINDS, LayerPlan, Plan, Survey
 from farss.methods import METHODS
 from farss.report.folder import Comparison, Run
-from farss.report.tables import METRICS, Value, methods, value
+from farss.report.tables import METRICS, Value, methods, rivals, standing
 from farss.report.words import (
     SPACE,
     compact,
@@ -101,13 +101,14 @@ def _named(run: Run, runs: list[Run] | None) -> str:
 
 
 def _looked(run: Run) -> str:
-    if run.survey is None or (run.plan and not uses_survey(run.plan)):
+    survey = seen(run)
+    if survey is None:
         return ""
-    seconds = run.survey.meta.get("seconds")
+    seconds = survey.meta.get("seconds")
     time = f" It took {duration(seconds)}." if is_number(seconds) else ""
     return (
-        f"{count(run.survey.examples, 'example')} ({count(run.survey.tokens, 'token')}) went through the untouched model once. "
-        f"Of {count(len(run.survey.layers), 'layer')} it was measured how much the loss depends on each, and on which directions.{time}"
+        f"{count(survey.examples, 'example')} ({count(survey.tokens, 'token')}) went through the untouched model once. "
+        f"Of {count(len(survey.layers), 'layer')} it was measured how much the loss depends on each, and on which directions.{time}"
     )
 
 
@@ -117,6 +118,7 @@ def _trained(trains: list[dict[str, Any]]) -> str:
     steps_each = {count(train["steps"], "step") for train in trains if is_number(train.get("steps"))}
     runs = [count(len(trains), "run")] if len(trains) > 1 else []
     facts = [" of ".join(runs + sorted(steps_each)) if len(steps_each) <= 1 else runs[0]]
+    facts += [_cut_off(trains[0])] if not runs else []
     seconds = sum(train.get("seconds") or 0 for train in trains)
     facts += [f"{duration(seconds)}{' together' if runs else ''}"] if seconds else []
     peak = max(train.get("peak_memory_gib") or 0 for train in trains)
@@ -124,6 +126,14 @@ def _trained(trains: list[dict[str, Any]]) -> str:
     changed = trains[0].get("parameters")
     facts += [f"{compact(changed)} parameters changed"] if not runs and is_number(changed) else []
     return f"{', '.join(fact for fact in facts if fact)}."
+
+
+def _cut_off(train: dict[str, Any]) -> str:
+    """How many examples were trained on, where some of them did not fit; else nothing."""
+    number, truncated, dropped = (train.get(name) or 0 for name in ("examples", "truncated", "dropped"))
+    told = [f"the end of {truncated:,} is cut off"] if truncated else []
+    told += [f"{dropped:,} {'is' if dropped == 1 else 'are'} left out because no answer fits"] if dropped else []
+    return f"{count(number, 'example')} ({', '.join(told)})" if told and number else ""
 
 
 def _judged(summary: dict[str, Any]) -> str:
@@ -212,30 +222,36 @@ def tiles(summary: dict[str, Any]) -> list[Tile]:
 
 def comparison_headline(comparison: Comparison) -> list[str]:
     """Which methods were compared, and which has the best balance."""
-    groups = methods(comparison.table)
-    runs = len(comparison.table.get("rows", []))
+    table = comparison.table
+    groups, runs = methods(table), len(table.get("rows", []))
     what = f"{title(comparison.common)}{_data(comparison.common)}"
     sentences = [f"{count(len(groups), 'method')} fine-tuned {what}, in {count(runs, 'run')}."]
-    ranked = sorted(
-        ((found, name) for name, rows in groups.items() if (found := value(rows, "KT")).mean is not None),
-        key=_mean,
-    )
-    if ranked:
-        *others, (best, name) = ranked
-        verb = "has the highest balance of kept and learned" if others else "has the balance"
-        sentences.append(f"{cut(name, 80)} {verb}, KT {percent(best.mean)}{_spread(best)}.")
-        near = [cut(name, 80) for found, name in others if best.lowest is not None and _mean((found, name)) >= best.lowest]
-        if near:
-            sentences.append(
-                f"Inside that range {'lies' if len(near) == 1 else 'lie'} {' and '.join(near)}: a difference this small is no result."
-            )
+    found = {name: entry for name in rivals(table) if (entry := standing(table, name, "KT")).mean is not None}
+    sentences += _best(table, found) if found else []
     main = main_run(comparison)
     told = _outcome(main.summary | {"KT": None}, main.plan.method) if main and main.plan and len(groups) > 1 else []
     return [*sentences, *told]
 
 
-def _mean(entry: tuple[Value, str]) -> float:
-    return entry[0].mean or 0.0
+def _best(table: dict[str, Any], found: dict[str, Value]) -> list[str]:
+    """The method with the highest KT, and those from which it cannot be told apart: by the paired difference where there is
+    one, else by whether they lie in its interval."""
+    *others, name = sorted(found, key=lambda method: found[method].mean or 0.0)
+    best = found[name]
+    verb = "has the highest balance of kept and learned" if others else "has the balance"
+    sentences = [f"{cut(name, 80)} {verb}, KT {percent(best.mean)}{_spread(best)}."]
+    rows = [row for row in table.get("differences") or [] if row.get("metric") == "KT" and row.get("against") == name]
+    paired = {row.get("method"): row.get("high") for row in rows}
+    level = [cut(other, 80) for other in others if other in paired and not (is_number(paired[other]) and paired[other] < 0)]
+    if level:
+        doubt = f"on the same questions, the 95{SPACE}% interval of the difference holds zero"
+        sentences.append(f"Its lead over {' and '.join(level)} is no result: {doubt}.")
+    unpaired = [other for other in others if other not in paired]
+    near = [cut(other, 80) for other in unpaired if best.lowest is not None and (found[other].mean or 0.0) >= best.lowest]
+    if near:
+        verb = "lies" if len(near) == 1 else "lie"
+        sentences.append(f"Inside that range {verb} {' and '.join(near)}: a difference this small is no result.")
+    return sentences
 
 
 def _spread(entry: Value) -> str:
@@ -258,11 +274,20 @@ def uses_survey(plan: Plan | None) -> bool:
     return method is not None and method.needs == "survey"
 
 
+def seen(run: Run) -> Survey | None:
+    """The survey that the plan was made from, or will be; None where its method does not use one."""
+    return run.survey if run.plan is None or uses_survey(run.plan) else None
+
+
 def costs(run: Run) -> list[tuple[str, str]]:
     """Time, memory and size, as far as they are known."""
-    train, meta = run.train, run.survey.meta if run.survey else {}
+    train, survey = run.train, seen(run)
+    searched = run.boundary if run.boundary.get("candidates") else {}
+    looked = _record(run) | (survey.meta if survey else {})
     rows = [
-        ("Survey", duration(meta.get("seconds")), meta.get("seconds")),
+        ("Survey" if survey else "Statistics", duration(looked.get("seconds")), looked.get("seconds")),
+        ("Boundary search", duration(searched.get("seconds")), searched.get("seconds")),
+        ("Peak memory before training", gib(looked.get("peak_memory_gib")), looked.get("peak_memory_gib")),
         ("Training", duration(train.get("seconds")), train.get("seconds")),
         ("Optimiser steps", plain(train.get("steps")), train.get("steps")),
         ("Epochs", plain(train.get("epochs")), train.get("epochs")),
@@ -272,6 +297,15 @@ def costs(run: Run) -> list[tuple[str, str]]:
         ("Adapter size", gib(run.adapter_bytes / 2**30), run.adapter_bytes or None),
     ]
     return [(name, text) for name, text, known in rows if known is not None]
+
+
+def _record(run: Run) -> dict[str, Any]:
+    """The record of what the plan's method looked at, the survey or something simpler; before there is a plan, of the survey."""
+    if run.plan is None:
+        return run.record("survey")
+    method = METHODS.get(run.plan.method)
+    needs = method.needs if method else "nothing"
+    return run.record(needs if isinstance(needs, str) else needs.name)
 
 
 def install(versions: dict[str, Any]) -> str:

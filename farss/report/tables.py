@@ -8,9 +8,23 @@ import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from farss.report.words import NOTHING, compact, duration, gib, interval, is_number, points, signed
+from farss.report.words import (
+    NOTHING,
+    compact,
+    duration,
+    gib,
+    interval,
+    is_number,
+    plain,
+    points,
+    signed,
+    signed_interval,
+    signed_points,
+)
 
 METRICS = ("KT", "K", "T")
+REFERENCE = "full"
+"""What T is measured against: no rival of the others, so neither ranked nor marked."""
 NATS = {"kept": "Knowledge (nats)", "learned": "Task (nats)"}
 
 
@@ -66,12 +80,14 @@ def columns(comparison: dict[str, Any]) -> list[Column]:
     """The columns for which there is at least one number."""
     wanted = [
         Column("parameters", "Parameters", compact),
+        Column("learning_rate", "Learning rate", plain),
         *(Column(name, f"{name} %", points, 1) for name in METRICS),
         Column("recovered", "K recovered %", points, 1),
         Column("forgetting", "Forgetting", signed, -1),
         *(Column(f"benchmarks.{name}", f"{name} %", points, 1) for name in benchmark_names(comparison)),
         *(Column(name, title, signed, 1) for name, title in NATS.items()),
         Column("seconds_init", "Start", duration),
+        Column("peak_memory_init_gib", "Start memory", gib),
         Column("seconds_train", "Training", duration),
         Column("peak_memory_gib", "Peak memory", gib),
     ]
@@ -85,6 +101,11 @@ def methods(comparison: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     for row in comparison.get("rows", []):
         found.setdefault(str(row.get("method", NOTHING)), []).append(row)
     return found
+
+
+def rivals(comparison: dict[str, Any]) -> list[str]:
+    """The methods that are compared with each other."""
+    return [method for method in methods(comparison) if method != REFERENCE]
 
 
 def value(rows: list[dict[str, Any]], key: str) -> Value:
@@ -103,18 +124,19 @@ def cells(comparison: dict[str, Any]) -> dict[str, list[Cell]]:
     groups = methods(comparison)
     result: dict[str, list[Cell]] = {method: [] for method in groups}
     for column in columns(comparison):
-        values = {method: _standing(comparison, method, column.key) or value(rows, column.key) for method, rows in groups.items()}
+        values = {method: standing(comparison, method, column.key) for method in groups}
         texts = {method: column.form(entry.mean) for method, entry in values.items()}
-        places = _places(values, texts, column.better)
+        places = _places({method: values[method] for method in rivals(comparison)}, texts, column.better)
         for method, entry in values.items():
-            result[method].append(Cell(texts[method], _detail(entry, column), places.get(texts[method], 0)))
+            place = 0 if method == REFERENCE else places.get(texts[method], 0)
+            result[method].append(Cell(texts[method], _detail(entry, column), place))
     return result
 
 
-def _standing(comparison: dict[str, Any], method: str, key: str) -> Value | None:
-    """K, T or KT of a method with several seeds: the mean, with an interval over questions and seeds."""
+def standing(comparison: dict[str, Any], method: str, key: str) -> Value:
+    """One column of one method: with its interval over questions and seeds where there is one (K, T, KT and nats)."""
     entry = (comparison.get("methods") or {}).get(method, {}).get(key)
-    return Value(entry["value"], entry["low"], entry["high"]) if entry else None
+    return Value(entry["value"], entry["low"], entry["high"]) if entry else value(methods(comparison)[method], key)
 
 
 def base_cells(comparison: dict[str, Any]) -> list[Cell]:
@@ -152,27 +174,51 @@ def _detail(entry: Value, column: Column) -> str:
 
 
 def comparison_markdown(comparison: dict[str, Any]) -> str:
-    """A Markdown table: one row a method, the best bold, the second best underlined."""
+    """A Markdown table: one row a method, the best bold, the second best underlined; then what a reader must know to judge it."""
     heads = ["Method", *(column.title for column in columns(comparison))]
     lines = [_line(heads), _line(["---", *("---:" for _ in heads[1:])])]
     if comparison.get("base"):
         lines.append(_line(["(before)", *(cell.text for cell in base_cells(comparison))]))
     for method, row in cells(comparison).items():
         lines.append(_line([method, *(_markdown_cell(cell) for cell in row)], keep=True))
-    parts = ["\n".join(lines), _differences_markdown(comparison), _frontier_markdown(comparison)]
+    notes = "\n".join(f"- {_escape(str(note))}" for note in comparison.get("notes") or [])
+    parts = ["\n".join(lines), notes, _differences_markdown(comparison), _frontier_markdown(comparison)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+class Gap(NamedTuple):
+    """By how much one method exceeds another on the same questions, as it is shown."""
+
+    method: str
+    against: str
+    text: str
+    """Percentage points."""
+    between: str
+    """95 % interval."""
+    p: str
+    """Two-sided p-value."""
+
+
+def gaps(comparison: dict[str, Any]) -> dict[str, list[Gap]]:
+    """The paired differences of KT, K and T: each method against LoRA and against the best other method."""
+    found: dict[str, list[Gap]] = {name: [] for name in METRICS}
+    for row in comparison.get("differences") or []:
+        if row.get("metric") in found:
+            p = f"{row['p_value']:.3f}" if is_number(row.get("p_value")) else NOTHING
+            shown = signed_points(row.get("value")), signed_interval(row.get("low"), row.get("high")), p
+            found[row["metric"]].append(Gap(str(row.get("method")), str(row.get("against")), *shown))
+    return {name: rows for name, rows in found.items() if rows}
+
+
+def gap_heads(metric: str) -> list[str]:
+    """The heads of a table of differences."""
+    return ["Method", "against", f"{metric} difference", "95 % interval", "p"]
+
+
 def _differences_markdown(comparison: dict[str, Any]) -> str:
-    """KT of each method against LoRA and against the best other method."""
-    rows = [row for row in comparison.get("differences") or [] if row["metric"] == "KT"]
-    if not rows:
-        return ""
-    lines = [_line(["Method", "against", "KT difference", "95 % interval", "p"]), _line(["---", "---", "---:", "---:", "---:"])]
-    for row in rows:
-        gap = f"{100 * row['value']:+.1f}"
-        lines.append(_line([row["method"], row["against"], gap, interval(row["low"], row["high"]), f"{row['p_value']:.3f}"]))
-    return "\n".join(lines)
+    ruler = _line(["---", "---", "---:", "---:", "---:"])
+    tables = [[_line(gap_heads(metric)), ruler, *(_line([*gap]) for gap in rows)] for metric, rows in gaps(comparison).items()]
+    return "\n\n".join("\n".join(lines) for lines in tables)
 
 
 def _frontier_markdown(comparison: dict[str, Any]) -> str:

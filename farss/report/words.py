@@ -48,6 +48,11 @@ def interval(low: Any, high: Any) -> str:
     return f"{points(low)} to {points(high)}" if is_number(low) and is_number(high) else ""
 
 
+def signed_interval(low: Any, high: Any) -> str:
+    """An interval of a difference: -0.004, 0.03 -> −0.4 to +3.0; empty when either end is missing."""
+    return f"{signed_points(low)} to {signed_points(high)}" if is_number(low) and is_number(high) else ""
+
+
 def signed(value: Any, digits: int = 3) -> str:
     """A difference with its sign."""
     return f"{value:+.{digits}f}".replace("-", "−") if is_number(value) else NOTHING

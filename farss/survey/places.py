@@ -24,11 +24,13 @@ def moved(batch: Batch, device: torch.device) -> Batch:
 
 
 @contextmanager
-def placed(tensors: list[Tensor], device: torch.device) -> Iterator[None]:
-    """Have these tensors' values on a device for a while, in a precision in which it can compute."""
+def placed(tensors: list[Tensor], device: torch.device, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Have these tensors' values on a device for a while: numbers in this precision or, without one, in one in which the device
+    can compute."""
     before = [tensor.data for tensor in tensors]
     for tensor in tensors:
-        tensor.data = tensor.data.to(device, computing_dtype(tensor.dtype, device))
+        wanted = dtype if dtype and tensor.is_floating_point() else computing_dtype(tensor.dtype, device)
+        tensor.data = tensor.data.to(device, wanted)
     try:
         yield
     finally:
@@ -37,12 +39,12 @@ def placed(tensors: list[Tensor], device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def placed_in_turn(blocks: nn.ModuleList, device: torch.device) -> Iterator[None]:
-    """Have each block on a device while it runs, whoever calls it."""
+def placed_in_turn(blocks: nn.ModuleList, device: torch.device, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Have each block on a device, and in a precision, while it runs, whoever calls it."""
     with ExitStack() as hooks, ExitStack() as running:
 
         def enter(block: nn.Module, args: tuple[Any, ...]) -> None:
-            running.enter_context(placed(tensors_of(block), device))
+            running.enter_context(placed(tensors_of(block), device, dtype))
 
         def leave(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             running.close()

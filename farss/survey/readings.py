@@ -1,4 +1,5 @@
-"""What methods other than FARSS look at before they are planned: the weights alone, or the second moment of the activations.
+"""What methods other than FARSS look at before they are planned: the weights alone, or the second moment of the activations
+(for EVA their covariance).
 
 It is written like a survey, so that a plan and an adapter are made from it in the same way: directions with a score each,
 and the vectors of those that can be chosen. What a direction is, a method's `read` decides. Activations are collected
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from farss.artifacts import Layer, Survey, fingerprint
 from farss.maths.fisher import output_energy
-from farss.maths.moments import Moment
+from farss.maths.moments import Covariance, Moment
 from farss.memory import freed_memory_kept
 from farss.models import find_blocks, keep_gradients, target_layers
 from farss.models import fingerprint as model_fingerprint
@@ -42,6 +43,7 @@ def read_layers(
     meta: dict[str, Any] | None = None,
     on_progress: Progress | None = None,
     device: torch.device | None = None,
+    answers: bool = False,
 ) -> Survey:
     """Read every target layer, one block after the other; a killed reading goes on at its block, to the same bytes.
 
@@ -51,6 +53,8 @@ def read_layers(
         cap: how many directions it keeps at an end.
         batches: examples whose activations are collected, as in `survey`; None: the weights alone are read.
         device: compute here, one block at a time; None: where the model is.
+        answers: only the tokens that are learnt count, and `read` gets their covariance, as EVA does; else the second
+            moment of all real tokens.
 
     Raises:
         NumericalError: a weight or an activation is NaN or infinite; the layer is named.
@@ -59,13 +63,16 @@ def read_layers(
     folder, tell = Path(folder), on_progress or silent
     keep_gradients(model)
     layers, (_, blocks) = target_layers(model, targets), find_blocks(model)
-    key = fingerprint([f"{read.__module__}.{read.__qualname__}", model_fingerprint(model), list(layers), real_tokens(batches or [])])
+    looked_at = [f"{read.__module__}.{read.__qualname__}", model_fingerprint(model), list(layers), real_tokens(batches or [])]
+    key = fingerprint([*looked_at, "answers"] if answers else looked_at)
     if (folder / "survey.json").is_file():
         return same_survey(Survey.load(folder), key, cap)
     begin(folder, key, cap)
-    place = computing_device(model, device)
+    place, kind = computing_device(model, device), Covariance if answers else Moment
+    if batches and answers:
+        batches = [{**batch, "counted": (batch["labels"] != -100).long()} for batch in batches]
     with frozen(model), freed_memory_kept(place):
-        walk = _moments(model, blocks, layers, batches, folder, place) if batches else _alone(blocks, layers, folder, place)
+        walk = _moments(model, blocks, layers, batches, folder, place, kind) if batches else _alone(blocks, layers, folder, place)
         for index, moments in walk:
             found, worth = {}, {}
             for name, layer in layers.items():
@@ -92,9 +99,15 @@ def _alone(blocks: nn.ModuleList, layers: dict[str, Layer], folder: Path, device
 
 
 def _moments(
-    model: nn.Module, blocks: nn.ModuleList, layers: dict[str, Layer], batches: list[Batch], folder: Path, device: torch.device
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    layers: dict[str, Layer],
+    batches: list[Batch],
+    folder: Path,
+    device: torch.device,
+    kind: type[Moment],
 ) -> Iterator[tuple[int, dict[str, Moment]]]:
-    """The same, with the second moments of its layers' inputs; what enters the next block is kept on disk first."""
+    """The same, with the moments of its layers' inputs; what enters the next block is kept on disk first."""
     kept, undone = Kept(folder), _undone(layers, folder)
     with placed(outside(model, blocks), device):
         if not kept.blocks(INPUT):
@@ -105,7 +118,7 @@ def _moments(
             kept.write(INPUT, 0, [passage.start for passage in passages])
         for index in undone:
             modules = {name: model.get_submodule(name) for name, layer in layers.items() if layer.block == index}
-            moments = {name: Moment(_sums(module)) for name, module in modules.items()}
+            moments = {name: kind(_sums(module)) for name, module in modules.items()}
             states = kept.read(INPUT, index, device)
             with placed(tensors_of(blocks[index]), device):
                 for place, (passage, state) in enumerate(zip(passages, states, strict=True)):

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from farss.artifacts import Kind
 from farss.config import Config, QuestionSet
-from farss.data import Row, batches, choose, collate, question_rows, text_rows, tokenize
+from farss.data import Row, batches, choose, collate, example_rows, question_rows, text_rows, tokenize
 from farss.errors import ConfigError, NumericalError
 from farss.models import accepts
-from farss.tasks.questions import Prompt, draw, prompt_of
+from farss.tasks.questions import Prompt, draw, prompt_of, unasked
 from farss.tasks.text import rows_that_fit
 
 FORWARD = 0.5
@@ -75,13 +75,22 @@ def question_tokens(entry: QuestionSet, kind: Kind, config: Config, tokenizer: A
     """Questions as the evaluation puts them, with the first accepted answer. Without the examples that it may show before
     them: they would cost most of the budget, and are the same for every candidate."""
     bare = replace(entry, fewshot=0, limit=min(limit, entry.limit or limit))
-    prompt = prompt_of(bare, kind, config.data.template, tokenizer)
-    asked = draw(bare, question_rows(bare), config.seed).asked
-    rows = [_without_end(row, tokenizer.eos_token_id) for row in answered(asked, prompt, tokenizer)]
-    short = [row for row in rows if len(row["input_ids"]) <= config.data.max_length]
+    short = _scored(draw(bare, question_rows(bare), config.seed).asked, entry, kind, config, tokenizer)
     if not short:
         raise ConfigError(f"question set {entry.name!r}: every question is longer than data.max_length={config.data.max_length}: raise it")
     return short
+
+
+def other_question_tokens(entry: QuestionSet, kind: Kind, config: Config, tokenizer: Any, limit: int) -> list[Row]:
+    """The same for questions of the file that the evaluation neither asks nor shows; none where it asks them all."""
+    others = unasked(entry, question_rows(entry), config.seed, example_rows(entry))
+    return _scored(choose(others, limit, config.seed), entry, kind, config, tokenizer)
+
+
+def _scored(questions: Sequence[Mapping[str, Any]], entry: QuestionSet, kind: Kind, config: Config, tokenizer: Any) -> list[Row]:
+    prompt = prompt_of(replace(entry, fewshot=0), kind, config.data.template, tokenizer)
+    rows = [_without_end(row, tokenizer.eos_token_id) for row in answered(questions, prompt, tokenizer)]
+    return [row for row in rows if len(row["input_ids"]) <= config.data.max_length]
 
 
 def answered(questions: Sequence[Mapping[str, Any]], prompt: Prompt, tokenizer: Any) -> list[Row]:

@@ -28,7 +28,7 @@ def require_harness() -> None:
         FarssError: it is not installed.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise FarssError("evaluation needs lm-evaluation-harness: pip install 'farss[eval]'")
+        raise FarssError("evaluation needs lm-evaluation-harness: pip install -e '.[eval]'")
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from farss.maths.directions import decompose, direction_scores, factors, overlap, select
 from farss.maths.fisher import importance, quadratic_form
-from farss.maths.moments import Moment, energies, product, squared
+from farss.maths.moments import Covariance, Moment, energies, product, squared
 
 
 def psd(size, seed):
@@ -131,6 +131,17 @@ def test_factors_are_exactly_the_chosen_part(scaling):
     b, a = factors(u[:, chosen], sigma[chosen], v[:, chosen], scaling)
     torch.testing.assert_close(scaling * b @ a, (u[:, chosen] * sigma[chosen]) @ v[:, chosen].T)
     torch.testing.assert_close(b.norm(dim=0), a.norm(dim=1))
+
+
+@pytest.mark.parametrize("size", [1, 7, 31])
+def test_a_covariance_has_no_mean_in_it_whatever_the_parts(size):
+    rows = matrix(31, 6, 3) + 100 * matrix(1, 6, 4)  # a mean that is far larger than what is left of it
+    found = Covariance(torch.float32)
+    found.add(rows[:0])
+    for part in rows.float().split(size):
+        found.add(part)
+    centred = rows.float().double() - rows.float().double().mean(0)
+    torch.testing.assert_close(found.mean.double(), centred.T @ centred / 31, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [1, 7, 31])

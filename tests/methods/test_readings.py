@@ -1,11 +1,14 @@
 """The law of each method that starts from activations or from the weights' QR decomposition."""
 
 import dataclasses
+import re
+from collections import Counter
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.corda import collect_eigens_for_layer
+from peft.tuners.lora.eva import get_eva_state_dict
 from small_models import examples, small
 from test_adapter import logits
 from test_portable import prompts
@@ -27,19 +30,20 @@ READINGS = ["olora", "corda-ipm", "corda-kpm", "lora-null", "eva"]
 def planned(method, model, folder, batches=None):
     config = dataclasses.replace(CONFIG, method=method)
     needs = METHODS[method].needs
-    known = read_layers(model, folder, needs.read, survey_cap(config), None if needs.of == "weights" else batches)
+    given = None if needs.of == "weights" else batches
+    known = read_layers(model, folder, needs.read, survey_cap(config), given, answers=needs.answers)
     return known, make_plan(config, known)
 
 
-def inputs_of(model, name, batches):
-    """Every real token's input of a layer, [t, n] float64."""
+def inputs_of(model, name, batches, answers=False):
+    """Every real token's input of a layer, or of the answers alone, [t, n] float64."""
     rows = []
     hook = model.get_submodule(name).register_forward_pre_hook(lambda module, args: rows.append(args[0].detach()))
     found = []
     for batch in batches:
         with torch.no_grad():
             model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        found.append(rows.pop()[batch["attention_mask"].bool()])
+        found.append(rows.pop()[batch["labels"] != -100 if answers else batch["attention_mask"].bool()])
     hook.remove()
     return torch.cat(found).double()
 
@@ -125,8 +129,8 @@ def test_eva_starts_from_the_main_directions_and_gives_ranks_where_they_explain_
     assert max(layer.rank for layer in plan.layers.values()) <= 12
     chosen, left = [], []
     for name, shape in layers.items():
-        rows = inputs_of(model, name, batches)
-        values, vectors = torch.linalg.svd(rows, full_matrices=False)[1:]
+        rows = inputs_of(model, name, batches, answers=True)
+        values, vectors = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)[1:]
         share = values.square() / values.square().sum()
         rank = plan.layers[name].rank if name in plan.layers else 0
         cap = min(12, *shape.shape)
@@ -138,6 +142,26 @@ def test_eva_starts_from_the_main_directions_and_gives_ranks_where_they_explain_
             assert not start.trained[0].any()
             torch.testing.assert_close((start.trained[1].double() @ vectors[:rank].T).abs(), torch.eye(rank).double(), rtol=0, atol=1e-4)
     assert min(chosen) >= max(left) - 1e-9
+
+
+def test_eva_is_pefts(tmp_path):
+    """Principal components of the answers' activations, and the ranks. Layers with one input have the same components, so
+    that PEFT gives the last of their ranks to whichever comes first: those are compared in sum."""
+    model, batches = small("llama-gqa").float(), collated(examples(12), 12)
+    known, plan = planned("eva", model, tmp_path, batches)
+    settings = LoraConfig(r=6, target_modules=list(known.layers), init_lora_weights="eva")
+    keys = ("input_ids", "attention_mask", "labels")
+    theirs = get_eva_state_dict(model, [{key: batches[0][key] for key in keys}], settings, show_progress_bar=False)
+    ranks = Counter()
+    for name in known.layers:
+        rank = plan.layers[name].rank if name in plan.layers else 0
+        both = min(rank, len(theirs[name]))
+        ranks[re.sub("[kv]_proj", "q_proj", name).replace("gate", "up")] += rank - len(theirs[name])
+        if both:
+            ours = start_of(plan, known, name).trained[1][:both]
+            torch.testing.assert_close((ours @ theirs[name][:both].T.float()).abs(), torch.eye(both), rtol=0, atol=2e-3)
+    assert not any(ranks.values())
+    assert len({layer.rank for layer in plan.layers.values()}) > 1
 
 
 @pytest.mark.parametrize("method", READINGS)
@@ -179,10 +203,11 @@ def test_a_killed_reading_goes_on_to_the_same_bytes(method, tmp_path):
     assert {file.name for file in (tmp_path / "one").iterdir()} == {file.name for file in (tmp_path / "two").iterdir()}
 
 
-def test_batches_do_not_matter(tmp_path):
+@pytest.mark.parametrize("answers", [False, True])
+def test_batches_do_not_matter(answers, tmp_path):
     rows = examples()
-    one = read_layers(small("qwen3"), tmp_path / "one", METHODS["eva"].needs.read, 6, collated(rows, 1))
-    two = read_layers(small("qwen3"), tmp_path / "two", METHODS["eva"].needs.read, 6, collated(rows, 6, "left"))
+    one = read_layers(small("qwen3"), tmp_path / "one", METHODS["eva"].needs.read, 6, collated(rows, 1), answers=answers)
+    two = read_layers(small("qwen3"), tmp_path / "two", METHODS["eva"].needs.read, 6, collated(rows, 6, "left"), answers=answers)
     for name in one.layers:
         torch.testing.assert_close(one.directions(name).lam, two.directions(name).lam, rtol=1e-5, atol=1e-8)
         assert one.layers[name].importance == pytest.approx(two.layers[name].importance, rel=1e-6)

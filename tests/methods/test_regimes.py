@@ -12,13 +12,14 @@ from test_portable import prompts
 from test_train import difference, options, tokenizer, weights, whole_model
 from test_train import examples as rows_to_learn
 
-from farss.adapter import START, TRAINED, attach, lora_layers
+from farss.adapter import START, TRAINED, attach, lora_layers, start_of
+from farss.artifacts import Layer
 from farss.config import PlanConfig
 from farss.errors import FarssError
 from farss.merging import with_change
 from farss.methods import METHODS
 from farss.methods.singular import read
-from farss.models import find_blocks, is_transposed, target_layers
+from farss.models import find_blocks, is_transposed, target_layers, weight_of
 from farss.plan import make_plan, make_plan_without_survey
 from farss.portable import export
 from farss.prepared import write_prepared
@@ -121,6 +122,30 @@ def test_kasa_exports_as_a_plain_lora_on_the_whole_base(tmp_path):
     assert done.logit_difference <= 1e-5 * trained.abs().max()
     assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == plan.parameters
     assert START in adapted.peft_config
+
+
+@pytest.mark.parametrize("kind", ["llama-gqa", "gemma3"])
+def test_kasa_leaves_every_layer_a_component(kind, tmp_path):
+    """Grouped keys and values are the narrow ones: PEFT refuses a rank that takes all of them."""
+    model = small(kind).float()
+    known = read_layers(model, tmp_path, read, 16)
+    narrow = [name for name, layer in known.layers.items() if min(layer.shape) == 16]
+    plan = make_plan(PlanConfig(method="kasa", rank=16), known)
+    assert narrow
+    for name, layer in plan.layers.items():
+        weight = weight_of(model.get_submodule(name))
+        assert layer.rank == (15 if name in narrow else 16)
+        b, a = start_of(plan, known, name).removed
+        left = torch.linalg.svdvals(weight - layer.scaling * (b @ a).float())
+        assert int((left > 1e-4 * left[0]).sum()) == min(layer.shape) - layer.rank
+        torch.testing.assert_close(left[0], torch.linalg.svdvals(weight)[0])
+    assert plan.notes == [
+        "KaSA cuts components off for good and leaves each layer one: the rank is min(m, n) - 1, below 16, in "
+        f"{narrow[0]} and {len(narrow) - 1} more."
+    ]
+    gate = Layer("gate", 0, (1, 32), 0.0)  # one component, so nothing of it may go
+    wider = dataclasses.replace(known, layers={**known.layers, "gate": gate})
+    assert set(make_plan(PlanConfig(method="kasa", rank=4), wider).layers) == set(known.layers)
 
 
 # --- AdaLoRA ---------------------------------------------------------------------------------------------------------

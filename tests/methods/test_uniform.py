@@ -8,11 +8,11 @@ from peft import LoraConfig, get_peft_model
 from small_models import examples, small
 from test_survey import collated
 
-from farss.adapter import attach, start_of
+from farss.adapter import START, TRAINED, attach, lora_layers, start_of
 from farss.config import PlanConfig
 from farss.errors import ConfigError
 from farss.methods.singular import read
-from farss.models import weight_of
+from farss.models import target_layers, weight_of
 from farss.plan import make_plan, make_plan_without_survey
 from farss.survey import read_layers, survey
 
@@ -86,11 +86,15 @@ def test_the_ablations_of_farss(tmp_path):
         assert init.layers[name].side == "least"
         assert init.layers[name].rank == 6
         assert high.layers[name].side == "most"
-        assert high.layers[name].rank == layer.rank
+        assert high.layers[name].rank == 6
         assert fixed.layers[name].side == layer.side
         assert fixed.layers[name].rank == (4 if shallow else layer.rank)
         if not shallow:
             assert high.layers[name] == fixed.layers[name] == layer
+    assert init.boundary is high.boundary is None
+    turned = planned("farss", found, shallow_directions="most")  # All-high's directions with FARSS's ranks
+    assert [layer.rank for layer in turned.layers.values()] == [layer.rank for layer in whole.layers.values()]
+    assert {layer.side for layer in turned.layers.values()} == {"most"}
 
 
 @pytest.mark.parametrize("method", ["pissa", "milora", "farss-init", "farss-all-high", "farss-fixed"])
@@ -104,10 +108,37 @@ def test_step_zero_is_the_base(method, tmp_path):
     assert (after - before).abs().max() <= 1e-5 * before.abs().max()
 
 
-def test_matched_parameters_and_missing_weights():
-    model = small("llama")
-    from farss.models import target_layers
+@pytest.mark.parametrize("base", ["untouched", "residual"])
+@pytest.mark.parametrize("method", ["farss", "farss-init", "farss-all-high", "farss-fixed"])
+def test_the_released_codes_alpha_takes_s_times_the_part_out(method, base, tmp_path):
+    """`alpha: constant`: factors without 1 / s, scaled by alpha / rank, exactly that out of the base, and step 0 the base."""
+    model = small("llama-gqa").float()
+    known = survey(model, collated(examples()), tmp_path, 20)
+    plan = planned(method, known, alpha="constant", rank=20, match_params=None)
+    weights = {name: weight_of(model.get_submodule(name)).clone() for name in plan.layers}
+    ids = torch.arange(3, 23).reshape(2, 10)
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        adapted = attach(model, plan, known, base=base).eval()
+        after = adapted(input_ids=ids).logits
+    assert (after - before).abs().max() <= 1e-5 * before.abs().max()
+    for name, module in lora_layers(adapted, plan).items():
+        layer = plan.layers[name]
+        (u, v), sigma = known.vectors(name, layer.directions), known.directions(name).sigma[layer.directions]
+        assert module.scaling[TRAINED] == pytest.approx(20 / layer.rank)
+        torch.testing.assert_close(module.lora_B[TRAINED].weight, u * sigma.sqrt())
+        torch.testing.assert_close(module.lora_A[TRAINED].weight, sigma.sqrt()[:, None] * v.T)
+        left = weight_of(module.base_layer) + (adapter_part(module, START) if base == "untouched" else 0)
+        torch.testing.assert_close(left, weights[name] - 20 / layer.rank * (u * sigma) @ v.T, rtol=1e-4, atol=1e-4)
+    assert any(layer.rank < 20 for layer in plan.layers.values())
 
-    layers = target_layers(model)
+
+def adapter_part(module, adapter):
+    """What an adapter adds to its layer's weight."""
+    return module.scaling[adapter] * module.lora_B[adapter].weight @ module.lora_A[adapter].weight
+
+
+def test_a_missing_reading_is_named():
+    layers = target_layers(small("llama"))
     with pytest.raises(ConfigError, match="needs the weights"):
         make_plan_without_survey(dataclasses.replace(CONFIG, method="pissa"), layers, 4)

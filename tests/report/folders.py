@@ -29,12 +29,13 @@ plan:
   boundary: {boundary}
 seed: 0
 """
+COMPARE = "compare:\n  methods: [farss, lora, full]\n"
 
 HOSTILE = "</script><script>alert(1)</script>\"'><img src=http://evil.example/x onerror=alert(2)>\u2028{{7*7}}%{x}"
 RTL = "\u202eمرحبا بالعالم"
 
 
-def write_survey(folder: Path, blocks: int) -> Survey:
+def write_survey(folder: Path, blocks: int, examples: int = 256) -> Survey:
     """A survey whose shallow blocks are more important and more concentrated."""
     generator = torch.Generator().manual_seed(0)
     layers = {}
@@ -48,7 +49,7 @@ def write_survey(folder: Path, blocks: int) -> Survey:
             tensors[f"{name}.lam"] = torch.rand(k, generator=generator).square() + 1e-3
             tensors[f"{name}.gam"] = 1e-4 * (torch.rand(k, generator=generator) + 1e-3)
         write_tensors(folder / f"block-{block:04d}.safetensors", tensors)
-    survey = Survey(folder, layers, blocks, cap=16, examples=256, tokens=40_000, meta={"seconds": 83.2})
+    survey = Survey(folder, layers, blocks, cap=16, examples=examples, tokens=40_000, meta={"seconds": 83.2})
     survey.save()
     return survey
 
@@ -186,7 +187,7 @@ def row(method: str, seed: int, kept: float, learned: float | None, parameters: 
     balance = None if learned is None else 2 * kept * learned / (kept + learned)
     marks = {"K": kept, "T": learned, "KT": balance}
     return {
-        "method": method, "seed": seed, "parameters": parameters, "trained_parameters": parameters,
+        "method": method, "seed": seed, "learning_rate": 2e-5, "parameters": parameters, "trained_parameters": parameters,
         **{name: None if mark is None else measured(mark) for name, mark in marks.items()},
         "forgetting": round(1 - kept, 4), "seconds_init": 12.5, "seconds_train": 5000.25, "peak_memory_gib": 17.3,
         "benchmarks": {
@@ -217,12 +218,32 @@ def write_comparison(folder: Path, blocks: int = 6) -> Path:
         write_train(run, entry["parameters"], 0.05 * place)
         write_both_answers(folder / "base" / "scores", run / "scores")
         write_json(run / "summary.json", summary_values())
-    write_text(folder / "config.yaml", CONFIG.format(boundary="null"))
+        write_text(run / "config.yaml", CONFIG.format(boundary="null"))
+    write_text(folder / "config.yaml", CONFIG.format(boundary="null") + COMPARE)
     write_json(
         folder / "comparison.json",
         {"rows": rows, "base": {"people": 0.65, "sums": 0.04}, "notes": ["full ran at half the rate."]},
     )
     return folder
+
+
+def write_variant(folder: Path, name: str, examples: int = 64) -> Path:
+    """One more run of a comparison: a variant of farss that has a survey of its own."""
+    survey = write_survey(folder / name.partition("-")[0] / "survey", 6, examples)
+    make_plan(survey, 3).save(folder / name / "plan.json")
+    entry = row(name.partition("-")[0], 0, 0.9, 0.9, 1000) | {"folder": name}
+    rewrite(folder / "comparison.json", lambda values: values["rows"].append(entry))
+    return folder / name
+
+
+def write_standings(folder: Path, kt: dict[str, tuple[float, float, float]], gaps: list[tuple[str, str, str, float, float, float]]) -> None:
+    """KT of some methods over questions and seeds as (value, low, high), and paired differences as (metric, method, against,
+    value, low, high)."""
+    parts = ("value", "low", "high")
+    methods = {method: {"KT": dict(zip(parts, numbers, strict=True))} for method, numbers in kt.items()}
+    keys = ("metric", "method", "against", *parts)
+    differences = [dict(zip(keys, gap, strict=True)) | {"p_value": 0.0314} for gap in gaps]
+    rewrite(folder / "comparison.json", lambda values: values.update(methods=methods, differences=differences))
 
 
 def write_boundary(folder: Path) -> dict[str, Any]:
@@ -235,7 +256,7 @@ def write_boundary(folder: Path) -> dict[str, Any]:
         effort = {"steps": 5 if dropped else 20, "parameters": 100_000 - 9_000 * boundary}
         candidates.append({"boundary": boundary, **numbers, **effort, "dropped": dropped})
     found = {
-        "candidates": candidates, "chosen": 3, "margin": 0.01, "steps_full": 400, "cost_share": 0.175,
+        "candidates": candidates, "chosen": 3, "margin": 0.01, "steps_full": 400, "cost_share": 0.175, "seconds": 660.0,
         "knowledge": "the loss on general text", "task": "the loss on held-out examples", "notes": ["2 and 4 are inside the margin."],
     }  # fmt: skip
     write_json(folder / "boundary.json", found)

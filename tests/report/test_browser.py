@@ -14,7 +14,7 @@ from folders import HOSTILE, complete_run, poison, rewrite, write_boundary, writ
 from farss.report import write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-api = pytest.importorskip("playwright.sync_api", reason="the browser tests need Playwright: pip install 'farss[test]'")
+api = pytest.importorskip("playwright.sync_api", reason="the browser tests need Playwright: pip install -e '.[test]'")
 if CHROMIUM is None:
     pytest.skip("the browser tests need Chromium: apt-get install chromium", allow_module_level=True)
 

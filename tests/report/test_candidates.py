@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
-from folders import CONFIG, write_boundary, write_survey
+from folders import CONFIG, rewrite, write_boundary, write_survey
 from pages import draw
 
-from farss.artifacts import write_json, write_text
+from farss.artifacts import Plan, write_json, write_text
+from farss.boundary import Boundary
 from farss.report import candidates
+from farss.search import Candidate
+from farss.terminal import boundary_departure
+
+CANDIDATE = Candidate(3, 20, T=0.9, K=0.9, KT=0.9, low=0.8, high=1.0, parameters=1000, dropped=False)
 
 
 def test_config_survey_and_search_alone_make_a_page(tmp_path: Path) -> None:
@@ -26,7 +32,7 @@ def test_config_survey_and_search_alone_make_a_page(tmp_path: Path) -> None:
 
 def test_the_search_alone_makes_a_page(tmp_path: Path) -> None:
     write_boundary(tmp_path)
-    assert draw(tmp_path).ids == {"boundary"}
+    assert draw(tmp_path).ids == {"boundary", "cost"}
 
 
 def test_the_curve_equals_the_artifact(tmp_path: Path) -> None:
@@ -71,6 +77,31 @@ def test_the_words_equal_the_artifact(tmp_path: Path) -> None:
     assert "The search cost 17.5 % of a full training of 400 steps." in words
     assert "K: the loss on general text. T: the loss on held-out examples." in words
     assert "2 and 4 are inside the margin." in words
+
+
+def test_the_page_and_the_terminal_say_where_a_plan_does_not_follow_the_search(run_folder: Path) -> None:
+    write_boundary(run_folder)  # it chose 3, and the plan was made with 2
+    sentence = "The plan does not follow the search: it was made with 2 shallow blocks."
+    assert sentence in draw(run_folder).words
+    found, plan = Boundary([CANDIDATE], 3, 0.0, 0.0, 0.0, 400, 0.1, "facts", "sums"), Plan.load(run_folder / "plan.json")
+    assert boundary_departure(found, plan) == sentence
+    assert boundary_departure(found, dataclasses.replace(plan, boundary=3)) == boundary_departure(found, None) == ""
+    assert boundary_departure(dataclasses.replace(found, candidates=[]), plan) == "", "nothing was chosen"
+    lora = dataclasses.replace(plan, method="lora", boundary=None)
+    assert boundary_departure(found, lora) == "The plan does not follow the search: lora has no shallow blocks."
+    rewrite(run_folder / "boundary.json", lambda values: values.update(chosen=2))
+    assert "does not follow" not in draw(run_folder).words
+
+
+def test_what_the_search_says_is_not_said_again_among_the_notes(run_folder: Path) -> None:
+    found = write_boundary(run_folder)
+    said = ["The search chose boundary 3.", *found["notes"]]
+    rewrite(run_folder / "boundary.json", lambda values: values.update(sentence=said[0]))
+    rewrite(run_folder / "plan.json", lambda values: values["notes"].extend(said))
+    words = draw(run_folder).words
+    assert words.count(found["notes"][0]) == 1
+    assert said[0] not in words
+    assert "The budget lost 3 ranks to rounding." in words
 
 
 def test_searches_with_holes(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from folders import write_boundary
 from pages import draw
 
 from farss.artifacts import Plan, Survey
@@ -44,11 +45,20 @@ def test_figures_are_valid_plotly(run_folder: Path, comparison_folder: Path) -> 
     from plotly import graph_objects
 
     drawn = [run_content(read_run(run_folder)), comparison_content(read_comparison(comparison_folder))]
-    for figure in (figure for content in drawn for figure in content["figures"].values()):
+    found = [figure for content in drawn for figure in content["figures"].values()]
+    assert len(found) == 15
+    for figure in found:
         for choice in figure.choices[:3]:
             graph_objects.Figure(json.loads(re.sub(r'"theme:[a-z0-9-]+"', '"#123456"', json.dumps(choice[1:])))[0])
             layout = json.loads(re.sub(r'"theme:[a-z0-9-]+"', '"#123456"', json.dumps(choice.layout)))
             graph_objects.Figure(layout=layout)
+
+
+def test_every_figure_is_known_by_its_name(run_folder: Path, comparison_folder: Path) -> None:
+    write_boundary(run_folder)
+    drawn = run_content(read_run(run_folder))["figures"] | comparison_content(read_comparison(comparison_folder))["figures"]
+    assert {*drawn, "frontier"} == set(figures.NAMES)
+    assert all(name == figure.name for name, figure in drawn.items())
 
 
 def test_every_colour_has_a_light_and_a_dark_value(run_folder: Path) -> None:
@@ -83,6 +93,13 @@ def test_thinning_keeps_the_ends_and_the_order(length: int, most: int) -> None:
 def test_the_balance_picture_needs_both_k_and_t() -> None:
     assert results.balance_figure([{"method": "lora", "K": {"value": 0.9}, "T": None}]) is None
     assert results.harmonic_mean(0.5, 1.0) == pytest.approx(2 / 3)
+
+
+def test_a_single_run_is_one_mark_between_k_and_t(run_folder: Path) -> None:
+    _, mark = run_content(read_run(run_folder))["figures"]["balance"].choices[0].data
+    assert (mark["name"], mark["x"], mark["y"]) == ("farss", [94.1], [95.8])
+    assert mark["error_x"]["array"] == [3.0]
+    assert mark["customdata"] == ["seed 0, KT 94.9\u00a0%"]
 
 
 @pytest.mark.parametrize(("x", "y"), [([0, 100], [0, 120]), ([65, 99], [96, 101]), ([90, 90.5], [99, 100]), ([0, 0], [0, 0])])

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from folders import HOSTILE, RTL, poison, rewrite
+from folders import HOSTILE, RTL, poison, rewrite, write_boundary, write_standings, write_survey, write_variant
 from pages import Page, draw
 
 from farss.artifacts import Plan, read_json, write_json
@@ -125,7 +125,7 @@ def test_a_missing_part_is_left_out(run_folder: Path, part: str) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     if part == "config.yaml":
         (run_folder / "versions.json").unlink()
-    assert everything - draw(run_folder).ids == {PARTS[part]}
+    assert everything - draw(run_folder).ids == {PARTS[part], *(["balance"] if part == "summary.json" else [])}
 
 
 @pytest.mark.parametrize("part", ["config.yaml", "survey", "plan.json", "train.json", "summary.json"])
@@ -178,6 +178,55 @@ def test_a_run_of_a_comparison_uses_the_shared_parts(comparison_folder: Path) ->
     page = draw(comparison_folder / "farss-seed0")
     assert {"survey", "plan", "examples", "scores"} <= page.ids
     assert any((attrs.get("href") or "") == "./farss-seed0/report.html" for _, attrs in draw(comparison_folder).tags)
+
+
+@pytest.mark.parametrize("name", ["farss@few-seed0", "farss@few-lr1e-05-seed3", "farss@few-lr0.0002-seed0"])
+def test_a_variant_is_shown_with_the_survey_that_it_was_planned_from(comparison_folder: Path, name: str) -> None:
+    variant = write_variant(comparison_folder, name)
+    words = draw(variant).words
+    assert "64 examples" in words
+    assert "256 examples" not in words
+    assert "256 examples" in draw(comparison_folder / "farss-seed0").words
+    assert "256 examples" in draw(comparison_folder).words
+    rewrite(comparison_folder / "comparison.json", lambda values: values["rows"].reverse())  # now the variant comes first
+    assert "64 examples" in draw(comparison_folder).words
+
+
+def test_a_survey_is_shown_only_where_the_plan_was_made_from_it(comparison_folder: Path) -> None:
+    for method in ("lora", "full", "corda-kpm"):
+        run = comparison_folder / f"{'lora' if method == 'corda-kpm' else method}-seed0"
+        rewrite(run / "plan.json", lambda values, method=method: values.update(method=method))
+        page = draw(run)
+        assert "survey" not in page.ids
+        assert "Survey" not in page.words
+        assert "spectrum" not in page.scripts[0]
+        assert "importance 0" not in page.html, "nor in the plan's hover texts"
+
+
+def test_what_another_method_looked_at_is_among_the_costs(comparison_folder: Path) -> None:
+    rewrite(comparison_folder / "lora-seed0" / "plan.json", lambda values: values.update(method="corda-kpm"))
+    write_json(comparison_folder / "steps" / "corda-knowledge.json", {"done": True, "seconds": 33.0, "peak_memory_gib": 2.5})
+    words = draw(comparison_folder / "lora-seed0").words
+    assert "Statistics 33.0 s" in words
+    assert "Peak memory before training 2.5 GiB" in words
+    assert "Statistics" not in draw(comparison_folder / "full-seed0").words
+
+
+def test_a_comparison_shows_the_search_of_the_run_that_it_is_about(comparison_folder: Path) -> None:
+    write_boundary(comparison_folder)  # nobody's
+    assert "boundary" not in draw(comparison_folder).ids
+    assert "boundary" not in draw(comparison_folder / "lora-seed0").ids
+    for folder, chosen in (("farss-seed0", 4), ("farss-seed1", 4), ("lora-seed0", 2)):
+        write_boundary(comparison_folder / folder)
+        rewrite(comparison_folder / folder / "boundary.json", lambda values, chosen=chosen: values.update(chosen=chosen))
+    words = draw(comparison_folder).words
+    assert "This is the search of farss; lora searched too." in words
+    assert "Chosen: 4 shallow blocks" in words
+    (comparison_folder / "lora-seed0" / "boundary.json").unlink()
+    page = draw(comparison_folder)
+    assert "boundary" in page.ids
+    assert "This is the search of" not in page.words
+    assert "it was made with 1 shallow block." in page.words, "farss was planned with one"
 
 
 def test_full_fine_tuning_has_no_plan_section(comparison_folder: Path) -> None:
@@ -265,6 +314,53 @@ def test_the_command_that_repeats_a_run_holds_only_names_and_versions(run_folder
     assert "<code>pip install torch==2.8.0\nfarss run config.yaml out=again</code>" in html
 
 
+def test_what_a_search_and_a_survey_cost(run_folder: Path) -> None:
+    assert "Boundary search" not in draw(run_folder).words
+    write_boundary(run_folder)
+    write_json(run_folder / "steps" / "survey.json", {"done": True, "seconds": 83.2, "peak_memory_gib": 3.25})
+    words = draw(run_folder).words
+    assert "Survey 83.2 s Boundary search 11 min Peak memory before training 3.2 GiB Training 91 min" in words
+
+
+@pytest.mark.parametrize(
+    ("facts", "told"),
+    [
+        ({}, ""),
+        ({"examples": 1200, "truncated": 0, "dropped": 0}, ""),
+        ({"examples": 1200, "truncated": 30, "dropped": 0}, "1,200 examples (the end of 30 is cut off), "),
+        ({"examples": 1200, "truncated": 0, "dropped": 1}, "1,200 examples (1 is left out because no answer fits), "),
+        (
+            {"examples": 1200, "truncated": 30, "dropped": 2},
+            "1,200 examples (the end of 30 is cut off, 2 are left out because no answer fits), ",
+        ),
+    ],
+)
+def test_examples_that_do_not_fit_are_told(run_folder: Path, facts: dict[str, int], told: str) -> None:
+    rewrite(run_folder / "train.json", lambda values: values.update(facts))
+    assert f"400 steps, {told}91 min" in draw(run_folder).words
+
+
+def test_a_run_of_a_comparison_is_repeated_with_all_of_it(comparison_folder: Path) -> None:
+    page = draw(comparison_folder / "farss-seed0")
+    assert "<code>farss compare config.yaml out=again</code>" in page.html
+    assert "methods: [farss, lora, full]" in page.html
+    assert "the whole is done again" in page.words
+    assert "<code>farss compare config.yaml out=again</code>" in draw(comparison_folder).html
+
+
+def test_a_run_beside_a_survey_of_no_comparison_is_repeated_alone(run_folder: Path) -> None:
+    write_survey(run_folder.parent / "survey", 6)
+    for part in ("survey", "base"):
+        shutil.rmtree(run_folder / part)
+    shutil.copy(run_folder / "config.yaml", run_folder.parent)
+    assert "farss run config.yaml out=again" in draw(run_folder).html
+
+
+def test_the_release_stands_beside_the_command(run_folder: Path) -> None:
+    rewrite(run_folder / "versions.json", lambda values: values.update(farss="0.1.0 (abc1234)"))
+    assert "as config.yaml ; then, with farss 0.1.0 (abc1234) ," in draw(run_folder).words
+
+
 # --- comparisons -----------------------------------------------------------------------------------------------------
 
 
@@ -292,3 +388,27 @@ def test_a_difference_inside_the_interval_is_called_none(comparison_folder: Path
     assert "this small" not in words
     rewrite(comparison_folder / "comparison.json", lambda values: values["rows"][1]["KT"].update(value=0.95))
     assert "Inside that range lies lora: a difference this small is no result." in draw(comparison_folder).words
+
+
+def test_the_headline_takes_the_interval_of_the_table_and_the_paired_difference(comparison_folder: Path) -> None:
+    kt = {"farss": (0.95, 0.93, 0.97), "lora": (0.94, 0.92, 0.96), "full": (0.99, 0.98, 1.0)}
+    write_standings(comparison_folder, kt, [("KT", "lora", "farss", -0.01, -0.02, -0.001), ("K", "lora", "farss", -0.01, -0.02, 0.1)])
+    words = draw(comparison_folder).words
+    assert "farss has the highest balance of kept and learned, KT 95.0 % (95 % interval 93.0 to 97.0 %)." in words, "full is no rival"
+    assert "no result:" not in words, "the intervals overlap, but the difference is clear"
+    write_standings(comparison_folder, kt, [("KT", "lora", "farss", -0.01, -0.02, 0.001)])
+    doubt = "on the same questions, the 95 % interval of the difference holds zero."
+    assert f"Its lead over lora is no result: {doubt}" in draw(comparison_folder).words
+    write_standings(comparison_folder, kt, [])
+    assert "Inside that range lies lora: a difference this small is no result." in draw(comparison_folder).words
+
+
+def test_differences_stand_on_the_page_with_their_p_values(comparison_folder: Path) -> None:
+    assert "Who is ahead" not in draw(comparison_folder).words
+    gaps = [("K", "farss", "lora", 0.02, 0.01, 0.03), ("KT", "farss", HOSTILE, 0.012, -0.02, 0.0415)]
+    write_standings(comparison_folder, {"farss": (0.95, 0.93, 0.97)}, gaps)
+    page = draw(comparison_folder)
+    rows = [row[-3:] for row in cell_rows(page) if row[0] == "farss" and len(row) == 5]
+    assert rows == [["+1.2", "−2.0 to +4.2", "0.031"], ["+2.0", "+1.0 to +3.0", "0.031"]], "KT first"
+    assert len(page.scripts) == 3
+    assert not [tag for tag, _ in page.tags if tag == "img"]

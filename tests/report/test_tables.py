@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from folders import write_standings
 from rich.console import Console
 
 from farss.artifacts import Plan, Survey, read_json
@@ -53,8 +54,9 @@ def test_csv_of_names_that_clash_and_of_nothing(comparison: dict[str, Any]) -> N
 
 
 def markdown_rows(text: str) -> list[list[str]]:
-    """The cells of a Markdown table."""
-    return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in text.splitlines()]
+    """The cells of the first Markdown table."""
+    table, *_ = text.partition("\n\n")
+    return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in table.splitlines()]
 
 
 def test_markdown_has_the_means_over_the_seeds(comparison: dict[str, Any]) -> None:
@@ -70,8 +72,8 @@ def test_markdown_has_the_means_over_the_seeds(comparison: dict[str, Any]) -> No
 def test_best_is_bold_and_second_best_underlined(comparison: dict[str, Any]) -> None:
     heads, _, _, *rows = markdown_rows(comparison_markdown(comparison))
     marks = {head: ["**" in row[place], "<u>" in row[place]] for place, head in enumerate(heads) for row in rows if row[0] == "full"}
-    assert marks["T %"] == [True, False]
-    assert marks["K %"] == [False, False]
+    assert not any(mark for both in marks.values() for mark in both), "full is what the others are measured against"
+    assert [row[heads.index("T %")].partition(" ")[0] for row in rows] == ["**96.0**", "<u>94.8</u>", "100.0"]
     assert "**" in rows[0][heads.index("Forgetting")], "less forgetting is better"
     assert not any(mark in rows[0][heads.index("Parameters")] for mark in ("**", "<u>"))
 
@@ -81,7 +83,10 @@ def test_equal_numbers_share_a_place(comparison: dict[str, Any]) -> None:
     for row in comparison["rows"][:2]:
         row["K"] = {"value": 0.9, "low": 0.8, "high": 1.0}
     heads, _, _, *rows = markdown_rows(comparison_markdown(comparison))
-    assert [row[heads.index("K %")] for row in rows] == ["**90.0** (80.0 to 100.0)"] * 2 + ["<u>70.2</u> (67.2 to 73.2)"]
+    assert [row[heads.index("K %")] for row in rows] == ["**90.0** (80.0 to 100.0)"] * 2 + ["70.2 (67.2 to 73.2)"]
+    comparison["rows"][2]["K"] = {"value": 0.9, "low": 0.8, "high": 1.0}
+    *_, last = markdown_rows(comparison_markdown(comparison))
+    assert last[heads.index("K %")] == "90.0 (80.0 to 100.0)", "full gets no place, not even a shared one"
 
 
 def test_a_seed_without_a_number_leaves_no_mean(comparison: dict[str, Any]) -> None:
@@ -94,7 +99,52 @@ def test_markdown_names_cannot_break_the_table(comparison: dict[str, Any]) -> No
     comparison["rows"][2]["method"] = "a|b\n<script>"
     text = comparison_markdown(comparison)
     assert "a\\|b &lt;script>" in text
-    assert len(text.splitlines()) == 6
+    assert len(markdown_rows(text)) == 6
+
+
+def test_markdown_says_what_a_reader_must_know(comparison: dict[str, Any]) -> None:
+    comparison["notes"].append("a\n| b | <script>")
+    lines = comparison_markdown(comparison).splitlines()
+    assert lines[-2:] == ["- full ran at half the rate.", "- a \\| b \\| &lt;script>"]
+
+
+def test_learning_rates_and_start_memory_have_columns_where_they_are_known(comparison: dict[str, Any]) -> None:
+    comparison["rows"][2]["learning_rate"] = 2e-4
+    heads, _, _, *rows = markdown_rows(comparison_markdown(comparison))
+    assert [row[heads.index("Learning rate")] for row in rows] == ["2e-05", "0.0002", "2e-05"]
+    assert "Start memory" not in heads
+    comparison["rows"][2]["peak_memory_init_gib"] = 3.25
+    heads, _, _, *rows = markdown_rows(comparison_markdown(comparison))
+    assert heads[heads.index("Start") + 1] == "Start memory"
+    assert [row[heads.index("Start memory")] for row in rows] == ["–", "3.2\u00a0GiB", "–"]
+    for row in comparison["rows"]:
+        del row["learning_rate"]
+    assert "Learning rate" not in comparison_markdown(comparison)
+    assert "Start memory" not in printed(comparison_table(comparison), 160)
+
+
+@pytest.fixture
+def differences(comparison_folder: Path) -> dict[str, Any]:
+    """A comparison with paired differences."""
+    gaps = [(metric, "farss", "[red]lora|x", 0.012, -0.02, 0.0415) for metric in ("K", "T", "KT", "kept")]
+    write_standings(comparison_folder, {"farss": (0.95, 0.93, 0.97)}, gaps)
+    values: dict[str, Any] = read_json(comparison_folder / "comparison.json")
+    return values
+
+
+def test_markdown_has_the_differences_of_kt_k_and_t(differences: dict[str, Any]) -> None:
+    text = comparison_markdown(differences)
+    heads = [line for line in text.splitlines() if line.startswith("| Method | against")]
+    assert heads == [f"| Method | against | {metric} difference | 95 % interval | p |" for metric in ("KT", "K", "T")]
+    assert text.count("| farss | [red]lora\\|x | +1.2 | −2.0 to +4.2 | 0.031 |") == 3
+
+
+def test_the_terminal_shows_the_differences_of_kt(differences: dict[str, Any]) -> None:
+    text = printed(comparison_table(differences), 80)
+    assert text.splitlines()[-1].split() == ["farss", "[red]lora|x", "+1.2", "−2.0", "to", "+4.2", "0.031"]
+    assert "KT difference" in text
+    assert "K difference" not in text.replace("KT difference", "")
+    assert all(len(line) <= 80 for line in text.splitlines())
 
 
 def test_the_page_shows_the_same_table(comparison_folder: Path, comparison: dict[str, Any]) -> None:
