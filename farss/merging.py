@@ -58,7 +58,7 @@ def merged_difference(adapted: Any, merged: Any, batch: dict[str, Tensor]) -> fl
         own = {name: tensor.to(model.device) for name, tensor in batch.items()}
         with in_float32(model), torch.no_grad():
             found.append(model(**own).logits[own["attention_mask"].bool()].float().cpu())
-    return (found[0] - found[1]).abs().max().item()
+    return float((found[0] - found[1]).abs().max())
 
 
 def write_model(model: Any, plan: Plan, tokenizer: Any, target: Path, dtype: torch.dtype, source: Path, change: Change) -> None:

@@ -202,12 +202,14 @@ def test_general_text_alone_is_measured_too(config):
 
 
 def test_what_a_length_takes_away_is_told(config):
-    run = Run(override(config, ["data.max_length=24", "train.max_steps=2"]))
+    lengths = sorted(len(row["input_ids"]) for row in Run(config).examples.rows)
+    run = Run(override(config, [f"data.max_length={lengths[len(lengths) // 2]}", "train.max_steps=2"]))
     run.claim()
     found, data = run.train(), run.examples
     assert (found.examples, found.truncated, found.dropped) == (len(data.rows), data.truncated, data.dropped)
     assert found.truncated + found.dropped > 0
-    assert f"{found.dropped} were left out" in found.cut
+    assert found.examples + found.dropped == 64
+    assert f"Of 64 training examples the end of {found.truncated} was cut off" in found.cut
 
 
 def test_the_versions_are_those_of_the_training(config):
