@@ -169,10 +169,16 @@ def _anonymous_kib(pid: int) -> int:
 
 
 def environment() -> str:
-    """Date, machine and versions."""
+    """Date, machine, whether its products are in bfloat16 where that is asked for, and versions."""
+    import torch
+
+    from farss.models import multiplies_in
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    products = "bfloat16 products" if multiplies_in(torch.bfloat16, device) else "float32 products"
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "peft"))
     threads = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))
-    return f"{time.strftime('%Y-%m-%d')}, {_processor()}, {threads} threads, {versions}"
+    return f"{time.strftime('%Y-%m-%d')}, {_processor()}, {threads} threads, {products}, {versions}"
 
 
 def _processor() -> str:

@@ -10,12 +10,13 @@ import pytest
 from test_pipeline import model_folder, settings
 
 from farss import pipeline
-from farss.artifacts import Plan, Survey, questions
+from farss.artifacts import Survey, questions
 from farss.boundary import Boundary
-from farss.compare import _levels, _measured, compare, held_out, the_rest
+from farss.compare import Entrant, _levels, _measured, _notes, compare, held_out, the_rest
 from farss.config import from_dict, override
 from farss.errors import ConfigError, FarssError, FolderError
 from farss.evaluate import Estimate
+from farss.folder import resolve
 from farss.methods import METHODS
 from farss.report import comparison_markdown
 from farss.survey import own_text
@@ -127,52 +128,52 @@ def test_each_variant_searches_for_its_boundary_once(values, monkeypatch):
         return Boundary([], 1, 0.0, 0.0, 0.0, 60, 0.1, "facts", "loss", seconds=1.0)
 
     monkeypatch.setattr(pipeline, "find", found)
-    values["train"]["max_steps"] = 40
+    values["train"]["max_steps"] = 60
     values["plan"]["boundary"] = "auto"
-    values["compare"] = {
-        "methods": ["full", "farss", "farss@wide"],
-        "tune": [0.5, 1],
-        "settings": {"farss@wide": {"plan.r_max": 8}},
-    }
-    folder = compare(from_dict(values), silent)
-    assert [(one.plan.r_max, one.train.learning_rate) for one in searched] == [(6, 1e-3), (8, 1e-3)]
-    assert {path.name for path in (folder / "boundary").iterdir()} == {"farss", "farss@wide"}
-    assert {Plan.load(path).boundary for path in folder.glob("farss*/plan.json")} == {1}
-    assert "farss@wide: Boundary 1 is the only candidate." in read(folder)["notes"]
+    values["compare"] = {"methods": ["farss", "farss@wide"], "settings": {"farss@wide": {"plan.r_max": 8}}}
+    config = resolve(from_dict(values))
+    everyone = [Entrant(label, factor, seed, config, silent) for label in config.compare.methods for factor in (0.5, 1) for seed in (0, 1)]
+    for one in everyone:
+        one.run.claim()
+        assert one.run.plan().boundary == 1
+    assert [(each.plan.r_max, each.seed, each.train.learning_rate) for each in searched] == [(6, 0, 1e-3), (8, 0, 1e-3)]
+    assert {path.name for path in (one.run.shared / "boundary").iterdir()} == {"farss", "farss@wide"}
+    chosen = {one.label: one for one in everyone}
+    assert "farss@wide: Boundary 1 is the only candidate." in _notes(config, chosen, "")
 
 
-def test_without_questions_there_is_still_a_table_of_costs(values):
-    values["evaluate"] = {"knowledge": [], "task": []}
-    values["compare"] = {"methods": ["lora", "farss"]}
-    comparison = read(compare(from_dict(values), silent))
+@pytest.fixture
+def unasked(values):
+    """The same without questions, where only the costs count."""
+    return values | {"evaluate": {"knowledge": [], "task": []}}
+
+
+def test_without_questions_there_is_still_a_table_of_costs(unasked):
+    unasked["compare"] = {"methods": ["lora", "farss"]}
+    comparison = read(compare(from_dict(unasked), silent))
     assert [row["K"] for row in comparison["rows"]] == [None, None]
     assert all(row["seconds_train"] > 0 for row in comparison["rows"])
     assert comparison["rows"][1]["peak_memory_init_gib"] > 0
     assert comparison["differences"] == []
 
 
-def test_one_survey_is_wide_enough_for_all(values):
-    values["plan"] |= {"rank": 2, "r_avg": 1, "r_max": 2}
-    values["compare"] = {"methods": ["farss", "farss@wide"], "settings": {"farss@wide": {"plan.rank": 6}}}
-    folder = compare(from_dict(values), silent)
+def test_one_survey_is_wide_enough_for_all(unasked):
+    unasked["plan"] |= {"rank": 2, "r_avg": 1, "r_max": 2}
+    unasked["compare"] = {"methods": ["farss", "farss@wide"], "settings": {"farss@wide": {"plan.rank": 6}}}
+    folder = compare(from_dict(unasked), silent)
     assert Survey.load(folder / "survey").cap == 6
     assert [row["rank"] for row in read(folder)["rows"]] == [2, 6]
-
-
-def test_a_survey_that_was_deleted_is_made_again(values):
-    values["compare"] = {"methods": ["farss"]}
-    folder = compare(from_dict(values), silent)
     shutil.rmtree(folder / "survey")
     shutil.rmtree(folder / "farss-seed0")
-    compare(from_dict(values), silent)
-    assert Survey.load(folder / "survey").examples == 8
+    compare(from_dict(unasked), silent)  # what was deleted is made again
+    assert Survey.load(folder / "survey").cap == 6
 
 
-def test_the_model_writes_its_own_text_once(values, monkeypatch):
+def test_the_model_writes_its_own_text_once(unasked, monkeypatch):
     written = []
     monkeypatch.setattr(pipeline, "own_text", lambda *arguments: written.append(1) or own_text(*arguments))
-    values["compare"] = {"methods": ["corda-kpm", "lora-null"]}
-    compare(from_dict(values), silent)
+    unasked["compare"] = {"methods": ["corda-kpm", "lora-null"]}
+    compare(from_dict(unasked), silent)
     assert written == [1]
 
 
