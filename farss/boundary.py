@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from farss.artifacts import Plan, Survey, read_json, write_json
+from farss.artifacts import Plan, Survey, fingerprint, read_json, write_json
 from farss.config import Config, QuestionSet
 from farss.data import Row, Tokenized, choose
 from farss.errors import ConfigError, NumericalError
@@ -180,7 +180,7 @@ def _questions(entry: QuestionSet, config: Config, tokenizer: Any, limit: int, r
     too few of them, asked ones too."""
     fresh = other_question_tokens(entry, "knowledge", config, tokenizer, limit)
     asked = question_tokens(entry, "knowledge", config, tokenizer, limit) if len(fresh) < limit else []
-    count = affordable([*fresh, *asked], limit, room)
+    count = min(affordable([*fresh, *asked], limit, room), len(fresh) + len(asked))
     if count > len(fresh):
         notes.append(
             f"K is measured on {count} questions of {entry.name}, of which {count - len(fresh)} are asked in the evaluation too: the "
@@ -228,6 +228,14 @@ class Prober:
     seconds: float = 0.0
     reached: dict[int, int] = dataclasses.field(default_factory=dict)
     """Steps of every candidate so far."""
+
+    def start_over_unless_the_same(self) -> None:
+        """Forget outcomes that are of other questions: a killed search goes on only with the same."""
+        setting, path = self.setting, self.folder / "key.json"
+        key = {"key": fingerprint([setting.knowledge, setting.task])}
+        if not path.is_file() or read_json(path) != key:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            write_json(path, key)
 
     def base(self) -> Outcomes:
         """The untouched model's outcomes."""
@@ -296,6 +304,7 @@ def find(prober: Prober) -> Boundary:
         FarssError: the probes learn nothing, or a loss is not finite.
     """
     setting, plan, config = prober.setting, prober.setting.schedule, prober.config
+    prober.start_over_unless_the_same()
     prober.tell(0, plan.training, setting.sentence)
     found = Found(plan.candidates[0], [], 0.0, 0.0, 0.0, [])
     if plan.rounds:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from farss.artifacts import Plan, Scores, write_json, write_text
+from farss.boundary import Boundary
 from farss.config import Config, from_dict, nearest, set_key, to_dict
 from farss.errors import ConfigError, FarssError
 from farss.evaluate import Entry, Estimate, Standing, Summary, differences, standings, task_score
@@ -80,7 +81,7 @@ def check_labels(config: Config) -> None:
     """Refuse a variant that would be the plain method under another name.
 
     Raises:
-        ConfigError: a variant has no options, or options are given for a method that there is not.
+        ConfigError: a variant has no options, options are given for a method that there is not, or a seed among them.
     """
     settings = config.compare.settings
     for label in config.compare.methods:
@@ -91,6 +92,9 @@ def check_labels(config: Config) -> None:
     for label in settings:
         if label.partition("@")[0] not in METHODS:
             raise ConfigError(f"compare.settings has options for {label!r}, which is no method: {nearest(label, METHODS)}")
+        given = {"seed", "out"} & set(settings[label])
+        if given:
+            raise ConfigError(f"compare.settings gives {label!r} its own {given.pop()}, which is the comparison's: see compare.seeds")
 
 
 def check_tuning(config: Config) -> None:
@@ -180,7 +184,8 @@ def the_rest(config: Config) -> Callable[[str], bool] | None:
 
 def choose(config: Config, tried: dict[str, list[Entrant]]) -> tuple[dict[str, Entrant], str]:
     """The entrant of each label that is best on the held-out questions, and by what: by KT, and full fine-tuning by its task
-    score alone, since the others are measured by it. Of equal ones the smaller learning rate.
+    score alone (of equal ones by the likelihood of the answers), since the others are measured by it. Of equal ones the smaller
+    learning rate.
 
     Raises:
         FarssError: there is nothing to choose by on the held-out questions.
@@ -189,12 +194,21 @@ def choose(config: Config, tried: dict[str, list[Entrant]]) -> tuple[dict[str, E
         return {label: entrants[0] for label, entrants in tried.items()}, ""
     only = held_out(config.compare.held_out)
     ordered = {label: sorted(entrants, key=lambda one: one.factor or 1.0) for label, entrants in tried.items()}
-    found = {label: max(group, key=lambda one: task_score(one.run.path, only)) for label, group in ordered.items() if _is_full(group)}
+
+    def estimates(full: Path | None, more: dict[str, list[Entry]]) -> dict[str, dict[str, Estimate]]:
+        runs = {one.run.path.name: [Entry(one.run.path, full)] for group in ordered.values() for one in group}
+        known = standings(Path(config.out) / "base", runs | more, config.evaluate.resamples, config.seed, only)
+        return {name: standing.estimates for name, standing in known.items()}
+
+    learned = {name: each["learned"].value for name, each in estimates(None, {}).items() if "learned" in each}
+    found = {
+        label: max(group, key=lambda one: (task_score(one.run.path, only), learned.get(one.run.path.name, 0.0)))
+        for label, group in ordered.items()
+        if _is_full(group)
+    }
     full = _full_folder(config, [*found.values()])
     assert full is not None  # `check_tuning`
-    runs = {one.run.path.name: [Entry(one.run.path, full)] for group in ordered.values() for one in group}
-    known = standings(Path(config.out) / "base", runs | {"": [Entry(full, full)]}, config.evaluate.resamples, config.seed, only)
-    measure, values = _measured({name: standing.estimates for name, standing in known.items()})
+    measure, values = _measured(estimates(full, {"": [Entry(full, full)]}))
     for label, group in ordered.items():
         if label not in found:
             found[label] = max(group, key=lambda one: values[one.run.path.name])
@@ -208,20 +222,21 @@ def _measured(known: dict[str, dict[str, Estimate]]) -> tuple[str, dict[str, flo
     them, how much likelier their right answers became still says what was kept and what was learned.
 
     Raises:
-        FarssError: there are no log-likelihoods either.
+        FarssError: the log-likelihoods say nothing either.
     """
     if all("KT" in each for each in known.values()):
         return "KT", {name: each["KT"].value for name, each in known.items()}
-    if not all({"kept", "learned"} <= set(each) for each in known.values()):
+    if not all({"kept", "learned"} <= set(each) for each in known.values()) or known[""]["learned"].value <= 0:
         raise FarssError(
-            "compare.tune cannot choose: the untouched model or full fine-tuning solves none of the held-out questions, and their answers "
-            "have no log-likelihoods: ask more questions, raise compare.held_out, or leave out compare.tune"
+            "compare.tune cannot choose: the untouched model or full fine-tuning solves none of the held-out questions, and by the "
+            "log-likelihoods of their answers full fine-tuning has learned nothing: train for longer, ask more questions, or leave out "
+            "compare.tune"
         )
     scored, reach = all("K" in each for each in known.values()), known[""]["learned"].value
 
     def value(each: dict[str, Estimate]) -> float:
         kept = each["K"].value if scored else math.exp(each["kept"].value)
-        return balance(max(0.0, kept), max(0.0, each["learned"].value / reach) if reach > 0 else 0.0)
+        return balance(max(0.0, kept), max(0.0, each["learned"].value / reach))
 
     return "log-likelihoods (too few are solved for KT)", {name: value(each) for name, each in known.items()}
 
@@ -354,7 +369,8 @@ def _notes(config: Config, chosen: dict[str, Entrant], measure: str) -> list[str
     """What a reader must know to judge the table."""
     settings = config.compare.settings
     notes = [f"{label}: {', '.join(f'{key}={value}' for key, value in settings[label].items())}" for label in chosen if settings.get(label)]
-    notes += [f"{label}: {one.run.boundary().sentence}" for label, one in chosen.items() if one.run.searches]
+    searched = {label: one.run.path / "boundary.json" for label, one in chosen.items()}
+    notes += [f"{label}: {Boundary.load(path).sentence}" for label, path in searched.items() if path.is_file()]
     if not config.compare.tune:
         return [f"Learning rate {config.train.learning_rate:g} for every method unless its own settings say otherwise.", *notes]
     rates = ", ".join(f"{label} {one.run.config.train.learning_rate:g}" for label, one in chosen.items())

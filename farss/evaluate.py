@@ -17,7 +17,7 @@ from farss.errors import ConfigError, FarssError
 from farss.memory import freed_memory_kept
 from farss.models import fingerprint as weights_fingerprint
 from farss.tasks.grading import STEPS
-from farss.tasks.live import Progress, asking, live_model, require_harness
+from farss.tasks.live import Progress, asking, live_model, prompt_tokenizer, require_harness
 from farss.tasks.names import task_manager
 from farss.tasks.questions import Drawn, draw, prompt_of, task_settings
 from farss.tasks.records import Logged, Record, main_metric, metric_label, records_of
@@ -60,19 +60,20 @@ def evaluate(
 
     Raises:
         ConfigError: an unknown task name, a task that runs generated code, a question set that cannot be asked.
-        FarssError: lm_eval is not installed, or a task's data cannot be reached.
+        FarssError: questions are asked and lm_eval is not installed, or a task's data cannot be reached.
     """
-    require_harness()
+    if config.evaluate.asked:
+        require_harness()
     identity = {"weights": _identity(model), **(meta or {}), "seed": config.seed, **_versions()}
     benchmarks = list_benchmarks(config, identity)
     results = {each.name: _finished(folder / "scores", each) for each in benchmarks}
     waiting = [each for each in benchmarks if results[each.name] is None]
     manager = task_manager([each.name for each in waiting if each.drawn is None], config.evaluate.run_generated_code)
     with freed_memory_kept(model.device), asking(model, config.evaluate.run_generated_code):
-        live = live_model(model, tokenizer, config.evaluate.batch_size, on_progress)
+        live = live_model(model, tokenizer, config.evaluate.batch_size, on_progress) if waiting else None
         for each in waiting:
             results[each.name] = _ask_and_write(each, live, config, manager, folder / "scores")
-        loss = _text_loss(model, live.tokenizer, config, identity, folder / "scores", on_progress)
+        loss = _text_loss(model, prompt_tokenizer(tokenizer), config, identity, folder / "scores", on_progress)
     found = {kind: {x.name: results[x.name] for x in benchmarks if x.kind == kind} for kind in KINDS}
     scores = Scores(**found, text_loss=loss, meta=identity)  # type: ignore[arg-type]
     scores.save(folder / "scores.json")
@@ -266,5 +267,6 @@ def _text_loss(
 
 def _versions() -> dict[str, str]:
     from importlib.metadata import version
+    from importlib.util import find_spec
 
-    return {name: version(name) for name in ("lm_eval", "transformers", "torch")}
+    return {name: version(name) for name in ("lm_eval", "transformers", "torch") if find_spec(name)}

@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 
+STATUS = Path("/proc/self/status")
+"""What Linux says of this process."""
+
 
 def used_gib(device: torch.device) -> float:
     """Memory in use now: of the GPU, or of this process without the files that are mapped into it."""
@@ -30,8 +33,10 @@ def peak_gib(device: torch.device) -> float:
 
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    if STATUS.is_file():  # getrusage has the peak of the process that started this one in it, too
+        return next(int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:")) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # macOS counts bytes, Linux KiB
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # macOS counts bytes, others KiB
 
 
 def reset_peak(device: torch.device) -> None:
@@ -40,7 +45,7 @@ def reset_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
         return
     give_back()
-    with suppress(OSError):  # Linux alone has this file, and not every container lets us write to it
+    with suppress(OSError):  # not every system has this file, and not every container lets us write to it
         Path("/proc/self/clear_refs").write_text("5")
 
 

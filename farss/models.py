@@ -63,6 +63,12 @@ def stored_dtype(config: ModelConfig) -> torch.dtype:
     return found if isinstance(found, torch.dtype) else torch.float32
 
 
+def loaded_dtype(config: ModelConfig) -> torch.dtype:
+    """The precision that the weights have once they are loaded to compute with."""
+    stored = stored_dtype(config)
+    return stored if config.dtype != "auto" else computing_dtype(stored, device_of(config))
+
+
 def load_model(config: ModelConfig, dtype: torch.dtype | None = None, device: torch.device | None = None, as_stored: bool = False) -> Any:
     """Load a causal language model, frozen and in `eval()` mode.
 

@@ -64,6 +64,7 @@ from farss.models import (
     left_out,
     load_model,
     load_tokenizer,
+    loaded_dtype,
     multiplies_in,
     quiet,
     stored_dtype,
@@ -197,9 +198,15 @@ class Run:
         """Find out before hours of training what cannot be handed over after it.
 
         Raises:
-            ConfigError: a whole model is wanted of quantised weights.
+            ConfigError: a whole model is wanted of quantised weights, or weights would be rounded where their start is taken out.
         """
         config = self.config
+        residual = config.adapter.base == "residual" and self.method.needs != "nothing" and config.export.to != "merged"
+        if residual and config.model.quantization == "none" and (dtype := loaded_dtype(config.model)) != torch.float32:
+            raise ConfigError(
+                f"adapter.base='residual' rounds the weights without their start to {str(dtype).removeprefix('torch.')}, and no adapter "
+                "for the original ones is exact: set adapter.base=untouched, or model.dtype=float32"
+            )
         if config.model.quantization == "none" or config.plan.method == "full":
             return
         if not self.method.plain_lora:
@@ -435,7 +442,8 @@ class Run:
                 merge(self.trained(), plan, self.tokenizer, target, stored_dtype(self.config.model), self.config.model.path)
                 facts_of_it = {"method": plan.method, "boundary": plan.boundary, "blocks": plan.blocks, "base": self.config.model.path}
                 # Where a GPU has room for one model only, the one that was written stays in its files and the CPU's memory.
-                stored = load_model(replace(self.config.model, path=str(target), dtype="auto"), device=torch.device("cpu"), as_stored=True)
+                written = replace(self.config.model, path=str(target), dtype="auto", quantization="none")
+                stored = load_model(written, device=torch.device("cpu"), as_stored=True)
                 facts |= {"logit_difference": merged_difference(self.trained(), stored, self._prompts(self.trained()))}
                 write_json(target / "farss.json", {**facts_of_it, "parameters": plan.parameters, **facts})
                 write_card(target, command=self._command)

@@ -26,8 +26,9 @@ from farss.survey.places import outside, placed, placed_in_turn
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """vLLM accepts these and no others (`max_lora_rank`), so the exported rank is padded up to one of them."""
 CHECKED = "farss_checked"
-TOLERANCE = 1e-5
-"""Largest difference of an exact adapter's logits in float32, relative to the largest logit."""
+TOLERANCE = 1e-4
+"""Largest difference of an exact adapter's logits in float32, relative to the largest logit. Other sums of the same numbers
+differ by 2e-6 on 18 blocks, more on deeper and wider models; a wrong adapter differs by far more."""
 
 
 class Portable(NamedTuple):
@@ -228,10 +229,9 @@ def in_float32(model: Any) -> Iterator[None]:
     """The model in `eval()` mode and in float32, a block at a time: it fits wherever the model does. Everything is put back.
     Quantised weights stay as they are, and are multiplied dequantised and in float32."""
     _, blocks = find_blocks(model)
-    device = next(model.parameters()).device
     packed = [module for module in model.modules() if is_linear(module) and is_packed(module)]
-    rest = placed(outside(model, blocks), device, torch.float32)
-    with evaluating(model), rest, placed_in_turn(blocks, device, torch.float32), _dequantised(packed):
+    rest = placed(outside(model, blocks), None, torch.float32)
+    with evaluating(model), rest, placed_in_turn(blocks, None, torch.float32), _dequantised(packed):
         yield
 
 

@@ -175,6 +175,18 @@ def test_a_changed_question_file_is_noticed(config, tmp_path, monkeypatch):
         Run(config).boundary()
 
 
+def test_outcomes_of_other_questions_are_forgotten(config, monkeypatch):
+    run = Run(config)
+    run.claim()
+    place = run.path / "boundary" / "farss"
+    place.mkdir(parents=True)
+    (place / "base.json").write_text("{}")  # a search that was killed before it kept what it asked
+    monkeypatch.setattr(room, "train", None)
+    with pytest.raises(TypeError):
+        run.boundary()
+    assert len(json.loads((place / "base.json").read_text())["task"]) == len(run.search_setting.task)
+
+
 def test_a_failed_probe_names_the_rate_of_the_probes(config, monkeypatch):
     def fails(*_, **__):
         raise NumericalError("the loss is nan at training step 3")
@@ -265,6 +277,9 @@ def test_no_boundary_is_chosen_by_the_questions_that_judge_it(config):
 
     both, notes = asked(100)
     assert (both, notes) == ([], [])
+    few = override(config, ["boundary.questions=800"])
+    assert len(knowledge_rows(few, tokenizer, 1e9, notes)[0]["facts"]) == 675
+    assert notes.pop().startswith("K is measured on 675 questions of facts, of which 675 are asked")
     both, notes = asked(600)  # of 675: too few are left
     assert 0 < len(both) < config.boundary.questions
     assert notes[0].startswith(f"K is measured on {config.boundary.questions} questions of facts, of which {len(both)} are asked")

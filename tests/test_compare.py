@@ -186,6 +186,7 @@ def test_the_model_writes_its_own_text_once(unasked, monkeypatch):
             r"'farss@unmached', .* no options for it: did you mean 'farss@unmatched'",
         ),
         (["farss@wide"], {}, r"'farss@wide', .* no options for it: add them"),
+        (["farss"], {"farss": {"seed": 3}}, r"gives 'farss' its own seed, which is the comparison's: see compare.seeds"),
         (["farss"], {"frass": {"plan.r_max": 8}}, r"options for 'frass', which is no method: did you mean 'farss'"),
     ],
 )
@@ -213,8 +214,16 @@ def test_where_nothing_is_solved_the_likelihoods_choose():
         measure, values = _measured({"": one(**kept, learned=8.0), "a": one(**kept, learned=4.0), "b": one(**kept, learned=-1.0)})
         assert measure.startswith("log-likelihoods")
         assert values == pytest.approx({"": 2 / 3, "a": 0.5, "b": 0.0})
-    with pytest.raises(FarssError, match=r"compare.tune cannot choose"):
-        _measured({"": one(K=0.5), "a": one(K=0.5)})
+    for nothing in ({"": one(K=0.5), "a": one(K=0.5)}, {"": one(kept=0.0, learned=-0.1), "a": one(kept=0.0, learned=0.1)}):
+        with pytest.raises(FarssError, match=r"compare.tune cannot choose"):
+            _measured(nothing)
+
+
+def test_of_reference_runs_that_solve_nothing_the_likelier_is_taken(values, monkeypatch):
+    monkeypatch.setattr("farss.compare.task_score", lambda *_: 0.0)
+    values["compare"] = {"methods": ["full"], "tune": [0.01, 10], "held_out": 0.5}
+    curve = read(compare(from_dict(values), silent))["frontier"]["curves"]["full"]
+    assert [point["chosen"] for point in curve] == [False, True]
 
 
 @pytest.mark.slow

@@ -268,6 +268,7 @@ def test_a_folder_from_before_an_option_existed_is_taken_up(config):
         (["plan.kasa_gamma=-1"], ConfigError, "plan.kasa_gamma=-1"),
         (["plan.method=dora", "model.quantization=nf4"], ConfigError, "nothing can be merged into quantised weights"),
         (["export.to=merged", "model.quantization=nf4"], ConfigError, "nothing can be merged into quantised weights: set export.to=peft"),
+        (["adapter.base=residual", "model.dtype=bfloat16"], ConfigError, "'residual' rounds the weights without their start to bfloat16"),
         (["plan.method=frass"], ConfigError, "did you mean 'farss'"),
         (["evaluate.knowledge=[{name: x, data: /nowhere.jsonl}]"], DataError, "/nowhere.jsonl"),
         (["out=${NOT_SET_ANYWHERE}/x"], ConfigError, "NOT_SET_ANYWHERE is not set"),

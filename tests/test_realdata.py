@@ -188,7 +188,6 @@ def test_a_4_bit_base_goes_the_whole_way(gemma, tmp_path):
     assert result.log[-1]["loss"] < result.log[0]["loss"]
     run.export()
     record = run.folder.record("export")
-    assert record["precision"] == "float32"
     assert record["logit_difference"] <= 1e-3
     stock = PeftModel.from_pretrained(load_model(run.config.model), str(tmp_path / "run" / "adapter"))
     batch = collate(run.examples.rows[:2], run.tokenizer.pad_token_id)

@@ -24,13 +24,14 @@ def moved(batch: Batch, device: torch.device) -> Batch:
 
 
 @contextmanager
-def placed(tensors: list[Tensor], device: torch.device, dtype: torch.dtype | None = None) -> Iterator[None]:
-    """Have these tensors' values on a device for a while: numbers in this precision or, without one, in one in which the device
-    can compute."""
+def placed(tensors: list[Tensor], device: torch.device | None, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Have these tensors' values on a device (None: each on its own) for a while: numbers in this precision or, without one, in
+    one in which the device can compute."""
     before = [tensor.data for tensor in tensors]
     for tensor in tensors:
-        wanted = dtype if dtype and tensor.is_floating_point() else computing_dtype(tensor.dtype, device)
-        tensor.data = tensor.data.to(device, wanted)
+        place = device or tensor.device
+        wanted = dtype if dtype and tensor.is_floating_point() else computing_dtype(tensor.dtype, place)
+        tensor.data = tensor.data.to(place, wanted)
     try:
         yield
     finally:
@@ -39,7 +40,7 @@ def placed(tensors: list[Tensor], device: torch.device, dtype: torch.dtype | Non
 
 
 @contextmanager
-def placed_in_turn(blocks: nn.ModuleList, device: torch.device, dtype: torch.dtype | None = None) -> Iterator[None]:
+def placed_in_turn(blocks: nn.ModuleList, device: torch.device | None, dtype: torch.dtype | None = None) -> Iterator[None]:
     """Have each block on a device, and in a precision, while it runs, whoever calls it."""
     with ExitStack() as hooks, ExitStack() as running:
 

@@ -65,20 +65,33 @@ def _compact_head(model: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silence lm_eval's and transformers' notices and the harness's own progress bars."""
-    import lm_eval.api.task as harness_task
     import transformers
 
     harness_log = logging.getLogger("lm_eval")
-    level, verbosity, bar = harness_log.level, transformers.logging.get_verbosity(), harness_task.tqdm
+    level, verbosity = harness_log.level, transformers.logging.get_verbosity()
     harness_log.setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
-    # The bar over building prompts has no switch of its own.
+    try:
+        with _no_bar():
+            yield
+    finally:
+        harness_log.setLevel(level)
+        transformers.logging.set_verbosity(verbosity)
+
+
+@contextlib.contextmanager
+def _no_bar() -> Iterator[None]:
+    """The harness's bar over building prompts has no switch of its own. General text alone needs no harness."""
+    if importlib.util.find_spec("lm_eval") is None:
+        yield
+        return
+    import lm_eval.api.task as harness_task
+
+    bar = harness_task.tqdm
     harness_task.tqdm = lambda iterable, **_: iterable
     try:
         yield
     finally:
-        harness_log.setLevel(level)
-        transformers.logging.set_verbosity(verbosity)
         harness_task.tqdm = bar
 
 
