@@ -1,28 +1,21 @@
-"""The only door to data sets: files and hub names in; columns, prompts, tokens, masks and batches out."""
+"""Rows in; prompts, tokens, masks and batches out."""
 
 from __future__ import annotations
 
-import ast
-import contextlib
-import csv
-import gzip
 import itertools
-import json
 import random
-import sys
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import IO, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from farss import processes
-from farss.config import CalibrationConfig, DataConfig, QuestionSet, nearest
+from farss.config import CalibrationConfig, DataConfig
 from farss.errors import DataError
+from farss.rows import cell, find_columns, read_rows
 
 Row = dict[str, list[int]]
 """One example: `input_ids` and `completion_mask`, of the same length."""
@@ -31,259 +24,8 @@ ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:"
 )
-PROMPTS = ("prompt", "instruction", "query", "question")
-RESPONSES = ("completion", "response", "output", "answer")
-CHATS = ("messages", "conversation")
-KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 
 T = TypeVar("T")
-
-
-# --- rows ------------------------------------------------------------------------------------------------------------
-
-
-def read_rows(path: str, split: str = "train") -> list[dict[str, Any]]:
-    """Read a table: a .jsonl, .json, .csv or .parquet file (.gz too), or a data set on a hub.
-
-    Args:
-        path: the file; or the data set's name, with its configuration behind a colon (`openai/gsm8k:main`).
-        split: which split of a hub data set.
-
-    Raises:
-        DataError: it is missing, unreadable, empty or broken.
-    """
-    if not path:
-        raise DataError("no data file is named: give a .jsonl, .csv or .parquet file, or a data set's name on a hub")
-    file = Path(path).expanduser()
-    if file.is_file():
-        rows = _read_file(file)
-    elif _looks_local(path) and not file.is_dir():
-        raise DataError(f"there is no file {path}: check the path, or give a data set's name on a hub")
-    else:
-        rows = _read_hub(path, split)
-    if not rows:
-        raise DataError(f"{path} is empty: give a file with at least one row")
-    return rows
-
-
-def _looks_local(path: str) -> bool:
-    name = path.lower().removesuffix(".gz")
-    return name.endswith((*KINDS, ".txt", ".tsv")) or path.startswith((".", "/", "~")) or path.count("/") > 1
-
-
-def _read_file(file: Path) -> list[dict[str, Any]]:
-    kind = Path(file.name.lower().removesuffix(".gz")).suffix
-    readers = {".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
-    try:
-        if kind == ".parquet" and file.suffix.lower() == ".parquet":
-            return _read_parquet(file)
-        if kind not in readers:
-            raise DataError(f"{file} is of no known kind: give a .jsonl, .json, .csv or .parquet file (all but .parquet also as .gz)")
-        opener: Any = gzip.open if file.suffix.lower() == ".gz" else open
-        with opener(file, "rt", encoding="utf-8-sig", newline="") as stream:
-            return readers[kind](stream, file)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{file} cannot be read ({error}): check the file, or write it again") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8 text (byte {error.start}): convert it to UTF-8") from error
-
-
-def _read_jsonl(stream: IO[str], file: Path) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(stream, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{file}, line {number} is not valid JSON ({error.msg}): mend or remove the line") from error
-        if not isinstance(row, dict):
-            raise DataError(f'{file}, line {number} holds a {type(row).__name__}, not an object: write {{"column": value}}')
-        rows.append(row)
-    return rows
-
-
-def _read_json(stream: IO[str], file: Path) -> list[dict[str, Any]]:
-    text = stream.read()
-    if text.lstrip()[:1] != "[":  # many data sets name their JSON lines .json
-        return _read_jsonl(iter(text.splitlines(keepends=True)), file)  # type: ignore[arg-type]
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file}, line {error.lineno} is not valid JSON ({error.msg}): mend the file") from error
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise DataError(f'{file}, row {number} is a {type(row).__name__}, not an object: write {{"column": value}}')
-    return list(rows)
-
-
-def _read_csv(stream: IO[str], file: Path) -> list[dict[str, Any]]:
-    with _long_cells():
-        reader = csv.DictReader(stream, strict=True)
-        rows: list[dict[str, Any]] = []
-        try:
-            for row in reader:
-                if None in row or None in row.values():
-                    raise DataError(f"{file}, line {reader.line_num} has more or fewer cells than the header: mend the line")
-                rows.append(row)
-        except csv.Error as error:
-            raise DataError(f"{file}, line {reader.line_num} is not valid CSV ({error}): mend the line") from error
-    return rows
-
-
-@contextlib.contextmanager
-def _long_cells() -> Iterator[None]:
-    """Lift the csv module's limit of 131,072 characters a cell for a while."""
-    before = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    try:
-        yield
-    finally:
-        csv.field_size_limit(before)
-
-
-def _read_parquet(file: Path) -> list[dict[str, Any]]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        rows: list[dict[str, Any]] = parquet.read_table(file).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{file} is not a readable parquet file ({_first_line(error)}): write it again") from error
-    return rows
-
-
-def _read_hub(path: str, split: str) -> list[dict[str, Any]]:
-    import datasets
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of whichever HTTP library it uses
-
-    name, _, subset = path.partition(":")
-    try:
-        return [dict(row) for row in datasets.load_dataset(name, subset or None, split=split)]
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, HTTPError) as error:
-        raise DataError(
-            f"{path!r} is neither a file here nor a data set that can be loaded from a hub (split {split!r}): "
-            f"{_first_line(error)}; check the name, data.split and the network"
-        ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:300]
-
-
-# --- columns ---------------------------------------------------------------------------------------------------------
-
-
-def columns_of(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Column names of a table, in order of appearance."""
-    return list(dict.fromkeys(name for row in rows for name in row))
-
-
-def find_columns(rows: Sequence[dict[str, Any]], prompt: str | None, response: str | None) -> tuple[str, str]:
-    """Find the columns with the instruction and the answer; both are the same one where it holds whole chats.
-
-    Raises:
-        DataError: a named column is missing, or none is named and none has a usual name.
-    """
-    columns = columns_of(rows)
-    for key, name in (("data.prompt", prompt), ("data.response", response)):
-        if name is not None and name not in columns:
-            raise DataError(f"{key}={name!r}: there is no such column; {nearest(name, columns)}")
-    chat = next((name for name in CHATS if name in columns), None)
-    found_prompt = prompt or next((name for name in PROMPTS if name in columns), None)
-    found_response = response or next((name for name in RESPONSES if name in columns and name != found_prompt), None)
-    if prompt in CHATS and response is None:
-        return prompt, prompt  # type: ignore[return-value]
-    if found_prompt and found_response:
-        return found_prompt, found_response
-    if chat and prompt is None and response is None:
-        return chat, chat
-    missing = "an instruction" if not found_prompt else "an answer"
-    raise DataError(f"no column looks like {missing}; the columns are {', '.join(columns)}: name yours with data.prompt and data.response")
-
-
-def _named_columns(rows: Sequence[dict[str, Any]], names: Iterable[str], path: str) -> None:
-    columns = columns_of(rows)
-    for name in names:
-        if name not in columns:
-            raise DataError(f"{path} has no column {name!r} (it has {', '.join(columns)}): {nearest(name, columns)}")
-
-
-def text_rows(path: str, column: str = "text") -> list[str]:
-    """Read general text, one document a row.
-
-    Raises:
-        DataError: the file or the column is missing, or a row holds no text.
-    """
-    rows = read_rows(path)
-    _named_columns(rows, [column], path)
-    return [_text(row, column, number) for number, row in enumerate(rows, 1)]
-
-
-def question_rows(entry: QuestionSet) -> list[dict[str, Any]]:
-    """Read a question set as `{"question": str, "answers": [str, ...]}`, every row of it.
-
-    Raises:
-        DataError: a column is missing, or a row has no question or no answer.
-    """
-    rows = read_rows(entry.data)
-    _named_columns(rows, (entry.question, entry.answers), entry.data)
-    return [
-        {"question": _text(row, entry.question, number), "answers": _answers(row, entry.answers, number)}
-        for number, row in enumerate(rows, 1)
-    ]
-
-
-def example_rows(entry: QuestionSet) -> list[dict[str, Any]] | None:
-    """The questions of the file whose questions are shown; None: they come from the file that is asked."""
-    return question_rows(replace(entry, data=entry.examples)) if entry.examples and entry.fewshot else None
-
-
-def knowledge_texts(source: str | QuestionSet) -> list[str]:
-    """Read knowledge as plain text: a column `text`, or questions with their (first) answer, as they are asked.
-
-    Raises:
-        DataError: see `text_rows` and `question_rows`.
-    """
-    if isinstance(source, str):
-        columns = columns_of(read_rows(source))
-        if "text" in columns:
-            return text_rows(source)
-        source = QuestionSet(name="knowledge", data=source, answers="answers" if "answers" in columns else "answer")
-    rows = question_rows(source)
-    return [f"Question: {row['question']}\nAnswer: {row['answers'][0]}" for row in rows]
-
-
-def _answers(row: dict[str, Any], column: str, number: int) -> list[str]:
-    value = row.get(column)
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        value = _listed(value)
-    if not isinstance(value, list):
-        return [_text(row, column, number)]
-    if not value:
-        raise DataError(f"row {number} has no answer in column {column!r}: fill it or remove the row")
-    return [_text({column: item}, column, number) for item in value]
-
-
-def _listed(text: str) -> Any:
-    """Read a cell such as `["a", "b"]` or `['a', 'b']` (CSV has no lists); anything else stays a text."""
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            return parse(text)
-        except (ValueError, SyntaxError):
-            continue
-    return text
-
-
-def _text(row: dict[str, Any], column: str, number: int) -> str:
-    """The text in one cell; a number is written out."""
-    value = row.get(column)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = str(value)
-    if value is not None and not isinstance(value, str):
-        raise DataError(f"row {number}: column {column!r} holds a {type(value).__name__}, not a text: name another column")
-    if value is None or not value.strip():
-        raise DataError(f"row {number} has nothing in column {column!r}: fill it or remove the row")
-    return value
 
 
 # --- prompts ---------------------------------------------------------------------------------------------------------
@@ -321,9 +63,9 @@ def _stages(rows: Sequence[tuple[int, dict[str, Any]]], columns: tuple[str, str]
     for number, row in rows:
         if prompt == response:
             row = _first_turn(row.get(prompt), prompt, number)
-            instruction, answer = _text(row, "human", number), _text(row, "assistant", number)
+            instruction, answer = cell(row, "human", number), cell(row, "assistant", number)
         else:
-            instruction, answer = _text(row, prompt, number), _text(row, response, number)
+            instruction, answer = cell(row, prompt, number), cell(row, response, number)
         if extra and isinstance(row.get(extra), str) and row[extra].strip():
             instruction = f"{instruction}\n\n{row[extra]}"
         result.append(_pair_stages(instruction, answer, number, config, tokenizer))
@@ -354,7 +96,7 @@ def _chat_stages(messages: Any, number: int, config: DataConfig, tokenizer: Any)
     stages = []
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
-            _text(message, "content", number)
+            cell(message, "content", number)
             stages += [_render(tokenizer, messages[:index], ask=True), _render(tokenizer, messages[: index + 1])]
     if not stages:
         raise DataError(f"row {number} has no assistant message: there is nothing to learn from it, remove the row")

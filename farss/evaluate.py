@@ -12,10 +12,11 @@ from typing import Any
 
 from farss.artifacts import KINDS, Kind, Scores, TaskScore, fingerprint, read_json, write_json, write_text
 from farss.config import Config, QuestionSet, to_dict
-from farss.data import choose, example_rows, prompt_text, question_rows, text_rows
+from farss.data import choose, prompt_text
 from farss.errors import ConfigError, FarssError
 from farss.memory import freed_memory_kept
 from farss.models import fingerprint as weights_fingerprint
+from farss.rows import example_rows, question_rows, text_rows
 from farss.tasks.grading import STEPS
 from farss.tasks.live import Progress, asking, live_model, prompt_tokenizer, require_harness
 from farss.tasks.names import task_manager

@@ -23,20 +23,7 @@ from farss.boundary import Boundary, Prober, Setting, find
 from farss.boundary import prepare as prepare_search
 from farss.card import write_card
 from farss.config import Config, ModelConfig, QuestionSet
-from farss.data import (
-    Row,
-    Tokenized,
-    calibration_batches,
-    choose,
-    collate,
-    example_rows,
-    knowledge_texts,
-    load_examples,
-    plain_rows,
-    question_rows,
-    text_rows,
-    unlearnt,
-)
+from farss.data import Row, Tokenized, calibration_batches, choose, collate, load_examples, plain_rows, unlearnt
 from farss.errors import ConfigError, FolderError
 from farss.evaluate import Summary, evaluate, summarise
 from farss.folder import (
@@ -75,6 +62,7 @@ from farss.portable import export, load_adapter, step_zero
 from farss.prepared import write_prepared
 from farss.recovery import knowledge_alone, recover, recovery_rows
 from farss.report import write_report
+from farss.rows import example_rows, knowledge_texts, question_rows, text_rows
 from farss.survey import LENGTH, own_text, read_layers, survey
 from farss.tasks.course import Course, prepare_course
 from farss.train import TrainResult, products, restore, train, training_steps

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from farss.config import Config, QuestionSet, TrainConfig
-from farss.data import Row, Tokenized, choose, example_rows, question_rows
+from farss.data import Row, Tokenized, choose
 from farss.errors import ConfigError
 from farss.models import layer_shapes
+from farss.rows import example_rows, question_rows
 from farss.tasks.likelihood import answered
 from farss.tasks.questions import prompt_of, unasked
 from farss.train import train

@@ -14,10 +14,11 @@ from farss import world
 from farss.artifacts import Plan
 from farss.boundary import Boundary, hold_out, knowledge_rows, prepare, probe_config
 from farss.config import from_dict, override
-from farss.data import Tokenized, question_rows
+from farss.data import Tokenized
 from farss.errors import ConfigError, FolderError, NumericalError
 from farss.models import load_tokenizer
 from farss.pipeline import Run
+from farss.rows import question_rows
 from farss.search import Round, candidates
 from farss.tasks.likelihood import question_tokens, token_loglikelihoods
 from farss.tasks.questions import draw

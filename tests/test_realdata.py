@@ -9,7 +9,7 @@ import torch
 
 from farss.adapter import adapter_change, attach
 from farss.config import DataConfig, ModelConfig, PlanConfig, QuestionSet, from_dict, override
-from farss.data import batches, collate, load_examples, question_rows, read_rows
+from farss.data import batches, collate, load_examples
 from farss.errors import FarssError
 from farss.gemma import convert
 from farss.llamacpp import write_gguf
@@ -17,6 +17,7 @@ from farss.models import load_model, load_tokenizer
 from farss.pipeline import Run
 from farss.plan import make_plan
 from farss.portable import export, in_float32
+from farss.rows import question_rows, read_rows
 from farss.survey import survey
 
 pytestmark = pytest.mark.realdata

@@ -10,11 +10,11 @@ from farss import world
 from farss.artifacts import questions
 from farss.compare import compare
 from farss.config import from_dict, override
-from farss.data import question_rows
 from farss.errors import ConfigError
 from farss.models import load_tokenizer
 from farss.pipeline import Run
 from farss.recovery import BATCH, knowledge_alone, recovery_rows
+from farss.rows import question_rows
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ def draw(entry: QuestionSet, rows: Sequence[Source], seed: int, examples: Sequen
     """Choose the questions with the seed: the same ones for every model, in the order of the file.
 
     Args:
-        rows: of the whole file, from `farss.data.question_rows`.
+        rows: of the whole file, from `farss.rows.question_rows`.
         examples: of the file whose questions are shown; None: `rows`.
 
     Raises:

@@ -1,0 +1,186 @@
+"""Rows: files, hub names, columns, questions and texts."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from farss import rows as room
+from farss.config import QuestionSet
+from farss.errors import DataError
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+ROWS = [{"question": 'a, "b"\nc', "answer": "ü"}, {"question": "d", "answer": "e"}]
+
+
+def as_text(rows: list[dict[str, Any]], kind: str, path: Path) -> str:
+    if kind == "json":
+        return json.dumps(rows, indent=1)
+    if kind == "jsonl":
+        return "\n".join(json.dumps(row) for row in rows) + "\n\n"
+    with (path.parent / "scratch").open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return (path.parent / "scratch").read_bytes().decode()
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.csv", "x.jsonl.gz", "x.json.gz", "x.csv.gz", "X.CSV"])
+def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    content = as_text(ROWS, name.lower().split(".")[1], path).encode()
+    path.write_bytes(gzip.compress(content, mtime=0) if name.endswith(".gz") else content)
+    assert room.read_rows(str(path)) == ROWS
+
+
+def test_parquet_and_json_lines_named_json(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "x.parquet")
+    assert room.read_rows(str(tmp_path / "x.parquet")) == ROWS
+    assert room.read_rows(write_rows(tmp_path / "y.json", ROWS)) == ROWS
+
+
+def test_a_line_separator_inside_a_text_is_no_end_of_a_line(tmp_path: Path) -> None:
+    rows = [{"question": "a\u2028b", "answer": "c\x85d"}]
+    for name in ("x.jsonl", "x.json"):
+        (tmp_path / name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows * 2), encoding="utf-8")
+        assert room.read_rows(str(tmp_path / name)) == rows * 2
+
+
+def test_long_csv_cells_are_read_and_the_limit_is_put_back(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("a\n" + "x" * 200_000 + "\n")
+    before = csv.field_size_limit()
+    assert len(room.read_rows(str(tmp_path / "x.csv"))[0]["a"]) == 200_000
+    assert csv.field_size_limit() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.jsonl", b'{"a": 1}\n{"a": \n', "x.jsonl, line 2 is not valid JSON .*: mend or remove the line"),
+        ("x.jsonl", b'{"a": 1}\n[1]\n', "line 2 holds a list, not an object"),
+        ("x.json", b'[{"a": 1},\n{"a" 1}]', "x.json, line 2 is not valid JSON"),
+        ("x.json", b"[1, 2]", "row 1 is a int, not an object"),
+        ("x.jsonl", b"\n\n", "x.jsonl is empty: give a file with at least one row"),
+        ("x.csv", b"a,b\n", "x.csv is empty"),
+        ("x.csv", b"a,b\n1,2\n1,2,3\n", "line 3 has more or fewer cells than the header"),
+        ("x.csv", b'a,b\n1,"2\n', "is not valid CSV"),
+        ("x.jsonl", b'{"a": "\xff"}', r"x.jsonl is not UTF-8 text \(byte 7\): convert it to UTF-8"),
+        ("x.jsonl.gz", b"not gzip", "x.jsonl.gz cannot be read .*: check the file"),
+        ("x.jsonl.gz", gzip.compress(b'{"a": 1}' * 99, mtime=0)[:-9], "x.jsonl.gz cannot be read"),
+        ("x.parquet", b"not parquet", "x.parquet is not a readable parquet file .*: write it again"),
+        ("x.parquet.gz", b"", "is of no known kind: give a .jsonl, .json, .csv or .parquet file"),
+        ("x.tsv", b"a\tb", "is of no known kind"),
+    ],
+)
+def test_broken_files_say_where_and_what_to_do(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        room.read_rows(str(tmp_path / name))
+
+
+def test_missing_files() -> None:
+    for path in ("./nothing", "/tmp/no/such.jsonl", "nothing.csv.gz", "a/b/c"):
+        with pytest.raises(DataError, match=f"there is no file {path}: check the path, or give a data set's name"):
+            room.read_rows(path)
+    with pytest.raises(DataError, match="no data file is named"):
+        room.read_rows("")
+
+
+def test_hub_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    calls: list[Any] = []
+
+    def load(name: str, subset: str | None, split: str) -> Any:
+        calls.append((name, subset, split))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert room.read_rows("openai/gsm8k:main", "test") == room.read_rows("gsm8k") == ROWS
+    assert calls == [("openai/gsm8k", "main", "test"), ("gsm8k", None, "train")]
+
+
+@pytest.mark.parametrize("error", [ConnectionError("Couldn't reach it"), ValueError("Unknown split")])
+def test_hub_errors_are_one_sentence(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    import datasets
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(DataError, match=rf"'openai/gsm8k' is neither a file .*{error}; check the name, data.split"):
+        room.read_rows("openai/gsm8k")
+
+
+# --- columns ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ("prompt completion", ("prompt", "completion")),
+        ("instruction input output answer", ("instruction", "output")),  # Commonsense170K
+        ("type query original_question response", ("query", "response")),  # MetaMathQA
+        ("query answer resource lang", ("query", "answer")),  # CodeFeedback
+        ("question answer", ("question", "answer")),  # GSM8K
+        ("id messages", ("messages", "messages")),
+        ("conversation conversation_id", ("conversation", "conversation")),  # WizardLM
+    ],
+)
+def test_columns_are_found(columns: str, expected: tuple[str, str]) -> None:
+    assert room.find_columns([dict.fromkeys(columns.split(), "x")], None, None) == expected
+
+
+def test_named_columns_win_and_half_a_name_is_enough() -> None:
+    rows = [{"question": "", "answer": "", "text": "", "category": ""}]
+    assert room.find_columns(rows, "text", "category") == ("text", "category")
+    assert room.find_columns(rows, "text", None) == ("text", "answer")
+    assert room.find_columns(rows, None, "category") == ("question", "category")
+
+
+def test_column_errors() -> None:
+    with pytest.raises(DataError, match=r"the columns are text, category: name yours with data.prompt and data.response"):
+        room.find_columns([{"text": "", "category": ""}], None, None)
+    with pytest.raises(DataError, match=r"looks like an answer; the columns are question, reply"):
+        room.find_columns([{"question": "", "reply": ""}], None, None)
+    with pytest.raises(DataError, match=r"data.response='anser': there is no such column; did you mean 'answer'\?"):
+        room.find_columns([{"question": "", "answer": ""}], None, "anser")
+
+
+# --- questions and text ----------------------------------------------------------------------------------------------
+
+
+def test_answers_may_be_a_text_a_list_or_a_list_in_a_cell(tmp_path: Path) -> None:
+    gold = ["x", ["x", "y"], '["x", "y"]', "['x', 'y']", 7, "She has 2*3=<<2*3=6>>6\n#### 6", "[x"]
+    path = write_rows(tmp_path / "q.jsonl", [{"q": f"q{i}", "a": answer} for i, answer in enumerate(gold)])
+    rows = room.question_rows(QuestionSet(name="n", data=path, question="q", answers="a"))
+    assert [row["answers"] for row in rows] == [["x"], ["x", "y"], ["x", "y"], ["x", "y"], ["7"], [gold[5]], ["[x"]]
+    assert rows[0]["question"] == "q0"
+
+
+def test_question_and_text_errors(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "q.jsonl", [{"question": "q", "answer": [], "text": "t"}, {"question": "q"}])
+    with pytest.raises(DataError, match=r"q.jsonl has no column 'answers' \(it has question, answer, text\): did you mean 'answer'"):
+        room.question_rows(QuestionSet(name="n", data=path))
+    with pytest.raises(DataError, match="row 1 has no answer in column 'answer'"):
+        room.question_rows(QuestionSet(name="n", data=path, answers="answer"))
+    with pytest.raises(DataError, match="row 2 has nothing in column 'text'"):
+        room.text_rows(path)
+    assert room.text_rows(write_rows(tmp_path / "t.jsonl", [{"text": "hello"}])) == ["hello"]
+    with pytest.raises(DataError, match="has no column 'text'"):
+        room.text_rows(write_rows(tmp_path / "t.jsonl", [{"body": "hello"}]))
