@@ -11,7 +11,7 @@ from typing import Any
 
 from farss.artifacts import Plan, Scores, write_json, write_text
 from farss.boundary import Boundary
-from farss.config import Config, from_dict, nearest, set_key, to_dict
+from farss.config import Config, PlanConfig, from_dict, nearest, set_key, to_dict
 from farss.errors import ConfigError, FarssError
 from farss.evaluate import Entry, Estimate, Standing, Summary, differences, standings, task_score
 from farss.folder import READING_KEYS, SURVEY_KEYS, Folder, options_of, replaced, resolve
@@ -95,6 +95,7 @@ def check_labels(config: Config) -> None:
         given = {"seed", "out"} & set(settings[label])
         if given:
             raise ConfigError(f"compare.settings gives {label!r} its own {given.pop()}, which is the comparison's: see compare.seeds")
+        _configured(config, label)
 
 
 def check_tuning(config: Config) -> None:
@@ -141,7 +142,7 @@ class Entrant:
         def named(step: str, done: int, total: int, line: str) -> None:
             self.tell(step if step in shared else f"{name.rpartition('-')[0]} seed {self.seed}: {step}", done, total, line)
 
-        plans = [_configured(self.config, label).plan for label in self.config.compare.methods]
+        plans = [_plan(self.config, label) for label in self.config.compare.methods]
         self.run = Run(
             replace(own, out=str(out / name)),
             shared=out,
@@ -164,6 +165,12 @@ def _configured(config: Config, label: str) -> Config:
     for key, value in {"plan.method": label.partition("@")[0], **config.compare.settings.get(label, {})}.items():
         set_key(values, key, value)
     return resolve(from_dict(values | {"compare": {}}))
+
+
+def _plan(config: Config, label: str) -> PlanConfig:
+    """Their plan alone, which is asked for often."""
+    settings = {"plan.method": label.partition("@")[0], **config.compare.settings.get(label, {})}
+    return replace(config.plan, **{key.removeprefix("plan."): value for key, value in settings.items() if key.startswith("plan.")})
 
 
 # --- the learning rate -----------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import os
 import re
@@ -180,9 +181,14 @@ def _defaults(options: dict[str, Any]) -> dict[str, Any]:
 
 def content_hash(path: str) -> str | None:
     """Short hash of a file's bytes; None for names on a hub."""
-    if not Path(path).is_file():
-        return None
-    with open(path, "rb") as file:
+    file = Path(path)
+    return _hashed(file, file.stat().st_mtime_ns, file.stat().st_size) if file.is_file() else None
+
+
+@functools.cache
+def _hashed(path: Path, changed: int, size: int) -> str:
+    """A comparison asks for the same files again and again, and they may be large."""
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 

@@ -132,7 +132,8 @@ def test_settings_of_further_files_are_added(tmp_path):
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs" / "overlays").glob("*.yaml")), ids=lambda file: file.stem)
-def test_the_overlays_fit_their_run_files(file):
+def test_the_overlays_fit_their_run_files(file, monkeypatch, tmp_path):
+    monkeypatch.setenv("FARSS_DATA", str(tmp_path))
     for name in ("gemma-banking77", "gemma-gsm8k"):
         check_labels(load(ROOT / "configs" / f"{name}.yaml", [str(file)]))
 
