@@ -415,7 +415,8 @@ def _facts(folder: Path) -> None:
     if (folder / "boundary.json").is_file():
         found = Boundary.load(folder / "boundary.json")
         _show_boundary(found)
-        if told := boundary_departure(found, plan):
+        told = boundary_departure(found, plan) if plan else found.sentence  # a plan's notes have the sentence
+        if told:
             console.print(told, highlight=False, markup=False, soft_wrap=True)
     if plan and plan.layers:
         console.print(rank_map(plan))

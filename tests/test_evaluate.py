@@ -454,10 +454,11 @@ def test_question_sets_that_cannot_be_asked(options, error, text, model, tokeniz
     assert text in str(caught.value)
 
 
-def test_without_the_harness(monkeypatch, model, tokenizer, tmp_path):
+def test_without_the_harness(monkeypatch, model, tokenizer, files, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(FarssError, match=r"pip install 'farss\[eval\]'"):
-        evaluate(model, tokenizer, asking(), tmp_path)
+    with pytest.raises(FarssError, match=r"pip install -e '.\[eval\]'"):
+        evaluate(model, tokenizer, asking(["triviaqa"]), tmp_path)
+    assert evaluate(model, tokenizer, asking(text=files["text"]), tmp_path).text_loss > 0  # general text alone needs none
 
 
 # --- summary ---------------------------------------------------------------------------------------------------------
