@@ -33,6 +33,12 @@ def read(folder):
     return json.loads((folder / "comparison.json").read_text())
 
 
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch):
+    """Every run's report has a dozen figures, drawn twice; `tests/report` tests them, and here they are most of the time."""
+    monkeypatch.setattr("farss.report.page.save_figures", lambda figures, folder: None)
+
+
 @pytest.fixture
 def values(model_folder, tmp_path):
     found = settings(model_folder, tmp_path / "all")
