@@ -22,3 +22,9 @@ def architecture(request):
 def llama():
     """A small LLaMA with four blocks, float64."""
     return small("llama-gqa")
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Every run's report has a dozen figures, drawn twice; `tests/report` tests them, and here they are most of the time."""
+    monkeypatch.setattr("farss.report.page.save_figures", lambda figures, folder: None)

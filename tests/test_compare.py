@@ -25,18 +25,15 @@ from farss.world.demo import demo_config
 __all__ = ["model_folder"]  # a fixture
 
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
+
 def silent(*_):
     """No progress."""
 
 
 def read(folder):
     return json.loads((folder / "comparison.json").read_text())
-
-
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
-    """Every run's report has a dozen figures, drawn twice; `tests/report` tests them, and here they are most of the time."""
-    monkeypatch.setattr("farss.report.page.save_figures", lambda figures, folder: None)
 
 
 @pytest.fixture

@@ -152,6 +152,7 @@ def test_a_survey_of_another_model_is_refused(config, model_folder, tmp_path):
         Run(config).train()
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_comparison_shares_survey_and_base(model_folder, tmp_path):
     values = settings(model_folder, tmp_path / "all")
     values["plan"]["match_params"] = "lora"

@@ -60,6 +60,7 @@ def test_a_model_that_learned_nothing_recovers_as_the_base_does(values):
         assert "K after a few steps of question answering" in (run.path / "report.html").read_text()
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_comparison_recovers_the_base_once(values):
     values["compare"] = {"methods": ["lora", "pissa"]}
     folder = compare(from_dict(values), lambda *_: None)
