@@ -202,20 +202,23 @@ def choose(config: Config, tried: dict[str, list[Entrant]]) -> tuple[dict[str, E
     only = held_out(config.compare.held_out)
     ordered = {label: sorted(entrants, key=lambda one: one.factor or 1.0) for label, entrants in tried.items()}
 
-    def estimates(full: Path | None, more: dict[str, list[Entry]]) -> dict[str, dict[str, Estimate]]:
-        runs = {one.run.path.name: [Entry(one.run.path, full)] for group in ordered.values() for one in group}
-        known = standings(Path(config.out) / "base", runs | more, config.evaluate.resamples, config.seed, only)
+    everyone = [one for group in ordered.values() for one in group]
+
+    def estimates(folders: dict[str, Path], full: Path | None) -> dict[str, dict[str, Estimate]]:
+        entries = {name: [Entry(folder, full)] for name, folder in folders.items()}
+        known = standings(Path(config.out) / "base", entries, config.evaluate.resamples, config.seed, only)
         return {name: standing.estimates for name, standing in known.items()}
 
-    learned = {name: each["learned"].value for name, each in estimates(None, {}).items() if "learned" in each}
+    fulls = estimates({one.run.path.name: one.run.path for one in everyone if one.method == "full"}, None)
+    learned = {name: each["learned"].value for name, each in fulls.items() if "learned" in each}
     found = {
         label: max(group, key=lambda one: (task_score(one.run.path, only), learned.get(one.run.path.name, 0.0)))
         for label, group in ordered.items()
-        if _is_full(group)
+        if group[0].method == "full"
     }
     full = _full_folder(config, [*found.values()])
     assert full is not None  # `check_tuning`
-    measure, values = _measured(estimates(full, {"": [Entry(full, full)]}))
+    measure, values = _measured(estimates({**{one.run.path.name: one.run.path for one in everyone}, "": full}, full))
     for label, group in ordered.items():
         if label not in found:
             found[label] = max(group, key=lambda one: values[one.run.path.name])
@@ -246,10 +249,6 @@ def _measured(known: dict[str, dict[str, Estimate]]) -> tuple[str, dict[str, flo
         return balance(max(0.0, kept), max(0.0, each["learned"].value / reach))
 
     return "log-likelihoods (too few are solved for KT)", {name: value(each) for name, each in known.items()}
-
-
-def _is_full(group: list[Entrant]) -> bool:
-    return group[0].method == "full"
 
 
 def _full_folder(config: Config, entrants: list[Entrant]) -> Path | None:
