@@ -16,7 +16,7 @@ from pathlib import Path
 from common import DOCS
 
 PICTURES = {
-    "report": {"viewport": {"width": 1280, "height": 1720}, "device_scale_factor": 1},
+    "report": {"viewport": {"width": 1280, "height": 2360}, "device_scale_factor": 1},
     "report-phone": {"viewport": {"width": 390, "height": 1400}, "device_scale_factor": 1.5, "is_mobile": True, "has_touch": True},
 }
 
