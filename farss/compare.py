@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from farss.plan import method_of, survey_cap
 from farss.report import comparison_csv, comparison_markdown, write_report
 from farss.train import TrainResult
 
+Item = tuple[str, float | None, int, Config]
+"""An entrant, as another process is told of it."""
 LEVELS = 3
 """At how many levels of T (and of K) the frontiers are read off."""
 
@@ -43,7 +45,8 @@ def compare(config: Config, tell: Tell) -> Path:
     check_tuning(config)
     labels = config.compare.methods
     factors: list[float | None] = [*config.compare.tune] or [None]
-    tried = {label: [Entrant(label, factor, seeds(config)[0], config, tell) for factor in factors] for label in labels}
+    loaded: dict[Any, Any] = {}
+    tried = {label: [Entrant(label, factor, seeds(config)[0], config, tell, loaded) for factor in factors] for label in labels}
     everyone = [entrant for entrants in tried.values() for entrant in entrants]
     for entrant in everyone:
         entrant.run.check_inputs()
@@ -51,7 +54,7 @@ def compare(config: Config, tell: Tell) -> Path:
     Folder(config.out).claim(config, versions())
     _run_all(everyone)
     chosen, measure = choose(config, tried)
-    final = [Entrant(label, chosen[label].factor, seed, config, tell) for seed in seeds(config) for label in labels]
+    final = [Entrant(label, chosen[label].factor, seed, config, tell, loaded) for seed in seeds(config) for label in labels]
     _run_all(final)
     return _write(config, tried, chosen, final, _notes(config, chosen, measure))
 
@@ -60,12 +63,31 @@ def _run_all(entrants: list[Entrant]) -> None:
     """Every run, as many at a time as `compare.jobs` says; what they share is made before."""
     config, tell = entrants[0].config, entrants[0].tell
     if config.compare.jobs > 1:
+        _share_all(entrants)
         for entrant in entrants:
             entrant.run.before_plan()
-    do_all(_run_one, [(one.label, one.factor, one.seed, config) for one in entrants], config.compare.jobs, tell)
+    do_all(_run_one, [entrant.item for entrant in entrants], config.compare.jobs, tell)
 
 
-def _run_one(item: tuple[str, float | None, int, Config], tell: Tell) -> None:
+def _share_all(entrants: list[Entrant]) -> None:
+    """The base's answers and every kind of statistics, each in a process of its own; those of one text come one after the other."""
+    config, tell = entrants[0].config, entrants[0].tell
+    works: dict[tuple[str, ...], dict[str, Item]] = {("base",): {"": entrants[0].item}}
+    for entrant in entrants:
+        entrant.run.claim()
+        if place := entrant.run.source:
+            *source, kind = place
+            works.setdefault(("statistics", *source), {}).setdefault(kind, entrant.item)
+    do_all(_share_one, [(name, [*items.values()]) for (name, *_), items in works.items()], config.compare.jobs, tell)
+
+
+def _share_one(work: tuple[str, list[Item]], tell: Tell) -> None:
+    name, items = work
+    for item in items:
+        getattr(Entrant(*item, tell).run, name)()
+
+
+def _run_one(item: Item, tell: Tell) -> None:
     entrant = Entrant(*item, tell)
     entrant.run.all_but_report()
     if entrant.config.compare.keep == "scores":
@@ -127,6 +149,8 @@ class Entrant:
     config: Config
     """The comparison's."""
     tell: Tell
+    loaded: dict[Any, Any] = field(default_factory=dict, repr=False)
+    """What its process has read already."""
 
     def __post_init__(self) -> None:
         out, common = Path(self.config.out), _configured(self.config, self.label)
@@ -151,7 +175,13 @@ class Entrant:
             label=self.label,
             cap=max((survey_cap(plan) for plan in plans if method_of(plan).needs == needs), default=0),
             tell=named,
+            loaded=self.loaded,
         )
+
+    @property
+    def item(self) -> Item:
+        """Of what another process makes the same entrant."""
+        return self.label, self.factor, self.seed, self.config
 
     @property
     def method(self) -> str:

@@ -73,6 +73,8 @@ def freed_memory_kept(device: torch.device) -> Iterator[None]:
 def give_back() -> None:
     """Give what nothing refers to any more back to the system: models and trainers refer to each other, and wait for that."""
     gc.collect()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     if libc := _glibc():
         libc.malloc_trim(0)
 

@@ -13,16 +13,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from farss.adapter import attach
-from farss.artifacts import Plan, Scores, Survey, write_json, write_text
+from farss.artifacts import Layer, Plan, Scores, Survey, write_json, write_text
 from farss.boundary import Boundary, Prober, Setting, find
 from farss.boundary import prepare as prepare_search
 from farss.card import write_card
-from farss.config import Config, ModelConfig, QuestionSet
+from farss.config import Config, DataConfig, EvaluateConfig, ModelConfig, QuestionSet
 from farss.data import Row, Tokenized, calibration_batches, choose, collate, load_examples, plain_rows, unlearnt
 from farss.errors import ConfigError, FolderError
 from farss.evaluate import Summary, evaluate, summarise
@@ -67,6 +67,7 @@ from farss.survey import LENGTH, own_text, read_layers, survey
 from farss.tasks.course import Course, prepare_course
 from farss.train import TrainResult, products, restore, train, training_steps
 
+Result = TypeVar("Result")
 Tell = Callable[[str, int, int, str], None]
 """Called with (step, done, total, a line to show)."""
 
@@ -95,6 +96,8 @@ class Run:
     cap: int = 0
     """How many directions at each end the shared statistics shall hold at least."""
     tell: Tell = _silent
+    loaded: dict[tuple[str, str], Any] = field(default_factory=dict, repr=False)
+    """What was read already; the runs of a comparison read nothing twice."""
     _live: Any = field(default=None, repr=False)
     """The trained model, while it is in memory."""
     _regime: Regime | None = field(default=None, repr=False)
@@ -131,20 +134,37 @@ class Run:
     @cached_property
     def tokenizer(self) -> Any:
         """The base model's tokenizer."""
-        return load_tokenizer(self.config.model)
+        return self._once(load_tokenizer, self.config.model)
 
     @cached_property
     def examples(self) -> Tokenized:
         """The tokenised training examples."""
         if not self.config.data.train:
             raise ConfigError("data.train is empty: give a file of training examples, or a data set's name on a hub")
-        return load_examples(self.config.data, self.tokenizer, self.config.seed)
+        return self._examples(self.config)
 
     @cached_property
     def common_examples(self) -> Tokenized:
         """The examples that the shared statistics are estimated on."""
-        config = self.common_config
-        return self.examples if config.seed == self.config.seed else load_examples(config.data, self.tokenizer, config.seed)
+        return self._examples(self.common_config)
+
+    def _examples(self, config: Config) -> Tokenized:
+        def read(model: ModelConfig, data: DataConfig, seed: int) -> Tokenized:
+            return load_examples(data, self.tokenizer, seed)
+
+        return self._once(read, config.model, config.data, config.seed)
+
+    @cached_property
+    def shapes(self) -> tuple[dict[str, Layer], int]:
+        """Target layers and number of blocks."""
+        return self._once(layer_shapes, self.config.model)
+
+    def _once(self, read: Callable[..., Result], *options: Any) -> Result:
+        key = read.__qualname__, repr(options)
+        if key not in self.loaded:
+            self.loaded[key] = read(*options)
+        known: Result = self.loaded[key]
+        return known
 
     @cached_property
     def method(self) -> Any:
@@ -159,7 +179,7 @@ class Run:
     @cached_property
     def search_setting(self) -> Setting:
         """What a search for the boundary compares, on what, and what it costs."""
-        return prepare_search(self.common_config, self.common_examples, self.tokenizer, layer_shapes(self.config.model)[1])
+        return prepare_search(self.common_config, self.common_examples, self.tokenizer, self.shapes[1])
 
     def claim(self) -> None:
         """Check the inputs and make the folder ours. Nothing is written before all of it is known to be usable."""
@@ -174,11 +194,11 @@ class Run:
         self._check_handover()
         _ = self.tokenizer, self.examples
         if self.config.calibration.knowledge:
-            knowledge_texts(self.config.calibration.knowledge)
-        check_questions(self.config)
+            self._once(knowledge_texts, self.config.calibration.knowledge)
+        self._once(check_questions, self.config.evaluate)
         if self.config.evaluate.recovery:
             recovery_rows(self.common_config, self.tokenizer)
-        layers, blocks = layer_shapes(self.config.model)
+        layers, blocks = self.shapes
         for boundary in self.search_setting.schedule.candidates if self.searches else [self.config.plan.boundary]:
             check_plan(replace(self.config.plan, boundary=boundary), layers, blocks)
 
@@ -371,7 +391,7 @@ class Run:
         if self.searches:
             found = self.boundary()
             config, notes = replace(config, boundary=found.chosen), [found.sentence]
-        made = make_plan(config, known) if known else make_plan_without_survey(config, *layer_shapes(self.config.model))
+        made = make_plan(config, known) if known else make_plan_without_survey(config, *self.shapes)
         notes += [*made.notes, *(left_out(empty_model(self.config.model)) if made.layers else [])]
         result = replace(made, notes=notes)
         handed_over = "" if self.method.plain_lora else ", handed over as a whole model: no plain LoRA computes it"
@@ -518,13 +538,26 @@ class Run:
         self.all_but_report()
         return self.report()
 
+    def base(self) -> None:
+        """What is measured of the untouched model."""
+        if self.config.evaluate.asks:
+            self.evaluate_base()
+        if self.config.evaluate.recovery:
+            self.recover_base()
+
+    @property
+    def source(self) -> tuple[str, str, str] | None:
+        """Where its statistics will lie, what they look at and their name; None: it has a plan already, or needs none."""
+        needs = self.method.needs
+        if needs == "nothing" or self.folder.record("plan") is not None:
+            return None
+        name, of = (needs, needs) if isinstance(needs, str) else (needs.name, needs.of if needs.of == "knowledge" else needs.name)
+        return str(self.place.path), of, name
+
     def before_plan(self) -> None:
         """What other runs of a comparison may share: the base's answers, statistics, a boundary."""
         self.claim()
-        if self.config.evaluate.asks:
-            self.evaluate_base()  # first: one model in memory at a time, and a question that cannot be asked is found early
-        if self.config.evaluate.recovery:
-            self.recover_base()
+        self.base()  # first: one model in memory at a time, and a question that cannot be asked is found early
         if self.folder.record("plan") is None:
             self.statistics()
             if self.searches:
@@ -595,14 +628,14 @@ class Run:
         )
 
 
-def check_questions(config: Config) -> None:
+def check_questions(options: EvaluateConfig) -> None:
     """Read every question file and the general text once, so that a bad one is found before hours of training."""
-    for entry in config.evaluate.asked:
+    for entry in options.asked:
         if isinstance(entry, QuestionSet):
             question_rows(entry)
             example_rows(entry)
-    if config.evaluate.text:
-        text_rows(config.evaluate.text)
+    if options.text:
+        text_rows(options.text)
 
 
 def check_fingerprint(found: Survey, model: Any) -> None:
