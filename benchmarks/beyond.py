@@ -254,7 +254,7 @@ class Variant(Run):
                 with torch.no_grad():
                     first.copy_(directions * float(self.changes["contrast"] or 1))
             if "frozen" in self.changes:
-                first.requires_grad_(False)
+                first.register_hook(torch.zeros_like)  # AdamW without weight decay leaves it
         return adapted
 
 

@@ -32,7 +32,8 @@ def data_file(name: str) -> Path:
 
 
 def run_config(arguments: list[str], title: str) -> tuple[str, Config]:
-    """The name and the configuration that a benchmark is given: a run file (default: the embedded world) and key=value.
+    """The name and the configuration that a benchmark is given: a run file (default: the embedded world), further files on top of it
+    and key=value.
 
     Args:
         title: of the benchmark; it runs in a folder of this name in `WORK`.
@@ -40,9 +41,9 @@ def run_config(arguments: list[str], title: str) -> tuple[str, Config]:
     from farss.config import load, override
     from farss.world.demo import demo_config
 
-    file = next((Path(each) for each in arguments if "=" not in each), None)
-    name, config = (file.stem, load(file)) if file else ("world", demo_config(""))
-    return name, override(config, [*(each for each in arguments if "=" in each), f"out={WORK / f'{title}-{name}'}"])
+    file = next((each for each in arguments if "=" not in each), None)
+    name, config = (Path(file).stem, load(file)) if file else ("world", demo_config(""))
+    return name, override(config, [*(each for each in arguments if each != file), f"out={WORK / f'{title}-{name}'}"])
 
 
 def percent(value: float, low: float, high: float) -> str:

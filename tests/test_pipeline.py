@@ -1,5 +1,6 @@
 """The whole line on a small model: skipped when done, refused when changed, the same after a SIGKILL in any step."""
 
+import functools
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from small_models import save_small
 
-from farss import world
+from farss import pipeline, world
 from farss.artifacts import Plan, Survey
 from farss.compare import compare
 from farss.config import from_dict, load, override
@@ -49,6 +50,17 @@ def settings(model_folder, out):
 @pytest.fixture
 def config(model_folder, tmp_path):
     return from_dict(settings(model_folder, tmp_path / "run"))
+
+
+def counted(calls, name, function):
+    """The same function, which leaves its name among the calls."""
+
+    @functools.wraps(function)
+    def call(*arguments):
+        calls.append(name)
+        return function(*arguments)
+
+    return call
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +165,10 @@ def test_a_survey_of_another_model_is_refused(config, model_folder, tmp_path):
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_comparison_shares_survey_and_base(model_folder, tmp_path):
+def test_comparison_shares_survey_and_base(model_folder, tmp_path, monkeypatch):
+    read = []
+    for name in ("load_tokenizer", "load_examples"):
+        monkeypatch.setattr(pipeline, name, counted(read, name, getattr(pipeline, name)))
     values = settings(model_folder, tmp_path / "all")
     values["plan"]["match_params"] = "lora"
     values["compare"] = {"methods": ["full", "lora", "farss"], "seeds": [0, 1], "settings": {"full": {"train.learning_rate": 1e-4}}}
@@ -161,6 +176,7 @@ def test_comparison_shares_survey_and_base(model_folder, tmp_path):
     comparison = json.loads((folder / "comparison.json").read_text())
     assert [(row["method"], row["seed"]) for row in comparison["rows"]] == [(m, s) for s in (0, 1) for m in ("full", "lora", "farss")]
     assert {row["learning_rate"] for row in comparison["rows"] if row["method"] == "full"} == {1e-4}
+    assert sorted(read) == ["load_examples"] * 2 + ["load_tokenizer"]  # the examples once a seed
     assert not list(folder.glob("*-seed*/survey"))
     assert not list(folder.glob("*-seed*/base"))
     assert Survey.load(folder / "survey").examples == 8
