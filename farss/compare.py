@@ -19,12 +19,12 @@ from farss.jobs import do_all
 from farss.maths.frontier import area, kept_at, learned_at
 from farss.maths.metrics import balance
 from farss.methods import METHODS
-from farss.pipeline import Run, Tell, versions
+from farss.pipeline import Loaded, Run, Tell, versions
 from farss.plan import method_of, survey_cap
 from farss.report import comparison_csv, comparison_markdown, write_report
 from farss.train import TrainResult
 
-Item = tuple[str, float | None, int, Config]
+Item = tuple[str, float | None, int, Config, Loaded]
 """An entrant, as another process is told of it."""
 LEVELS = 3
 """At how many levels of T (and of K) the frontiers are read off."""
@@ -45,8 +45,8 @@ def compare(config: Config, tell: Tell) -> Path:
     check_tuning(config)
     labels = config.compare.methods
     factors: list[float | None] = [*config.compare.tune] or [None]
-    loaded: dict[Any, Any] = {}
-    tried = {label: [Entrant(label, factor, seeds(config)[0], config, tell, loaded) for factor in factors] for label in labels}
+    loaded = Loaded()
+    tried = {label: [Entrant(label, factor, seeds(config)[0], config, loaded, tell) for factor in factors] for label in labels}
     everyone = [entrant for entrants in tried.values() for entrant in entrants]
     for entrant in everyone:
         entrant.run.check_inputs()
@@ -54,7 +54,7 @@ def compare(config: Config, tell: Tell) -> Path:
     Folder(config.out).claim(config, versions())
     _run_all(everyone)
     chosen, measure = choose(config, tried)
-    final = [Entrant(label, chosen[label].factor, seed, config, tell, loaded) for seed in seeds(config) for label in labels]
+    final = [Entrant(label, chosen[label].factor, seed, config, loaded, tell) for seed in seeds(config) for label in labels]
     _run_all(final)
     return _write(config, tried, chosen, final, _notes(config, chosen, measure))
 
@@ -148,9 +148,8 @@ class Entrant:
     seed: int
     config: Config
     """The comparison's."""
+    loaded: Loaded = field(repr=False)
     tell: Tell
-    loaded: dict[Any, Any] = field(default_factory=dict, repr=False)
-    """What its process has read already."""
 
     def __post_init__(self) -> None:
         out, common = Path(self.config.out), _configured(self.config, self.label)
@@ -181,7 +180,7 @@ class Entrant:
     @property
     def item(self) -> Item:
         """Of what another process makes the same entrant."""
-        return self.label, self.factor, self.seed, self.config
+        return self.label, self.factor, self.seed, self.config, self.loaded
 
     @property
     def method(self) -> str:

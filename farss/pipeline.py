@@ -80,6 +80,13 @@ def _silent(step: str, done: int, total: int, line: str) -> None:
     return None
 
 
+class Loaded(dict[tuple[str, str], Any]):
+    """What this process has read already. Sent to another process it is empty: a tokenizer of a model's own code cannot be sent."""
+
+    def __reduce__(self) -> tuple[type[Loaded], tuple[()]]:
+        return Loaded, ()
+
+
 @dataclass
 class Run:
     """One method, one seed, one folder. Each step can be called alone; it calls the steps it needs first."""
@@ -96,7 +103,7 @@ class Run:
     cap: int = 0
     """How many directions at each end the shared statistics shall hold at least."""
     tell: Tell = _silent
-    loaded: dict[tuple[str, str], Any] = field(default_factory=dict, repr=False)
+    loaded: Loaded = field(default_factory=Loaded, repr=False)
     """What was read already; the runs of a comparison read nothing twice."""
     _live: Any = field(default=None, repr=False)
     """The trained model, while it is in memory."""

@@ -135,7 +135,8 @@ def test_each_variant_searches_for_its_boundary_once(values, monkeypatch):
     values["plan"]["boundary"] = "auto"
     values["compare"] = {"methods": ["farss", "farss@wide"], "settings": {"farss@wide": {"plan.r_max": 8}}}
     config = resolve(from_dict(values))
-    everyone = [Entrant(label, factor, seed, config, silent) for label in config.compare.methods for factor in (0.5, 1) for seed in (0, 1)]
+    tried = [(label, factor, seed) for label in config.compare.methods for factor in (0.5, 1) for seed in (0, 1)]
+    everyone = [Entrant(*one, config, pipeline.Loaded(), silent) for one in tried]
     for one in everyone:
         one.run.claim()
         assert one.run.plan().boundary == 1

@@ -10,6 +10,7 @@ from farss.compare import Entrant, check_labels
 from farss.config import Config, all_keys, commented, dump, field_help, from_dict, load, override, to_dict
 from farss.errors import ConfigError
 from farss.methods import METHODS
+from farss.pipeline import Loaded
 
 ROOT = Path(__file__).parent.parent
 FIXED = [
@@ -147,4 +148,4 @@ def test_the_ablations_are_runs_of_known_methods(file):
     full = load(ROOT / "configs" / "gemma-gsm8k.yaml", [str(file)]).compare.settings["full"]
     assert full == load(ROOT / "configs" / "gemma-gsm8k.yaml").compare.settings["full"]
     for label in config.compare.methods:
-        assert Entrant(label, None, 0, config, lambda *_: None).method in METHODS
+        assert Entrant(label, None, 0, config, Loaded(), lambda *_: None).method in METHODS
