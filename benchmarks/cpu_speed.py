@@ -128,11 +128,11 @@ def main() -> None:
                 before = step_seconds(model, data, method, task)
             show(f"{words}: {method}, a step of 16 examples of {task}", before, now)
     now = question_seconds(model, data)
-    for measure, words, nothing in (
-        ("_compact_head", "compact output layer", contextlib.nullcontext()),
-        ("shared_prefix", "examples read once", None),
+    for room, measure, words, nothing in (
+        (models, "compact_head", "compact output layer", contextlib.nullcontext()),
+        (live, "shared_prefix", "examples read once", None),
     ):
-        with without(live, measure, nothing):
+        with without(room, measure, nothing):
             before = question_seconds(model, data)
         show(f"{words}: {QUESTIONS} five-shot questions", before, now)
 

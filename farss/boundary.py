@@ -278,7 +278,6 @@ class Prober:
         return found
 
     def _outcomes(self, model: Any, parameters: int) -> Outcomes:
-        model.eval()
         rows = [*self.setting.knowledge.values(), self.setting.task]
         with freed_memory_kept(model.device):
             size, pad = self.config.evaluate.batch_size, self.tokenizer.pad_token_id

@@ -306,14 +306,32 @@ def accepts(model: Any, argument: str) -> bool:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; every module's own mode is restored."""
+    """Evaluation mode for a while, on compact rows; every module's own mode is restored."""
     training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        yield
+        with compact_head(model):
+            yield
     finally:
         for module, mode in training:
             module.training = mode
+
+
+@contextmanager
+def compact_head(model: Any) -> Iterator[None]:
+    """Give the output layer contiguous rows.
+
+    Where only the last positions of each row are kept, they are a view with gaps. On CPUs torch multiplies such a view by a copy of
+    the whole output weight for each row. For the last 20 of 80 positions of 40 rows on Gemma 3 270M: 8.0 s instead of 3.5 s in
+    float32, 54 s instead of 0.9 s in bfloat16.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    hook = None if head is None else head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
+    try:
+        yield
+    finally:
+        if hook is not None:
+            hook.remove()
 
 
 ORIGINAL = "farss_original"

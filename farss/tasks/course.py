@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 from farss.config import Config, QuestionSet
 from farss.data import Row
-from farss.models import evaluating
 from farss.tasks.likelihood import FORWARD, affordable, question_tokens, text_tokens, token_loglikelihoods
 
 SHARE = 0.05
@@ -45,10 +44,9 @@ class Course:
     def look(self, model: Any) -> Look:
         """The mean log-likelihoods now. The model's modes are restored; no random number is drawn."""
         found: Look = defaultdict(dict)
-        with evaluating(model):
-            for kind, name, rows in self.sets:
-                values = token_loglikelihoods(model, rows, self.batch_size, self.pad_id)
-                found[kind][name] = round(sum(values) / len(values), 5)
+        for kind, name, rows in self.sets:
+            values = token_loglikelihoods(model, rows, self.batch_size, self.pad_id)
+            found[kind][name] = round(sum(values) / len(values), 5)
         return dict(found)
 
 

@@ -14,7 +14,7 @@ from farss.artifacts import Kind
 from farss.config import Config, QuestionSet
 from farss.data import Row, batches, choose, collate, tokenize
 from farss.errors import ConfigError, NumericalError
-from farss.models import accepts
+from farss.models import accepts, evaluating
 from farss.rows import example_rows, question_rows, text_rows
 from farss.tasks.questions import Prompt, draw, prompt_of, unasked
 from farss.tasks.text import rows_that_fit
@@ -29,7 +29,7 @@ LEAST = 8
 def token_loglikelihoods(
     model: Any, rows: Sequence[Row], batch_size: int, pad_id: int, on_progress: Callable[[int, int], None] | None = None
 ) -> list[float]:
-    """Mean log-likelihood (nats a token) of the marked tokens of each row, of a causal model in evaluation mode.
+    """Mean log-likelihood (nats a token) of the marked tokens of each row. The model's modes are restored.
 
     Raises:
         NumericalError: one is not finite.
@@ -39,12 +39,13 @@ def token_loglikelihoods(
     size = rows_that_fit(batch_size, longest, model.config.get_text_config().vocab_size)
     found = [math.nan] * len(rows)
     done = 0
-    for part in batches(order, size):
-        for place, value in zip(part, _means(model, [rows[place] for place in part], pad_id), strict=True):
-            found[place] = value
-        done += len(part)
-        if on_progress:
-            on_progress(done, len(rows))
+    with evaluating(model), torch.no_grad():
+        for part in batches(order, size):
+            for place, value in zip(part, _means(model, [rows[place] for place in part], pad_id), strict=True):
+                found[place] = value
+            done += len(part)
+            if on_progress:
+                on_progress(done, len(rows))
     if not all(math.isfinite(value) for value in found):
         raise NumericalError("the log-likelihood of an answer is not finite: the model has NaN or infinite weights")
     return found
@@ -54,8 +55,7 @@ def _means(model: Any, rows: list[Row], pad_id: int) -> list[float]:
     batch = collate(rows, pad_id)
     first = min(row["completion_mask"].index(1) for row in rows)
     labels = batch["labels"][:, first:].to(model.device)  # [b, k]
-    with torch.no_grad():
-        logits = _last_logits(model, batch, labels.shape[1] + 1)[:, :-1]  # [b, k, v]
+    logits = _last_logits(model, batch, labels.shape[1] + 1)[:, :-1]  # [b, k, v]
     logits = logits if logits.dtype == torch.float64 else logits.float()
     losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
     return (-losses.view(labels.shape).sum(1) / (labels != -100).sum(1)).tolist()

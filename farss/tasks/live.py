@@ -39,27 +39,11 @@ def asking(model: Any, run_generated_code: bool = False) -> Iterator[None]:
     for module in checkpointed:
         module.gradient_checkpointing = False
     try:
-        with evaluating(model), torch.no_grad(), _quiet(), _code_allowed(run_generated_code), _compact_head(model):
+        with evaluating(model), torch.no_grad(), _quiet(), _code_allowed(run_generated_code):
             yield
     finally:
         for module in checkpointed:
             module.gradient_checkpointing = True
-
-
-@contextlib.contextmanager
-def _compact_head(model: Any) -> Iterator[None]:
-    """Give the output layer contiguous rows.
-
-    While a prompt is read, generation keeps the last position of each row, a view with gaps. On CPUs torch multiplies
-    such a view by a copy of the whole output weight for each row: 18 s instead of 0.03 s for 32 prompts on Gemma 3 270M.
-    """
-    head = model.get_output_embeddings()
-    hook = None if head is None else head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
-    try:
-        yield
-    finally:
-        if hook is not None:
-            hook.remove()
 
 
 @contextlib.contextmanager
