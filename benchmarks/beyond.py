@@ -293,8 +293,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("arguments", nargs="*", help="a run file (default: the embedded world), and key=value")
     parser.add_argument("--variants", nargs="+", default=VARIANTS)
+    parser.add_argument("--title", default="beyond", help="of the table in docs/beyond.md, and of the runs' folder")
     given = parser.parse_args()
-    name, config = run_config(given.arguments, "beyond")
+    name, config = run_config(given.arguments, given.title)
     folder = Path(f"{config.out}-seed{config.seed}")
     config = override(config, [f"out={folder}"])
     Folder(folder).claim(config, versions())
@@ -305,7 +306,7 @@ def main() -> None:
             run.drop_weights()
     rows = [row(each, run, run.summarise(runs["full"].path / "scores.json")) for each, run in runs.items()]
     command = " ".join(["python benchmarks/beyond.py", *sys.argv[1:]])
-    write_section(f"beyond-{name}-seed{config.seed}", f"`{command}`\n\n{table(rows)}\n\n({environment()})", "beyond.md")
+    write_section(f"{given.title}-{name}-seed{config.seed}", f"`{command}`\n\n{table(rows)}\n\n({environment()})", "beyond.md")
 
 
 if __name__ == "__main__":
