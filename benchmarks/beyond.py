@@ -46,9 +46,10 @@ from farss.maths.directions import select
 from farss.maths.moments import Moment, kept_rows
 from farss.methods import Regime
 from farss.methods.corda import damped
-from farss.models import fingerprint, layer_shapes, load_model, target_layers
+from farss.models import device_of, fingerprint, layer_shapes, load_model, target_layers
 from farss.pipeline import Run, versions
 from farss.survey import survey
+from farss.survey.places import moved
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 """By layer: `A [n, n]` and `G [m, m]`."""
@@ -72,7 +73,7 @@ def moments(model: Any, names: list[str], rows: list[dict[str, Any]], size: int,
     hooks = [model.get_submodule(name).register_forward_hook(hook(name)) for name in names]
     model.get_input_embeddings().weight.requires_grad_(True)  # so that there are gradients at all
     for part in batches(rows, size):
-        batch = collate(part, pad)
+        batch = moved(collate(part, pad), model.device)
         labels, mask = batch.pop("labels"), batch["attention_mask"].bool()
         logits = model(**{key: value for key, value in batch.items() if key != "counted"}).logits[:, :-1]
         logits, targets = logits.flatten(0, 1).float(), labels[:, 1:].flatten()
@@ -80,7 +81,7 @@ def moments(model: Any, names: list[str], rows: list[dict[str, Any]], size: int,
         model.zero_grad()
     for one in hooks:
         one.remove()
-    return {name: (a.mean, g.mean) for name, (a, g) in found.items()}
+    return {name: (a.mean.cpu(), g.mean.cpu()) for name, (a, g) in found.items()}
 
 
 def energies(model: Any, names: list[str], rows: list[dict[str, Any]], size: int, pad: int, weighted: bool) -> dict[str, Tensor]:
@@ -102,7 +103,7 @@ def energies(model: Any, names: list[str], rows: list[dict[str, Any]], size: int
     hooks = [model.get_submodule(name).register_forward_hook(hook(name)) for name in names]
     model.get_input_embeddings().weight.requires_grad_(weighted)
     for part in batches(rows, size):
-        batch = collate(part, pad)
+        batch = moved(collate(part, pad), model.device)
         labels, mask = batch.pop("labels"), batch["attention_mask"].bool()
         inputs = {key: value for key, value in batch.items() if key != "counted"}
         if not weighted:
@@ -114,7 +115,7 @@ def energies(model: Any, names: list[str], rows: list[dict[str, Any]], size: int
         model.zero_grad()
     for one in hooks:
         one.remove()
-    return {name: moment.mean for name, moment in found.items()}
+    return {name: moment.mean.cpu() for name, moment in found.items()}
 
 
 def contrasted(task: Tensor, knowledge: Tensor, count: int) -> Tensor:
@@ -213,6 +214,15 @@ class Variant(Run):
                 write_tensors(path, energies(model, names, rows, 8, self.tokenizer.pad_token_id, what == "task"))
         return {what: load_file(self.common.path / f"energies-{what}.safetensors") for what in ("task", "knowledge")}
 
+    def _contrast(self, plan: Plan) -> dict[str, Tensor]:
+        """By layer: as many directions `[r, n]` as it has ranks."""
+        path = self.common.path / f"contrast-{plan.rank}.safetensors"
+        if not path.is_file():
+            device, sides = device_of(self.config.model), self._energies
+            pairs = {name: (sides["task"][name].to(device), sides["knowledge"][name].to(device)) for name in plan.layers}
+            write_tensors(path, {name: contrasted(*pair, plan.layers[name].rank).cpu() for name, pair in pairs.items()})
+        return load_file(path)
+
     def _survey_of(self, what: str) -> Survey:
         """Of the task or of the knowledge text, with every direction."""
         place = self.common.path / f"whole-survey-{what}"
@@ -247,12 +257,12 @@ class Variant(Run):
         for kind in ("stay", "thin", "diagonal", "decay"):
             if kind in self.changes:
                 self._regime = Stay(kind, float(self.changes[kind]), self._factors, plan)
+        chosen = self._contrast(plan) if "contrast" in self.changes else {}
         for name, module in lora_layers(adapted, plan).items() if plan.layers else ():
             first = module.lora_A[TRAINED].weight
-            if "contrast" in self.changes:
-                directions = contrasted(self._energies["task"][name], self._energies["knowledge"][name], plan.layers[name].rank)
+            if chosen:
                 with torch.no_grad():
-                    first.copy_(directions * float(self.changes["contrast"] or 1))
+                    first.copy_(chosen[name] * float(self.changes["contrast"] or 1))
             if "frozen" in self.changes:
                 first.register_hook(torch.zeros_like)  # AdamW without weight decay leaves it
         return adapted

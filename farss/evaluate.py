@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import time
@@ -14,7 +15,7 @@ from farss.artifacts import KINDS, Kind, Scores, TaskScore, fingerprint, read_js
 from farss.config import Config, QuestionSet, to_dict
 from farss.data import choose, prompt_text
 from farss.errors import ConfigError, FarssError
-from farss.memory import freed_memory_kept
+from farss.memory import fits, freed_memory_kept
 from farss.models import fingerprint as weights_fingerprint
 from farss.rows import example_rows, question_rows, text_rows
 from farss.tasks.grading import STEPS
@@ -70,7 +71,7 @@ def evaluate(
     results = {each.name: _finished(folder / "scores", each) for each in benchmarks}
     waiting = [each for each in benchmarks if results[each.name] is None]
     manager = task_manager([each.name for each in waiting if each.drawn is None], config.evaluate.run_generated_code)
-    with freed_memory_kept(model.device), asking(model, config.evaluate.run_generated_code):
+    with freed_memory_kept(model.device), _fits(config), asking(model, config.evaluate.run_generated_code):
         live = live_model(model, tokenizer, config.evaluate.batch_size, on_progress) if waiting else None
         for each in waiting:
             results[each.name] = _ask_and_write(each, live, config, manager, folder / "scores")
@@ -79,6 +80,12 @@ def evaluate(
     scores = Scores(**found, text_loss=loss, meta=identity)  # type: ignore[arg-type]
     scores.save(folder / "scores.json")
     return scores
+
+
+def _fits(config: Config) -> contextlib.AbstractContextManager[None]:
+    size = config.evaluate.batch_size
+    cure = f"set evaluate.batch_size={size // 2}" if size > 1 else "lower data.max_length"
+    return fits(f"with {size} prompts at a time", cure)
 
 
 def _identity(model: Any) -> str:

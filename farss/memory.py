@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from farss.errors import FarssError
+
 STATUS = Path("/proc/self/status")
 """What Linux says of this process."""
 
@@ -90,3 +92,16 @@ def _glibc() -> Any:
         return None
     libc = ctypes.CDLL(None)
     return libc if hasattr(libc, "gnu_get_libc_version") else None
+
+
+@contextmanager
+def fits(what: str, cure: str) -> Iterator[None]:
+    """Say what filled the GPU's memory, and what can be done.
+
+    Raises:
+        FarssError: with both.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise FarssError(f"the GPU's memory is full {what}: {cure}, or fewer compare.jobs where they share it, and run again") from error

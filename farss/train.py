@@ -29,7 +29,7 @@ from farss.artifacts import fingerprint, read_json, write_json, write_tensors
 from farss.config import Config, TrainConfig, nearest
 from farss.data import Tokenized
 from farss.errors import ConfigError, FarssError, FolderError, NumericalError
-from farss.memory import freed_memory_kept, peak_gib, reset_peak
+from farss.memory import fits, freed_memory_kept, peak_gib, reset_peak
 from farss.methods import Regime
 from farss.models import base_fingerprint, multiplies_in
 from farss.tasks.course import Course
@@ -139,7 +139,7 @@ def train(
             _read_weights(model, newest)
             return run.result()
         log.info("continuing from %s", newest)
-    with freed_memory_kept(run.device), _unchanged(model), _quiet(), _answers_only(), _memory_cure(config.train):
+    with freed_memory_kept(run.device), _unchanged(model), _quiet(), _answers_only(), _fits(config.train):
         trainer = _build(model, tokenizer, examples, config, checkpoints, run, [*callbacks, *_stop(stop_at)], cycles)
         trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
     if run.finished:
@@ -569,14 +569,10 @@ def _answers_only() -> Iterator[None]:
         setattr(utils, "_use_triton", before)  # noqa: B010
 
 
-@contextlib.contextmanager
-def _memory_cure(options: TrainConfig) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        micro = options.micro_batch_size or options.batch_size
-        cure = f"set train.micro_batch_size={micro // 2}" if micro > 1 else "lower data.max_length"
-        raise FarssError(f"the GPU's memory is full with {micro} examples in a forward pass: {cure} and run again") from error
+def _fits(options: TrainConfig) -> contextlib.AbstractContextManager[None]:
+    micro = options.micro_batch_size or options.batch_size
+    cure = f"set train.micro_batch_size={micro // 2}" if micro > 1 else "lower data.max_length"
+    return fits(f"with {micro} examples in a forward pass", cure)
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------

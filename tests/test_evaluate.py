@@ -307,6 +307,16 @@ def test_a_killed_evaluation_continues_with_the_next_benchmark(model, tokenizer,
     assert told == []
 
 
+def test_a_full_gpu_is_named_with_its_cure(model, tokenizer, files, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", full)
+    config = asking([QuestionSet("known", files["known"])], batch_size=6)
+    with pytest.raises(FarssError, match=r"memory is full with 6 prompts at a time: set evaluate.batch_size=3, or fewer compare.jobs"):
+        evaluate(model, tokenizer, config, tmp_path)
+
+
 def test_other_weights_or_questions_are_asked_again(model, tokenizer, files, tmp_path):
     config = asking([QuestionSet("known", files["known"])])
     assert evaluate(model, tokenizer, config, tmp_path).knowledge["known"].score == 1.0
