@@ -40,8 +40,9 @@ from farss.artifacts import Plan, Survey, read_json, write_json, write_tensors
 from farss.cli import bars
 from farss.config import Config, override
 from farss.data import batches, calibration_batches, choose, collate
-from farss.evaluate import Summary
+from farss.evaluate import Entry, Standing, standings
 from farss.folder import Folder
+from farss.jobs import do_all
 from farss.maths.directions import select
 from farss.maths.moments import Moment, kept_rows
 from farss.methods import Regime
@@ -268,53 +269,69 @@ class Variant(Run):
         return adapted
 
 
-def variant(config: Config, folder: Path, name: str, tell: Any) -> Variant:
-    """One run."""
+def variant(config: Config, folder: Path, name: str, seed: int, tell: Any) -> Variant:
+    """One run: it is asked the questions of the configuration's seed, and trained with its own."""
     what, _, factor = name.partition("@")
     method, *changes = what.split("+")
     own = config.compare.settings.get(method, {})
-    config = override(config, [f"plan.method={method}", *(f"{key}={value}" for key, value in own.items())])
-    rate = config.train.learning_rate * float(factor or 1)
-    place = folder / f"{what.replace(':', '-')}-lr{rate:g}"
-    config = override(config, [f"out={place}", f"train.learning_rate={rate}", "compare={methods: [], seeds: [], settings: {}}"])
+    common = override(config, [f"plan.method={method}", *(f"{key}={value}" for key, value in own.items())])
+    rate = common.train.learning_rate * float(factor or 1)
+    place = folder / f"{what.replace(':', '-')}-lr{rate:g}{f'-seed{seed}' if seed != config.seed else ''}"
+    common = override(common, [f"train.learning_rate={rate}", "compare={methods: [], seeds: [], settings: {}}"])
     found = dict(change.partition(":")[::2] for change in changes)
-    label = place.name
-    return Variant(config, shared=folder, tell=lambda step, done, total, line: tell(f"{label}: {step}", done, total, line), changes=found)
+
+    def named(step: str, done: int, total: int, line: str) -> None:
+        tell(f"{place.name}: {step}", done, total, line)
+
+    return Variant(override(common, [f"out={place}", f"seed={seed}"]), shared=folder, shared_config=common, tell=named, changes=found)
 
 
-def nats(summary: Summary, kind: str) -> str:
-    found = [each.gold_change.value for each in summary.benchmarks if each.kind == kind and each.gold_change]
-    return f"{sum(found) / len(found):+.2f}" if found else ""
+def share(run: Variant) -> None:
+    """Make what a run has in common with others."""
+    run.before_plan()
+    if "contrast" in run.changes:
+        run._contrast(run.plan())
+    if {"stay", "thin", "diagonal", "decay"} & set(run.changes):
+        _ = run._factors
 
 
-def row(name: str, run: Variant, summary: Summary) -> dict[str, str]:
+def run_one(item: tuple[Config, Path, str, int], tell: Any) -> None:
+    run = variant(*item, tell)
+    run.all_but_report()
+    run.drop_weights()
+
+
+def row(name: str, run: Variant, found: Standing) -> dict[str, str]:
     """A line of the table."""
-    known = {metric: getattr(summary, metric) for metric in ("K", "T", "KT")}
-    return {
-        "variant": name.partition("@")[0],
-        "learning rate": f"{run.config.train.learning_rate:g}",
-        **{f"{metric} %": percent(x.value, x.low, x.high) if x else "" for metric, x in known.items()},
-        "kept (nats)": nats(summary, "knowledge"),
-        "learned (nats)": nats(summary, "task"),
-    }
+    known = found.estimates
+    shares = {f"{metric} %": percent(x.value, x.low, x.high) if (x := known.get(metric)) else "" for metric in ("K", "T", "KT")}
+    nats = {metric: f"{x.value:+.2f} ({x.low:+.2f} to {x.high:+.2f})" if (x := known.get(metric)) else "" for metric in ("kept", "learned")}
+    rate = f"{run.config.train.learning_rate:g}"
+    return {"variant": name.partition("@")[0], "learning rate": rate, **shares, **{f"{key} (nats)": text for key, text in nats.items()}}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("arguments", nargs="*", help="a run file (default: the embedded world), and key=value")
     parser.add_argument("--variants", nargs="+", default=VARIANTS)
+    parser.add_argument("--seeds", nargs="+", type=int, help="of the training; the questions are those of the run file's seed")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--title", default="beyond", help="of the table in docs/beyond.md, and of the runs' folder")
     given = parser.parse_args()
     name, config = run_config(given.arguments, given.title)
-    folder = Path(f"{config.out}-seed{config.seed}")
+    folder, seeds = Path(f"{config.out}-seed{config.seed}"), given.seeds or [config.seed]
     config = override(config, [f"out={folder}"])
     Folder(folder).claim(config, versions())
+    names = ["full", *given.variants]
     with bars() as tell:
-        runs = {each: variant(config, folder, each, tell) for each in ["full", *given.variants]}
-        for run in runs.values():
-            run.all_but_report()
-            run.drop_weights()
-    rows = [row(each, run, run.summarise(runs["full"].path / "scores.json")) for each, run in runs.items()]
+        if given.jobs > 1:
+            for each in names:
+                share(variant(config, folder, each, seeds[0], tell))
+        do_all(run_one, [(config, folder, each, seed) for seed in seeds for each in names], given.jobs, tell)
+        runs = {each: [variant(config, folder, each, seed, tell) for seed in seeds] for each in names}
+    entries = {each: [Entry(one.path, full.path) for one, full in zip(group, runs["full"], strict=True)] for each, group in runs.items()}
+    found = standings(folder / "base", entries, config.evaluate.resamples, config.seed, None)
+    rows = [row(each, group[0], found[each]) for each, group in runs.items()]
     command = " ".join(["python benchmarks/beyond.py", *sys.argv[1:]])
     write_section(f"{given.title}-{name}-seed{config.seed}", f"`{command}`\n\n{table(rows)}\n\n({environment()})", "beyond.md")
 
