@@ -289,8 +289,9 @@ def variant(config: Config, folder: Path, name: str, seed: int, tell: Any) -> Va
 def share(run: Variant) -> None:
     """Make what a run has in common with others."""
     run.before_plan()
+    plan = run.plan()  # with the surveys of both texts, where directions are chosen by them
     if "contrast" in run.changes:
-        run._contrast(run.plan())
+        run._contrast(plan)
     if {"stay", "thin", "diagonal", "decay"} & set(run.changes):
         _ = run._factors
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import random
 import time
@@ -71,7 +70,8 @@ def evaluate(
     results = {each.name: _finished(folder / "scores", each) for each in benchmarks}
     waiting = [each for each in benchmarks if results[each.name] is None]
     manager = task_manager([each.name for each in waiting if each.drawn is None], config.evaluate.run_generated_code)
-    with freed_memory_kept(model.device), _fits(config), asking(model, config.evaluate.run_generated_code):
+    memory = fits(config.evaluate.batch_size, "prompts at a time", "evaluate.batch_size")
+    with freed_memory_kept(model.device), memory, asking(model, config.evaluate.run_generated_code):
         live = live_model(model, tokenizer, config.evaluate.batch_size, on_progress) if waiting else None
         for each in waiting:
             results[each.name] = _ask_and_write(each, live, config, manager, folder / "scores")
@@ -80,12 +80,6 @@ def evaluate(
     scores = Scores(**found, text_loss=loss, meta=identity)  # type: ignore[arg-type]
     scores.save(folder / "scores.json")
     return scores
-
-
-def _fits(config: Config) -> contextlib.AbstractContextManager[None]:
-    size = config.evaluate.batch_size
-    cure = f"set evaluate.batch_size={size // 2}" if size > 1 else "lower data.max_length"
-    return fits(f"with {size} prompts at a time", cure)
 
 
 def _identity(model: Any) -> str:

@@ -95,8 +95,13 @@ def _glibc() -> Any:
 
 
 @contextmanager
-def fits(what: str, cure: str) -> Iterator[None]:
+def fits(count: int, what: str, key: str) -> Iterator[None]:
     """Say what filled the GPU's memory, and what can be done.
+
+    Args:
+        count: how many are computed at a time.
+        what: they are.
+        key: the option that says how many.
 
     Raises:
         FarssError: with both.
@@ -104,4 +109,7 @@ def fits(what: str, cure: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise FarssError(f"the GPU's memory is full {what}: {cure}, or fewer compare.jobs where they share it, and run again") from error
+        cure = f"set {key}={count // 2}" if count > 1 else "lower data.max_length"
+        raise FarssError(
+            f"the GPU's memory is full with {count} {what}: {cure}, or fewer compare.jobs where they share it, and run again"
+        ) from error

@@ -139,7 +139,8 @@ def train(
             _read_weights(model, newest)
             return run.result()
         log.info("continuing from %s", newest)
-    with freed_memory_kept(run.device), _unchanged(model), _quiet(), _answers_only(), _fits(config.train):
+    memory = fits(config.train.micro_batch_size or config.train.batch_size, "examples in a forward pass", "train.micro_batch_size")
+    with freed_memory_kept(run.device), _unchanged(model), _quiet(), _answers_only(), memory:
         trainer = _build(model, tokenizer, examples, config, checkpoints, run, [*callbacks, *_stop(stop_at)], cycles)
         trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
     if run.finished:
@@ -567,12 +568,6 @@ def _answers_only() -> Iterator[None]:
         yield
     finally:
         setattr(utils, "_use_triton", before)  # noqa: B010
-
-
-def _fits(options: TrainConfig) -> contextlib.AbstractContextManager[None]:
-    micro = options.micro_batch_size or options.batch_size
-    cure = f"set train.micro_batch_size={micro // 2}" if micro > 1 else "lower data.max_length"
-    return fits(f"with {micro} examples in a forward pass", cure)
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------

@@ -313,7 +313,8 @@ def test_a_full_gpu_is_named_with_its_cure(model, tokenizer, files, tmp_path, mo
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", full)
     config = asking([QuestionSet("known", files["known"])], batch_size=6)
-    with pytest.raises(FarssError, match=r"memory is full with 6 prompts at a time: set evaluate.batch_size=3, or fewer compare.jobs"):
+    cure = "set evaluate.batch_size=3, or fewer compare.jobs where they share it, and run again"
+    with pytest.raises(FarssError, match=rf"memory is full with 6 prompts at a time: {cure}"):
         evaluate(model, tokenizer, config, tmp_path)
 
 

@@ -422,5 +422,8 @@ def test_option_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(LlamaModel, "forward", full)
-    with pytest.raises(FarssError, match=r"memory is full with 4 examples .*: set train.micro_batch_size=2, or fewer compare.jobs"):
+    with pytest.raises(
+        FarssError,
+        match=r"memory is full with 4 examples .*: set train.micro_batch_size=2, or fewer compare.jobs where they share it, and run again",
+    ):
         run(whole_model())
