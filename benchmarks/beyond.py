@@ -41,7 +41,7 @@ from farss.cli import bars
 from farss.config import Config, override
 from farss.data import batches, calibration_batches, choose, collate
 from farss.evaluate import Entry, Standing, standings
-from farss.folder import Folder
+from farss.folder import Folder, resolve
 from farss.jobs import do_all
 from farss.maths.directions import select
 from farss.maths.moments import Moment, kept_rows
@@ -321,14 +321,14 @@ def main() -> None:
     given = parser.parse_args()
     name, config = run_config(given.arguments, given.title)
     folder, seeds = Path(f"{config.out}-seed{config.seed}"), given.seeds or [config.seed]
-    config = override(config, [f"out={folder}"])
+    config = resolve(override(config, [f"out={folder}"]))
     Folder(folder).claim(config, versions())
     names = ["full", *given.variants]
     with bars() as tell:
         if given.jobs > 1:
             for each in names:
                 share(variant(config, folder, each, seeds[0], tell))
-        do_all(run_one, [(config, folder, each, seed) for seed in seeds for each in names], given.jobs, tell)
+        do_all(run_one, [(config, folder, each, seed) for seed in seeds for each in [*given.variants, "full"]], given.jobs, tell)
         runs = {each: [variant(config, folder, each, seed, tell) for seed in seeds] for each in names}
     entries = {each: [Entry(one.path, full.path) for one, full in zip(group, runs["full"], strict=True)] for each, group in runs.items()}
     found = standings(folder / "base", entries, config.evaluate.resamples, config.seed, None)

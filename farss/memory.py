@@ -72,6 +72,18 @@ def freed_memory_kept(device: torch.device) -> Iterator[None]:
         libc.malloc_trim(0)
 
 
+def give_back_if_scarce(device: torch.device) -> None:
+    """Inside `freed_memory_kept`: give freed memory back to the system once less than a quarter of it is left.
+
+    Batches of many lengths leave holes that fit nothing else: scoring the solutions of GSM8K with a vocabulary of 262,144 filled 24 GiB.
+    """
+    import psutil
+
+    memory = psutil.virtual_memory()
+    if device.type == "cpu" and memory.available < memory.total / 4 and (libc := _glibc()):
+        libc.malloc_trim(0)
+
+
 def give_back() -> None:
     """Give what nothing refers to any more back to the system: models and trainers refer to each other, and wait for that."""
     gc.collect()

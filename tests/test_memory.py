@@ -2,10 +2,11 @@
 
 import os
 
+import psutil
 import pytest
 import torch
 
-from farss.memory import freed_memory_kept, give_back, peak_gib, reset_peak, used_gib
+from farss.memory import freed_memory_kept, give_back, give_back_if_scarce, peak_gib, reset_peak, used_gib
 
 CPU = torch.device("cpu")
 
@@ -25,6 +26,22 @@ def test_freed_memory_is_kept_and_given_back_at_the_end():
     assert used_gib(CPU) <= inside + 0.01
     with freed_memory_kept(torch.device("meta")):  # other devices are left alone
         pass
+
+
+@pytest.mark.parametrize("available", [2**30, 10 * 2**30])
+def test_kept_memory_is_given_back_when_it_is_scarce(available, monkeypatch):
+    memory = psutil.virtual_memory()._replace(available=available, total=12 * 2**30)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    with freed_memory_kept(CPU):
+        before = used_gib(CPU)
+        hole, rest = torch.ones(2**28, dtype=torch.uint8), torch.ones(2**10, dtype=torch.uint8)
+        del hole
+        kept = used_gib(CPU) - before
+        give_back_if_scarce(CPU)
+        left = used_gib(CPU) - before
+        del rest
+    assert kept >= 0.2
+    assert (left <= 0.05) == (available < 3 * 2**30)
 
 
 def test_what_nothing_refers_to_is_given_back():

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from farss.errors import ConfigError, FarssError, ModelError
+from farss.memory import give_back_if_scarce
 from farss.models import accepts, evaluating
 from farss.tasks.prefix import Prefix, shared_prefix
 from farss.tasks.text import rows_that_fit
@@ -149,6 +150,7 @@ class Asking(Base):
 
     def advance(self, rows: int) -> None:
         """Report that so many more prompts are done."""
+        give_back_if_scarce(self.model.device)
         self.done = min(self.done + rows, self.total)
         if self.on_progress:
             self.on_progress(self.title, self.done, self.total)
