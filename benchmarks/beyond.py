@@ -13,9 +13,7 @@ A variant is a method, behind each `+` a change to it, and behind `@` a factor o
 - `decay:MU` the same with multiples of the identity of the same trace, which know nothing of knowledge: the control;
 - `ratio` chooses the directions with the largest (deep) and smallest (shallow) quotient of task score and knowledge score;
 - `aside` chooses the shallow directions by the smallest *knowledge* score;
-- `contrast` (of LoRA) starts A from the directions in which the task's inputs, each times the size of the gradient behind it, are
-  largest against those of knowledge text: the largest generalised eigenvectors of the two second moments, with unit energy on
-  knowledge; `contrast:SCALE` times SCALE;
+- `contrast` (of LoRA) starts A from FARSS-plus's directions; `contrast:SCALE` times SCALE;
 - `frozen` leaves A as it starts.
 
 Finished runs are not done again. The knowledge text is `calibration.knowledge`, or what the base writes by itself.
@@ -39,21 +37,21 @@ from farss.adapter import START, TRAINED, lora_layers
 from farss.artifacts import Plan, Survey, read_json, write_json, write_tensors
 from farss.cli import bars
 from farss.config import Config, override
-from farss.data import batches, calibration_batches, choose, collate
+from farss.data import batches, calibration_batches, collate
 from farss.evaluate import Entry, Standing, standings
 from farss.folder import Folder, resolve
 from farss.jobs import do_all
 from farss.maths.directions import select
 from farss.maths.moments import Moment, kept_rows
-from farss.methods import Regime
-from farss.methods.corda import damped
-from farss.models import device_of, fingerprint, layer_shapes, load_model, target_layers
+from farss.methods import METHODS, Regime
+from farss.models import fingerprint, layer_shapes, load_model, target_layers
 from farss.pipeline import Run, versions
 from farss.survey import survey
 from farss.survey.places import moved
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 """By layer: `A [n, n]` and `G [m, m]`."""
+PLUS = METHODS["farss-plus"].needs
 THIN = 64
 """Eigenvalues that a thin penalty keeps."""
 VARIANTS = ["farss", "farss@0.5", "farss+stay:1", "farss+decay:1", "farss+ratio", "farss+aside", "lora", "lora+stay:1"]
@@ -83,49 +81,6 @@ def moments(model: Any, names: list[str], rows: list[dict[str, Any]], size: int,
     for one in hooks:
         one.remove()
     return {name: (a.mean.cpu(), g.mean.cpu()) for name, (a, g) in found.items()}
-
-
-def energies(model: Any, names: list[str], rows: list[dict[str, Any]], size: int, pad: int, weighted: bool) -> dict[str, Tensor]:
-    """Second moments `[n, n]` of the inputs of layers over real tokens; `weighted`: each input times the norm of the gradient of the
-    summed loss at its output."""
-    found = {name: Moment() for name in names}
-    mask = torch.empty(0)
-
-    def hook(name: str) -> Any:
-        def record(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
-            inputs = kept_rows(args[0].detach(), mask).float()
-            if weighted:
-                output.register_hook(lambda gradient: found[name].add(inputs * kept_rows(gradient, mask).float().norm(dim=1, keepdim=True)))
-            else:
-                found[name].add(inputs)
-
-        return record
-
-    hooks = [model.get_submodule(name).register_forward_hook(hook(name)) for name in names]
-    model.get_input_embeddings().weight.requires_grad_(weighted)
-    for part in batches(rows, size):
-        batch = moved(collate(part, pad), model.device)
-        labels, mask = batch.pop("labels"), batch["attention_mask"].bool()
-        inputs = {key: value for key, value in batch.items() if key != "counted"}
-        if not weighted:
-            with torch.no_grad():
-                model(**inputs, logits_to_keep=1)
-            continue
-        logits, targets = model(**inputs).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-        torch.nn.functional.cross_entropy(logits[targets != -100].float(), targets[targets != -100], reduction="sum").backward()
-        model.zero_grad()
-    for one in hooks:
-        one.remove()
-    return {name: moment.mean.cpu() for name, moment in found.items()}
-
-
-def contrasted(task: Tensor, knowledge: Tensor, count: int) -> Tensor:
-    """The `count` vectors `a` `[count, n]` with the largest `a^T T a` of those with `a^T K a = 1`, K damped as CorDA damps it."""
-    _, factor = damped(knowledge.double())
-    whitened = torch.linalg.solve_triangular(factor, task.double(), upper=False)
-    whitened = torch.linalg.solve_triangular(factor, whitened.T, upper=False)
-    vectors = torch.linalg.eigh((whitened + whitened.T) / 2).eigenvectors.flip(1)[:, :count]
-    return torch.linalg.solve_triangular(factor.T, vectors, upper=True).T.float()
 
 
 class Root(NamedTuple):
@@ -202,28 +157,6 @@ class Variant(Run):
         held = load_file(path)
         return {key[2:]: (held[key], held[f"G.{key[2:]}"]) for key in held if key.startswith("A.")}
 
-    @cached_property
-    def _energies(self) -> dict[str, dict[str, Tensor]]:
-        """Of the inputs of every layer, on the task (weighted) and on knowledge text."""
-        for what in ("task", "knowledge"):
-            path = self.common.path / f"energies-{what}.safetensors"
-            if not path.is_file():
-                config = self.common_config
-                rows = self._knowledge_rows() if what == "knowledge" else choose(self.common_examples.rows, 256, config.seed)
-                model = load_model(config.model)
-                names = list(target_layers(model, config.model.targets))
-                write_tensors(path, energies(model, names, rows, 8, self.tokenizer.pad_token_id, what == "task"))
-        return {what: load_file(self.common.path / f"energies-{what}.safetensors") for what in ("task", "knowledge")}
-
-    def _contrast(self, plan: Plan) -> dict[str, Tensor]:
-        """By layer: as many directions `[r, n]` as it has ranks."""
-        path = self.common.path / f"contrast-{plan.rank}.safetensors"
-        if not path.is_file():
-            device, sides = device_of(self.config.model), self._energies
-            pairs = {name: (sides["task"][name].to(device), sides["knowledge"][name].to(device)) for name in plan.layers}
-            write_tensors(path, {name: contrasted(*pair, plan.layers[name].rank).cpu() for name, pair in pairs.items()})
-        return load_file(path)
-
     def _survey_of(self, what: str) -> Survey:
         """Of the task or of the knowledge text, with every direction."""
         place = self.common.path / f"whole-survey-{what}"
@@ -258,12 +191,12 @@ class Variant(Run):
         for kind in ("stay", "thin", "diagonal", "decay"):
             if kind in self.changes:
                 self._regime = Stay(kind, float(self.changes[kind]), self._factors, plan)
-        chosen = self._contrast(plan) if "contrast" in self.changes else {}
+        chosen = self.reading(PLUS) if "contrast" in self.changes else None
         for name, module in lora_layers(adapted, plan).items() if plan.layers else ():
             first = module.lora_A[TRAINED].weight
             if chosen:
                 with torch.no_grad():
-                    first.copy_(chosen[name] * float(self.changes["contrast"] or 1))
+                    first.copy_(chosen.vectors(name, [*range(plan.layers[name].rank)])[1].T * float(self.changes["contrast"] or 1))
             if "frozen" in self.changes:
                 first.register_hook(torch.zeros_like)  # AdamW without weight decay leaves it
         return adapted
@@ -289,9 +222,9 @@ def variant(config: Config, folder: Path, name: str, seed: int, tell: Any) -> Va
 def share(run: Variant) -> None:
     """Make what a run has in common with others."""
     run.before_plan()
-    plan = run.plan()  # with the surveys of both texts, where directions are chosen by them
+    run.plan()  # with the surveys of both texts, where directions are chosen by them
     if "contrast" in run.changes:
-        run._contrast(plan)
+        run.reading(PLUS)
     if {"stay", "thin", "diagonal", "decay"} & set(run.changes):
         _ = run._factors
 

@@ -29,6 +29,8 @@ TRAINED = "trained"
 subfolders: whoever loads the checkpoint as if it were an adapter gets an error and not a wrong model."""
 START = "farss_start"
 """Name of the frozen adapter that takes the start out of the base."""
+FIXED = "farss_fixed"
+"""On a factor of the trained adapter that does not train."""
 
 
 def attach(
@@ -70,6 +72,9 @@ def attach(
         _begin(adapted, plan, survey)
         if base == "residual" and START in adapted.peft_config:
             _take_out(adapted, plan)
+    for name, module in lora_layers(adapted, plan).items():
+        if plan.layers[name].fixed_a:
+            setattr(module.lora_A[TRAINED], FIXED, True)
     if regime is not None:
         regime.dress(list(lora_layers(adapted, plan).values()), TRAINED)
     activate(adapted)
@@ -104,10 +109,11 @@ def active_adapters(adapted: Any) -> list[str]:
 
 
 def activate(adapted: Any) -> None:
-    """Make the right adapters count, and only the trained one train."""
+    """Make the right adapters count, and only the trained one train, but for what is fixed of it."""
     adapted.base_model.set_adapter(active_adapters(adapted))
+    fixed = {id(module.weight) for module in adapted.modules() if hasattr(module, FIXED)}
     for name, parameter in adapted.named_parameters():
-        parameter.requires_grad_(f".{TRAINED}." in name and "lora_" in name)
+        parameter.requires_grad_(f".{TRAINED}." in name and "lora_" in name and id(parameter) not in fixed)
 
 
 def lora_layers(adapted: Any, plan: Plan) -> dict[str, Any]:

@@ -240,6 +240,8 @@ class LayerPlan:
     """Indices into sigma order, from the highest score to the lowest; empty for a random start."""
     beside: int = 0
     """Trainable parameters beside A and B."""
+    fixed_a: bool = False
+    """A stays as it starts, and of the two B alone trains."""
 
     @property
     def scaling(self) -> float:
@@ -248,8 +250,8 @@ class LayerPlan:
 
     @property
     def parameters(self) -> int:
-        """Trainable parameters, `r (m + n)` and what is beside A and B."""
-        return self.rank * sum(self.shape) + self.beside
+        """Trainable parameters: `r (m + n)`, or `r m` where A is fixed, and what is beside A and B."""
+        return self.rank * (self.shape[0] if self.fixed_a else sum(self.shape)) + self.beside
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from farss import processes
@@ -169,18 +170,24 @@ def _read(
     knowledge: Iterable[str] | None,
     max_length: int,
 ) -> Survey:
-    """What another method looks at; the first process does it for all."""
+    """What another method looks at; the first process does it for all, unless two texts go through a sweep."""
     needs = method_of(wanted).needs
     assert isinstance(needs, Reading)
-    if processes.rank() == 0:
-        rows: list[Row] = examples.rows if needs.of == "task" else []
-        if needs.of == "knowledge" and knowledge is not None:
-            rows = plain_rows(list(knowledge), tokenizer, max_length)
-        elif needs.of == "knowledge":
-            rows = unlearnt(own_text(model, tokenizer, calibration.examples, min(LENGTH, max_length), seed))
-        batches = calibration_batches(rows, calibration, tokenizer.pad_token_id, seed) if rows else None
+
+    def rows(text: str) -> list[Row]:
+        if text == "task":
+            return examples.rows
+        if knowledge is not None:
+            return plain_rows(list(knowledge), tokenizer, max_length)
+        return unlearnt(own_text(model, tokenizer, calibration.examples, min(LENGTH, max_length), seed))
+
+    def in_batches(text: str) -> list[dict[str, torch.Tensor]]:
+        return calibration_batches(rows(text), calibration, tokenizer.pad_token_id, seed)
+
+    texts = processes.shared([in_batches(text) for text in needs.texts] if processes.rank() == 0 else None)
+    if processes.rank() == 0 or len(texts) == 2:
         meta = {"model": fingerprint(model)}
-        read_layers(model, place, needs.read, survey_cap(wanted), batches, targets, meta, on_progress, answers=needs.answers)
+        read_layers(model, place, needs.read, survey_cap(wanted), texts, targets, meta, on_progress, answers=needs.answers)
     processes.wait()
     return Survey.load(place)
 

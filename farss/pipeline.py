@@ -322,21 +322,19 @@ class Run:
         begun = time.monotonic()
         with self.place.step(wanted.name, options) as facts:
             meta = {"model": fingerprint(model), "tokenizer": tokenizer_fingerprint(self.tokenizer), "path": config.model.path}
-            batches = self._batches(wanted)
+            texts = [self._batches(text) for text in wanted.texts]
             result = read_layers(
-                *(model, place, wanted.read, cap, batches, config.model.targets, meta),
+                *(model, place, wanted.read, cap, texts, config.model.targets, meta),
                 lambda done, total, line: self.tell(wanted.name, done, total, line),
                 *(device, wanted.answers),
             )
             facts |= {"seconds": round(time.monotonic() - begun, 1), "peak_memory_gib": round(peak_gib(device), 2)}
         return result
 
-    def _batches(self, wanted: Reading) -> list[dict[str, torch.Tensor]] | None:
-        """The examples whose activations a reading looks at."""
+    def _batches(self, text: str) -> list[dict[str, torch.Tensor]]:
+        """The examples of the task, or of knowledge, that a reading looks at."""
         config = self.common_config
-        if wanted.of == "weights":
-            return None
-        rows = self.common_examples.rows if wanted.of == "task" else self._knowledge()
+        rows = self.common_examples.rows if text == "task" else self._knowledge()
         real = replace(config.calibration, padding="ignore")
         return calibration_batches(rows, real, self.tokenizer.pad_token_id, config.seed)
 
@@ -558,7 +556,7 @@ class Run:
         needs = self.method.needs
         if needs == "nothing" or self.folder.record("plan") is not None:
             return None
-        name, of = (needs, needs) if isinstance(needs, str) else (needs.name, needs.of if needs.of == "knowledge" else needs.name)
+        name, of = (needs, needs) if isinstance(needs, str) else (needs.name, "knowledge" if "knowledge" in needs.texts else needs.name)
         return str(self.place.path), of, name
 
     def before_plan(self) -> None:

@@ -29,7 +29,7 @@ from farss.artifacts import fingerprint, read_json, write_json, write_tensors
 from farss.config import Config, TrainConfig, nearest
 from farss.data import Tokenized
 from farss.errors import ConfigError, FarssError, FolderError, NumericalError
-from farss.memory import fits, freed_memory_kept, peak_gib, reset_peak
+from farss.memory import fits, freed_memory_kept, give_back_if_scarce, peak_gib, reset_peak
 from farss.methods import Regime
 from farss.models import base_fingerprint, multiplies_in
 from farss.tasks.course import Course
@@ -494,6 +494,7 @@ def _classes() -> tuple[Any, Any]:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.run.end_step(state.global_step, state.epoch)
+            give_back_if_scarce(self.run.device)
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.run.mark(Path(args.output_dir) / f"checkpoint-{state.global_step}")

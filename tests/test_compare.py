@@ -244,11 +244,11 @@ def test_every_method_on_the_embedded_world(tmp_path):
         assert (folder / row["folder"] / ("adapter" if METHODS[method].plain_lora else "model")).is_dir()
     assert {row["method"] for row in comparison["differences"]} == set(METHODS) - {"full"}
     looked_at = {path.parent.name for path in folder.glob("*/survey.json")} - {"steps"}
-    assert len(looked_at) == 7  # one for each thing that is looked at
+    assert len(looked_at) == 8  # one for each thing that is looked at
 
 
 def test_several_jobs_give_the_table_of_one(values, tmp_path):
-    values["compare"] = {"methods": ["corda-kpm", "lora-null"]}  # they share the text that the base writes
+    values["compare"] = {"methods": ["corda-kpm", "farss-plus"]}  # they share the text that the base writes
     alone = read(compare(from_dict(values), silent))
     beside = read(compare(from_dict(values | {"out": str(tmp_path / "jobs"), "compare": values["compare"] | {"jobs": 2}}), silent))
     timed = ("seconds_init", "seconds_train", "peak_memory_gib", "peak_memory_init_gib")

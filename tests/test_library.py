@@ -42,7 +42,7 @@ def own_loop(model, batch, steps=3):
         optimiser.zero_grad()
 
 
-@pytest.mark.parametrize("method", ["farss", "lora", "corda-kpm"])
+@pytest.mark.parametrize("method", ["farss", "farss-plus", "lora", "corda-kpm"])
 def test_prepare_train_export_load(tokenizer, rows, tmp_path, method):
     calibration = farss.CalibrationConfig(examples=8)
     model = farss.prepare(base(tokenizer), tokenizer, rows, method=method, plan=PLAN, calibration=calibration)

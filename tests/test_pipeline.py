@@ -191,6 +191,7 @@ def test_comparison_shares_survey_and_base(model_folder, tmp_path, monkeypatch):
     [
         ("corda-kpm", [], "corda-knowledge"),
         ("lora-null", [f"calibration.knowledge={world.KNOWLEDGE}"], "null-space"),
+        ("farss-plus", [], "task-against-knowledge"),
         ("eva", [], "eva-answers"),
         ("adalora", [], None),
         ("kasa", [], "weights"),
@@ -201,7 +202,7 @@ def test_every_kind_of_method_goes_the_whole_way(config, method, changes, readin
     run = Run(override(config, [f"plan.method={method}", *changes]))
     run.all()
     assert {path.name for path in run.path.iterdir() if (path / "survey.json").is_file()} == ({reading} if reading else set())
-    assert (run.path / "own_text.jsonl").is_file() == (method == "corda-kpm")
+    assert (run.path / "own_text.jsonl").is_file() == (method in ("corda-kpm", "farss-plus"))
     assert (run.path / ("model" if method == "dora" else "adapter") / "farss.json").is_file()
     record = json.loads((run.path / "steps" / "export.json").read_text())
     assert method == "dora" or record["logit_difference"] <= 1e-3

@@ -17,7 +17,7 @@ def importance(activation: Tensor, gradient: Tensor, shape: tuple[int, int]) -> 
     return (activation.double() * gradient.double()).sum().item() / (shape[0] * shape[1])
 
 
-def output_energy(weight: Tensor, activation: Tensor | None) -> float:
+def output_energy(weight: Tensor, activation: Tensor | None = None) -> float:
     """`tr(W A W^T) / (m n)`: eq. 8 with `G = I`; with `A = I` too where no moment `A [n, n]` is given.
 
     Args:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from farss.artifacts import Layer, Plan, Survey
@@ -30,14 +31,20 @@ class Reading:
 
     name: str
     """Of its folder and its step; methods that read the same share it."""
-    of: Literal["weights", "task", "knowledge"]
-    """The weights alone, or the activations of the training examples, or those of the knowledge text."""
-    read: Callable[[Tensor, Tensor | None, int], dict[str, Tensor]]
-    """(weight [m, n], activation moment [n, n] or None, how many directions at an end) -> `artifacts.layer_tensors`."""
+    of: Literal["weights", "task", "knowledge", "both"]
+    """The weights alone, or the activations of the training examples, or those of the knowledge text; or what both say, the
+    training examples with the gradients behind their activations."""
+    read: Callable[..., dict[str, Tensor]]
+    """(weight [m, n], how many directions at an end, *moments [n, n]) -> `artifacts.layer_tensors`; a moment for each of the `texts`."""
     reach: int = 1
     """How many times its average rank a layer may get."""
     answers: bool = False
     """Only the tokens that are learnt count, and the moment is their covariance."""
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What goes through the model."""
+        return {"weights": (), "both": ("task", "knowledge")}.get(self.of, (self.of,))
 
 
 class Start(NamedTuple):
@@ -53,6 +60,11 @@ def balanced(u: Tensor, sigma: Tensor, v: Tensor, scaling: float) -> Start:
     """Train the chosen part of the weight, `U diag(sigma) V^T`, from where it is (FARSS, eq. 16-17)."""
     part = factors(u, sigma, v, scaling)
     return Start(part, part)
+
+
+def from_directions(u: Tensor, sigma: Tensor, v: Tensor, scaling: float) -> Start:
+    """`A = V^T` and `B = 0`: the base stays whole."""
+    return Start((torch.zeros_like(u), v.T), None)
 
 
 class Regime:
@@ -107,4 +119,9 @@ class Method:
         """`needs`, for the table."""
         if isinstance(self.needs, str):
             return {"nothing": "nothing", "survey": "survey of the task"}[self.needs]
-        return {"weights": "the weights", "task": "activations of the task", "knowledge": "activations of knowledge text"}[self.needs.of]
+        return {
+            "weights": "the weights",
+            "task": "activations of the task",
+            "knowledge": "activations of knowledge text",
+            "both": "the task's pull on activations, against those of knowledge text",
+        }[self.needs.of]

@@ -22,9 +22,8 @@ INVERSE_ERROR = 0.05
 """The damping is doubled while `C C^-1` is further than this (Frobenius) from the identity."""
 
 
-def read(weight: Tensor, moment: Tensor | None, cap: int) -> dict[str, Tensor]:
+def read(weight: Tensor, cap: int, moment: Tensor) -> dict[str, Tensor]:
     """`W = U diag(sigma) (C^-1 V)^T` with `W C = U diag(sigma) V^T`, at both ends of sigma."""
-    assert moment is not None
     covariance, factor = damped(moment.double())
     parts = decompose(weight.double() @ covariance)
     ones, kept = torch.ones(parts.sigma.numel()), ends(parts.sigma.square(), cap)

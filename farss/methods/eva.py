@@ -10,26 +10,20 @@ from torch import Tensor
 
 from farss.artifacts import LayerPlan, Plan, layer_tensors
 from farss.config import PlanConfig
-from farss.methods.base import Context, Method, Reading, Start
+from farss.methods.base import Context, Method, Reading, from_directions
 from farss.methods.uniform import chosen_rank, layer_alpha
 
 RHO = 2
 """A layer gets at most this many times the average rank (PEFT's default)."""
 
 
-def read(weight: Tensor, moment: Tensor | None, cap: int) -> dict[str, Tensor]:
+def read(weight: Tensor, cap: int, moment: Tensor) -> dict[str, Tensor]:
     """The principal components of the inputs; a component's score is its share of their variance."""
-    assert moment is not None
     energy, vectors = torch.linalg.eigh(moment.double())
     count = min(weight.shape)
     share, vectors = (energy / energy.sum()).flip(0)[:count].clamp_min(0), vectors.flip(1)[:, : min(cap, count)]
     ones, size = torch.ones(count), vectors.shape[1]
     return layer_tensors(ones, share, ones.clone(), torch.arange(size), weight.new_zeros(weight.shape[0], size), vectors)
-
-
-def start(u: Tensor, sigma: Tensor, v: Tensor, scaling: float) -> Start:
-    """`A = V^T` and `B = 0`: the base stays whole."""
-    return Start((torch.zeros_like(u), v.T), None)
 
 
 def plan(config: PlanConfig, context: Context) -> Plan:
@@ -71,5 +65,5 @@ EVA = Method(
     changes="ranks by explained variance, starting from the principal components of the activations on answers",
     plan=plan,
     needs=Reading("eva-answers", "task", read, reach=RHO, answers=True),
-    start=start,
+    start=from_directions,
 )

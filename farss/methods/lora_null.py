@@ -16,10 +16,9 @@ from farss.methods.base import Method, Reading, Start
 from farss.methods.uniform import uniform_plan
 
 
-def read(weight: Tensor, moment: Tensor | None, cap: int) -> dict[str, Tensor]:
+def read(weight: Tensor, cap: int, moment: Tensor) -> dict[str, Tensor]:
     """The `cap` directions of the inputs that carry the least activation energy, `v`, and what the weight makes of them,
     `u = W v`; a direction's score is its energy."""
-    assert moment is not None
     energy, vectors = torch.linalg.eigh(moment.double())
     count = min(weight.shape)  # no adapter has a larger rank
     energy, vectors = energy[:count].clamp_min(0), vectors[:, : min(cap, count)]

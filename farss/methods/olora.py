@@ -12,7 +12,7 @@ from farss.methods.base import Method, Reading, Start
 from farss.methods.uniform import uniform_plan
 
 
-def read(weight: Tensor, moment: Tensor | None, cap: int) -> dict[str, Tensor]:
+def read(weight: Tensor, cap: int) -> dict[str, Tensor]:
     """The first `cap` columns of Q and rows of R; a direction's score falls with its place."""
     q, r = torch.linalg.qr(weight.double())
     count = q.shape[1]

@@ -10,7 +10,7 @@ from farss.maths.directions import decompose, ends
 from farss.methods.base import Reading
 
 
-def read(weight: Tensor, moment: Tensor | None, cap: int) -> dict[str, Tensor]:
+def read(weight: Tensor, cap: int) -> dict[str, Tensor]:
     """The ends of the spectrum. It is FARSS's survey with A = G = I: a direction's score is its squared singular value."""
     parts = decompose(weight)
     ones, kept = torch.ones(parts.sigma.numel()), ends(parts.sigma.double().square(), cap)

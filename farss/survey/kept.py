@@ -21,6 +21,9 @@ INPUT = "input"
 """What enters a block, [b, t, d] a batch."""
 GRADIENT = "gradient"
 """The loss's gradient at the output of a block, [b, t, d] a batch."""
+KNOWLEDGE = "knowledge"
+"""What enters a block on knowledge text, [b, t, d] a batch."""
+KINDS = (INPUT, GRADIENT, KNOWLEDGE)
 
 
 class Kept:
@@ -53,7 +56,7 @@ class Kept:
 
     def clear(self) -> None:
         """Forget everything, of every process."""
-        for kind in (INPUT, GRADIENT):
+        for kind in KINDS:
             for path in self.folder.glob(f"{kind}-????.*safetensors"):
                 path.unlink()
 

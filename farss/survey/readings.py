@@ -1,20 +1,21 @@
-"""What methods other than FARSS look at before they are planned: the weights alone, or the second moment of the activations
-(for EVA their covariance).
+"""What methods other than FARSS look at before they are planned: the weights alone, the second moment of the activations
+(for EVA their covariance), or those of the task and of knowledge text.
 
 It is written like a survey, so that a plan and an adapter are made from it in the same way: directions with a score each,
-and the vectors of those that can be chosen. What a direction is, a method's `read` decides. Activations are collected
+and the vectors of those that can be chosen. What a direction is, a method's `read` decides. Activations of one text are collected
 forwards only, one block at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import itertools
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from farss.artifacts import Layer, Survey, fingerprint
 from farss.maths.fisher import output_energy
@@ -22,15 +23,13 @@ from farss.maths.moments import Covariance, Moment
 from farss.memory import freed_memory_kept
 from farss.models import find_blocks, keep_gradients, target_layers
 from farss.models import fingerprint as model_fingerprint
+from farss.survey.against import Against, Read
 from farss.survey.kept import INPUT, Kept
 from farss.survey.passage import Batch, check_passage, enter, through
 from farss.survey.places import computing_device, frozen, moved, outside, placed, placed_in_turn, tensors_of
 from farss.survey.record import begin, finish, mark_file, same_survey, write_block
-from farss.survey.statistics import add_once, finite_moment, finite_weight, real_rows
-from farss.survey.sweep import Progress, real_tokens, silent
-
-Read = Callable[[Tensor, Tensor | None, int], dict[str, Tensor]]
-"""(weight [m, n], activation moment [n, n] or None, how many directions at an end) -> `artifacts.layer_tensors`."""
+from farss.survey.statistics import finite_moment, finite_weight, recording_inputs, sums_of
+from farss.survey.sweep import Progress, carry_out, real_tokens, silent
 
 
 def read_layers(
@@ -38,7 +37,7 @@ def read_layers(
     folder: Path | str,
     read: Read,
     cap: int,
-    batches: list[Batch] | None = None,
+    texts: Sequence[list[Batch]] = (),
     targets: list[str] | None = None,
     meta: dict[str, Any] | None = None,
     on_progress: Progress | None = None,
@@ -51,7 +50,8 @@ def read_layers(
         folder: `survey.json` and one safetensors file a block are written here.
         read: what is kept of a layer.
         cap: how many directions it keeps at an end.
-        batches: examples whose activations are collected, as in `survey`; None: the weights alone are read.
+        texts: whose activations are collected, each in batches as in `survey`. Without any the weights alone are read. Of two, the
+            task's and that of knowledge, the first is looked at with the gradients behind them (see `farss.survey.against`).
         device: compute here, one block at a time; None: where the model is.
         answers: only the tokens that are learnt count, and `read` gets their covariance, as EVA does; else the second
             moment of all real tokens.
@@ -63,8 +63,12 @@ def read_layers(
     folder, tell = Path(folder), on_progress or silent
     keep_gradients(model)
     layers, (_, blocks) = target_layers(model, targets), find_blocks(model)
-    looked_at = [f"{read.__module__}.{read.__qualname__}", model_fingerprint(model), list(layers), real_tokens(batches or [])]
+    batches: list[Batch] = [*itertools.chain(*texts)]
+    looked_at = [f"{read.__module__}.{read.__qualname__}", model_fingerprint(model), list(layers), real_tokens(batches)]
     key = fingerprint([*looked_at, "answers"] if answers else looked_at)
+    if len(texts) == 2:
+        make = partial(Against, read=read, knowledge=texts[1])
+        return carry_out(make, model, layers, texts[0], folder, cap, key, meta or {}, on_progress, device)
     if (folder / "survey.json").is_file():
         return same_survey(Survey.load(folder), key, cap)
     begin(folder, key, cap)
@@ -78,11 +82,11 @@ def read_layers(
             for name, layer in layers.items():
                 if layer.block == index:
                     weight = finite_weight(layer, model.get_submodule(name))
-                    moment = finite_moment(name, "activations", moments[name].mean) if moments else None
-                    found[name], worth[name] = read(weight, moment, cap), output_energy(weight, moment)
+                    known = [finite_moment(name, "activations", moments[name].mean)] if moments else []
+                    found[name], worth[name] = read(weight, cap, *known), output_energy(weight, *known)
             write_block(folder, index, found, {"importance": worth, "overlap": None})
             tell(index + 1, len(blocks), f"block {index}")
-    return finish(folder, layers, len(blocks), cap, batches or [], {**(meta or {}), "key": key})
+    return finish(folder, layers, len(blocks), cap, batches, {**(meta or {}), "key": key})
 
 
 def _undone(layers: dict[str, Layer], folder: Path) -> list[int]:
@@ -118,35 +122,12 @@ def _moments(
             kept.write(INPUT, 0, [passage.start for passage in passages])
         for index in undone:
             modules = {name: model.get_submodule(name) for name, layer in layers.items() if layer.block == index}
-            moments = {name: kind(_sums(module)) for name, module in modules.items()}
+            moments = {name: kind(sums_of(module)) for name, module in modules.items()}
             states = kept.read(INPUT, index, device)
             with placed(tensors_of(blocks[index]), device):
                 for place, (passage, state) in enumerate(zip(passages, states, strict=True)):
-                    with torch.no_grad(), _recording(modules, moments, passage.mask):
+                    with torch.no_grad(), recording_inputs(modules, moments, passage.mask):
                         states[place] = through(blocks[index], index, passage, state)
                 kept.write(INPUT, index + 1, states)
                 yield index, moments
             kept.drop(INPUT, index)
-
-
-def _sums(module: nn.Module) -> torch.dtype:
-    return torch.float64 if next(module.parameters()).dtype == torch.float64 else torch.float32
-
-
-@contextmanager
-def _recording(modules: dict[str, nn.Module], moments: dict[str, Moment], mask: Tensor) -> Iterator[None]:
-    """While active, every forward pass through the layers adds their inputs to the moments."""
-    seen: dict[int, tuple[Tensor, Moment]] = {}
-
-    def hook(name: str) -> Any:
-        def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            moments[name] = add_once(args[0], real_rows(name, args[0], mask), moments[name], seen)
-
-        return record
-
-    hooks = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
-    try:
-        yield
-    finally:
-        for one in hooks:
-            one.remove()

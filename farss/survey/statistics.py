@@ -9,9 +9,10 @@ singular vectors as well.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -73,14 +74,18 @@ class Readout(NamedTuple):
 
 def start(layer: Layer, module: nn.Module, owner: int, precision: torch.dtype) -> Statistics:
     """Decompose a layer's weight, in its owner, and make room for its moments."""
-    weight = finite_weight(layer, module)
+    weight, sums = finite_weight(layer, module), sums_of(module)
     parts = decompose(weight, precision) if processes.rank() == owner else None
-    sums = torch.float64 if weight.dtype == torch.float64 else torch.float32
     rows = far_rows(weight)
     weak = processes.shared(parts.far_weak.shape[1] if parts else 0, owner)
     vectors = parts.far_weak.to(sums).contiguous() if parts else rows.new_empty((rows.shape[0], weak), dtype=sums)
     on_weak = Moment(sums, processes.shared_tensor(vectors, owner)) if weak else None
     return Statistics(layer, weight, owner, parts, Moment(sums), Moment(sums, rows), on_weak)
+
+
+def sums_of(module: nn.Module) -> torch.dtype:
+    """The precision of a layer's sums."""
+    return torch.float64 if next(module.parameters()).dtype == torch.float64 else torch.float32
 
 
 def finite_weight(layer: Layer, module: nn.Module) -> Tensor:
@@ -124,6 +129,47 @@ def _record(known: Statistics, mask: Tensor, seen: dict[int, tuple[Tensor, Momen
     return hook
 
 
+@contextmanager
+def recording_inputs(modules: dict[str, nn.Module], moments: dict[str, Moment], mask: Tensor) -> Iterator[None]:
+    """While active, every forward pass through the layers adds their inputs to the moments."""
+    seen: dict[int, tuple[Tensor, Moment]] = {}
+
+    def hook(name: str) -> Any:
+        def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            moments[name] = add_once(args[0], real_rows(name, args[0], mask), moments[name], seen)
+
+        return record
+
+    hooks = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for one in hooks:
+            one.remove()
+
+
+@contextmanager
+def recording_pull(modules: dict[str, nn.Module], moments: dict[str, Moment], mask: Tensor) -> Iterator[None]:
+    """While active, every forward and backward through the layers adds their inputs to the moments, each times the norm of the
+    gradient at its output."""
+
+    def record(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        inputs, moment = real_rows(name, args[0], mask), moments[name]
+
+        def pull(gradient: Tensor) -> None:
+            sizes = real_rows(name, gradient, mask).to(moment.dtype).norm(dim=1, keepdim=True)
+            moment.add(inputs.to(moment.dtype) * sizes)
+
+        output.register_hook(pull)
+
+    hooks = [module.register_forward_hook(partial(record, name)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for one in hooks:
+            one.remove()
+
+
 def add_once(x: Tensor, rows: Tensor, moment: Moment, seen: dict[int, tuple[Tensor, Moment]]) -> Moment:
     """Add a layer's input to its moment. Layers that read the same input share one, which is returned.
 
@@ -154,10 +200,9 @@ def real_rows(name: str, x: Tensor, mask: Tensor) -> Tensor:
         ) from error
 
 
-def add_up(known: dict[str, Statistics]) -> None:
-    """Sum the moments over the processes."""
-    moments = {id(moment): moment for one in known.values() for moment in one.moments}
-    for moment in moments.values():
+def add_up(moments: Iterable[Moment]) -> None:
+    """Sum moments over the processes, each once."""
+    for moment in {id(moment): moment for moment in moments}.values():
         if moment.total is not None:
             processes.add_up(moment.total)
             count = torch.tensor([moment.count])
@@ -177,7 +222,7 @@ def read_out(known: Statistics, cap: int, tokens: int, check: bool) -> Readout:
         check: compare the choice with that of a float64 decomposition.
     """
     assert known.parts is not None
-    _check_counts(known, tokens)
+    check_counts(known.layer.name, known.far if known.tall else known.near, known.moments, tokens)
     worth = _importance(known)
     sigma, lam, gam = _scored(known, known.parts)
     scores = direction_scores(sigma, lam, gam)
@@ -216,12 +261,15 @@ def _scored(known: Statistics, parts: Decomposition) -> tuple[Tensor, Tensor, Te
     return parts.sigma.float(), lam.float(), gam.float()
 
 
-def _check_counts(known: Statistics, tokens: int) -> None:
-    name = known.layer.name
-    gradients = known.far if known.tall else known.near
+def check_counts(name: str, gradients: Moment, moments: list[Moment], tokens: int) -> None:
+    """Refuse a layer that not every token went through.
+
+    Raises:
+        ModelError: with the cure.
+    """
     if not gradients.count:
         raise ModelError(f"no gradient reaches {name}: leave it out of model.targets")
-    for moment in known.moments:
+    for moment in moments:
         if moment.count != tokens:
             raise ModelError(f"{name} saw {moment.count} tokens of {tokens}: leave it out of model.targets")
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,11 +28,11 @@ from farss.memory import freed_memory_kept, peak_gib, used_gib
 from farss.models import find_blocks, keep_gradients, target_layers
 from farss.models import fingerprint as model_fingerprint
 from farss.search import shallow_end
-from farss.survey.kept import GRADIENT, INPUT, Kept, check_space
+from farss.survey.kept import GRADIENT, INPUT, KINDS, Kept, check_space
 from farss.survey.passage import Batch, Passage, check_passage, counted, enter, output_gradient, through, uniform_draws
 from farss.survey.places import computing_device, frozen, moved, outside, placed, placed_in_turn, tensors_of
 from farss.survey.record import PROGRESS, begin, finish, mark_of, same_survey, write_block
-from farss.survey.statistics import Readout, Statistics, add_up, read_out, recording, start, summary
+from farss.survey.statistics import Readout, add_up, read_out, recording, start, summary
 
 Progress = Callable[[int, int, str], None]
 Svd = Literal["exact", "fast"]
@@ -72,19 +73,42 @@ def survey(
         FolderError: the folder holds a survey of something else.
         FarssError: the disk cannot hold the states that are kept while it runs.
     """
-    folder = Path(folder)
     keep_gradients(model)
     layers = target_layers(model, targets)
-    _, blocks = find_blocks(model)
     key = identity(model, batches, list(layers), fisher, seed, svd)
+    draws, facts = seed if fisher == "sampled" else None, {**(meta or {}), "fisher": fisher, "seed": seed, "svd": svd}
+    return carry_out(partial(Sweep, svd=svd), model, layers, batches, Path(folder), cap, key, facts, on_progress, device, draws)
+
+
+def carry_out(
+    make: Callable[..., Sweep],
+    model: nn.Module,
+    layers: dict[str, Layer],
+    batches: list[Batch],
+    folder: Path,
+    cap: int,
+    key: str,
+    facts: dict[str, Any],
+    on_progress: Progress | None,
+    device: torch.device | None,
+    draws: int | None = None,
+) -> Survey:
+    """Begin a sweep, or go on with a killed one, and finish its survey; a complete one is read.
+
+    Args:
+        make: the sweep, but for its first seven fields.
+        key: of everything that its numbers depend on.
+        facts: what is known of it.
+        draws: see `Sweep.run`.
+    """
+    _, blocks = find_blocks(model)
     if (folder / "survey.json").is_file():
         return same_survey(Survey.load(folder), key, cap)
-    if len(batches) < processes.size():
-        raise FarssError(f"{processes.size()} processes for {len(batches)} batches: start fewer processes, or lower calibration.batch_size")
+    check_share(batches)
     before = processes.shared(begin(folder, key, cap) if processes.rank() == 0 else None)
     started = time.monotonic()
     place = computing_device(model, device)
-    sweep = Sweep(model, blocks, layers, folder, cap, svd, place, on_progress or silent)
+    sweep = make(model, blocks, layers, folder, cap, place, on_progress or silent)
     sweep.parts.update(before["parts"])
 
     def so_far() -> dict[str, Any]:
@@ -92,13 +116,22 @@ def survey(
         return {"seconds": seconds, "parts": {name: round(spent, 1) for name, spent in sweep.parts.items()}}
 
     with frozen(model), freed_memory_kept(place):
-        sweep.run(batches, seed if fisher == "sampled" else None, lambda: write_json(folder / PROGRESS, {**mark_of(key, cap), **so_far()}))
+        sweep.run(batches, draws, lambda: write_json(folder / PROGRESS, {**mark_of(key, cap), **so_far()}))
     if processes.rank() == 0:
-        facts = {"key": key, "fisher": fisher, "seed": seed, "svd": svd, "processes": processes.size()}
-        facts |= {**so_far(), "peak_memory_gib": round(peak_gib(sweep.device), 2)}
-        finish(folder, layers, len(blocks), cap, batches, {**(meta or {}), **facts})
+        facts = {**facts, "key": key, "processes": processes.size(), **so_far(), "peak_memory_gib": round(peak_gib(place), 2)}
+        finish(folder, layers, len(blocks), cap, batches, facts)
     processes.wait()
     return Survey.load(folder)
+
+
+def check_share(batches: list[Batch]) -> None:
+    """Refuse to leave a process without a batch.
+
+    Raises:
+        FarssError: with the cure.
+    """
+    if len(batches) < processes.size():
+        raise FarssError(f"{processes.size()} processes for {len(batches)} batches: start fewer processes, or lower calibration.batch_size")
 
 
 def silent(done: int, total: int, line: str) -> None:
@@ -114,11 +147,14 @@ class Sweep:
     layers: dict[str, Layer]
     folder: Path
     cap: int
-    svd: Svd
     device: torch.device
     tell: Progress
+    svd: Svd = "exact"
     parts: dict[str, float] = field(default_factory=dict)
     """Seconds by part, over all attempts."""
+
+    def __post_init__(self) -> None:
+        self.kept = Kept(self.folder)
 
     def run(self, batches: list[Batch], draws: int | None, note: Callable[[], None]) -> None:
         """Go forwards, unless that was done, then backwards from the newest undone block.
@@ -128,7 +164,6 @@ class Sweep:
             draws: seed of the labels that are drawn from the model; None: the data's own labels.
             note: called by the first process when a block is done.
         """
-        self.kept = Kept(self.folder)
         self.tokens = sum(int(counted(batch).sum()) for batch in batches)
         last, lowest = len(self.blocks) - 1, min(layer.block for layer in self.layers.values())
         undone = self._first_undone()
@@ -136,10 +171,10 @@ class Sweep:
             if undone == last and not self.kept.blocks(INPUT):
                 with placed_in_turn(self.blocks, self.device):
                     check_passage(self.model, self.blocks, moved(batches[0], self.device))
-                self._announce(batches)
-            passages = self._passages(batches, draws)
+                self.announce(batches)
+            passages = self.share(batches, draws)
             if undone == last and last not in self.kept.blocks(GRADIENT):
-                with self._timed("forward pass"):
+                with self.timed("forward pass"):
                     self.forwards(passages)
             begun = time.monotonic()
             for index in range(undone, lowest - 1, -1):
@@ -152,39 +187,31 @@ class Sweep:
 
     def forwards(self, passages: list[Passage]) -> None:
         """Send every batch through each block in turn, and the last block's output through the loss."""
-        last = len(self.blocks) - 1
-        first = max(self.kept.blocks(INPUT), default=0)
+        states = self.through_all(passages, INPUT)
+        gradients = [output_gradient(self.model, self.blocks, *pair) for pair in zip(passages, states, strict=True)]
+        self.kept.write(GRADIENT, len(self.blocks) - 1, gradients)
+
+    def through_all(self, passages: list[Passage], kind: str) -> list[Tensor]:
+        """Send every batch through each block in turn, keep what enters each, and return what leaves the last."""
+        first = max(self.kept.blocks(kind), default=0)
         if not first:
-            self.kept.write(INPUT, 0, [passage.start for passage in passages])
+            self.kept.write(kind, 0, [passage.start for passage in passages])
         for passage in passages:
             passage.start = passage.start.new_empty(0)
         for index in range(first, len(self.blocks)):
             self.tell(0, len(self.blocks), f"forward pass, block {index}")
-            states = self.kept.read(INPUT, index, self.device)
+            states = self.kept.read(kind, index, self.device)
             with placed(tensors_of(self.blocks[index]), self.device), torch.no_grad():
                 states = [through(self.blocks[index], index, *pair) for pair in zip(passages, states, strict=True)]
-            if index < last:
-                self.kept.write(INPUT, index + 1, states)
-        gradients = [output_gradient(self.model, self.blocks, *pair) for pair in zip(passages, states, strict=True)]
-        self.kept.write(GRADIENT, last, gradients)
+            if index < len(self.blocks) - 1:
+                self.kept.write(kind, index + 1, states)
+        return states
 
     def backwards(self, index: int, passages: list[Passage]) -> None:
-        """Walk one block, decompose its layers and write what is kept of them."""
-        block, inside = self.blocks[index], {name: layer for name, layer in self.layers.items() if layer.block == index}
-        modules = {name: self.model.get_submodule(name) for name in inside}
-        precision, check = self._precision(index)
-        with placed(tensors_of(block), self.device):
-            with self._timed("decompositions"):
-                known = {
-                    name: start(layer, modules[name], place % processes.size(), precision)
-                    for place, (name, layer) in enumerate(inside.items())
-                }
-            with self._timed("statistics"):
-                gradients = self._walk(block, index, passages, modules, known)
-                add_up(known)
-            with self._timed("scores and vectors"):
-                own = {name: one for name, one in known.items() if one.owner == processes.rank()}
-                found = {name: read_out(one, self.cap, self.tokens, check) for name, one in own.items()}
+        """Walk one block and write what is kept of its layers."""
+        inside = {name: layer for name, layer in self.layers.items() if layer.block == index}
+        with placed(tensors_of(self.blocks[index]), self.device):
+            gradients, found = self.look(index, passages, inside, {name: self.model.get_submodule(name) for name in inside})
         if index:
             self.kept.write(GRADIENT, index - 1, gradients)
         parts = processes.gathered(found)  # all gradients are written when the first process has these
@@ -192,13 +219,34 @@ class Sweep:
             readouts = {name: readout for part in parts for name, readout in part.items()}
             self._write(index, {name: readouts[name] for name in inside})
         processes.wait()
-        self.kept.drop(GRADIENT, index)
-        self.kept.drop(INPUT, index)
+        for kind in KINDS:
+            self.kept.drop(kind, index)
 
-    def _walk(
-        self, block: nn.Module, index: int, passages: list[Passage], modules: dict[str, nn.Module], known: dict[str, Statistics]
-    ) -> list[Tensor]:
+    def look(
+        self, index: int, passages: list[Passage], inside: dict[str, Layer], modules: dict[str, nn.Module]
+    ) -> tuple[list[Tensor], dict[str, Readout]]:
+        """Decompose the layers inside a block, and score their directions.
+
+        Returns:
+            The gradients of the block's input, [b, t, d] a batch, and what this process found of its layers.
+        """
+        precision, check = self._precision(index)
+        with self.timed("decompositions"):
+            known = {
+                name: start(layer, modules[name], place % processes.size(), precision) for place, (name, layer) in enumerate(inside.items())
+            }
+        with self.timed("statistics"):
+            gradients = self.walk(index, passages, lambda mask: recording(modules, known, mask))
+            add_up(moment for one in known.values() for moment in one.moments)
+        with self.timed("scores and vectors"):
+            own = {name: one for name, one in known.items() if one.owner == processes.rank()}
+            return gradients, {name: read_out(one, self.cap, self.tokens, check) for name, one in own.items()}
+
+    def walk(self, index: int, passages: list[Passage], recorded: Callable[[Tensor], AbstractContextManager[None]]) -> list[Tensor]:
         """Push the output gradients of a block back through it.
+
+        Args:
+            recorded: mask [b, t] of a batch -> what is active while it passes.
 
         Returns:
             The gradients of its input, [b, t, d] a batch.
@@ -207,8 +255,8 @@ class Sweep:
         result = []
         for passage, state, gradient in zip(passages, inputs, gradients, strict=True):
             hidden = state.detach().requires_grad_(True)
-            with torch.enable_grad(), recording(modules, known, passage.mask):
-                output = through(block, index, passage, hidden)
+            with torch.enable_grad(), recorded(passage.mask):
+                output = through(self.blocks[index], index, passage, hidden)
                 result.append(torch.autograd.grad(output, hidden, gradient.to(output.dtype))[0])
         return result
 
@@ -217,7 +265,8 @@ class Sweep:
         write_block(self.folder, index, {name: readout.tensors for name, readout in readouts.items()}, facts)
 
     @contextmanager
-    def _timed(self, part: str) -> Iterator[None]:
+    def timed(self, part: str) -> Iterator[None]:
+        """Add the seconds to a part's."""
         begun = time.monotonic()
         yield
         self.parts[part] = self.parts.get(part, 0.0) + time.monotonic() - begun
@@ -234,7 +283,7 @@ class Sweep:
         done = [int(path.stem.removeprefix("block-")) for path in self.folder.glob("block-????.json")]
         return int(processes.shared(min(done, default=len(self.blocks)) - 1))
 
-    def _passages(self, batches: list[Batch], draws: int | None) -> list[Passage]:
+    def share(self, batches: list[Batch], draws: int | None = None) -> list[Passage]:
         """This process's share of the batches, embedded."""
         firsts = [0, *itertools.accumulate(len(batch["input_ids"]) for batch in batches)]
         result = []
@@ -244,7 +293,7 @@ class Sweep:
             result.append(enter(self.model, self.blocks, moved(batch, self.device), uniforms))
         return result
 
-    def _announce(self, batches: list[Batch]) -> None:
+    def announce(self, batches: list[Batch]) -> None:
         """Say how much disk the states take, and refuse where there is not enough.
 
         The gradients of two blocks lie beside the inputs of all of them.

@@ -24,14 +24,13 @@ from farss.portable import export
 from farss.survey import own_text, read_layers
 
 CONFIG = PlanConfig(rank=6)
-READINGS = ["olora", "corda-ipm", "corda-kpm", "lora-null", "eva"]
+READINGS = ["olora", "corda-ipm", "corda-kpm", "lora-null", "eva", "farss-plus"]
 
 
 def planned(method, model, folder, batches=None):
     config = dataclasses.replace(CONFIG, method=method)
     needs = METHODS[method].needs
-    given = None if needs.of == "weights" else batches
-    known = read_layers(model, folder, needs.read, survey_cap(config), given, answers=needs.answers)
+    known = read_layers(model, folder, needs.read, survey_cap(config), [batches] * len(needs.texts), answers=needs.answers)
     return known, make_plan(config, known)
 
 
@@ -86,7 +85,7 @@ def test_corda_is_pefts_with_the_same_covariance(method, end, tmp_path):
 def test_corda_factors_rebuild_the_weight(tmp_path):
     model, batches = small("llama"), collated(examples())
     config = dataclasses.replace(CONFIG, method="corda-ipm", rank=32)
-    known = read_layers(model, tmp_path, METHODS["corda-ipm"].needs.read, survey_cap(config), batches)
+    known = read_layers(model, tmp_path, METHODS["corda-ipm"].needs.read, survey_cap(config), [batches])
     plan = make_plan(config, known)
     for name, layer in plan.layers.items():
         b, a = start_of(plan, known, name).trained
@@ -172,7 +171,7 @@ def test_step_zero_training_and_export(method, tmp_path):
     adapted = attach(model, plan, known, seed=3).eval()
     scale = before.abs().max()
     assert (logits(adapted) - before).abs().max() <= 1e-5 * scale
-    assert (START in adapted.peft_config) == (method != "eva")
+    assert (START in adapted.peft_config) == (method not in ("eva", "farss-plus"))
     for module in lora_layers(adapted, plan).values():
         module.lora_B[TRAINED].weight.data += 0.05
     trained = logits(adapted)
@@ -191,12 +190,12 @@ def test_a_killed_reading_goes_on_to_the_same_bytes(method, tmp_path):
             raise Stop
 
     needs, batches = METHODS[method].needs, collated(examples())
-    batches = None if needs.of == "weights" else batches
+    texts = [batches] * len(needs.texts)
     with pytest.raises(Stop):
-        read_layers(small("llama"), tmp_path / "one", needs.read, 6, batches, on_progress=stop)
+        read_layers(small("llama"), tmp_path / "one", needs.read, 6, texts, on_progress=stop)
     first = (tmp_path / "one" / "block-0000.safetensors").stat().st_mtime_ns
-    read_layers(small("llama"), tmp_path / "one", needs.read, 6, batches)
-    read_layers(small("llama"), tmp_path / "two", needs.read, 6, batches)
+    read_layers(small("llama"), tmp_path / "one", needs.read, 6, texts)
+    read_layers(small("llama"), tmp_path / "two", needs.read, 6, texts)
     assert (tmp_path / "one" / "block-0000.safetensors").stat().st_mtime_ns == first
     for file in (tmp_path / "two").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "one" / file.name).read_bytes()
@@ -206,8 +205,8 @@ def test_a_killed_reading_goes_on_to_the_same_bytes(method, tmp_path):
 @pytest.mark.parametrize("answers", [False, True])
 def test_batches_do_not_matter(answers, tmp_path):
     rows = examples()
-    one = read_layers(small("qwen3"), tmp_path / "one", METHODS["eva"].needs.read, 6, collated(rows, 1), answers=answers)
-    two = read_layers(small("qwen3"), tmp_path / "two", METHODS["eva"].needs.read, 6, collated(rows, 6, "left"), answers=answers)
+    one = read_layers(small("qwen3"), tmp_path / "one", METHODS["eva"].needs.read, 6, [collated(rows, 1)], answers=answers)
+    two = read_layers(small("qwen3"), tmp_path / "two", METHODS["eva"].needs.read, 6, [collated(rows, 6, "left")], answers=answers)
     for name in one.layers:
         torch.testing.assert_close(one.directions(name).lam, two.directions(name).lam, rtol=1e-5, atol=1e-8)
         assert one.layers[name].importance == pytest.approx(two.layers[name].importance, rel=1e-6)

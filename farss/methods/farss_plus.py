@@ -1,0 +1,48 @@
+"""FARSS-plus: start A from the inputs on which the task pulls hardest for what knowledge text would notice, and train B alone.
+
+Ours; docs/method.md derives it and docs/beyond.md says what was measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from farss.artifacts import Plan, layer_tensors
+from farss.config import PlanConfig
+from farss.methods.base import Context, Method, Reading, from_directions
+from farss.methods.corda import damped
+from farss.methods.uniform import uniform_plan
+
+
+def read(weight: Tensor, cap: int, task: Tensor, knowledge: Tensor) -> dict[str, Tensor]:
+    """The vectors `a [n]` with the largest `a^T T a` of those with `a^T K a = 1`: the generalised eigenvectors `T a = lambda K a` of the
+    two moments, K damped as CorDA damps it. A direction's score is its lambda."""
+    _, factor = damped(knowledge.double())
+    whitened = torch.linalg.solve_triangular(factor, task.double(), upper=False)
+    whitened = torch.linalg.solve_triangular(factor, whitened.T, upper=False)
+    pull, vectors = torch.linalg.eigh((whitened + whitened.T) / 2)
+    count = min(weight.shape)  # no adapter has a larger rank
+    pull, vectors = pull.flip(0)[:count].clamp_min(0), vectors.flip(1)[:, : min(cap, count)]
+    v = torch.linalg.solve_triangular(factor.T, vectors, upper=True)
+    ones, size = torch.ones(count), v.shape[1]
+    return layer_tensors(ones, pull, ones.clone(), torch.arange(size), weight.new_zeros(weight.shape[0], size), v)
+
+
+def plan(config: PlanConfig, context: Context) -> Plan:
+    """One rank everywhere. An adapter is matched by the size in which it is handed over, A included."""
+    made = uniform_plan(config, context, "most", when=", with A's, which do not train")
+    layers = {name: dataclasses.replace(layer, fixed_a=True) for name, layer in made.layers.items()}
+    return dataclasses.replace(made, layers=layers)
+
+
+FARSS_PLUS = Method(
+    name="farss-plus",
+    title="ours (docs/method.md)",
+    changes="B alone, one rank in every layer; A holds the directions that the task pulls most, for what knowledge text uses them",
+    plan=plan,
+    needs=Reading("task-against-knowledge", "both", read),
+    start=from_directions,
+)
