@@ -35,7 +35,7 @@ def write_prepared(adapted: Any, plan: Plan, tokenizer: Any, folder: Path | str,
         source: the base model's folder.
 
     Raises:
-        FarssError: the method starts at zero, so that its base needs no change, or needs a trainer of its own; or the base
+        FarssError: the method takes nothing out of the base, so that it needs no change, or needs a trainer of its own; or the base
             is quantised.
         FolderError: the folder exists.
     """
@@ -44,6 +44,11 @@ def write_prepared(adapted: Any, plan: Plan, tokenizer: Any, folder: Path | str,
         raise FolderError(f"{folder} exists: give a new folder")
     if METHODS[plan.method].regime is not None:
         raise FarssError(f"method {plan.method!r} trains by rules of its own, which no other trainer knows: use `farss train`")
+    if START not in adapted.peft_config and any(layer.directions for layer in plan.layers.values()):
+        raise FarssError(
+            f"method {plan.method!r} takes nothing out of the base, so there is no other base to train on: call farss.prepare in a script "
+            "of yours, which gives the start to any trainer, or use `farss train`"
+        )
     if START not in adapted.peft_config:
         raise FarssError(f"method {plan.method!r} starts at zero: its adapter goes on the base as it is, nothing needs preparing")
     if holds_packed(adapted):

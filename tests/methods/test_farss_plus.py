@@ -9,11 +9,13 @@ from test_survey import collated, language_loss
 
 from farss.adapter import TRAINED, activate, attach, lora_layers, start_of
 from farss.config import PlanConfig
+from farss.errors import FarssError
 from farss.methods.corda import damped
 from farss.methods.farss_plus import read
 from farss.models import target_layers
 from farss.plan import make_plan, survey_cap
 from farss.portable import export
+from farss.prepared import write_prepared
 from farss.survey import read_layers
 
 CONFIG = PlanConfig(method="farss-plus", rank=6)
@@ -113,6 +115,14 @@ def test_a_stays_as_it_starts_and_only_b_counts(tmp_path):
     assert all(module.lora_B[TRAINED].weight.any() for module in modules.values())
     batch = {key: collated(TASK[:2])[0][key] for key in ("input_ids", "attention_mask")}
     assert export(adapted, plan, tmp_path / "adapter", batch).rank == 8  # the next that is served; nothing was taken out of the base
+
+
+def test_there_is_no_other_base_to_prepare(tmp_path):
+    model = small("llama-gqa").float()
+    plan = make_plan(CONFIG, known := looked_at(model, tmp_path / "looked-at"))
+    with pytest.raises(FarssError, match="'farss-plus' takes nothing out of the base, so there is no other base"):
+        write_prepared(attach(model, plan, known), plan, None, tmp_path / "prepared", "base")
+    assert not (tmp_path / "prepared").exists()
 
 
 def test_a_matched_adapter_has_the_size_of_a_lora(tmp_path):
