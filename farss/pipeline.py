@@ -216,7 +216,7 @@ class Run:
             ConfigError: a whole model is wanted of quantised weights, or weights would be rounded where their start is taken out.
         """
         config = self.config
-        residual = config.adapter.base == "residual" and self.method.needs != "nothing" and config.export.to != "merged"
+        residual = config.adapter.base == "residual" and self.method.takes_out and config.export.to != "merged"
         if residual and config.model.quantization == "none" and (dtype := loaded_dtype(config.model)) != torch.float32:
             raise ConfigError(
                 f"adapter.base='residual' rounds the weights without their start to {str(dtype).removeprefix('torch.')}, and no adapter "

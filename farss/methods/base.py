@@ -115,6 +115,11 @@ class Method:
     """Whether it treats shallow and deep blocks differently."""
 
     @property
+    def takes_out(self) -> bool:
+        """Whether the base is left without what an adapter starts from."""
+        return self.needs != "nothing" and self.start is not from_directions
+
+    @property
     def needs_text(self) -> str:
         """`needs`, for the table."""
         if isinstance(self.needs, str):

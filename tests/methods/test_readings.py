@@ -171,7 +171,7 @@ def test_step_zero_training_and_export(method, tmp_path):
     adapted = attach(model, plan, known, seed=3).eval()
     scale = before.abs().max()
     assert (logits(adapted) - before).abs().max() <= 1e-5 * scale
-    assert (START in adapted.peft_config) == (method not in ("eva", "farss-plus"))
+    assert (START in adapted.peft_config) == METHODS[method].takes_out == (method not in ("eva", "farss-plus"))
     for module in lora_layers(adapted, plan).values():
         module.lora_B[TRAINED].weight.data += 0.05
     trained = logits(adapted)
