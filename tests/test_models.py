@@ -1,5 +1,8 @@
 """A CPU that cannot compute with 16 bits computes in float32: with the same values, and nothing else changes."""
 
+import platform
+from pathlib import Path
+
 import pytest
 import torch
 from small_models import examples, save_small, small
@@ -34,8 +37,16 @@ def stored(tmp_path):
 def test_the_machine_is_asked_for_each_precision():
     assert multiplies_in(torch.float32, CPU)
     assert multiplies_in(torch.float64, CPU)
-    assert multiplies_in(BFLOAT16, CPU) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
     assert computing_dtype(torch.float64, CPU) == torch.float64
+
+
+CPUINFO = Path("/proc/cpuinfo")
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or not CPUINFO.exists(), reason="reads what Linux says of an x86 CPU")
+def test_only_a_cpu_with_units_for_bfloat16_has_them():
+    """Not one that emulates them, as those with AVX-512 alone do."""
+    assert multiplies_in(BFLOAT16, CPU) == bool({"avx512_bf16", "amx_bf16"} & set(CPUINFO.read_text().split()))
 
 
 def test_a_torch_without_onednn_has_no_units(monkeypatch):

@@ -30,7 +30,9 @@ MOMENTS = ("exp_avg_ipt", "exp_avg_unc")
 
 def plan(config: PlanConfig, context: Context) -> Plan:
     """One rank everywhere, larger than the average at the end. It is the end that `plan.match_params` speaks of."""
-    final = uniform_plan(config, context, None, lambda rank, rows: rank, when=" at the end of training, if it is pruned evenly")
+    final = uniform_plan(
+        config, context, None, lambda rank, rows: rank, what="trainable parameters at the end of training, if it is pruned evenly"
+    )
     layers = {}
     for name, layer in final.layers.items():
         rank = min(math.ceil(EXTRA * layer.rank), layer_cap(context.layers[name]))

@@ -33,7 +33,7 @@ def read(weight: Tensor, cap: int, task: Tensor, knowledge: Tensor) -> dict[str,
 
 def plan(config: PlanConfig, context: Context) -> Plan:
     """One rank everywhere. An adapter is matched by the size in which it is handed over, A included."""
-    made = uniform_plan(config, context, "most", when=", with A's, which do not train")
+    made = uniform_plan(config, context, "most", what="parameters, with those of A, which do not train")
     layers = {name: dataclasses.replace(layer, fixed_a=True) for name, layer in made.layers.items()}
     return dataclasses.replace(made, layers=layers)
 

@@ -15,6 +15,7 @@ Beside = Callable[[int, int], int]
 """(rank, m) -> how many parameters train beside A and B in a layer."""
 Cap = Callable[[Layer], int]
 """The largest rank of a layer."""
+TRAINED = "trainable parameters"
 
 
 def nothing(rank: int, rows: int) -> int:
@@ -64,33 +65,35 @@ def layer_alpha(config: PlanConfig, rank: int, whole: int) -> float:
     return float(rank) if config.alpha == "uniform" else config.alpha / config.rank * rank
 
 
-def chosen_rank(config: PlanConfig, layers: dict[str, Layer], parameters: Callable[[int], int], notes: list[str], when: str = "") -> int:
+def chosen_rank(
+    config: PlanConfig, layers: dict[str, Layer], parameters: Callable[[int], int], notes: list[str], what: str = TRAINED
+) -> int:
     """`plan.rank`, or the rank that trains the number of parameters that `plan.match_params` asks for.
 
     Args:
         parameters: how many the method trains at a rank; it must not fall.
         notes: what was chosen is added to them.
-        when: it trains that many, for the note.
+        what: they are, for the note.
     """
     check_rank(config, layers)
     target = target_parameters(config, layers)
     if target is None:
         return config.rank
     rank = matched_rank(parameters, target, max(layer_cap(layer) for layer in layers.values()))
-    notes.append(f"Rank {rank} gives {parameters(rank):,} trainable parameters{when}, nearest to the {target:,} asked for.")
+    notes.append(f"Rank {rank} gives {parameters(rank):,} {what}, nearest to the {target:,} asked for.")
     return rank
 
 
 def uniform_plan(
-    config: PlanConfig, context: Context, side: Side | None, beside: Beside = nothing, cap: Cap = layer_cap, when: str = ""
+    config: PlanConfig, context: Context, side: Side | None, beside: Beside = nothing, cap: Cap = layer_cap, what: str = TRAINED
 ) -> Plan:
     """One rank everywhere, from one end of the score order; None: a start at zero. A layer whose cap is 0 is left as it is.
 
     Args:
-        when: see `chosen_rank`.
+        what: see `chosen_rank`.
     """
     notes: list[str] = []
-    rank = chosen_rank(config, context.layers, lambda r: uniform_parameters(context.layers, r, beside, cap), notes, when)
+    rank = chosen_rank(config, context.layers, lambda r: uniform_parameters(context.layers, r, beside, cap), notes, what)
     layers = {}
     for name, layer in context.layers.items():
         own, directions = min(rank, cap(layer)), []

@@ -130,7 +130,7 @@ def test_a_matched_adapter_has_the_size_of_a_lora(tmp_path):
     plan = make_plan(dataclasses.replace(CONFIG, match_params="lora"), looked_at(model, tmp_path))
     assert {layer.rank for layer in plan.layers.values()} == {6}
     size = sum(6 * sum(layer.shape) for layer in plan.layers.values())
-    assert plan.notes == [f"Rank 6 gives {size:,} trainable parameters, with A's, which do not train, nearest to the {size:,} asked for."]
+    assert plan.notes == [f"Rank 6 gives {size:,} parameters, with those of A, which do not train, nearest to the {size:,} asked for."]
 
 
 @pytest.mark.parametrize(("size", "side"), [(1, "right"), (5, "left")])
