@@ -201,9 +201,12 @@ def table(rows: list[dict[str, str]]) -> str:
 
 
 def write_section(name: str, text: str, page: str = "performance.md") -> None:
-    """Print a result, and put it between its marks on a page of the documentation."""
+    """Print a result, and put it between its marks on a page of the documentation, or at its end."""
     print(text)
     opening, closing = f"<!-- {name}: written by its command -->", f"<!-- end of {name} -->"
-    before, _, rest = (DOCS / page).read_text().partition(opening)
+    written = (DOCS / page).read_text()
+    if opening not in written:
+        written = f"{written.rstrip()}\n\n{opening}{closing}\n"
+    before, _, rest = written.partition(opening)
     _, _, after = rest.partition(closing)
     (DOCS / page).write_text(f"{before}{opening}\n{text}\n{closing}{after}")
