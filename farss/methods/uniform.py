@@ -15,7 +15,7 @@ Beside = Callable[[int, int], int]
 """(rank, m) -> how many parameters train beside A and B in a layer."""
 Cap = Callable[[Layer], int]
 """The largest rank of a layer."""
-TRAINED = "trainable parameters"
+TRAINABLE = "trainable parameters"
 
 
 def nothing(rank: int, rows: int) -> int:
@@ -66,7 +66,7 @@ def layer_alpha(config: PlanConfig, rank: int, whole: int) -> float:
 
 
 def chosen_rank(
-    config: PlanConfig, layers: dict[str, Layer], parameters: Callable[[int], int], notes: list[str], what: str = TRAINED
+    config: PlanConfig, layers: dict[str, Layer], parameters: Callable[[int], int], notes: list[str], what: str = TRAINABLE
 ) -> int:
     """`plan.rank`, or the rank that trains the number of parameters that `plan.match_params` asks for.
 
@@ -85,7 +85,7 @@ def chosen_rank(
 
 
 def uniform_plan(
-    config: PlanConfig, context: Context, side: Side | None, beside: Beside = nothing, cap: Cap = layer_cap, what: str = TRAINED
+    config: PlanConfig, context: Context, side: Side | None, beside: Beside = nothing, cap: Cap = layer_cap, what: str = TRAINABLE
 ) -> Plan:
     """One rank everywhere, from one end of the score order; None: a start at zero. A layer whose cap is 0 is left as it is.
 
