@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import shutil
 import sys
@@ -322,7 +323,7 @@ def report(
     overrides: Overrides = None,
     show: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
 ) -> None:
-    """Draw report.html and its figures again from what the folder holds."""
+    """Draw report.html and its figures again from what the folder holds; of a comparison that is not finished, with a table so far."""
     import webbrowser
 
     from farss.report import write_report
@@ -330,6 +331,7 @@ def report(
     if overrides and folder.is_dir():
         raise UsageError(f"{folder} is a folder, and a folder has no options to override: give its config.yaml instead")
     place = Path(load(folder, overrides or ()).out) if folder.is_file() else folder
+    _update_table(place)
     page = write_report(place)
     _facts(place)
     _where({"report": page, "figures": place / "figures"})
@@ -348,6 +350,18 @@ def gemma(folder: Annotated[Path, typer.Argument(help="New folder for the model.
 
 
 # --- shared ----------------------------------------------------------------------------------------------------------
+
+
+def _update_table(folder: Path) -> None:
+    """Write the table of a comparison that is not finished."""
+    from farss.compare import write_so_far
+
+    try:
+        config = load(folder / "config.yaml")
+    except FarssError:
+        return  # what lies there can be shown without
+    if config.compare.methods:
+        write_so_far(dataclasses.replace(config, out=str(folder)))
 
 
 @contextmanager

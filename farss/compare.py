@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -19,9 +20,9 @@ from farss.jobs import do_all
 from farss.maths.frontier import area, kept_at, learned_at
 from farss.maths.metrics import balance
 from farss.methods import METHODS
-from farss.pipeline import Loaded, Run, Tell, versions
+from farss.pipeline import Loaded, Run, Tell, silent, versions
 from farss.plan import method_of, survey_cap
-from farss.report import comparison_csv, comparison_markdown, write_report
+from farss.report import comparison_csv, comparison_markdown, is_comparison, write_report
 from farss.train import TrainResult
 
 Item = tuple[str, float | None, int, Config, Loaded]
@@ -44,9 +45,8 @@ def compare(config: Config, tell: Tell) -> Path:
     check_labels(config)
     check_tuning(config)
     labels = config.compare.methods
-    factors: list[float | None] = [*config.compare.tune] or [None]
     loaded = Loaded()
-    tried = {label: [Entrant(label, factor, seeds(config)[0], config, loaded, tell) for factor in factors] for label in labels}
+    tried = {label: [Entrant(label, factor, seeds(config)[0], config, loaded, tell) for factor in factors(config)] for label in labels}
     everyone = [entrant for entrants in tried.values() for entrant in entrants]
     for entrant in everyone:
         entrant.run.check_inputs()
@@ -56,7 +56,37 @@ def compare(config: Config, tell: Tell) -> Path:
     chosen, measure = choose(config, tried)
     final = [Entrant(label, chosen[label].factor, seed, config, loaded, tell) for seed in seeds(config) for label in labels]
     _run_all(final)
-    return _write(config, tried, chosen, final, _notes(config, chosen, measure))
+    groups = {label: [one for one in final if one.label == label] for label in labels}
+    _write(config, groups, tried, chosen, _notes(config, chosen, measure))
+    for entrant in {one.run.path: one for one in [*final, *everyone]}.values():
+        entrant.run.report()
+    return write_report(Path(config.out)).parent
+
+
+def write_so_far(config: Config) -> bool:
+    """Write the table of the runs that are complete, where some are not; nothing is run.
+
+    Learning rates are tried before one is chosen, so each has a row of its own. The questions are those of the finished table.
+
+    Returns:
+        False where no run is complete, or none is missing and the table is there.
+    """
+    config, loaded = resolve(config), Loaded()
+    labels, (first, *others) = config.compare.methods, seeds(config)
+    combinations = itertools.product(labels, factors(config), (first, *others))
+    done = [one for one in (Entrant(*each, config, loaded, silent) for each in combinations) if one.run.complete]
+    wanted = len(labels) * (len(factors(config)) + len(others))
+    # of the other seeds one learning rate each is wanted, which is not known yet
+    found = len({(one.label, one.seed, one.factor if one.seed == first else None) for one in done})
+    if not done or (found == wanted and is_comparison(Path(config.out))):
+        return False
+    groups: dict[str, list[Entrant]] = {}
+    for one in done:
+        groups.setdefault(one.label if one.factor is None else f"{one.label} {one.run.config.train.learning_rate:g}", []).append(one)
+    tried = {label: [one for one in done if one.label == label and one.seed == first] for label in labels}
+    best = _best_full(config, tried) if config.compare.tune else {}
+    _write(config, groups, tried, best, [f"So far: {found} of {wanted} runs are complete."], wanted - found)
+    return True
 
 
 def _run_all(entrants: list[Entrant]) -> None:
@@ -97,6 +127,11 @@ def _run_one(item: Item, tell: Tell) -> None:
 def seeds(config: Config) -> list[int]:
     """The seeds of a comparison."""
     return config.compare.seeds or [config.seed]
+
+
+def factors(config: Config) -> list[float | None]:
+    """Of every method's learning rate, with the first seed; None: as it is configured."""
+    return [*config.compare.tune] or [None]
 
 
 def check_labels(config: Config) -> None:
@@ -228,30 +263,40 @@ def choose(config: Config, tried: dict[str, list[Entrant]]) -> tuple[dict[str, E
     """
     if not config.compare.tune:
         return {label: entrants[0] for label, entrants in tried.items()}, ""
-    only = held_out(config.compare.held_out)
-    ordered = {label: sorted(entrants, key=lambda one: one.factor or 1.0) for label, entrants in tried.items()}
-
-    everyone = [one for group in ordered.values() for one in group]
-
-    def estimates(folders: dict[str, Path], full: Path | None) -> dict[str, dict[str, Estimate]]:
-        entries = {name: [Entry(folder, full)] for name, folder in folders.items()}
-        known = standings(Path(config.out) / "base", entries, config.evaluate.resamples, config.seed, only)
-        return {name: standing.estimates for name, standing in known.items()}
-
-    fulls = estimates({one.run.path.name: one.run.path for one in everyone if one.method == "full"}, None)
-    learned = {name: each["learned"].value for name, each in fulls.items() if "learned" in each}
-    found = {
-        label: max(group, key=lambda one: (task_score(one.run.path, only), learned.get(one.run.path.name, 0.0)))
-        for label, group in ordered.items()
-        if group[0].method == "full"
-    }
+    found = _best_full(config, tried)
     full = _full_folder(config, [*found.values()])
     assert full is not None  # `check_tuning`
-    measure, values = _measured(estimates({**{one.run.path.name: one.run.path for one in everyone}, "": full}, full))
-    for label, group in ordered.items():
+    everyone = [one for group in tried.values() for one in group]
+    measure, values = _measured(_held_out_estimates(config, {**{one.run.path.name: one.run.path for one in everyone}, "": full}, full))
+    for label, group in tried.items():
         if label not in found:
-            found[label] = max(group, key=lambda one: values[one.run.path.name])
+            found[label] = max(_by_rate(group), key=lambda one: values[one.run.path.name])
     return {label: found[label] for label in tried}, measure
+
+
+def _best_full(config: Config, tried: dict[str, list[Entrant]]) -> dict[str, Entrant]:
+    """Of each label that is full fine-tuning, the entrant that learned most of the task by the held-out questions."""
+    groups = {label: _by_rate(group) for label, group in tried.items() if group and group[0].method == "full"}
+    folders = {one.run.path.name: one.run.path for group in groups.values() for one in group}
+    learned = {name: each["learned"].value for name, each in _held_out_estimates(config, folders, None).items() if "learned" in each}
+    only = held_out(config.compare.held_out)
+
+    def learning(one: Entrant) -> tuple[float, float]:
+        return task_score(one.run.path, only), learned.get(one.run.path.name, 0.0)
+
+    return {label: max(group, key=learning) for label, group in groups.items()}
+
+
+def _by_rate(entrants: list[Entrant]) -> list[Entrant]:
+    """The smallest learning rate first, which is taken of equal ones."""
+    return sorted(entrants, key=lambda one: one.factor or 1.0)
+
+
+def _held_out_estimates(config: Config, folders: dict[str, Path], full: Path | None) -> dict[str, dict[str, Estimate]]:
+    entries = {name: [Entry(folder, full)] for name, folder in folders.items()}
+    only = held_out(config.compare.held_out)
+    known = standings(Path(config.out) / "base", entries, config.evaluate.resamples, config.seed, only)
+    return {name: standing.estimates for name, standing in known.items()}
 
 
 def _measured(known: dict[str, dict[str, Estimate]]) -> tuple[str, dict[str, float]]:
@@ -289,31 +334,45 @@ def _full_folder(config: Config, entrants: list[Entrant]) -> Path | None:
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
-def _write(config: Config, tried: dict[str, list[Entrant]], chosen: dict[str, Entrant], final: list[Entrant], notes: list[str]) -> Path:
+def _write(
+    config: Config,
+    groups: dict[str, list[Entrant]],
+    tried: dict[str, list[Entrant]],
+    chosen: dict[str, Entrant],
+    notes: list[str],
+    missing: int = 0,
+) -> None:
+    """Write the table.
+
+    Args:
+        groups: the entrants of each row, one a seed.
+        tried: those of each label with the first seed.
+        chosen: of those, the chosen ones; T of the first seed is relative to the full fine-tuning among them, where there is any.
+        missing: how many runs are not complete.
+    """
     folder, only = Path(config.out), the_rest(config)
-    fulls = {seed: _full_folder(config, [entrant for entrant in final if entrant.seed == seed]) for seed in seeds(config)}
-    rows = [_row(entrant, fulls[entrant.seed], only) for entrant in final]
-    entries = {label: [Entry(one.run.path, fulls[one.seed]) for one in final if one.label == label] for label in chosen}
+    named = [(name, one) for name, group in groups.items() for one in group]
+    references = [*chosen.values(), *(one for _, one in named)]
+    fulls = {seed: _full_folder(config, [one for one in references if one.seed == seed]) for seed in seeds(config)}
+    rows = [_row(name, one, fulls[seed], only) for seed in seeds(config) for name, one in named if one.seed == seed]
+    entries = {name: [Entry(one.run.path, fulls[one.seed]) for one in group] for name, group in groups.items()}
     base = Scores.load(folder / "base" / "scores.json").all if config.evaluate.asks else {}
     found = standings(folder / "base", entries, config.evaluate.resamples, config.seed, only) if base else {}
     comparison = {
         "rows": rows,
         "base": {name: x.score for name, x in base.items()},
-        "methods": {label: {name: asdict(x) for name, x in standing.estimates.items()} for label, standing in found.items()},
-        "differences": differences(found),
-        "frontier": _frontier(config, tried, chosen, only),
+        "methods": {name: {letter: asdict(x) for letter, x in standing.estimates.items()} for name, standing in found.items()},
+        "differences": differences(found) if set(groups) <= set(tried) else [],  # one learning rate of a method is no rival of another
+        "frontier": _frontier(config, tried, chosen, fulls[seeds(config)[0]], only),
+        "missing": missing,
         "notes": notes,
     }
     write_json(folder / "comparison.json", comparison)
     write_text(folder / "comparison.md", comparison_markdown(comparison))
     write_text(folder / "comparison.csv", comparison_csv(comparison))
-    for entrant in {one.run.path: one for one in [*final, *(one for group in tried.values() for one in group)]}.values():
-        entrant.run.report()
-    write_report(folder)
-    return folder
 
 
-def _row(entrant: Entrant, full: Path | None, only: Callable[[str], bool] | None) -> dict[str, Any]:
+def _row(name: str, entrant: Entrant, full: Path | None, only: Callable[[str], bool] | None) -> dict[str, Any]:
     """One line of the table."""
     run = entrant.run
     asks = run.config.evaluate.asks
@@ -323,7 +382,7 @@ def _row(entrant: Entrant, full: Path | None, only: Callable[[str], bool] | None
     values = asdict(summary)
     before = [record for step in run.steps_before if (record := run.place.record(step))]
     return {
-        "method": entrant.label,
+        "method": name,
         "seed": run.config.seed,
         "folder": run.path.name,
         "rank": plan.rank,
@@ -351,15 +410,16 @@ def _nats(summary: Summary, kind: str) -> float | None:
 
 
 def _frontier(
-    config: Config, tried: dict[str, list[Entrant]], chosen: dict[str, Entrant], only: Callable[[str], bool] | None
+    config: Config, tried: dict[str, list[Entrant]], chosen: dict[str, Entrant], full: Path | None, only: Callable[[str], bool] | None
 ) -> dict[str, Any] | None:
     """Every method at every learning rate: its curve of K against T, and what it says where methods are equal."""
     if not config.compare.tune:
         return None
-    full = _full_folder(config, [*chosen.values()])
     runs = {one.run.path.name: [Entry(one.run.path, full)] for group in tried.values() for one in group}
     known = standings(Path(config.out) / "base", runs, config.evaluate.resamples, config.seed, only)
-    curves = {label: [_point(one, known[one.run.path.name], one is chosen[label]) for one in group] for label, group in tried.items()}
+    curves = {
+        label: [_point(one, known[one.run.path.name], one is chosen.get(label)) for one in group] for label, group in tried.items() if group
+    }
     return {"curves": curves, "scores": _equals(curves, "T", "K"), "likelihoods": _equals(curves, "learned", "kept")}
 
 

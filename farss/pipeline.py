@@ -76,8 +76,8 @@ CHECK_PROMPTS = 4
 """Real examples on which an exported adapter is compared with the trained model."""
 
 
-def _silent(step: str, done: int, total: int, line: str) -> None:
-    return None
+def silent(step: str, done: int, total: int, line: str) -> None:
+    """Tell nobody."""
 
 
 class Loaded(dict[tuple[str, str], Any]):
@@ -102,7 +102,7 @@ class Run:
     """Its name in a comparison."""
     cap: int = 0
     """How many directions at each end the shared statistics shall hold at least."""
-    tell: Tell = _silent
+    tell: Tell = silent
     loaded: Loaded = field(default_factory=Loaded, repr=False)
     """What was read already; the runs of a comparison read nothing twice."""
     _live: Any = field(default=None, repr=False)
@@ -577,6 +577,12 @@ class Run:
         if self.config.evaluate.recovery:
             self.recover()
         self._live = None  # the next run of a comparison needs the memory
+
+    @property
+    def complete(self) -> bool:
+        """Whether all of that is done."""
+        last = "recover" if self.config.evaluate.recovery else "evaluate" if self.config.evaluate.asks else "export"
+        return bool((self.folder.record(last) or {}).get("done"))
 
     def drop_weights(self) -> None:
         """Delete the trained weights in every form; what was measured of them stays, and the run counts as done."""

@@ -10,15 +10,15 @@ import pytest
 from test_pipeline import model_folder, settings
 
 from farss import pipeline
-from farss.artifacts import Survey, questions
+from farss.artifacts import Survey, questions, write_json
 from farss.boundary import Boundary
-from farss.compare import Entrant, _levels, _measured, _notes, compare, held_out, the_rest
+from farss.compare import Entrant, _levels, _measured, _notes, compare, held_out, the_rest, write_so_far
 from farss.config import from_dict, override
 from farss.errors import ConfigError, FarssError, FolderError
 from farss.evaluate import Estimate
 from farss.folder import resolve
 from farss.methods import METHODS
-from farss.report import comparison_markdown
+from farss.report import comparison_markdown, write_report
 from farss.survey import own_text
 from farss.world.demo import demo_config
 
@@ -99,6 +99,44 @@ def test_learning_rates_are_chosen_on_questions_that_the_table_leaves_out(values
     text = comparison_markdown(comparison)
     assert "Learning rate | KT %" in text
     assert "(chosen)" in text
+
+
+def reference(run):
+    """Full fine-tuning's score on the task, which T of a run is relative to."""
+    return next(entry["full"] for entry in json.loads((run / "summary.json").read_text())["benchmarks"] if entry["kind"] == "task")
+
+
+def test_a_comparison_that_is_not_finished_has_a_table_of_what_is(values):
+    values["compare"] = {"methods": ["full", "lora"], "tune": [0.5, 2], "seeds": [0, 1], "held_out": 0.5}
+    config = from_dict(values)
+    assert not write_so_far(config)
+    finished = read(folder := compare(config, silent))
+    assert not write_so_far(config)
+    assert read(folder) == finished
+
+    killed = next(folder.glob("lora-*-seed1"))
+    write_json(killed / "steps" / "evaluate.json", {"options": {}, "done": False})
+    assert write_so_far(config)
+    table = read(folder)
+    assert table["missing"] == 1
+    assert table["notes"] == ["So far: 5 of 6 runs are complete."]
+    assert set(table["methods"]) == {f"{method} {rate}" for method in ("full", "lora") for rate in ("0.0005", "0.002")}
+    for method, curve in finished["frontier"]["curves"].items():
+        for point in curve:
+            name = f"{method} {point['learning_rate']:g}"
+            runs = [row for row in table["rows"] if row["method"] == name]
+            if [row["seed"] for row in runs] == [0]:  # the same questions
+                assert [runs[0][name] for name in ("kept", "learned")] == [point[name]["value"] for name in ("kept", "learned")]
+    assert all(reference(folder / row["folder"]) is not None for row in table["rows"])
+    assert table["differences"] == []
+    assert "2 methods fine-tuned" in (page := write_report(folder).read_text())
+    assert "in 5 runs; 1 more are to come" in page
+
+    for run in folder.glob("full-*"):
+        shutil.rmtree(run)
+    assert write_so_far(config)
+    assert {row["method"] for row in read(folder)["rows"]} == {"lora 0.0005", "lora 0.002"}
+    assert {reference(folder / row["folder"]) for row in read(folder)["rows"]} == {None}
 
 
 def test_held_out_questions_are_a_share_and_the_same_every_time():

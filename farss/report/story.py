@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from farss.artifacts import KINDS, LayerPlan, Plan, Survey
 from farss.methods import METHODS
 from farss.report.folder import Comparison, Run
-from farss.report.tables import METRICS, Value, methods, rivals, standing
+from farss.report.tables import METRICS, Value, labels, rivals, standing
 from farss.report.words import (
     SPACE,
     compact,
@@ -223,9 +223,10 @@ def tiles(summary: dict[str, Any]) -> list[Tile]:
 def comparison_headline(comparison: Comparison) -> list[str]:
     """Which methods were compared, and which has the best balance."""
     table = comparison.table
-    groups, runs = methods(table), len(table.get("rows", []))
+    groups, runs = labels(table), len(table.get("rows", []))
     what = f"{title(comparison.common)}{_data(comparison.common)}"
-    sentences = [f"{count(len(groups), 'method')} fine-tuned {what}, in {count(runs, 'run')}."]
+    missing = f"; {table['missing']} more are to come" if table.get("missing") else ""
+    sentences = [f"{count(len(groups), 'method')} fine-tuned {what}, in {count(runs, 'run')}{missing}."]
     found = {name: entry for name in rivals(table) if (entry := standing(table, name, "KT")).mean is not None}
     sentences += _best(table, found) if found else []
     main = main_run(comparison)

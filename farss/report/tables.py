@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from farss.report.words import (
 
 METRICS = ("KT", "K", "T")
 REFERENCE = "full"
-"""What T is measured against: no rival of the others, so neither ranked nor marked."""
+"""What T is measured against: no rival of the others, so neither ranked nor marked. Nor are its variants and its learning rates."""
 NATS = {"kept": "Knowledge (nats)", "learned": "Task (nats)"}
 
 
@@ -105,7 +106,17 @@ def methods(comparison: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 def rivals(comparison: dict[str, Any]) -> list[str]:
     """The methods that are compared with each other."""
-    return [method for method in methods(comparison) if method != REFERENCE]
+    return [method for method in methods(comparison) if _plain(method) != REFERENCE]
+
+
+def labels(comparison: dict[str, Any]) -> list[str]:
+    """The methods and variants, whatever the learning rate: before one is chosen, each has a row of its own."""
+    return list(dict.fromkeys(method.partition(" ")[0] for method in methods(comparison)))
+
+
+def _plain(method: str) -> str:
+    """The method's name, without its variant and its learning rate."""
+    return re.split("[@ ]", method)[0]
 
 
 def value(rows: list[dict[str, Any]], key: str) -> Value:
@@ -126,9 +137,10 @@ def cells(comparison: dict[str, Any]) -> dict[str, list[Cell]]:
     for column in columns(comparison):
         values = {method: standing(comparison, method, column.key) for method in groups}
         texts = {method: column.form(entry.mean) for method, entry in values.items()}
-        places = _places({method: values[method] for method in rivals(comparison)}, texts, column.better)
+        ranked = rivals(comparison)
+        places = _places({method: values[method] for method in ranked}, texts, column.better)
         for method, entry in values.items():
-            place = 0 if method == REFERENCE else places.get(texts[method], 0)
+            place = places.get(texts[method], 0) if method in ranked else 0
             result[method].append(Cell(texts[method], _detail(entry, column), place))
     return result
 

@@ -134,7 +134,7 @@ def differences(found: dict[str, Standing], reference: str = "lora") -> list[dic
         `{method, against, metric, value, low, high, p_value}` each; full fine-tuning, the reference of T, is no rival.
     """
     rows = []
-    rivals = {method: standing for method, standing in found.items() if method != "full"}
+    rivals = {method: standing for method, standing in found.items() if method.partition("@")[0] != "full"}
     for method, own in rivals.items():
         for metric in METRICS:
             others = {name: other for name, other in rivals.items() if name != method and metric in other.estimates}
