@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from farss.artifacts import Plan, Scores, write_json, write_text
+from farss.artifacts import Plan, read_json, write_json, write_text
 from farss.boundary import Boundary
 from farss.config import Config, PlanConfig, from_dict, nearest, set_key, to_dict
 from farss.errors import ConfigError, FarssError
-from farss.evaluate import Entry, Estimate, Standing, Summary, differences, standings, task_score
+from farss.evaluate import Entry, Estimate, Standing, Summary, differences, mean_scores, standings, task_score
 from farss.folder import READING_KEYS, SURVEY_KEYS, Folder, options_of, replaced, resolve
 from farss.jobs import do_all
 from farss.maths.frontier import area, kept_at, learned_at
@@ -22,11 +22,13 @@ from farss.maths.metrics import balance
 from farss.methods import METHODS
 from farss.pipeline import Loaded, Run, Tell, silent, versions
 from farss.plan import method_of, survey_cap
-from farss.report import comparison_csv, comparison_markdown, is_comparison, write_report
+from farss.report import comparison_csv, comparison_markdown, write_report
 from farss.train import TrainResult
 
 Item = tuple[str, float | None, int, Config, Loaded]
 """An entrant, as another process is told of it."""
+ASKED = ("model.", "evaluate.", "data.template", "data.max_length")
+"""Options that change the untouched model's answers."""
 LEVELS = 3
 """At how many levels of T (and of K) the frontiers are read off."""
 
@@ -69,7 +71,7 @@ def write_so_far(config: Config) -> bool:
     Learning rates are tried before one is chosen, so each has a row of its own. The questions are those of the finished table.
 
     Returns:
-        False where no run is complete, or none is missing and the table is there.
+        False where no run is complete, or the finished table is there: it stays, whatever was deleted since.
     """
     config, loaded = resolve(config), Loaded()
     labels, (first, *others) = config.compare.methods, seeds(config)
@@ -78,7 +80,7 @@ def write_so_far(config: Config) -> bool:
     wanted = len(labels) * (len(factors(config)) + len(others))
     # of the other seeds one learning rate each is wanted, which is not known yet
     found = len({(one.label, one.seed, one.factor if one.seed == first else None) for one in done})
-    if not done or (found == wanted and is_comparison(Path(config.out))):
+    if not done or _is_finished(config):
         return False
     groups: dict[str, list[Entrant]] = {}
     for one in done:
@@ -87,6 +89,14 @@ def write_so_far(config: Config) -> bool:
     best = _best_full(config, tried) if config.compare.tune else {}
     _write(config, groups, tried, best, [f"So far: {found} of {wanted} runs are complete."], wanted - found)
     return True
+
+
+def _is_finished(config: Config) -> bool:
+    """Whether the table is there that `compare` writes at its end."""
+    path = Path(config.out) / "comparison.json"
+    table: dict[str, Any] = read_json(path) if path.is_file() else {"missing": 1}
+    rows = {(row["method"], row["seed"]) for row in table.get("rows", [])}
+    return not table.get("missing") and rows >= set(itertools.product(config.compare.methods, seeds(config)))
 
 
 def _run_all(entrants: list[Entrant]) -> None:
@@ -146,12 +156,18 @@ def check_labels(config: Config) -> None:
             variants = [known for known in settings if "@" in known]
             cure = nearest(label, variants) if variants else "add them"
             raise ConfigError(f"compare.methods names the variant {label!r}, and compare.settings has no options for it: {cure}")
-    for label in settings:
+    for label, options in settings.items():
         if label.partition("@")[0] not in METHODS:
             raise ConfigError(f"compare.settings has options for {label!r}, which is no method: {nearest(label, METHODS)}")
-        given = {"seed", "out"} & set(settings[label])
-        if given:
-            raise ConfigError(f"compare.settings gives {label!r} its own {given.pop()}, which is the comparison's: see compare.seeds")
+        if not isinstance(options, dict) or any("." not in key for key in set(options) - {"seed", "out"}):
+            raise ConfigError(f"compare.settings.{label}={options!r}: write its options as train.learning_rate: 1e-4, with their sections")
+        for key in options:
+            if key in ("seed", "out"):
+                raise ConfigError(f"compare.settings gives {label!r} its own {key}, which is the comparison's: see compare.seeds")
+            if key.startswith(ASKED):
+                raise ConfigError(
+                    f"compare.settings gives {label!r} its own {key}, but all are compared with one untouched model, asked once"
+                )
         _configured(config, label)
 
 
@@ -356,11 +372,11 @@ def _write(
     fulls = {seed: _full_folder(config, [one for one in references if one.seed == seed]) for seed in seeds(config)}
     rows = [_row(name, one, fulls[seed], only) for seed in seeds(config) for name, one in named if one.seed == seed]
     entries = {name: [Entry(one.run.path, fulls[one.seed]) for one in group] for name, group in groups.items()}
-    base = Scores.load(folder / "base" / "scores.json").all if config.evaluate.asks else {}
+    base = mean_scores(folder / "base", only) if config.evaluate.asks else {}
     found = standings(folder / "base", entries, config.evaluate.resamples, config.seed, only) if base else {}
     comparison = {
         "rows": rows,
-        "base": {name: x.score for name, x in base.items()},
+        "base": base,
         "methods": {name: {letter: asdict(x) for letter, x in standing.estimates.items()} for name, standing in found.items()},
         "differences": differences(found) if set(groups) <= set(tried) else [],  # one learning rate of a method is no rival of another
         "frontier": _frontier(config, tried, chosen, fulls[seeds(config)[0]], only),
@@ -378,7 +394,6 @@ def _row(name: str, entrant: Entrant, full: Path | None, only: Callable[[str], b
     asks = run.config.evaluate.asks
     plan, trained = Plan.load(run.path / "plan.json"), TrainResult.load(run.path / "train.json")
     summary = run.summarise(full, only) if asks else Summary(None, None, None, None)
-    scores = Scores.load(run.path / "scores.json").all if asks else {}
     values = asdict(summary)
     before = [record for step in run.steps_before if (record := run.place.record(step))]
     return {
@@ -398,7 +413,7 @@ def _row(name: str, entrant: Entrant, full: Path | None, only: Callable[[str], b
             entry["name"]: {"score": entry["after"], "low": entry.get("low"), "high": entry.get("high"), "kind": entry["kind"]}
             for entry in values["benchmarks"]
         },
-        "gold_loglikelihood": {name: x.gold_loglikelihood for name, x in scores.items()},
+        "gold_loglikelihood": {entry["name"]: entry["gold_after"] for entry in values["benchmarks"]},
         "notes": list(plan.notes) + list(summary.notes),
     }
 
@@ -455,7 +470,8 @@ def _levels(curves: list[list[float]]) -> list[float]:
     while left:
         low, high = max(map(min, left)), max(left[0])
         if high > low:
-            return [low + (high - low) * step / (LEVELS - 1) for step in range(LEVELS)]
+            shares = [step / (LEVELS - 1) for step in range(LEVELS)]
+            return [low * (1 - share) + high * share for share in shares]  # at the ends exactly these: a curve ends there
         left = left[1:] if len(left) > 2 else []
     return []
 

@@ -360,6 +360,7 @@ class CompareConfig:
     """Runs at a time, each in a process of its own with an equal share of the processor's threads, or with a GPU of its own."""
 
     def __post_init__(self) -> None:
+        _check(isinstance(self.settings, dict), f"compare.settings={self.settings!r}: give {{method: {{option: value}}}}, or leave it out")
         _check(self.jobs >= 1, f"compare.jobs={self.jobs}: give 1 or more")
         for factor in self.tune:
             _check(factor > 0, f"compare.tune holds {factor}: give numbers above 0")

@@ -66,7 +66,10 @@ BOUNDARY_KEYS = (
     *("boundary", "evaluate.knowledge", "evaluate.text", "evaluate.resamples"),
 )
 EXPORT_KEYS = ("export",)
+COMPRESSED_KEYS = ("export.rank", "export.energy")
 EVALUATE_KEYS = ("evaluate", "seed", "data.template")
+BASE_KEYS = ("model.path", "model.dtype", "model.quantization", "data.max_length", *EVALUATE_KEYS)
+"""Of what the untouched model answers."""
 
 
 class Folder:

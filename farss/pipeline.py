@@ -25,9 +25,11 @@ from farss.card import write_card
 from farss.config import Config, DataConfig, EvaluateConfig, ModelConfig, QuestionSet
 from farss.data import Row, Tokenized, calibration_batches, choose, collate, load_examples, plain_rows, unlearnt
 from farss.errors import ConfigError, FolderError
-from farss.evaluate import Summary, evaluate, summarise
+from farss.evaluate import Summary, evaluate, read_scores, summarise
 from farss.folder import (
+    BASE_KEYS,
     BOUNDARY_KEYS,
+    COMPRESSED_KEYS,
     EVALUATE_KEYS,
     EXPORT_KEYS,
     PLAN_KEYS,
@@ -445,13 +447,12 @@ class Run:
         """`adapter/` (or `model/`): what is handed over."""
         self.train()
         plan, options = self.plan(), options_of(self.config, EXPORT_KEYS)
-        whole = self.config.export.to == "merged" or not self.method.plain_lora
-        target = self.path / ("model" if whole else "adapter")
+        target = self.path / ("model" if self._whole else "adapter")
         if self.folder.is_done("export", options, redo=True) and target.is_dir():
             return target
         self.tell("export", 0, 1, "")
         with self.folder.step("export", options) as facts:
-            if whole:
+            if self._whole:
                 merge(self.trained(), plan, self.tokenizer, target, stored_dtype(self.config.model), self.config.model.path)
                 facts_of_it = {"method": plan.method, "boundary": plan.boundary, "blocks": plan.blocks, "base": self.config.model.path}
                 # Where a GPU has room for one model only, the one that was written stays in its files and the CPU's memory.
@@ -465,16 +466,21 @@ class Run:
                 choice = self.config.export
                 done = export(self.trained(), plan, target, batch, self.config.model.path, choice.rank, choice.energy, self.tokenizer)
                 facts |= {"logit_difference": done.logit_difference, "rank": done.rank, "lost": done.lost}
-            if self.config.export.to == "gguf" and not whole:
+            if self.config.export.to == "gguf" and not self._whole:
                 write_gguf(target, self.trained().get_base_model().config)
         self.tell("export", 1, 1, "")
         return target
+
+    @property
+    def _whole(self) -> bool:
+        """Whether a model is handed over, and not an adapter."""
+        return self.config.export.to == "merged" or not self.method.plain_lora
 
     def evaluate(self) -> Summary:
         """`base/scores.json` (before), `scores.json` (after) and `summary.json`."""
         self.evaluate_base()
         self.train()
-        options = options_of(self.common_config, EVALUATE_KEYS)
+        options = options_of(self.common_config, EVALUATE_KEYS) | options_of(self.config, COMPRESSED_KEYS)
         if not self.folder.is_done("evaluate", options, redo=True):
             with self.folder.step("evaluate", options):
                 self._ask(self._handed_over(), self.path, "trained")
@@ -486,19 +492,23 @@ class Run:
 
     def recover_base(self) -> None:
         """`base-recovered/`: the untouched model after the steps of `recover`."""
-        self._recover("recover-base", self.common, "base-recovered", lambda: load_model(self.config.model))
+        self._recover("recover-base", self.common, "base-recovered", lambda: load_model(self.config.model), ())
 
     def recover(self) -> None:
         """`recovered/`: knowledge asked once more, after a few steps of question answering."""
         self.export()
         self.recover_base()
-        self._recover("recover", self.folder, "recovered", self._as_handed_over)
+        self._recover("recover", self.folder, "recovered", self._as_handed_over, EXPORT_KEYS)
         self.summarise(self.config.evaluate.full_scores)
 
-    def _recover(self, step: str, place: Folder, name: str, load: Callable[[], Any]) -> None:
-        options, config, target = options_of(self.common_config, EVALUATE_KEYS), self.common_config, place.path / name
+    def _recover(self, step: str, place: Folder, name: str, load: Callable[[], Any], keys: tuple[str, ...]) -> None:
+        """`keys`: further options on which the model depends that is loaded."""
+        config, target = self.common_config, place.path / name
+        options = options_of(config, EVALUATE_KEYS) | options_of(self.config, keys)
         if place.is_done(step, options, redo=True):
             return
+        if (place.record(step) or {"options": options})["options"] != options:
+            shutil.rmtree(target / "checkpoints", ignore_errors=True)  # of other steps, or of another model
         self._live = None  # one model in memory at a time
         with place.step(step, options):
             rows = recovery_rows(config, self.tokenizer)
@@ -518,7 +528,7 @@ class Run:
 
     def evaluate_base(self) -> Scores:
         """`base/`: the untouched model's scores."""
-        options = options_of(self.common_config, ("model.path", *EVALUATE_KEYS))
+        options = options_of(self.common_config, BASE_KEYS)
         if not self.common.is_done("evaluate-base", options, redo=True):
             with self.common.step("evaluate-base", options):
                 self._ask(load_model(self.config.model), self.common.path / "base", "base")
@@ -623,12 +633,19 @@ class Run:
 
     def _handed_over(self) -> Any:
         """The trained model with the weights that are handed over: full fine-tuning trains in float32, and is saved as the
-        base was."""
+        base was; a compressed adapter is another one than was trained."""
+        if (self.config.export.rank or self.config.export.energy) and not self._whole:
+            self.export()
+            self._live = None  # one model in memory at a time
+            return self._as_handed_over()
         model, stored = self.trained(), stored_dtype(self.config.model)
         return model if self.plan().layers else model.to(stored).to(computing_dtype(stored, model.device))
 
     def _ask(self, model: Any, folder: Path, who: str, config: Config | None = None) -> None:
-        meta = {"path": self.config.model.path, "method": "base" if who.endswith("base") else self.config.plan.method}
+        options = self.config.model
+        meta = {"path": options.path, "method": "base" if who.endswith("base") else self.config.plan.method}
+        meta |= {"dtype": options.dtype} if options.dtype != "auto" else {}  # another precision answers otherwise
+        meta |= {"quantization": options.quantization} if options.quantization != "none" else {}
         evaluate(
             model,
             self.tokenizer,
@@ -640,13 +657,16 @@ class Run:
 
 
 def check_questions(options: EvaluateConfig) -> None:
-    """Read every question file and the general text once, so that a bad one is found before hours of training."""
+    """Read every question file, the general text and the scores of full fine-tuning once, so that a bad one is found before hours of
+    training."""
     for entry in options.asked:
         if isinstance(entry, QuestionSet):
             question_rows(entry)
             example_rows(entry)
     if options.text:
         text_rows(options.text)
+    if options.full_scores:
+        read_scores(Path(options.full_scores))
 
 
 def check_fingerprint(found: Survey, model: Any) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import random
 import shutil
 
 import pytest
@@ -17,6 +18,7 @@ from farss.config import from_dict, override
 from farss.errors import ConfigError, FarssError, FolderError
 from farss.evaluate import Estimate
 from farss.folder import resolve
+from farss.maths.frontier import kept_at
 from farss.methods import METHODS
 from farss.report import comparison_markdown, write_report
 from farss.survey import own_text
@@ -113,7 +115,12 @@ def test_a_comparison_that_is_not_finished_has_a_table_of_what_is(values):
     finished = read(folder := compare(config, silent))
     assert not write_so_far(config)
     assert read(folder) == finished
+    unused = next(folder.glob("lora-*-seed0"))
+    shutil.move(unused, folder.parent / "elsewhere")
+    assert not write_so_far(config)  # a finished table stays
+    shutil.move(folder.parent / "elsewhere", unused)
 
+    (folder / "comparison.json").unlink()
     killed = next(folder.glob("lora-*-seed1"))
     write_json(killed / "steps" / "evaluate.json", {"options": {}, "done": False})
     assert write_so_far(config)
@@ -137,6 +144,16 @@ def test_a_comparison_that_is_not_finished_has_a_table_of_what_is(values):
     assert write_so_far(config)
     assert {row["method"] for row in read(folder)["rows"]} == {"lora 0.0005", "lora 0.002"}
     assert {reference(folder / row["folder"]) for row in read(folder)["rows"]} == {None}
+
+
+def test_the_untouched_model_is_scored_on_the_same_questions(values):
+    values["compare"] = {"methods": ["full", "lora"], "tune": [0.5, 2], "held_out": 0.5}
+    config = from_dict(values)
+    folder = compare(config, silent)
+    asked = {str(row["id"]): row["score"] for row in questions(folder / "base" / "scores", "facts")}
+    counted = [score for key, score in asked.items() if the_rest(config)(key)]
+    assert 0 < len(counted) < len(asked)
+    assert read(folder)["base"]["facts"] == pytest.approx(sum(counted) / len(counted))
 
 
 def test_held_out_questions_are_a_share_and_the_same_every_time():
@@ -228,6 +245,9 @@ def test_the_model_writes_its_own_text_once(unasked, monkeypatch):
             r"'farss@unmached', .* no options for it: did you mean 'farss@unmatched'",
         ),
         (["farss@wide"], {}, r"'farss@wide', .* no options for it: add them"),
+        (["farss"], {"farss": {"plan": {"r_max": 8}}}, r"compare.settings.farss=.*: write its options as train.learning_rate: 1e-4"),
+        (["farss"], {"farss": None}, r"compare.settings.farss=None: write its options as"),
+        (["farss"], {"farss": {"model.dtype": "float32"}}, r"'farss' its own model.dtype, but all are compared with one untouched model"),
         (["farss"], {"farss": {"seed": 3}}, r"gives 'farss' its own seed, which is the comparison's: see compare.seeds"),
         (["farss"], {"frass": {"plan.r_max": 8}}, r"options for 'frass', which is no method: did you mean 'farss'"),
     ],
@@ -244,6 +264,15 @@ def test_a_method_that_stays_behind_takes_no_level_from_the_others():
     assert _levels([[0.5, 0.9], [0.4, 0.8], [0.0, 0.1]]) == pytest.approx([0.5, 0.65, 0.8])
     assert _levels([[0.5, 0.9], [0.0, 0.1]]) == []
     assert _levels([]) == []
+
+
+def test_the_highest_level_is_the_end_of_a_curve():
+    generator = random.Random(0)
+    for _ in range(200):
+        curves = [[(generator.uniform(-9, 1), generator.uniform(-9, 1)) for _ in range(4)] for _ in range(2)]
+        levels = _levels([[t for t, _ in curve] for curve in curves])
+        if levels:
+            assert any(kept_at(curve, levels[-1]) is not None for curve in curves)
 
 
 def test_where_nothing_is_solved_the_likelihoods_choose():

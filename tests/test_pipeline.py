@@ -18,6 +18,7 @@ from farss.artifacts import Plan, Survey
 from farss.compare import compare
 from farss.config import from_dict, load, override
 from farss.errors import ConfigError, DataError, FolderError, ModelError
+from farss.evaluate import _identity
 from farss.folder import READING_KEYS, options_of, resolve
 from farss.pipeline import Run
 
@@ -219,6 +220,30 @@ def test_general_text_alone_is_measured_too(config):
     assert run.summarise(None).forgetting is not None
 
 
+def test_a_compressed_adapter_is_what_is_asked(config):
+    def scored(*changes):
+        run = Run(override(config, ["plan.method=lora", "train.learning_rate=0.02", *changes]))
+        run.all()
+        return json.loads((run.path / "scores.json").read_text())["meta"]["weights"], Run(run.config)
+
+    whole, _ = scored()
+    compressed, run = scored("export.rank=1")
+    assert compressed != whole
+    assert compressed == _identity(run._as_handed_over())
+
+
+def test_another_precision_is_another_untouched_model(config):
+    def base(*changes):
+        run = Run(override(config, list(changes)))
+        return run.evaluate_base(), (run.path / "base" / "scores.json").stat().st_mtime_ns
+
+    first, written = base("model.dtype=float32")
+    assert base("model.dtype=float32")[1] == written
+    second, written_again = base("model.dtype=bfloat16")
+    assert written_again > written
+    assert second.knowledge["facts"].gold_loglikelihood != first.knowledge["facts"].gold_loglikelihood
+
+
 def test_what_a_length_takes_away_is_told(config):
     lengths = sorted(len(row["input_ids"]) for row in Run(config).examples.rows)
     run = Run(override(config, [f"data.max_length={lengths[len(lengths) // 2]}", "train.max_steps=2"]))
@@ -287,6 +312,7 @@ def test_a_folder_from_before_an_option_existed_is_taken_up(config):
         (["plan.method=dora", "model.quantization=nf4"], ConfigError, "nothing can be merged into quantised weights"),
         (["export.to=merged", "model.quantization=nf4"], ConfigError, "nothing can be merged into quantised weights: set export.to=peft"),
         (["adapter.base=residual", "model.dtype=bfloat16"], ConfigError, "'residual' rounds the weights without their start to bfloat16"),
+        (["evaluate.full_scores=/nowhere"], FolderError, "there is no /nowhere/scores.json"),
         (["plan.method=frass"], ConfigError, "did you mean 'farss'"),
         (["evaluate.knowledge=[{name: x, data: /nowhere.jsonl}]"], DataError, "/nowhere.jsonl"),
         (["out=${NOT_SET_ANYWHERE}/x"], ConfigError, "NOT_SET_ANYWHERE is not set"),

@@ -70,6 +70,14 @@ def test_a_comparison_recovers_the_base_once(values):
     assert "K recovered %" in (folder / "comparison.md").read_text()
 
 
+def test_a_recovery_of_other_steps_begins_anew(values):
+    values["plan"] = {"method": "lora", "rank": 4}
+    Run(config := from_dict(values)).all()
+    run = Run(override(config, [f"evaluate.recovery={config.evaluate.recovery + 1}"]))
+    run.all()
+    assert run.folder.record("recover")["options"]["evaluate.recovery"] == config.evaluate.recovery + 1
+
+
 def test_the_same_questions_are_asked_again(values):
     config = override(from_dict(values), ["evaluate.limit=7"])
     again = knowledge_alone(config).evaluate

@@ -1,6 +1,6 @@
 """Artifacts -> figures and one HTML page. Knows no model and no network: any machine can draw a report, at any time."""
 
-from farss.report.folder import Comparison, Run, is_comparison, read_comparison, read_run
+from farss.report.folder import Comparison, Run, read_comparison, read_run
 from farss.report.page import write_report
 from farss.report.tables import comparison_csv, comparison_markdown
 
@@ -9,7 +9,6 @@ __all__ = [
     "Run",
     "comparison_csv",
     "comparison_markdown",
-    "is_comparison",
     "read_comparison",
     "read_run",
     "write_report",

@@ -184,7 +184,7 @@ def _outcome(summary: dict[str, Any], who: str = "It") -> list[str]:
     if is_number(kept.get("value")):
         words.append(f"kept {percent(kept['value'])} of the knowledge it had (K{_between(kept)})")
     if is_number(learned.get("value")):
-        words.append(f"learned {percent(learned['value'])} of what full fine-tuning learns (T{_between(learned)})")
+        words.append(f"reached {percent(learned['value'])} of full fine-tuning's score on the task (T{_between(learned)})")
     end = f"; together KT is {percent(balance['value'])}" if is_number(balance.get("value")) else ""
     return [f"{cut(who, 80)} {' and '.join(words)}{end}."] if words else []
 

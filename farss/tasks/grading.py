@@ -44,13 +44,18 @@ def _value(number: str) -> Fraction | None:
 
 def exact_match(answer: str, answers: Sequence[str]) -> float:
     """1 when the normalised answer is one of the accepted ones."""
-    return float(normalise(answer) in {normalise(accepted) for accepted in answers})
+    return float(_words(answer) in {_words(accepted) for accepted in answers})
 
 
 def contains(answer: str, answers: Sequence[str]) -> float:
     """1 when the normalised answer holds one of the accepted ones as whole words."""
     words = f" {normalise(answer)} "
-    return float(any(f" {normalise(accepted)} " in words for accepted in answers if normalise(accepted)))
+    return max(exact_match(answer, answers), float(any(f" {found} " in words for accepted in answers if (found := normalise(accepted)))))
+
+
+def _words(text: str) -> str:
+    """The normalised text; where nothing is left of it ("A" as a choice, "+"), the text itself in lower case."""
+    return normalise(text) or " ".join(text.lower().split())
 
 
 def number(answer: str, answers: Sequence[str]) -> float:

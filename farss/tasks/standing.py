@@ -3,22 +3,22 @@
 Beside these ratios of scores stand `kept` and `learned`, in nats: how much likelier the right answers to knowledge and to task
 questions became than they were before. They say something where a model solves too few questions for a ratio.
 
-One bootstrap for all: every resample draws questions (the same for every model) and, where a method has several seeds,
-seeds of each method anew, so that an interval holds the chance of both.
+One bootstrap for all: every resample draws questions, the same for every model. Where a method has several seeds, the chance of the
+seeds is added: Student's t times the standard error over them. (Two or three seeds drawn with replacement would spread far too little.)
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from farss.artifacts import Kind
-from farss.maths.metrics import Array, balances, bootstrap, interval, p_value
+from farss.artifacts import KINDS, Kind
+from farss.maths.metrics import Array, balance, balances, bootstrap, interval, p_value
 from farss.tasks.summary import Estimate, Outcomes, outcomes_of, read_scores
 
 METRICS = ("K", "T", "KT", "kept", "learned")
@@ -62,8 +62,8 @@ def standings(
     place = {folder: index for index, folder in enumerate(folders)}
     runs = [read_scores(folder) for folder in folders]
     generator = np.random.default_rng(seed + 1)
-    picks = {method: generator.integers(len(entries), size=(resamples, len(entries))) for method, entries in methods.items()}
-    found: dict[str, dict[str, tuple[float, Array]]] = {method: {} for method in methods}
+    chance = {method: _chance(len(entries), resamples, generator) for method, entries in methods.items()}
+    found: dict[str, dict[str, Array]] = {method: {} for method in methods}
     kinds: tuple[tuple[Kind, str, str], ...] = (("knowledge", "K", "kept"), ("task", "T", "learned"))
     for kind, letter, nats in kinds:
         outcomes = _outcomes(runs, kind, only)
@@ -75,10 +75,10 @@ def standings(
                 below = [0 if letter == "K" or entry.full is None else place[entry.full] for entry in group]
                 with np.errstate(divide="ignore", invalid="ignore"):  # what has no value is left out below
                     ratios = [each[:, places] / each[:, below] for each in scores]
-                found[method][letter] = _over_seeds(ratios, picks[method])
+                found[method][letter] = np.mean(ratios, axis=0)
             if changes:
-                found[method][nats] = _over_seeds([each[:, places] for each in changes], picks[method])
-    return {method: _standing(letters) for method, letters in found.items()}
+                found[method][nats] = np.mean([each[:, places] for each in changes], axis=0)
+    return {method: _standing(letters, chance[method]) for method, letters in found.items()}
 
 
 def _outcomes(runs: list[Any], kind: Kind, only: Only | None) -> list[Outcomes]:
@@ -99,32 +99,44 @@ def _means(outcomes: list[Array], resamples: int, seed: int) -> list[Array]:
     return [np.vstack([each.mean(axis=1), draws]) for each, draws in zip(outcomes, drawn, strict=True)]
 
 
-def _over_seeds(benchmarks: list[Array], picks: NDArray[np.int64]) -> tuple[float, Array]:
-    """The mean over benchmarks and seeds, and that of every resample with its own seeds.
+def _chance(seeds: int, resamples: int, generator: np.random.Generator) -> Array:
+    """`[resamples]`: by how many standard deviations over the seeds their mean may be off; nothing is known of a single seed."""
+    return generator.standard_t(seeds - 1, resamples) / math.sqrt(seeds) if seeds > 1 else np.zeros(resamples)
+
+
+def _standing(metrics: dict[str, Array], chance: Array) -> Standing:
+    """The means over the seeds.
 
     Args:
-        benchmarks: for each `[1 + resamples, seeds]`: the value of each seed, and its resamples.
-        picks: [resamples, seeds], the seeds of each resample.
+        metrics: for each metric `[1 + resamples, seeds]`: the value of each seed, and its resamples.
+        chance: from `_chance`.
     """
-    value, draws = np.split(np.mean(benchmarks, axis=0), [1])
-    return float(value.mean()), np.take_along_axis(draws, picks, axis=1).mean(axis=1)
-
-
-def _standing(letters: dict[str, tuple[float, Array]]) -> Standing:
-    known = {letter: pair for letter, pair in letters.items() if np.isfinite(pair[0])}
+    known = {metric: each for metric, each in metrics.items() if np.isfinite(each[0]).all()}
+    values = {metric: float(each[0].mean()) for metric, each in known.items()}
+    draws = {metric: each[1:].mean(axis=1) for metric, each in known.items()}
     if {"K", "T"} <= set(known):
-        (k, k_draws), (t, t_draws) = known["K"], known["T"]
-        known["KT"] = (2 * k * t / (k + t) if k + t else 0.0, balances(k_draws, t_draws))
-    return Standing(
-        {letter: Estimate(value, *interval(draws)) for letter, (value, draws) in known.items()},
-        {letter: draws for letter, (_, draws) in known.items()},
-    )
+        values["KT"], draws["KT"] = balance(values["K"], values["T"]), balances(draws["K"], draws["T"])
+        known["KT"] = balances(known["K"], known["T"])
+    if chance.any():
+        draws = {metric: each + chance * known[metric][0].std(ddof=1) for metric, each in draws.items()}
+    for ratio in {"K", "T", "KT"} & set(draws):
+        draws[ratio] = draws[ratio].clip(min=0)
+    return Standing({metric: Estimate(values[metric], *interval(each)) for metric, each in draws.items()}, draws)
+
+
+def mean_scores(folder: Path, only: Only | None = None, kinds: Sequence[Kind] = KINDS) -> dict[str, float]:
+    """Mean score of a run on every benchmark of these kinds.
+
+    Args:
+        only: which questions count; None: all.
+    """
+    run = read_scores(folder)
+    return {name: float(outcomes_of(name, kind, [run], only).scores.mean()) for kind in kinds for name in getattr(run[0], kind)}
 
 
 def task_score(folder: Path, only: Only | None = None) -> float:
     """Mean score of a run over its task benchmarks."""
-    run = read_scores(folder)
-    return float(np.mean([outcomes_of(name, "task", [run], only).scores.mean() for name in run[0].task]))
+    return float(np.mean([*mean_scores(folder, only, ("task",)).values()]))
 
 
 def differences(found: dict[str, Standing], reference: str = "lora") -> list[dict[str, Any]]:

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from farss.artifacts import Scores, TaskScore
-from farss.tasks.standing import Entry, differences, standings
+from farss.config import Config
+from farss.tasks.standing import Entry, _chance, _standing, differences, mean_scores, standings
+from farss.tasks.summary import summarise
 
 QUESTIONS = {"facts": ("knowledge", 40), "places": ("knowledge", 30), "intents": ("task", 50), "puzzles": ("other", 20)}
 
@@ -79,6 +81,33 @@ def test_values_are_means_over_benchmarks_and_seeds(runs):
             assert estimate.low < estimate.value < estimate.high
 
 
+def test_an_interval_holds_the_chance_of_few_seeds():
+    """Where only the seeds differ, 95 % of the intervals over two or three of them hold the truth, and equal methods differ in 5 %."""
+    generator = np.random.default_rng(0)
+    for seeds in (2, 3, 5):
+        held, differ, tries = 0, 0, 400
+        for _ in range(tries):
+            found = {}
+            for name in ("one", "other"):
+                values = np.tile(generator.normal(size=seeds), (401, 1))  # the questions add nothing
+                found[name] = _standing({"kept": values}, _chance(seeds, 400, generator))
+            estimate = found["one"].estimates["kept"]
+            held += estimate.low <= 0 <= estimate.high
+            row = next(row for row in differences(found) if row["method"] == "one")
+            differ += row["p_value"] < 0.05
+        assert 0.91 < held / tries < 0.99
+        assert differ / tries < 0.07
+
+
+def test_one_seed_has_the_chance_of_the_questions_alone(runs):
+    base, _, groups = runs
+    one = {"lora": groups["lora"][:1]}
+    estimate = standings(base, one, 400, 0)["lora"].estimates["kept"]
+    summary = [line for line in summarise(base, groups["lora"][0].folder, None, Config()).benchmarks if line.kind == "knowledge"]
+    spread = np.mean([line.gold_change.high - line.gold_change.low for line in summary]) / np.sqrt(2)
+    assert estimate.high - estimate.low == pytest.approx(spread, rel=0.3)
+
+
 def test_nats_need_no_full_fine_tuning(runs):
     base, _, groups = runs
     alone = {name: [Entry(entry.folder, None) for entry in group] for name, group in groups.items()}
@@ -97,6 +126,15 @@ def test_some_questions_alone_may_count(runs):
             rows[folder, task] = np.mean([json.loads(line)["gold_loglikelihood"] for line in lines])
     changes = [rows[entry.folder, task] - rows[base, task] for entry in groups["lora"] for task in ("facts", "places")]
     assert few == pytest.approx(np.mean(changes))
+
+
+def test_scores_are_those_of_the_questions_that_count(runs):
+    base, _, _ = runs
+    assert mean_scores(base)["facts"] == pytest.approx(mean(base, "facts", "score"))
+    few = mean_scores(base, lambda key: int(key) < 10)
+    lines = [json.loads(line) for line in (base / "scores" / "facts.jsonl").read_text().splitlines()[:10]]
+    assert few["facts"] == pytest.approx(np.mean([line["score"] for line in lines]))
+    assert set(few) == set(QUESTIONS)
 
 
 def test_differences_are_paired(runs):
