@@ -21,7 +21,7 @@ from farss.maths.frontier import area, kept_at, learned_at
 from farss.maths.metrics import balance
 from farss.methods import METHODS
 from farss.pipeline import Loaded, Run, Tell, silent, versions
-from farss.plan import method_of, survey_cap
+from farss.plan import method_of
 from farss.report import comparison_csv, comparison_markdown, write_report
 from farss.train import TrainResult
 
@@ -223,7 +223,7 @@ class Entrant:
             shared_config=common,
             statistics_folder=None if same else out / self.label,
             label=self.label,
-            cap=max((survey_cap(plan) for plan in plans if method_of(plan).needs == needs), default=0),
+            beside=[plan for plan in plans if method_of(plan).needs == needs],
             tell=named,
             loaded=self.loaded,
         )

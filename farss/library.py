@@ -19,7 +19,7 @@ from farss.data import Row, Tokenized, calibration_batches, collate, load_exampl
 from farss.errors import FarssError
 from farss.methods import Reading
 from farss.models import find_blocks, fingerprint, target_layers
-from farss.plan import check_plan, make_plan, make_plan_without_survey, method_of, survey_cap
+from farss.plan import check_exact, check_plan, make_plan, make_plan_without_survey, method_of, survey_cap
 from farss.portable import Exported
 from farss.portable import export as export_adapter
 from farss.survey import LENGTH, Progress, own_text, read_layers, survey
@@ -93,6 +93,8 @@ def prepare(
     wanted = dataclasses.replace(plan or PlanConfig(), method=method)
     layers, blocks = target_layers(model, targets), len(find_blocks(model)[1])
     check_plan(wanted, layers, blocks)
+    if calibration.svd == "fast":
+        check_exact(wanted, blocks)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     examples = (
@@ -103,10 +105,11 @@ def prepare(
     processes.join()
     place = _place(wanted, folder)
     found: Survey | None
+    cap = survey_cap(wanted, layers, blocks)
     if isinstance(method_of(wanted).needs, Reading):
-        found = _read(model, tokenizer, examples, wanted, calibration, targets, place, seed, on_progress, knowledge, data.max_length)
+        found = _read(model, tokenizer, examples, wanted, cap, calibration, targets, place, seed, on_progress, knowledge, data.max_length)
     else:
-        found = _look(model, tokenizer, examples.rows, wanted, calibration, targets, place, seed, on_progress, data.max_length)
+        found = _look(model, tokenizer, examples.rows, wanted, cap, calibration, targets, place, seed, on_progress, data.max_length)
     made = make_plan(wanted, found) if found is not None else make_plan_without_survey(wanted, layers, blocks)
     adapted = attach(model, made, found, dropout, seed, base)
     check = collate(examples.rows[:CHECK_ROWS], tokenizer.pad_token_id)
@@ -142,6 +145,7 @@ def _look(
     tokenizer: Any,
     rows: list[Row],
     wanted: PlanConfig,
+    cap: int,
     calibration: CalibrationConfig,
     targets: list[str] | None,
     place: Path,
@@ -153,7 +157,7 @@ def _look(
     if method_of(wanted).needs == "nothing":
         return None
     parts = calibration_batches(rows, calibration, tokenizer.pad_token_id, seed, max_length)
-    meta, cap = {"model": fingerprint(model)}, survey_cap(wanted)
+    meta = {"model": fingerprint(model)}
     return survey(model, parts, place, cap, targets, calibration.fisher, seed, meta, on_progress, calibration.svd)
 
 
@@ -162,6 +166,7 @@ def _read(
     tokenizer: Any,
     examples: Tokenized,
     wanted: PlanConfig,
+    cap: int,
     calibration: CalibrationConfig,
     targets: list[str] | None,
     place: Path,
@@ -187,7 +192,7 @@ def _read(
     texts = processes.shared([in_batches(text) for text in needs.texts] if processes.rank() == 0 else None)
     if processes.rank() == 0 or len(texts) == 2:
         meta = {"model": fingerprint(model)}
-        read_layers(model, place, needs.read, survey_cap(wanted), texts, targets, meta, on_progress, answers=needs.answers)
+        read_layers(model, place, needs.read, cap, texts, targets, meta, on_progress, answers=needs.answers)
     processes.wait()
     return Survey.load(place)
 

@@ -22,7 +22,7 @@ from farss.artifacts import Layer, Plan, Scores, Survey, write_json, write_text
 from farss.boundary import Boundary, Prober, Setting, find
 from farss.boundary import prepare as prepare_search
 from farss.card import write_card
-from farss.config import Config, DataConfig, EvaluateConfig, ModelConfig, QuestionSet
+from farss.config import Config, DataConfig, EvaluateConfig, ModelConfig, PlanConfig, QuestionSet
 from farss.data import Row, Tokenized, calibration_batches, choose, collate, load_examples, plain_rows, unlearnt
 from farss.errors import ConfigError, FolderError
 from farss.evaluate import Summary, evaluate, read_scores, summarise
@@ -59,7 +59,7 @@ from farss.models import (
     stored_dtype,
     tokenizer_fingerprint,
 )
-from farss.plan import check_plan, make_plan, make_plan_without_survey, method_of, require_boundary, survey_cap
+from farss.plan import check_exact, check_plan, make_plan, make_plan_without_survey, method_of, require_boundary, survey_cap
 from farss.portable import export, load_adapter, step_zero
 from farss.prepared import write_prepared
 from farss.recovery import knowledge_alone, recover, recovery_rows
@@ -102,8 +102,8 @@ class Run:
     """Configuration of what is shared (statistics, questions, the search for a boundary); None: the run's own."""
     label: str = ""
     """Its name in a comparison."""
-    cap: int = 0
-    """How many directions at each end the shared statistics shall hold at least."""
+    beside: list[PlanConfig] = field(default_factory=list)
+    """Plans of other runs, for which the shared statistics shall be wide enough."""
     tell: Tell = silent
     loaded: Loaded = field(default_factory=Loaded, repr=False)
     """What was read already; the runs of a comparison read nothing twice."""
@@ -209,7 +209,10 @@ class Run:
             recovery_rows(self.common_config, self.tokenizer)
         layers, blocks = self.shapes
         for boundary in self.search_setting.schedule.candidates if self.searches else [self.config.plan.boundary]:
-            check_plan(replace(self.config.plan, boundary=boundary), layers, blocks)
+            plan = replace(self.config.plan, boundary=boundary)
+            check_plan(plan, layers, blocks)
+            if self.config.calibration.svd == "fast":
+                check_exact(plan, blocks)
 
     def _check_handover(self) -> None:
         """Find out before hours of training what cannot be handed over after it.
@@ -294,9 +297,9 @@ class Run:
     def survey(self) -> Survey:
         """`survey/`: the statistics and decompositions."""
         config = self.common_config
-        options, place, cap = self._survey_options, self.place.path / "survey", max(survey_cap(config.plan), self.cap)
+        options, place = self._survey_options, self.place.path / "survey"
         if self.place.is_done("survey", options) and place.is_dir():
-            return _check_cap(Survey.load(place), survey_cap(config.plan))
+            return _check_cap(Survey.load(place), self._cap(config.plan))
         parts = calibration_batches(
             self.common_examples.rows, config.calibration, self.tokenizer.pad_token_id, config.seed, config.data.max_length
         )
@@ -305,20 +308,33 @@ class Run:
         meta = {"model": fingerprint(model), "tokenizer": tokenizer_fingerprint(self.tokenizer), "path": config.model.path}
         with self.place.step("survey", options) as facts:
             result = survey(
-                *(model, parts, place, cap, config.model.targets, config.calibration.fisher, config.seed, meta),
+                *(
+                    model,
+                    parts,
+                    place,
+                    self._cap(config.plan, *self.beside),
+                    config.model.targets,
+                    config.calibration.fisher,
+                    config.seed,
+                    meta,
+                ),
                 lambda done, total, line: self.tell("survey", done, total, line),
                 *(config.calibration.svd, device_of(config.model)),
             )
             facts |= {name: result.meta[name] for name in ("seconds", "peak_memory_gib")}
         return result
 
+    def _cap(self, *plans: PlanConfig) -> int:
+        """How many directions at each end the statistics hold that all of these plans can be made of."""
+        return max(survey_cap(plan, *self.shapes) for plan in plans)
+
     def reading(self, wanted: Reading) -> Survey:
         """`<its name>/`: what a method other than FARSS looks at before it is planned."""
         config = self.common_config
         options, place = options_of(config, READING_KEYS[wanted.of]), self.place.path / wanted.name
-        cap, device = max(survey_cap(config.plan), self.cap), device_of(config.model)
+        device = device_of(config.model)
         if self.place.is_done(wanted.name, options) and place.is_dir():
-            return _check_cap(Survey.load(place), survey_cap(config.plan))
+            return _check_cap(Survey.load(place), self._cap(config.plan))
         reset_peak(device)
         model = self._to_look_at()
         begun = time.monotonic()
@@ -326,7 +342,7 @@ class Run:
             meta = {"model": fingerprint(model), "tokenizer": tokenizer_fingerprint(self.tokenizer), "path": config.model.path}
             texts = [self._batches(text) for text in wanted.texts]
             result = read_layers(
-                *(model, place, wanted.read, cap, texts, config.model.targets, meta),
+                *(model, place, wanted.read, self._cap(config.plan, *self.beside), texts, config.model.targets, meta),
                 lambda done, total, line: self.tell(wanted.name, done, total, line),
                 *(device, wanted.answers),
             )

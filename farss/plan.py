@@ -9,8 +9,9 @@ from farss.config import PlanConfig, nearest
 from farss.errors import ConfigError
 from farss.methods import METHODS, Method, Reading
 from farss.methods.base import Context
-from farss.methods.farss import choose_boundary
-from farss.methods.uniform import check_rank
+from farss.methods.farss import choose_boundary, deep_rank
+from farss.methods.uniform import check_rank, chosen_rank, uniform_parameters
+from farss.search import candidates, shallow_end
 
 
 def method_of(config: PlanConfig) -> Method:
@@ -26,6 +27,8 @@ def method_of(config: PlanConfig) -> Method:
 
 def make_plan(config: PlanConfig, survey: Survey) -> Plan:
     """Plan any method from a survey: the same survey answers every boundary, rank, budget and direction rule."""
+    if survey.meta.get("svd") == "fast":
+        check_exact(config, survey.blocks)
     made = method_of(config).plan(config, Context(survey.layers, survey.blocks, survey))
     widest = max(min(layer.shape) for layer in survey.layers.values())
     if survey.tokens >= widest or not survey.examples or method_of(config).needs != "survey":
@@ -56,6 +59,8 @@ def check_plan(config: PlanConfig, layers: dict[str, Layer], blocks: int) -> Non
         check_rank(config, layers)
     if method.boundary:
         choose_boundary(config, blocks)
+    if method.name != "full":
+        survey_cap(config, layers, blocks)
 
 
 def require_boundary(config: PlanConfig) -> None:
@@ -69,8 +74,42 @@ def require_boundary(config: PlanConfig) -> None:
         raise ConfigError(f"plan.method={config.method!r} treats all blocks alike, so there is no boundary to find: choose of {others}")
 
 
-def survey_cap(config: PlanConfig) -> int:
-    """How many directions at each end a survey must keep for this plan; a matched rank may exceed `plan.rank`."""
+def survey_cap(config: PlanConfig, layers: dict[str, Layer], blocks: int) -> int:
+    """How many directions at each end a survey must keep for this plan, from the target layers' shapes."""
     needs = method_of(config).needs
-    widest = max(config.rank, config.r_max) * (needs.reach if isinstance(needs, Reading) else 1)
-    return widest if config.match_params is None else 2 * widest
+    widest = max(config.rank, config.r_max)
+    if config.match_params is not None:
+        widest = max(2 * widest, _highest_rank(config, layers, blocks))
+    return widest * (needs.reach if isinstance(needs, Reading) else 1)
+
+
+def _highest_rank(config: PlanConfig, layers: dict[str, Layer], blocks: int) -> int:
+    """A bound of the rank that `plan.match_params` solves for: that beside the most shallow layers, all of the smallest rank.
+
+    Raises:
+        ConfigError: every block is shallow.
+    """
+    if method_of(config).boundary:
+        boundary = candidates(blocks)[-1] if config.boundary == "auto" else choose_boundary(config, blocks)
+        return deep_rank(config, layers, {name: config.r_min for name, layer in layers.items() if layer.block < boundary}, [])
+    rank = chosen_rank(config, layers, lambda r: uniform_parameters(layers, r), [])
+    return rank + rank // 8  # a method whose small layers get less has more for the others
+
+
+def check_exact(config: PlanConfig, blocks: int) -> None:
+    """Refuse the least important directions of blocks that `calibration.svd: fast` decomposes in float32, where they are not exact.
+
+    Raises:
+        ConfigError: the plan takes some.
+    """
+    method, end = method_of(config), shallow_end(blocks)
+    if method.needs != "survey":
+        return
+    shallow = choose_boundary(config, blocks) if method.boundary and config.boundary != "auto" else min(end, blocks)
+    least = [shallow] if method.boundary and config.shallow_directions == "least" else []
+    least += [blocks] if method.name == "farss-init" or (method.boundary and config.deep_directions == "least") else []
+    if max(least, default=0) > end:
+        raise ConfigError(
+            f"calibration.svd=fast decomposes the blocks from {end} on in float32, where the least important directions are not exact, and "
+            f"this plan takes some of them up to block {max(least) - 1}: set calibration.svd=exact"
+        )

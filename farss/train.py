@@ -439,7 +439,11 @@ def _classes() -> tuple[Any, Any]:
 
         def __init__(self, run: _Run, **options: Any) -> None:
             self.run, self.whole = run, options["model"]
+            before = [(parameter, parameter.data) for parameter in self.whole.parameters() if parameter.requires_grad]
             super().__init__(**options)
+            for parameter, data in before:
+                if parameter.dtype != data.dtype:  # TRL rounds adapters of 4-bit models to bfloat16: see `_check_model`
+                    parameter.data = data
             # TRL divides by the number of answer tokens in the whole batch, if it is counted; models whose forward
             # takes no **kwargs would get a mean over micro-batches
             self.model_accepts_loss_kwargs = True

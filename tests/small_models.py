@@ -6,6 +6,7 @@ import torch
 import transformers
 
 from farss import world
+from farss.models import find_blocks, target_layers
 
 VOCABULARY = 97
 
@@ -79,3 +80,8 @@ def examples(count=6, length=11, seed=0):
         ids = torch.randint(3, VOCABULARY, (size,), generator=generator).tolist()
         rows.append({"input_ids": ids, "completion_mask": [0] * 4 + [1] * (size - 4)})
     return rows
+
+
+def shapes(model):
+    """The target layers of a model, and how many blocks it has, as `survey_cap` wants them."""
+    return target_layers(model), len(find_blocks(model)[1])

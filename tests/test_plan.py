@@ -4,16 +4,18 @@ import dataclasses
 
 import pytest
 import torch
-from small_models import examples, small
+from small_models import examples, shapes, small
 
-from farss.artifacts import Plan
+from farss.artifacts import Layer, Plan
 from farss.config import PlanConfig
 from farss.data import batches, collate
 from farss.errors import ConfigError
 from farss.maths.directions import select
+from farss.maths.ranks import paper_ranks
+from farss.methods.farss import shallow_ranks
 from farss.methods.uniform import uniform_parameters
 from farss.models import find_blocks, target_layers
-from farss.plan import check_plan, make_plan, make_plan_without_survey, survey_cap
+from farss.plan import check_exact, check_plan, make_plan, make_plan_without_survey, survey_cap
 from farss.survey import survey
 
 BASE = PlanConfig(boundary=2, rank=8, r_min=1, r_avg=4, r_max=6)
@@ -68,7 +70,7 @@ def test_too_few_tokens_are_told(found):
 def test_one_survey_answers_every_plan(found, tmp_path, changes):
     config = dataclasses.replace(BASE, **changes)
     parts = [collate(part, 0) for part in batches(examples(), 3)]
-    fresh = survey(small("llama-gqa"), parts, tmp_path, cap=survey_cap(config))
+    fresh = survey(small("llama-gqa"), parts, tmp_path, cap=survey_cap(config, *shapes(small("llama-gqa"))))
     assert make_plan(config, found) == make_plan(config, fresh)
     for name, layer in make_plan(config, found).layers.items():
         for one, two in zip(found.vectors(name, layer.directions), fresh.vectors(name, layer.directions), strict=True):
@@ -150,3 +152,46 @@ def check_and_plan(config, found):
     """As a run does: what can be known before the survey is checked first."""
     check_plan(config, found.layers, found.blocks)
     make_plan(config, found)
+
+
+@pytest.mark.parametrize("method", ["farss", "farss-fixed", "farss-init"])
+def test_a_survey_is_wide_enough_for_a_matched_rank(tmp_path, method):
+    model = small("llama-gqa")
+    target = uniform_parameters(shapes(model)[0], 11)
+    config = dataclasses.replace(BASE, method=method, rank=2, r_min=1, r_avg=1, r_max=2, match_params=target)
+    cap = survey_cap(config, *shapes(model))
+    assert cap > 2 * max(config.rank, config.r_max)
+    parts = [collate(part, 0) for part in batches(examples(), 3)]
+    plan = make_plan(config, survey(model, parts, tmp_path, cap=cap))
+    assert 10 < max(layer.rank for layer in plan.layers.values()) <= cap
+
+
+def test_a_rank_of_no_layer_is_not_solved_for():
+    layers, blocks = shapes(small("llama-gqa"))
+    with pytest.raises(ConfigError, match=r"every block is shallow: lower plan.boundary"):
+        check_plan(dataclasses.replace(BASE, match_params="lora", boundary=blocks), layers, blocks)
+
+
+def test_directions_that_float32_does_not_order_are_refused():
+    blocks = 12
+    for changes in ({"boundary": 6}, {"method": "farss-init"}, {"boundary": 3, "deep_directions": "least"}):
+        with pytest.raises(ConfigError, match=r"svd=fast decomposes the blocks from 4 on .*: set calibration.svd=exact"):
+            check_exact(dataclasses.replace(BASE, **changes), blocks)
+    most = {"boundary": 6, "shallow_directions": "most"}
+    for changes in ({"boundary": 4}, most, {"boundary": "auto"}, {"method": "farss-all-high"}, {"method": "lora"}):
+        check_exact(dataclasses.replace(BASE, **changes), blocks)
+
+
+def test_a_weight_of_zeros_takes_no_ranks_from_others():
+    layers = {str(place): Layer(str(place), 0, (32, 32), importance=float(place)) for place in range(4)}
+    ranks = shallow_ranks(dataclasses.replace(BASE, r_avg=6, r_min=1, r_max=12), layers, 1, [])
+    assert ranks["0"] == 1
+    assert list(ranks.values())[1:] == paper_ranks([1.0, 2.0, 3.0], 6, 1, [12] * 3)
+
+
+def test_a_budget_that_the_smallest_rank_exceeds_is_told():
+    layers = {str(place): Layer(str(place), 0, (32, 32), importance=1.0 if place else 1e-3) for place in range(14)}
+    notes = []
+    ranks = shallow_ranks(dataclasses.replace(BASE, r_avg=1, r_min=1, r_max=32), layers, 1, notes)
+    assert sum(ranks.values()) > 14
+    assert notes == [f"The shallow layers got {sum(ranks.values())} ranks, more than the budget of 14: none gets fewer than plan.r_min."]

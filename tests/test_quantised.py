@@ -8,9 +8,11 @@ from small_models import examples, small
 from test_adapter import CONFIG, logits
 from test_portable import prompts
 from test_survey import collated
+from test_train import tokenizer
 
 from farss.adapter import attach
-from farss.config import ModelConfig
+from farss.config import ModelConfig, from_dict
+from farss.data import Tokenized
 from farss.errors import FarssError, ModelError
 from farss.merging import merge
 from farss.models import base_fingerprint, base_weights, keep_gradients, load_model, target_layers, weight_of
@@ -18,6 +20,7 @@ from farss.plan import make_plan
 from farss.portable import export
 from farss.prepared import write_prepared
 from farss.survey import survey
+from farss.train import train
 
 
 @pytest.fixture
@@ -79,6 +82,20 @@ def test_training_and_export_on_a_4_bit_base(folder, tmp_path):
     assert base_fingerprint(adapted) == base_fingerprint(four_bits(folder))
     after = base_weights(adapted.get_base_model())
     assert all(torch.equal(after[name], tensor) for name, tensor in packed.items())
+
+
+def test_its_adapters_train_in_float32(folder, tmp_path):
+    """TRL makes adapters of 4-bit models bfloat16, where steps of this size are lost."""
+    model = four_bits(folder)
+    found = survey(model, collated(examples()), tmp_path / "survey", 8)
+    adapted = attach(model, make_plan(CONFIG, found), found)
+    before = {name: parameter.detach().clone() for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    options = {"learning_rate": 1e-5, "max_steps": 2, "batch_size": 4, "gradient_checkpointing": False}
+    train(adapted, tokenizer(), Tokenized(examples(8)), from_dict({"train": options}), tmp_path)
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.dtype == torch.float32
+            assert (parameter != before[name]).float().mean() > 0.9
 
 
 def test_what_a_4_bit_base_cannot_do_is_refused(folder, tmp_path):

@@ -18,8 +18,9 @@ from farss.data import batches, calibration_batches, collate
 from farss.errors import ConfigError, FarssError, FolderError, ModelError, NumericalError
 from farss.maths.directions import decompose, direction_scores, select
 from farss.maths.fisher import quadratic_form
+from farss.methods import METHODS
 from farss.models import left_out, target_layers, weight_of
-from farss.survey import survey
+from farss.survey import read_layers, survey
 from farss.survey.passage import enter, sampled, through
 from farss.survey.sweep import shallow_end
 
@@ -332,11 +333,24 @@ def test_unknown_target_names_the_nearest(llama):
         target_layers(llama, ["q_prj"])
 
 
+def read_activations(model, folder):
+    return read_layers(model, folder, METHODS["corda-kpm"].needs.read, 4, [collated(examples())])
+
+
 def test_nan_weights_are_named(llama, tmp_path):
     llama.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
-    with pytest.raises(NumericalError, match=r"NaN"):
+    with pytest.raises(NumericalError, match=r"weights of model.layers.1.mlp.up_proj hold NaN"):
         survey(llama, collated(examples()), tmp_path, 4)
     assert not (tmp_path / "survey.json").exists()
+
+
+@pytest.mark.parametrize("look", [lambda model, folder: survey(model, collated(examples()), folder, 4), read_activations])
+def test_what_overflows_is_not_taken_up_in_a_higher_precision(llama, tmp_path, look):
+    llama.model.layers[1].mlp.up_proj.weight.data *= 3e4
+    half = llama.half()
+    with pytest.raises(NumericalError, match=r"what leaves block 1 holds NaN or infinite values, .*: set model.dtype=float32"):
+        look(half, tmp_path)
+    assert torch.isfinite(torch.tensor([layer.importance for layer in look(half.float(), tmp_path).layers.values()])).all()
 
 
 def test_mixture_of_experts_is_adapted_outside_the_experts(tmp_path):

@@ -19,6 +19,8 @@ WEAK_OF_MEAN = 0.02
 after the weight, and divided by sigma squared, would lose more than four digits."""
 LOST = 1e-5
 """Below this share of the largest singular value the Gram matrix has lost a direction altogether."""
+MISSING = 1e-5
+"""Factors smaller than this begin at a point where no gradient moves them."""
 CHUNK = 4096
 """Rows of a weight that are converted to the working precision at a time."""
 
@@ -157,6 +159,11 @@ def overlap(one: Tensor, other: Tensor) -> float:
 
 
 def factors(u: Tensor, sigma: Tensor, v: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """Start of the adapter (eq. 16-17): `B [m, r]`, `A [r, n]` with `scaling * B A = U_S diag(sigma_S) V_S^T`."""
+    """Start of the adapter (eq. 16-17): `B [m, r]`, `A [r, n]` with `scaling * B A = U_S diag(sigma_S) V_S^T`.
+
+    A direction that the weight does not have, of a (nearly) rank-deficient one, would make both factors zero, which no gradient ever
+    moves. It starts as a LoRA does: `v` in A, zero in B.
+    """
     root = (sigma.double() / scaling).sqrt()
-    return u.double() * root, root[:, None] * v.double().T
+    missing = root < MISSING
+    return u.double() * root.masked_fill(missing, 0), root.masked_fill(missing, 1)[:, None] * v.double().T

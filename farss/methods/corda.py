@@ -32,8 +32,11 @@ def read(weight: Tensor, cap: int, moment: Tensor) -> dict[str, Tensor]:
 
 
 def damped(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """A covariance `C [n, n]` that has an inverse, and its Cholesky factor [n, n]."""
+    """A covariance `C [n, n]` that has an inverse, and its Cholesky factor [n, n]; of inputs that are all zero, which say nothing,
+    the identity."""
     identity = torch.eye(covariance.shape[0], dtype=covariance.dtype, device=covariance.device)
+    if not covariance.any():
+        return identity, identity
     damping = DAMPING
     while True:
         result = covariance + damping * covariance.diagonal().mean() * identity

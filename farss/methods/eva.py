@@ -18,10 +18,10 @@ RHO = 2
 
 
 def read(weight: Tensor, cap: int, moment: Tensor) -> dict[str, Tensor]:
-    """The principal components of the inputs; a component's score is its share of their variance."""
+    """The principal components of the inputs; a component's score is its share of their variance, 0 where there is none."""
     energy, vectors = torch.linalg.eigh(moment.double())
-    count = min(weight.shape)
-    share, vectors = (energy / energy.sum()).flip(0)[:count].clamp_min(0), vectors.flip(1)[:, : min(cap, count)]
+    count, whole = min(weight.shape), energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)
+    share, vectors = (energy / whole).flip(0)[:count].clamp_min(0), vectors.flip(1)[:, : min(cap, count)]
     ones, size = torch.ones(count), vectors.shape[1]
     return layer_tensors(ones, share, ones.clone(), torch.arange(size), weight.new_zeros(weight.shape[0], size), vectors)
 

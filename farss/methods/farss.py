@@ -59,15 +59,20 @@ def shallow_ranks(config: PlanConfig, layers: dict[str, Layer], boundary: int, n
     shallow = [layer for layer in layers.values() if layer.block < boundary]
     if not shallow:
         return {}
-    caps = [min(config.r_max, layer_cap(layer)) for layer in shallow]
+    # a weight of zeros has no importance and no direction: as the least important one it would take the others' ranks
+    told = [layer for layer in shallow if layer.importance != 0] or shallow
+    caps = [min(config.r_max, layer_cap(layer)) for layer in told]
     try:
-        ranks = BUDGETS[config.budget]([layer.importance for layer in shallow], config.r_avg, config.r_min, caps)
+        ranks = BUDGETS[config.budget]([layer.importance for layer in told], config.r_avg, config.r_min, caps)
     except ValueError as error:
         raise NumericalError(f"no Fisher information reaches the shallow blocks ({error}): check the training data") from error
-    budget = config.r_avg * len(shallow)
-    if sum(ranks) != budget:
+    budget = config.r_avg * len(told)
+    if sum(ranks) < budget:
         notes.append(f"The shallow layers got {sum(ranks)} of a budget of {budget} ranks: the rest was lost to rounding and clipping.")
-    return {layer.name: rank for layer, rank in zip(shallow, ranks, strict=True)}
+    if sum(ranks) > budget:
+        notes.append(f"The shallow layers got {sum(ranks)} ranks, more than the budget of {budget}: none gets fewer than plan.r_min.")
+    given = {layer.name: rank for layer, rank in zip(told, ranks, strict=True)}
+    return {layer.name: given.get(layer.name, min(config.r_min, layer_cap(layer))) for layer in shallow}
 
 
 def deep_rank(config: PlanConfig, layers: dict[str, Layer], shallow: dict[str, int], notes: list[str]) -> int:

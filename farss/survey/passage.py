@@ -132,6 +132,16 @@ def replaced(blocks: nn.ModuleList, stand_in: Callable[..., Tensor]) -> Iterator
             block.forward = original
 
 
+def finite(states: list[Tensor]) -> bool:
+    """Whether the states of all batches hold nothing but numbers: others must not be kept, and read again."""
+    return all(bool(torch.isfinite(state).all()) for state in states)
+
+
+def overflow(what: str) -> NumericalError:
+    """Of states that do not, though the weights do."""
+    return NumericalError(f"{what} holds NaN or infinite values, too large for the model's precision: set model.dtype=float32")
+
+
 # --- the loss --------------------------------------------------------------------------------------------------------
 
 

@@ -25,7 +25,7 @@ from farss.models import find_blocks, keep_gradients, target_layers
 from farss.models import fingerprint as model_fingerprint
 from farss.survey.against import Against, Read
 from farss.survey.kept import INPUT, Kept
-from farss.survey.passage import Batch, check_passage, enter, through
+from farss.survey.passage import Batch, check_passage, enter, finite, overflow, through
 from farss.survey.places import computing_device, frozen, moved, outside, placed, placed_in_turn, tensors_of
 from farss.survey.record import begin, finish, mark_file, same_survey, write_block
 from farss.survey.statistics import finite_moment, finite_weight, recording_inputs, sums_of
@@ -128,6 +128,10 @@ def _moments(
                 for place, (passage, state) in enumerate(zip(passages, states, strict=True)):
                     with torch.no_grad(), recording_inputs(modules, moments, passage.mask):
                         states[place] = through(blocks[index], index, passage, state)
+                if not finite(states):
+                    for name, module in modules.items():
+                        finite_weight(layers[name], module)
+                    raise overflow(f"what leaves block {index}")
                 kept.write(INPUT, index + 1, states)
                 yield index, moments
             kept.drop(INPUT, index)

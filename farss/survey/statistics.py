@@ -72,11 +72,9 @@ class Readout(NamedTuple):
     """Share of the exact choice that a float32 decomposition chose, at each end."""
 
 
-def start(layer: Layer, module: nn.Module, owner: int, precision: torch.dtype) -> Statistics:
-    """Decompose a layer's weight, in its owner, and make room for its moments."""
-    weight, sums = finite_weight(layer, module), sums_of(module)
-    parts = decompose(weight, precision) if processes.rank() == owner else None
-    rows = far_rows(weight)
+def start(layer: Layer, weight: Tensor, module: nn.Module, owner: int, parts: Decomposition | None) -> Statistics:
+    """Make room for a layer's moments; its weight's decomposition is present in its owner, and what all need of it is shared."""
+    sums, rows = sums_of(module), far_rows(weight)
     weak = processes.shared(parts.far_weak.shape[1] if parts else 0, owner)
     vectors = parts.far_weak.to(sums).contiguous() if parts else rows.new_empty((rows.shape[0], weak), dtype=sums)
     on_weak = Moment(sums, processes.shared_tensor(vectors, owner)) if weak else None

@@ -24,15 +24,16 @@ from torch import Tensor, nn
 from farss import processes
 from farss.artifacts import Layer, Survey, fingerprint, write_json
 from farss.errors import FarssError
+from farss.maths.directions import decompose
 from farss.memory import freed_memory_kept, peak_gib, used_gib
 from farss.models import find_blocks, keep_gradients, target_layers
 from farss.models import fingerprint as model_fingerprint
 from farss.search import shallow_end
 from farss.survey.kept import GRADIENT, INPUT, KINDS, Kept, check_space
-from farss.survey.passage import Batch, Passage, check_passage, counted, enter, output_gradient, through, uniform_draws
+from farss.survey.passage import Batch, Passage, check_passage, counted, enter, finite, output_gradient, overflow, through, uniform_draws
 from farss.survey.places import computing_device, frozen, moved, outside, placed, placed_in_turn, tensors_of
 from farss.survey.record import PROGRESS, begin, finish, mark_of, same_survey, write_block
-from farss.survey.statistics import Readout, add_up, read_out, recording, start, summary
+from farss.survey.statistics import Readout, add_up, finite_weight, read_out, recording, start, summary
 
 Progress = Callable[[int, int, str], None]
 Svd = Literal["exact", "fast"]
@@ -189,6 +190,8 @@ class Sweep:
         """Send every batch through each block in turn, and the last block's output through the loss."""
         states = self.through_all(passages, INPUT)
         gradients = [output_gradient(self.model, self.blocks, *pair) for pair in zip(passages, states, strict=True)]
+        if not finite(gradients):
+            raise overflow("the loss's gradient at the last block")
         self.kept.write(GRADIENT, len(self.blocks) - 1, gradients)
 
     def through_all(self, passages: list[Passage], kind: str) -> list[Tensor]:
@@ -203,6 +206,9 @@ class Sweep:
             states = self.kept.read(kind, index, self.device)
             with placed(tensors_of(self.blocks[index]), self.device), torch.no_grad():
                 states = [through(self.blocks[index], index, *pair) for pair in zip(passages, states, strict=True)]
+            if not finite(states):
+                self._weights(index)
+                raise overflow(f"what leaves block {index}")
             if index < len(self.blocks) - 1:
                 self.kept.write(kind, index + 1, states)
         return states
@@ -213,6 +219,8 @@ class Sweep:
         with placed(tensors_of(self.blocks[index]), self.device):
             gradients, found = self.look(index, passages, inside, {name: self.model.get_submodule(name) for name in inside})
         if index:
+            if not finite(gradients):
+                raise overflow(f"the loss's gradient at block {index - 1}")
             self.kept.write(GRADIENT, index - 1, gradients)
         parts = processes.gathered(found)  # all gradients are written when the first process has these
         if parts:
@@ -232,15 +240,20 @@ class Sweep:
         """
         precision, check = self._precision(index)
         with self.timed("decompositions"):
-            known = {
-                name: start(layer, modules[name], place % processes.size(), precision) for place, (name, layer) in enumerate(inside.items())
-            }
+            weights = self._weights(index)
+            owners = {name: place % processes.size() for place, name in enumerate(inside)}
+            # all of a process's own first: what they share afterwards waits for its owner
+            own = {name: decompose(weights[name], precision) for name, owner in owners.items() if owner == processes.rank()}
+            known = {name: start(layer, weights[name], modules[name], owners[name], own.get(name)) for name, layer in inside.items()}
         with self.timed("statistics"):
             gradients = self.walk(index, passages, lambda mask: recording(modules, known, mask))
             add_up(moment for one in known.values() for moment in one.moments)
         with self.timed("scores and vectors"):
-            own = {name: one for name, one in known.items() if one.owner == processes.rank()}
-            return gradients, {name: read_out(one, self.cap, self.tokens, check) for name, one in own.items()}
+            return gradients, {name: read_out(known[name], self.cap, self.tokens, check) for name in own}
+
+    def _weights(self, index: int) -> dict[str, Tensor]:
+        """The weights of the target layers inside a block, where they are; see `finite_weight`."""
+        return {name: finite_weight(layer, self.model.get_submodule(name)) for name, layer in self.layers.items() if layer.block == index}
 
     def walk(self, index: int, passages: list[Passage], recorded: Callable[[Tensor], AbstractContextManager[None]]) -> list[Tensor]:
         """Push the output gradients of a block back through it.

@@ -175,3 +175,12 @@ def test_products_of_bfloat16_values_are_those_of_float32():
     torch.testing.assert_close(product(x, y, torch.float32).double(), exact, rtol=0, atol=2e-6 * 64)
     assert torch.get_float32_matmul_precision() == "highest"
     torch.testing.assert_close(squared(x.float()).double(), x.double().T @ x.double(), rtol=0, atol=2e-6 * 64)
+
+
+def test_a_direction_that_the_weight_does_not_have_can_be_trained():
+    u, v = torch.eye(5, dtype=torch.float64)[:, :3], torch.eye(4, dtype=torch.float64)[:, :3]
+    sigma = torch.tensor([2.0, 1e-3, 1e-16], dtype=torch.float64)
+    b, a = factors(u, sigma, v, 1.0)
+    torch.testing.assert_close(b @ a, u[:, :2] * sigma[:2] @ v[:, :2].T)
+    assert torch.equal(a[2], v[:, 2])  # the gradient of B is not zero
+    assert not b[:, 2].any()

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from small_models import examples, small
+from small_models import examples, shapes, small
 from test_survey import collated, language_loss
 
 from farss.adapter import TRAINED, activate, attach, lora_layers, start_of
@@ -24,7 +24,7 @@ TASK, KNOWLEDGE = examples(12), examples(9, seed=1)
 
 def looked_at(model, folder, task=None, knowledge=None, **options):
     texts = [task or collated(TASK), knowledge or collated(KNOWLEDGE)]
-    return read_layers(model, folder, read, survey_cap(CONFIG), texts, **options)
+    return read_layers(model, folder, read, survey_cap(CONFIG, *shapes(model)), texts, **options)
 
 
 def brute_force(model, layers):

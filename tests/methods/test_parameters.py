@@ -6,7 +6,7 @@ import itertools
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from small_models import examples, small
+from small_models import examples, shapes, small
 from test_survey import collated
 
 from farss.adapter import attach
@@ -31,9 +31,9 @@ def planner(config, model, folder):
     batches = collated(examples())
     if isinstance(needs, Reading):
         texts = [batches] * len(needs.texts)
-        known = read_layers(model, folder, needs.read, survey_cap(config), texts, answers=needs.answers)
+        known = read_layers(model, folder, needs.read, survey_cap(config, *shapes(model)), texts, answers=needs.answers)
     else:
-        known = survey(model, batches, folder, survey_cap(config))
+        known = survey(model, batches, folder, survey_cap(config, *shapes(model)))
     return known, lambda wanted: make_plan(wanted, known)
 
 

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.corda import collect_eigens_for_layer
 from peft.tuners.lora.eva import get_eva_state_dict
-from small_models import examples, small
+from small_models import examples, shapes, small
 from test_adapter import logits
 from test_portable import prompts
 from test_survey import collated
@@ -30,7 +30,7 @@ READINGS = ["olora", "corda-ipm", "corda-kpm", "lora-null", "eva", "farss-plus"]
 def planned(method, model, folder, batches=None):
     config = dataclasses.replace(CONFIG, method=method)
     needs = METHODS[method].needs
-    known = read_layers(model, folder, needs.read, survey_cap(config), [batches] * len(needs.texts), answers=needs.answers)
+    known = read_layers(model, folder, needs.read, survey_cap(config, *shapes(model)), [batches] * len(needs.texts), answers=needs.answers)
     return known, make_plan(config, known)
 
 
@@ -85,7 +85,7 @@ def test_corda_is_pefts_with_the_same_covariance(method, end, tmp_path):
 def test_corda_factors_rebuild_the_weight(tmp_path):
     model, batches = small("llama"), collated(examples())
     config = dataclasses.replace(CONFIG, method="corda-ipm", rank=32)
-    known = read_layers(model, tmp_path, METHODS["corda-ipm"].needs.read, survey_cap(config), [batches])
+    known = read_layers(model, tmp_path, METHODS["corda-ipm"].needs.read, survey_cap(config, *shapes(model)), [batches])
     plan = make_plan(config, known)
     for name, layer in plan.layers.items():
         b, a = start_of(plan, known, name).trained
@@ -220,7 +220,17 @@ def test_own_text_is_the_models_own_and_the_same_every_time():
     one, two, other = (own_text(model, Words(), 40, 12, seed) for seed in (0, 0, 1))
     assert one == two
     assert one != other
+    model.generation_config.repetition_penalty = 50.0  # of answers in a chat, and not of what the model knows
+    assert own_text(model, Words(), 40, 12, 0) == one
     assert len(one) == 40
     assert all(text[0] == 1 and 2 <= len(text) <= 12 and 2 not in text[2:] for text in one)
     rows = unlearnt(one)
     assert all(len(row["input_ids"]) == len(row["completion_mask"]) and not any(row["completion_mask"]) for row in rows)
+
+
+@pytest.mark.parametrize("method", ["corda-kpm", "farss-plus", "eva", "lora-null"])
+def test_a_layer_whose_inputs_are_all_zero_is_read(method):
+    weight, nothing = torch.randn(6, 4, dtype=torch.float64, generator=torch.manual_seed(0)), torch.zeros(4, 4, dtype=torch.float64)
+    needs = METHODS[method].needs
+    found = needs.read(weight, 4, *[nothing] * len(needs.texts))
+    assert all(torch.isfinite(tensor).all() for tensor in found.values())
