@@ -1,7 +1,7 @@
 """The two ways of taking the start out of the base (`adapter.base`), side by side: seconds a step, memory, exactness.
 
 farss gemma models/gemma-3-270m
-FARSS_DATA=../shared/data python benchmarks/adapter_base.py models/gemma-3-270m
+FARSS_DATA=path/to/data python benchmarks/adapter_base.py models/gemma-3-270m
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Beyond the paper: variations on FARSS and LoRA, at several learning rates, K against T.
 
     python benchmarks/beyond.py                                              # the embedded world
-    FARSS_DATA=../shared/data python benchmarks/beyond.py configs/gemma-banking77.yaml --variants farss farss@0.5 farss+stay:1
+    FARSS_DATA=path/to/data python benchmarks/beyond.py configs/gemma-banking77.yaml --variants farss farss@0.5 farss+stay:1
 
 A variant is a method, behind each `+` a change to it, and behind `@` a factor of its learning rate:
 
@@ -22,6 +22,7 @@ Finished runs are not done again. The knowledge text is `calibration.knowledge`,
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -266,7 +267,7 @@ def main() -> None:
     entries = {each: [Entry(one.path, full.path) for one, full in zip(group, runs["full"], strict=True)] for each, group in runs.items()}
     found = standings(folder / "base", entries, config.evaluate.resamples, config.seed, None)
     rows = [row(each, group[0], found[each]) for each, group in runs.items()]
-    command = " ".join(["python benchmarks/beyond.py", *sys.argv[1:]])
+    command = shlex.join(["python", "benchmarks/beyond.py", *sys.argv[1:]])
     write_section(f"{given.title}-{name}-seed{config.seed}", f"`{command}`\n\n{table(rows)}\n\n({environment()})", "beyond.md")
 
 

@@ -1,7 +1,7 @@
 """Is the boundary that the search chooses as good as the best one found by full runs of every candidate?
 
     python benchmarks/boundary.py                                 # the embedded world
-    FARSS_DATA=../shared/data python benchmarks/boundary.py configs/gemma-banking77.yaml
+    FARSS_DATA=path/to/data python benchmarks/boundary.py configs/gemma-banking77.yaml
 
 One survey and one evaluation of the base are shared by the search, a full run of every candidate, and full fine-tuning, the
 reference of T. Whatever is complete is not done again, so it may be killed and started again. `key=value` overrides options;
@@ -11,6 +11,7 @@ reference of T. Whatever is complete is not done again, so it may be killed and 
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
@@ -130,7 +131,7 @@ def written(measured: Measured, arguments: list[str]) -> str:
         f"The search took {found.seconds:.0f} s, {found.seconds / seconds:.0%} of the {seconds:.0f} s that a full run trains on average.",
         f"K: {found.knowledge}. T: {found.task}.",
     ]
-    command = " ".join(["python benchmarks/boundary.py", *arguments])
+    command = shlex.join(["python", "benchmarks/boundary.py", *arguments])
     return f"`{command}`\n\n{table(rows)}\n\n" + "\n".join(lines) + f"\n\n({environment()})"
 
 

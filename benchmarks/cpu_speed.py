@@ -2,7 +2,7 @@
 answer tokens only, freed memory that is kept, a compact output layer, and reading the examples before every question once.
 
     farss gemma models/gemma-3-270m
-    FARSS_DATA=../shared/data python benchmarks/cpu_speed.py models/gemma-3-270m
+    FARSS_DATA=path/to/data python benchmarks/cpu_speed.py models/gemma-3-270m
 
 Each figure is measured with and without the measure in one run, one after the other, and printed as seconds and ratio.
 """

@@ -1,6 +1,6 @@
 """How time and memory of the survey grow with tokens and with blocks.
 
-FARSS_DATA=../shared/data python benchmarks/growth.py
+FARSS_DATA=path/to/data python benchmarks/growth.py
 """
 
 from __future__ import annotations

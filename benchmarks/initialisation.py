@@ -1,6 +1,6 @@
 """What initialisation costs: ours beside PEFT's PiSSA (exact and approximate) and CorDA, whole processes.
 
-    FARSS_DATA=../shared/data python benchmarks/initialisation.py
+    FARSS_DATA=path/to/data python benchmarks/initialisation.py
 
 Every contestant loads the same LLaMA-shaped model (163M parameters, random bfloat16 weights) and, where it wants data, the
 same GSM8K examples, in a process of its own; the median of several rounds is printed, with ratios to PEFT's exact PiSSA.

@@ -1,7 +1,7 @@
 """Surveys of models that are larger than memory should have to be: LLaMA-2-7B's shape, and two blocks of a 70B one.
 
-    FARSS_DATA=../shared/data python benchmarks/large.py 7b      # writes 13.5 GB, then an hour or so
-    FARSS_DATA=../shared/data python benchmarks/large.py 70b     # two blocks and the embeddings, 4.5 GB
+    FARSS_DATA=path/to/data python benchmarks/large.py 7b      # writes 13.5 GB, then an hour or so
+    FARSS_DATA=path/to/data python benchmarks/large.py 70b     # two blocks and the embeddings, 4.5 GB
 
 Killed, the same command goes on at the block it was in; times add up.
 """

@@ -1,7 +1,7 @@
 """One survey, every plan: seconds for a new plan, and how far `svd: fast` is from the exact choice.
 
 farss gemma models/gemma-3-270m
-FARSS_DATA=../shared/data python benchmarks/replan.py models/gemma-3-270m
+FARSS_DATA=path/to/data python benchmarks/replan.py models/gemma-3-270m
 """
 
 from __future__ import annotations

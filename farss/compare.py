@@ -12,7 +12,7 @@ from typing import Any
 
 from farss.artifacts import Plan, read_json, write_json, write_text
 from farss.boundary import Boundary
-from farss.config import Config, PlanConfig, from_dict, nearest, set_key, to_dict
+from farss.config import Config, PlanConfig, from_dict, load, nearest, set_key, to_dict
 from farss.errors import ConfigError, FarssError
 from farss.evaluate import Entry, Estimate, Standing, Summary, differences, mean_scores, standings, task_score
 from farss.folder import READING_KEYS, SURVEY_KEYS, Folder, options_of, replaced, resolve
@@ -63,6 +63,20 @@ def compare(config: Config, tell: Tell) -> Path:
     for entrant in {one.run.path: one for one in [*final, *everyone]}.values():
         entrant.run.report()
     return write_report(Path(config.out)).parent
+
+
+def run_within(config: Config, tell: Tell) -> Run | None:
+    """The run of a comparison whose folder a configuration names, with all that it shares, to be exported otherwise; None where there
+    is none, or it was made with other options."""
+    config = resolve(config)
+    folder = Path(config.out)
+    try:
+        whole = resolve(replace(load(folder.parent / "config.yaml"), out=str(folder.parent)))
+    except FarssError:
+        return None
+    loaded, combinations = Loaded(), itertools.product(whole.compare.methods, factors(whole), seeds(whole))
+    runs = (Entrant(*each, whole, loaded, tell).run for each in combinations)
+    return next((replace(run, config=config) for run in runs if replace(run.config, export=config.export) == config), None)
 
 
 def write_so_far(config: Config) -> bool:

@@ -49,7 +49,8 @@ class DataConfig:
     """The task: what the model shall learn."""
 
     train: str = ""
-    """Training examples: a .jsonl, .csv or .parquet file (.gz too), or a data set's name on a hub."""
+    """Training examples: a .jsonl, .json, .csv or .parquet file (.gz too), or a data set's name on a hub, its configuration behind a
+    colon (openai/gsm8k:main). A column input beside instruction is added to it, unless data.prompt is named."""
     split: str = "train"
     """Split of a hub data set."""
     prompt: str | None = None
@@ -117,8 +118,9 @@ class CalibrationConfig:
     batch_size: int = 8
     """Examples per forward pass; changes the memory, not the result."""
     knowledge: str | QuestionSet | None = None
-    """The knowledge that CorDA-KPM and LoRA-Null start away from: a file with a column text, or with question and answers (with
-    columns of other names: {name, data, question, answers}); null: text that the base model writes by itself."""
+    """The knowledge that CorDA-KPM and LoRA-Null start away from and that FARSS-plus weighs the task against: a file with a column
+    text, or with question and answers (with columns of other names: {name, data, question, answers}), of which as many rows are used
+    as there are examples; null: as many texts that the base model writes by itself."""
     fisher: Literal["empirical", "sampled"] = "empirical"
     """empirical: gradients at the data's own answers; sampled: at answers drawn from the model (the true Fisher)."""
     padding: Literal["ignore", "count"] = "ignore"
@@ -212,13 +214,13 @@ class AdapterConfig:
     """How the adapter's start is taken out of the base model."""
 
     base: Base = "untouched"
-    """untouched: by a second, frozen adapter, exact in any precision. residual: subtracted from the weights in memory
+    """untouched: by a second, frozen adapter; the weights are never rounded. residual: subtracted from the weights in memory
     and rounded to their precision. Either way the exported adapter is for the original base model."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Fine-tuning (the defaults are the paper's, appendix A.2)."""
+    """Fine-tuning (the defaults are the paper's, appendix A.2, and those of its authors' commands)."""
 
     learning_rate: float = 2e-5
     """Peak learning rate of AdamW."""
@@ -288,7 +290,7 @@ class EvaluateConfig:
     looks: int = 8
     """While training, look this many times at how likely a few of the answers are (at most 5 % of its cost); 0: never."""
     full_scores: str | None = None
-    """scores.json of a full fine-tuning run, the reference of T (eq. 37); null: T is not computed."""
+    """scores.json of a full fine-tuning run, the reference of T (eq. 37); null: in a comparison its run of full, elsewhere no T."""
     batch_size: int = 16
     """Prompts per forward pass."""
     limit: int | None = None
@@ -395,7 +397,7 @@ class Config:
 
 REFUSED = {
     "rslora": "FARSS scales its factors by alpha / R itself, and rsLoRA would scale the start too: set plan.alpha",
-    "dora": "DoRA rescales the columns of W + s B A, so with FARSS's start the model would not begin as the base model",
+    "dora": "DoRA rescales the rows of W + s B A, so with FARSS's start the model would not begin as the base model",
 }
 """Why PEFT options that people ask for together with FARSS are not options here."""
 

@@ -72,7 +72,8 @@ def prepare(
         targets: names of the linear layers to adapt; None: every one in every block.
         dropout: on the adapter's input.
         base: how the start is taken out of the base, see `farss.adapter.attach`.
-        knowledge: texts whose activations CorDA-KPM and LoRA-Null start away from; None: the model writes its own.
+        knowledge: texts whose activations CorDA-KPM and LoRA-Null start away from, and that FARSS-plus weighs the task against;
+            None: the model writes its own.
         folder: where the survey is kept, so that it can be resumed and used again; None: a temporary folder.
         seed: of the calibration draw and of random starts.
         on_progress: called with (blocks done, blocks, a line to show).

@@ -46,6 +46,7 @@ def test_methods_lists_them_all():
         (["run", "run.yaml", "train.lr=1"], 2, "unknown key 'train.lr'"),
         (["run", "run.yaml", "model.path=nowhere/at/all"], 2, "there is no such folder"),
         (["run", "run.yaml", f"model.path={world.MODEL}", "plan.boundary=77"], 2, "the model has 12 blocks"),
+        (["train", "run.yaml", "compare.methods=[farss, lora]"], 2, "run.yaml compares methods, and this is a step of a single run"),
         (["report", "."], 2, "holds no run of ours"),
         (["report", "run.yaml", "out=nowhere"], 2, "nowhere"),
         (["report", ".", "out=nowhere"], 2, "a folder has no options to override"),

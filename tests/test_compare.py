@@ -13,8 +13,8 @@ from test_pipeline import model_folder, settings
 from farss import pipeline
 from farss.artifacts import Survey, questions, write_json
 from farss.boundary import Boundary
-from farss.compare import Entrant, _levels, _measured, _notes, compare, held_out, the_rest, write_so_far
-from farss.config import from_dict, override
+from farss.compare import Entrant, _levels, _measured, _notes, compare, held_out, run_within, the_rest, write_so_far
+from farss.config import from_dict, load, override
 from farss.errors import ConfigError, FarssError, FolderError
 from farss.evaluate import Estimate
 from farss.folder import resolve
@@ -321,6 +321,20 @@ def test_several_jobs_give_the_table_of_one(values, tmp_path):
     timed = ("seconds_init", "seconds_train", "peak_memory_gib", "peak_memory_init_gib")
     for first, second in zip(alone["rows"], beside["rows"], strict=True):
         assert {key: first[key] for key in first if key not in timed} == {key: second[key] for key in second if key not in timed}
+
+
+def test_a_run_of_a_comparison_is_exported_with_what_it_shares(values):
+    values["compare"] = {"methods": ["farss", "lora"], "seeds": [3]}
+    folder = compare(from_dict(values), silent)
+    own = folder / "farss-seed3"
+    run = run_within(load(own / "config.yaml", ["export.rank=1"]), silent)
+    assert run.path == own
+    run.claim()
+    run.export()
+    assert run.folder.record("export")["rank"] == 1
+    assert not (own / "survey").exists()
+    assert run_within(load(own / "config.yaml", ["evaluate.resamples=101"]), silent) is None
+    assert run_within(from_dict(values), silent) is None  # the folder above it is no comparison's
 
 
 def test_scores_alone_are_enough_to_go_on(values):
