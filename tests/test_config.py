@@ -106,7 +106,7 @@ def test_plain_dictionaries_only():
     assert from_dict(to_dict(Config())) == Config()
 
 
-@pytest.mark.parametrize(("key", "reason"), [("adapter.use_dora", "DoRA rescales the columns"), ("plan.rslora", "set plan.alpha")])
+@pytest.mark.parametrize(("key", "reason"), [("adapter.use_dora", "DoRA rescales the rows"), ("plan.rslora", "set plan.alpha")])
 def test_options_of_peft_that_do_not_go_with_farss_say_why(key, reason):
     with pytest.raises(ConfigError, match=reason):
         override(Config(), [f"{key}=true"])
