@@ -375,7 +375,7 @@ def _single(config: Path, overrides: list[str] | None, several: bool = False, sh
         several: the step may run in several processes.
         shared: it may be done for a comparison, before all of its runs.
     """
-    from farss.compare import run_within
+    from farss.compare import plans_of, run_within
     from farss.pipeline import Run
 
     if not several:
@@ -386,7 +386,7 @@ def _single(config: Path, overrides: list[str] | None, several: bool = False, sh
             f"{config} compares methods, and this is a step of a single run: use `farss compare`, or add compare.methods=[] and another out"
         )
     with bars() as tell:
-        one = run_within(values, tell) or Run(values, tell=tell)
+        one = run_within(values, tell) or Run(values, tell=tell, beside=plans_of(values))
         one.claim()
         yield one
 

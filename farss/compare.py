@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from farss.train import TrainResult
 
 Item = tuple[str, float | None, int, Config, Loaded]
 """An entrant, as another process is told of it."""
-ASKED = ("model.", "evaluate.", "data.template", "data.max_length")
+ASKED = ("model.path", "model.dtype", "model.quantization", "evaluate.", "data.template", "data.max_length")
 """Options that change the untouched model's answers."""
 LEVELS = 3
 """At how many levels of T (and of K) the frontiers are read off."""
@@ -67,16 +67,30 @@ def compare(config: Config, tell: Tell) -> Path:
 
 def run_within(config: Config, tell: Tell) -> Run | None:
     """The run of a comparison whose folder a configuration names, with all that it shares, to be exported otherwise; None where there
-    is none, or it was made with other options."""
+    is none.
+
+    Raises:
+        ConfigError: it was made with other options.
+    """
     config = resolve(config)
     folder = Path(config.out)
     try:
         whole = resolve(replace(load(folder.parent / "config.yaml"), out=str(folder.parent)))
     except FarssError:
         return None
-    loaded, combinations = Loaded(), itertools.product(whole.compare.methods, factors(whole), seeds(whole))
-    runs = (Entrant(*each, whole, loaded, tell).run for each in combinations)
-    return next((replace(run, config=config) for run in runs if replace(run.config, export=config.export) == config), None)
+    run = next((one.run for one in _possible(whole, tell) if one.run.path == folder), None)
+    if run is None:
+        return None
+    if replace(run.config, export=config.export) != config:
+        raise ConfigError(f"{folder} is a run of the comparison above it, and was made with other options: only export's may differ")
+    return replace(run, config=config)
+
+
+def _possible(config: Config, tell: Tell) -> Iterator[Entrant]:
+    """Every run that a comparison may make."""
+    loaded = Loaded()
+    for each in itertools.product(config.compare.methods, factors(config), seeds(config)):
+        yield Entrant(*each, config, loaded, tell)
 
 
 def write_so_far(config: Config) -> bool:
@@ -87,14 +101,15 @@ def write_so_far(config: Config) -> bool:
     Returns:
         False where no run is complete, or the finished table is there: it stays, whatever was deleted since.
     """
-    config, loaded = resolve(config), Loaded()
+    config = resolve(config)
+    if _is_finished(config):
+        return False
     labels, (first, *others) = config.compare.methods, seeds(config)
-    combinations = itertools.product(labels, factors(config), (first, *others))
-    done = [one for one in (Entrant(*each, config, loaded, silent) for each in combinations) if one.run.complete]
+    done = [one for one in _possible(config, silent) if one.run.complete]
     wanted = len(labels) * (len(factors(config)) + len(others))
     # of the other seeds one learning rate each is wanted, which is not known yet
     found = len({(one.label, one.seed, one.factor if one.seed == first else None) for one in done})
-    if not done or _is_finished(config):
+    if not done:
         return False
     groups: dict[str, list[Entrant]] = {}
     for one in done:
@@ -162,7 +177,8 @@ def check_labels(config: Config) -> None:
     """Refuse a variant that would be the plain method under another name.
 
     Raises:
-        ConfigError: a variant has no options, options are given for a method that there is not, or a seed among them.
+        ConfigError: a variant has no options, or options are given for a method that there is not, without their sections, or of
+            what all share.
     """
     settings = config.compare.settings
     for label in config.compare.methods:
@@ -230,14 +246,13 @@ class Entrant:
         def named(step: str, done: int, total: int, line: str) -> None:
             self.tell(step if step in shared else f"{name.rpartition('-')[0]} seed {self.seed}: {step}", done, total, line)
 
-        plans = [_plan(self.config, label) for label in self.config.compare.methods]
         self.run = Run(
             replace(own, out=str(out / name)),
             shared=out,
             shared_config=common,
             statistics_folder=None if same else out / self.label,
             label=self.label,
-            beside=[plan for plan in plans if method_of(plan).needs == needs],
+            beside=[plan for plan in plans_of(self.config) if method_of(plan).needs == needs],
             tell=named,
             loaded=self.loaded,
         )
@@ -259,6 +274,11 @@ def _configured(config: Config, label: str) -> Config:
     for key, value in {"plan.method": label.partition("@")[0], **config.compare.settings.get(label, {})}.items():
         set_key(values, key, value)
     return resolve(from_dict(values | {"compare": {}}))
+
+
+def plans_of(config: Config) -> list[PlanConfig]:
+    """The plan of every method and variant."""
+    return [_plan(config, label) for label in config.compare.methods]
 
 
 def _plan(config: Config, label: str) -> PlanConfig:
@@ -384,7 +404,7 @@ def _write(
     named = [(name, one) for name, group in groups.items() for one in group]
     references = [*chosen.values(), *(one for _, one in named)]
     fulls = {seed: _full_folder(config, [one for one in references if one.seed == seed]) for seed in seeds(config)}
-    rows = [_row(name, one, fulls[seed], only) for seed in seeds(config) for name, one in named if one.seed == seed]
+    rows = [_row(name, one, fulls[seed], only, save=not missing) for seed in seeds(config) for name, one in named if one.seed == seed]
     entries = {name: [Entry(one.run.path, fulls[one.seed]) for one in group] for name, group in groups.items()}
     base = mean_scores(folder / "base", only) if config.evaluate.asks else {}
     found = standings(folder / "base", entries, config.evaluate.resamples, config.seed, only) if base else {}
@@ -402,12 +422,12 @@ def _write(
     write_text(folder / "comparison.csv", comparison_csv(comparison))
 
 
-def _row(name: str, entrant: Entrant, full: Path | None, only: Callable[[str], bool] | None) -> dict[str, Any]:
-    """One line of the table."""
+def _row(name: str, entrant: Entrant, full: Path | None, only: Callable[[str], bool] | None, save: bool) -> dict[str, Any]:
+    """One line of the table; `save`: as the run's own summary too."""
     run = entrant.run
     asks = run.config.evaluate.asks
     plan, trained = Plan.load(run.path / "plan.json"), TrainResult.load(run.path / "train.json")
-    summary = run.summarise(full, only) if asks else Summary(None, None, None, None)
+    summary = run.summarise(full, only, save) if asks else Summary(None, None, None, None)
     values = asdict(summary)
     before = [record for step in run.steps_before if (record := run.place.record(step))]
     return {

@@ -50,7 +50,8 @@ class DataConfig:
 
     train: str = ""
     """Training examples: a .jsonl, .json, .csv or .parquet file (.gz too), or a data set's name on a hub, its configuration behind a
-    colon (openai/gsm8k:main). A column input beside instruction is added to it, unless data.prompt is named."""
+    colon (openai/gsm8k:main). A column input or context beside instruction is added to it, unless data.prompt
+    is named."""
     split: str = "train"
     """Split of a hub data set."""
     prompt: str | None = None
@@ -81,9 +82,11 @@ class QuestionSet:
     name: str = ""
     """How the table calls it."""
     data: str = ""
-    """A .jsonl, .csv or .parquet file (.gz too)."""
+    """A .jsonl, .json, .csv or .parquet file (.gz too), or a data set's name on a hub, its configuration behind a colon."""
+    split: str = "test"
+    """Split of a hub data set; examples are shown from its train split."""
     question: str = "question"
-    """Column with the question."""
+    """Column with the question. A column input or context beside instruction is added to it."""
     answers: str = "answers"
     """Column with the answer, or with a list of accepted answers."""
     prompt: str | None = None

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from farss import processes
 from farss.config import CalibrationConfig, DataConfig
 from farss.errors import DataError
-from farss.rows import cell, find_columns, read_rows
+from farss.rows import cell, find_columns, read_rows, whole_instruction
 
 Row = dict[str, list[int]]
 """One example: `input_ids` and `completion_mask`, of the same length."""
@@ -24,6 +27,12 @@ ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:"
 )
+
+ANSWER = "farss-answer"
+"""Stands for an answer in a chat."""
+_TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+DAY = datetime(2024, 7, 26)
+"""The date in chat templates that write one (the one that Llama 3.2's falls back to)."""
 
 T = TypeVar("T")
 
@@ -38,17 +47,32 @@ def prompt_text(template: str, instruction: str, tokenizer: Any = None) -> str:
         DataError: `chat`, but the tokenizer has no chat template.
     """
     if template == "chat":
-        return _render(tokenizer, [{"role": "user", "content": instruction}], ask=True)
+        return _render(tokenizer, [{"role": "user", "content": instruction}], ask=True) + answer_border(tokenizer).rstrip(" ")
     if template == "plain":
         return instruction
     # not str.format: instructions and templates may hold other braces
     return (ALPACA if template == "alpaca" else template).replace("{instruction}", instruction)
 
 
+def answer_border(tokenizer: Any) -> str:
+    """What a chat template writes between its invitation to answer and the answer, such as the empty thoughts of Qwen3: trained
+    models have seen it there, so it belongs to what they are asked with. A space at its end belongs to the answer. Empty where
+    the template writes the answer otherwise: training refuses it.
+    """
+    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": ANSWER}]
+    asked, whole = _render(tokenizer, messages[:1], ask=True), _render(tokenizer, messages)
+    border, found, _ = whole[len(asked) :].partition(ANSWER)
+    return border if found and whole.startswith(asked) else ""
+
+
 def _render(tokenizer: Any, messages: list[dict[str, Any]], ask: bool = False) -> str:
+    """A chat as its template writes it, on the same day every day: some templates write today's date, and a run that is killed and
+    goes on tomorrow must see the same texts."""
     if getattr(tokenizer, "chat_template", None) is None:
         raise DataError("data.template=chat, but the model's tokenizer has no chat template: choose alpaca or plain")
-    text: str = tokenizer.apply_chat_template(messages, add_generation_prompt=ask, tokenize=False)
+    named = tokenizer.chat_template  # several, by their names, or one
+    fixed = _TODAY.sub(lambda call: repr(DAY.strftime(call[2])), named) if isinstance(named, str) else None
+    text: str = tokenizer.apply_chat_template(messages, chat_template=fixed, add_generation_prompt=ask, tokenize=False)
     return text
 
 
@@ -57,17 +81,15 @@ def _stages(rows: Sequence[tuple[int, dict[str, Any]]], columns: tuple[str, str]
     prompt, response = columns
     if prompt == "messages" and response == prompt:
         return [_chat_stages(row.get(prompt), number, config, tokenizer) for number, row in rows]
-    # the classic `input` column belongs to the instruction; somebody who names data.prompt gets just that column
-    extra = "input" if config.prompt is None and prompt == "instruction" else None
     result = []
     for number, row in rows:
         if prompt == response:
             row = _first_turn(row.get(prompt), prompt, number)
             instruction, answer = cell(row, "human", number), cell(row, "assistant", number)
         else:
-            instruction, answer = cell(row, prompt, number), cell(row, response, number)
-        if extra and isinstance(row.get(extra), str) and row[extra].strip():
-            instruction = f"{instruction}\n\n{row[extra]}"
+            # somebody who names data.prompt gets just that column
+            instruction = whole_instruction(row, prompt, number) if config.prompt is None else cell(row, prompt, number)
+            answer = cell(row, response, number)
         result.append(_pair_stages(instruction, answer, number, config, tokenizer))
     return result
 
@@ -97,7 +119,12 @@ def _chat_stages(messages: Any, number: int, config: DataConfig, tokenizer: Any)
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
             cell(message, "content", number)
-            stages += [_render(tokenizer, messages[:index], ask=True), _render(tokenizer, messages[: index + 1])]
+            if not index:
+                raise DataError(f"row {number} begins with an assistant message, which answers nothing: remove the message")
+            try:
+                stages += [_render(tokenizer, messages[:index], ask=True), _render(tokenizer, messages[: index + 1])]
+            except (TemplateError, ValueError) as error:
+                raise DataError(f"row {number}: the chat template refuses its messages ({error}): mend or remove the row") from error
     if not stages:
         raise DataError(f"row {number} has no assistant message: there is nothing to learn from it, remove the row")
     for before, after in itertools.pairwise(stages):

@@ -123,7 +123,10 @@ def _benchmark(kind: Kind, entry: str | QuestionSet, config: Config, identity: d
     if isinstance(entry, QuestionSet):
         rows, examples = question_rows(entry), example_rows(entry)
         drawn = draw(entry, rows, config.seed, examples)
-        asked = to_dict(entry) | {"data": fingerprint(rows), "examples": examples and fingerprint(examples)}
+        asked = {key: value for key, value in to_dict(entry).items() if key != "split"} | {
+            "data": fingerprint(rows),
+            "examples": examples and fingerprint(examples),
+        }
     depends = {
         "kind": kind,
         "entry": asked,
@@ -142,17 +145,16 @@ def _ask_and_write(benchmark: Benchmark, live: Any, config: Config, manager: Any
     started = time.monotonic()
     live.start(benchmark.name, _writes_special_tokens(benchmark, config))
     logged = _run(benchmark, live, config, manager)
-    metric = main_metric(logged[0])
     records: list[Record] = []
     for each in logged:
-        records += _with_gold(live, each, records_of(each, metric, f"{each.name}/" if len(logged) > 1 else ""))
+        records += _with_gold(live, each, records_of(each, main_metric(each), f"{each.name}/" if len(logged) > 1 else ""))
     if benchmark.drawn is not None:
         for record in records:
             record["id"] = benchmark.drawn.asked[record["id"]]["id"]
     likelihoods = [each["gold_loglikelihood"] for each in records if each["gold_loglikelihood"] is not None]
     score = TaskScore(
         name=benchmark.name,
-        metric=metric_label(logged[0], metric),
+        metric=metric_label(logged[0], main_metric(logged[0])),
         score=sum(each["score"] for each in records) / len(records),
         questions=len(records),
         fewshot=logged[0].task.config.num_fewshot or 0,

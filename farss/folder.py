@@ -74,7 +74,7 @@ BASE_KEYS = ("model.path", "model.dtype", "model.quantization", "data.max_length
 
 class Folder:
     """A run folder. A step leaves a record of the options it was made with; a step whose record is complete and whose
-    options are unchanged is skipped, and one whose options changed is refused, so nothing is ever overwritten."""
+    options are unchanged is skipped. One whose options changed is refused, or done again where that is cheap: see `is_done`."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)

@@ -203,7 +203,7 @@ def export(model: Any, folder: Path | str, rank: int | None = None, energy: floa
 
     Args:
         model: the trained `PeftModel` (or what your trainer wrapped around it, unwrapped).
-        folder: where the adapter goes.
+        folder: where the adapter goes. In several processes the first writes it; call it in all of them.
         rank: compress to this rank; None: exact.
         energy: compress each layer to this share of its change's squared Frobenius norm; None: exact.
 
@@ -215,7 +215,11 @@ def export(model: Any, folder: Path | str, rank: int | None = None, energy: floa
         raise FarssError("this model was not made by farss.prepare: export the object that it returned, unwrapped from any trainer")
     batch = {key: value.to(model.device) for key, value in prepared.batch.items()}
     base = getattr(model.get_base_model().config, "_name_or_path", "")
-    return export_adapter(model, prepared.plan, folder, batch, base, rank, energy, prepared.tokenizer)
+    first = processes.rank() == 0
+    done: Exported = processes.shared(
+        export_adapter(model, prepared.plan, folder, batch, base, rank, energy, prepared.tokenizer) if first else None
+    )
+    return done
 
 
 def trainer_callback(model: Any) -> Any:

@@ -56,7 +56,7 @@ def write_gguf(adapter: Path | str, config: Any) -> Path:
             known = names.get_name(f"{layer}.weight", try_suffixes=(".weight",))
             if known is None:
                 raise FarssError(f"llama.cpp has no name for {layer}: name other layers in model.targets")
-            values = _permuted(tensor, layer, config) if side == "lora_b" and config.model_type in PERMUTED else tensor
+            values = _reordered(tensor, layer, config) if side == "lora_b" else tensor
             writer.add_tensor(f"{known}.{side}", values.contiguous().numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -71,8 +71,12 @@ def _parts(key: str) -> tuple[str, str]:
     return layer, side.lower()
 
 
-def _permuted(b: Tensor, layer: str, config: Any) -> Tensor:
-    """Rows of `B [m, r]` in the order in which llama.cpp stores the rows of q and k."""
+def _reordered(b: Tensor, layer: str, config: Any) -> Tensor:
+    """Rows of `B [m, r]` in the order in which llama.cpp stores those of the layer."""
+    if config.model_type == "gpt_neox" and layer.endswith("query_key_value"):  # head by head in transformers; all q, all k, all v there
+        return b.reshape(config.num_attention_heads, 3, -1, b.shape[1]).transpose(0, 1).reshape(b.shape)
+    if config.model_type not in PERMUTED:
+        return b
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(layer.rpartition(".")[2])
     if heads is None:
         return b

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from farss.adapter import changed_weight
-from farss.artifacts import Plan, whole_folder, write_tensors
+from farss.artifacts import Plan, read_json, whole_folder, write_tensors
 from farss.errors import FarssError
 from farss.models import base_weights, holds_packed, is_transposed
 from farss.portable import in_float32
@@ -22,6 +22,8 @@ Change = Callable[[str, Tensor], Tensor]
 
 COPIED = (".json", ".model", ".txt", ".jinja", ".py", ".tiktoken")
 """Files of a base model that go with one made from it."""
+PLAIN = ("F64", "F32", "BF16", "F16")
+"""safetensors' names of the types that hold numbers as they are."""
 
 
 def merge(adapted: Any, plan: Plan, tokenizer: Any, folder: Path | str, dtype: torch.dtype, source: Path | str = "") -> Path:
@@ -75,20 +77,29 @@ def write_model(model: Any, plan: Plan, tokenizer: Any, target: Path, dtype: tor
 
 
 def holds_layers(source: Path, plan: Plan) -> bool:
-    """Whether the files of a folder hold every planned weight under the name it has in the model."""
-    held: set[str] = set()
-    for file in sorted(source.glob("*.safetensors")) if source.is_dir() else []:
+    """Whether the files of a folder hold every planned weight under the name it has in the model, as plain numbers."""
+    held: dict[str, str] = {}
+    for file in _weight_files(source):
         with safe_open(file, framework="pt") as tensors:
-            held |= set(tensors.keys())
-    return all(f"{name}.weight" in held for name in plan.layers)
+            held |= {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118 (it is no dictionary)
+    return all(held.get(f"{name}.weight") in PLAIN for name in plan.layers)
+
+
+def _weight_files(source: Path) -> list[Path]:
+    """The files from which transformers loads a folder's weights; others, such as Mistral's `consolidated.safetensors`, hold them once
+    more under other names."""
+    index, single = source / "model.safetensors.index.json", source / "model.safetensors"
+    if index.is_file():
+        return [source / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    return [single] if single.is_file() else []
 
 
 def _rewrite_files(source: Path, target: Path, change: Change) -> None:
     target.mkdir(parents=True)
     for file in sorted(source.iterdir()):
-        if file.suffix in COPIED:
+        if file.suffix in COPIED and file.name != "params.json":  # Mistral's, which belongs to the file that is left out
             shutil.copyfile(file, target / file.name)
-    for file in sorted(source.glob("*.safetensors")):
+    for file in _weight_files(source):
         with safe_open(file, framework="pt") as tensors:
             changed = {name: change(name, tensors.get_tensor(name)) for name in sorted(tensors.keys())}
         write_tensors(target / file.name, changed, {"format": "pt"})

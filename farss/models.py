@@ -202,12 +202,17 @@ def is_transposed(module: nn.Module) -> bool:
 def is_packed(module: nn.Module) -> bool:
     """Whether a linear layer's weight is quantised."""
     weight: Tensor = module.weight  # type: ignore[assignment]
-    return not weight.is_floating_point() or weight.dim() != 2 or type(weight) not in (Tensor, nn.Parameter)
+    return not _whole_numbers(weight) or weight.dim() != 2 or type(weight) not in (Tensor, nn.Parameter)
+
+
+def _whole_numbers(weight: Tensor) -> bool:
+    """Whether each entry is a number by itself: 8-bit floats are multiplied by scales that lie beside them."""
+    return weight.is_floating_point() and weight.element_size() > 1
 
 
 def holds_packed(model: nn.Module) -> bool:
     """Whether some of a model's weights are quantised."""
-    return not all(parameter.is_floating_point() for parameter in model.parameters())
+    return not all(_whole_numbers(parameter) for parameter in model.parameters())
 
 
 def shape_of(module: nn.Module) -> tuple[int, int]:
@@ -374,8 +379,9 @@ def _hash(state: dict[str, Tensor]) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Hash of a tokenizer's vocabulary and special tokens."""
-    entries = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map], default=str)
+    """Hash of a tokenizer's vocabulary and special tokens, but for the padding: many have none, and are given one to train."""
+    special = {name: token for name, token in tokenizer.special_tokens_map.items() if name != "pad_token"}
+    entries = json.dumps([sorted(tokenizer.get_vocab().items()), special], default=str)
     return hashlib.sha256(entries.encode()).hexdigest()[:16]
 
 

@@ -453,9 +453,10 @@ class Run:
 
     def prepared(self) -> Path:
         """`prepared/`: a start for another trainer."""
-        target = self.path / "prepared"
+        target, plan = self.path / "prepared", self.plan()
+        if target.is_dir() and Plan.load(target / "plan.json") != plan:
+            raise FolderError(f"{target} was prepared for another plan: delete it, or choose another out")
         if not target.is_dir():
-            plan = self.plan()
             write_prepared(self._adapted(plan), plan, self.tokenizer, target, self.config.model.path)
         return target
 
@@ -467,6 +468,7 @@ class Run:
         if self.folder.is_done("export", options, redo=True) and target.is_dir():
             return target
         self.tell("export", 0, 1, "")
+        self.trained()  # first: where its weights are deleted, the record of what was exported stays
         with self.folder.step("export", options) as facts:
             if self._whole:
                 merge(self.trained(), plan, self.tokenizer, target, stored_dtype(self.config.model), self.config.model.path)
@@ -496,10 +498,11 @@ class Run:
         """`base/scores.json` (before), `scores.json` (after) and `summary.json`."""
         self.evaluate_base()
         self.train()
-        options = options_of(self.common_config, EVALUATE_KEYS) | options_of(self.config, COMPRESSED_KEYS)
+        options = self._evaluate_options
         if not self.folder.is_done("evaluate", options, redo=True):
+            model = self._handed_over()
             with self.folder.step("evaluate", options):
-                self._ask(self._handed_over(), self.path, "trained")
+                self._ask(model, self.path, "trained")
         summary = self.summarise(self.config.evaluate.full_scores)
         for target in (self.path / "adapter", self.path / "model"):
             if (target / "farss.json").is_file():
@@ -508,7 +511,9 @@ class Run:
 
     def recover_base(self) -> None:
         """`base-recovered/`: the untouched model after the steps of `recover`."""
-        self._recover("recover-base", self.common, "base-recovered", lambda: load_model(self.config.model), ())
+        self._recover(
+            "recover-base", self.common, "base-recovered", lambda: load_model(self.config.model), ("model.dtype", "model.quantization")
+        )
 
     def recover(self) -> None:
         """`recovered/`: knowledge asked once more, after a few steps of question answering."""
@@ -518,9 +523,7 @@ class Run:
         self.summarise(self.config.evaluate.full_scores)
 
     def _recover(self, step: str, place: Folder, name: str, load: Callable[[], Any], keys: tuple[str, ...]) -> None:
-        """`keys`: further options on which the model depends that is loaded."""
-        config, target = self.common_config, place.path / name
-        options = options_of(config, EVALUATE_KEYS) | options_of(self.config, keys)
+        config, target, options = self.common_config, place.path / name, self._recover_options(keys)
         if place.is_done(step, options, redo=True):
             return
         if (place.record(step) or {"options": options})["options"] != options:
@@ -550,14 +553,15 @@ class Run:
                 self._ask(load_model(self.config.model), self.common.path / "base", "base")
         return Scores.load(self.common.path / "base" / "scores.json")
 
-    def summarise(self, full_scores: str | Path | None, only: Callable[[str], bool] | None = None) -> Summary:
+    def summarise(self, full_scores: str | Path | None, only: Callable[[str], bool] | None = None, save: bool = True) -> Summary:
         """`summary.json`: K, T and KT from the stored scores, of all questions or those whose id `only` takes."""
         full = Path(full_scores) if full_scores else None
         summary = summarise(self.common.path / "base", self.path, full, self.config, only)
         pair = self.common.path / "base-recovered", self.path / "recovered"
         if self.config.evaluate.recovery and all((place / "scores.json").is_file() for place in pair):
             summary = replace(summary, recovered=summarise(*pair, None, self.config, only).K)
-        summary.save(self.path / "summary.json")
+        if save:
+            summary.save(self.path / "summary.json")
         return summary
 
     def report(self) -> Path:
@@ -606,9 +610,19 @@ class Run:
 
     @property
     def complete(self) -> bool:
-        """Whether all of that is done."""
-        last = "recover" if self.config.evaluate.recovery else "evaluate" if self.config.evaluate.asks else "export"
-        return bool((self.folder.record(last) or {}).get("done"))
+        """Whether all of that is done, as it is configured now."""
+        steps = {"export": options_of(self.config, EXPORT_KEYS)}
+        steps |= {"evaluate": self._evaluate_options} if self.config.evaluate.asks else {}
+        steps |= {"recover": self._recover_options(EXPORT_KEYS)} if self.config.evaluate.recovery else {}
+        return all(self.folder.is_done(step, options, redo=True) for step, options in steps.items())
+
+    @property
+    def _evaluate_options(self) -> dict[str, Any]:
+        return options_of(self.common_config, EVALUATE_KEYS) | options_of(self.config, COMPRESSED_KEYS)
+
+    def _recover_options(self, keys: tuple[str, ...]) -> dict[str, Any]:
+        """`keys`: on which the model depends that is loaded."""
+        return options_of(self.common_config, EVALUATE_KEYS) | options_of(self.config, keys)
 
     def drop_weights(self) -> None:
         """Delete the trained weights in every form; what was measured of them stays, and the run counts as done."""
@@ -655,7 +669,9 @@ class Run:
             self._live = None  # one model in memory at a time
             return self._as_handed_over()
         model, stored = self.trained(), stored_dtype(self.config.model)
-        return model if self.plan().layers else model.to(stored).to(computing_dtype(stored, model.device))
+        for parameter in [] if self.plan().layers else model.parameters():  # not the buffers: whoever loads it has exact rotary frequencies
+            parameter.data = parameter.data.to(stored).to(computing_dtype(stored, model.device))
+        return model
 
     def _ask(self, model: Any, folder: Path, who: str, config: Config | None = None) -> None:
         options = self.config.model

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from farss.adapter import activate, adapter_change, untouched_base
 from farss.artifacts import Plan, read_json, whole_folder, write_json, write_tensors
 from farss.card import write_card
-from farss.errors import FarssError
+from farss.errors import FarssError, FolderError
 from farss.maths.compress import compress
 from farss.models import base_fingerprint, evaluating, find_blocks, is_linear, is_packed, tokenizer_fingerprint, weight_of
 from farss.survey.places import outside, placed, placed_in_turn
@@ -86,7 +86,7 @@ def export(
     Args:
         adapted: the trained `PeftModel`.
         plan: the plan it was made from.
-        folder: where the adapter goes; it must not exist.
+        folder: where the adapter goes; an adapter that is there makes way for it, and nothing else does.
         batch: a few real prompts (`input_ids`, `attention_mask`) for the check.
         base: name or folder of the base model, for `adapter_config.json`.
         rank, energy: compress, see `portable`; None: exact.
@@ -94,8 +94,11 @@ def export(
 
     Raises:
         FarssError: the adapter does not give the trained model's logits. Nothing is left at `folder`.
+        FolderError: something else lies there.
     """
     folder = Path(folder)
+    if folder.exists() and not (folder / "farss.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FolderError(f"{folder} holds something other than an adapter of farss: give a new folder")
     state, served, lost = portable({name: adapter_change(adapted, plan, name) for name in plan.layers}, rank, energy)
     with whole_folder(folder) as unfinished:
         write_adapter(unfinished, state, plan, base, served)

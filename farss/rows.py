@@ -8,6 +8,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +22,8 @@ from farss.errors import DataError
 PROMPTS = ("prompt", "instruction", "query", "question")
 RESPONSES = ("completion", "response", "output", "answer")
 CHATS = ("messages", "conversation")
+BESIDE = ("input", "context")
+_BETWEEN_QUOTES = re.compile(r"(?<=['\"])\s+(?=['\"])")
 KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 
 
@@ -204,23 +207,31 @@ def text_rows(path: str, column: str = "text") -> list[str]:
     return [cell(row, column, number) for number, row in enumerate(rows, 1)]
 
 
+def whole_instruction(row: dict[str, Any], column: str, number: int) -> str:
+    """The text in a column; an instruction with the `input` (Alpaca) or the `context` (Dolly) beside it."""
+    texts = [cell(row, column, number)]
+    if column == "instruction":
+        texts += [text for name in BESIDE if isinstance(text := row.get(name), str) and text.strip()]
+    return "\n\n".join(texts)
+
+
 def question_rows(entry: QuestionSet) -> list[dict[str, Any]]:
     """Read a question set as `{"question": str, "answers": [str, ...]}`, every row of it.
 
     Raises:
         DataError: a column is missing, or a row has no question or no answer.
     """
-    rows = read_rows(entry.data)
+    rows = read_rows(entry.data, entry.split)
     _named_columns(rows, (entry.question, entry.answers), entry.data)
     return [
-        {"question": cell(row, entry.question, number), "answers": _answers(row, entry.answers, number)}
+        {"question": whole_instruction(row, entry.question, number), "answers": _answers(row, entry.answers, number)}
         for number, row in enumerate(rows, 1)
     ]
 
 
 def example_rows(entry: QuestionSet) -> list[dict[str, Any]] | None:
     """The questions of the file whose questions are shown; None: they come from the file that is asked."""
-    return question_rows(replace(entry, data=entry.examples)) if entry.examples and entry.fewshot else None
+    return question_rows(replace(entry, data=entry.examples, split="train")) if entry.examples and entry.fewshot else None
 
 
 def knowledge_texts(source: str | QuestionSet) -> list[str]:
@@ -250,12 +261,14 @@ def _answers(row: dict[str, Any], column: str, number: int) -> list[str]:
 
 
 def _listed(text: str) -> Any:
-    """Read a cell such as `["a", "b"]` or `['a', 'b']` (CSV has no lists); anything else stays a text."""
+    """Read a cell such as `["a", "b"]`, `['a', 'b']` or `['a' 'b']` (CSV has no lists, and pandas writes an array as the last);
+    anything else stays a text, numbers such as `[1, 2]` too."""
     for parse in (json.loads, ast.literal_eval):
         try:
-            return parse(text)
+            found = parse(text if parse is json.loads else _BETWEEN_QUOTES.sub(", ", text))
         except (ValueError, SyntaxError):
             continue
+        return found if isinstance(found, list) and all(isinstance(each, str) for each in found) else text
     return text
 
 

@@ -333,7 +333,8 @@ def test_a_run_of_a_comparison_is_exported_with_what_it_shares(values):
     run.export()
     assert run.folder.record("export")["rank"] == 1
     assert not (own / "survey").exists()
-    assert run_within(load(own / "config.yaml", ["evaluate.resamples=101"]), silent) is None
+    with pytest.raises(ConfigError, match=r"made with other options: only export's may differ"):
+        run_within(load(own / "config.yaml", ["evaluate.resamples=101"]), silent)
     assert run_within(from_dict(values), silent) is None  # the folder above it is no comparison's
 
 
@@ -348,6 +349,11 @@ def test_scores_alone_are_enough_to_go_on(values):
     second = read(compare(from_dict(values), silent))
     assert [row for row in second["rows"] if row["seed"] == 0] == first["rows"]
     assert [(run / "steps" / "train.json").stat().st_mtime_ns for run in runs] == before
+    run = run_within(load(runs[1] / "config.yaml", ["export.rank=1"]), silent)
+    for _ in range(2):
+        with pytest.raises(FolderError, match=r"the weights that were trained there are deleted"):
+            run.export()
+        assert read(compare(from_dict(values), silent))["rows"] == second["rows"]  # which goes on all the same
     values["evaluate"]["task"][0]["limit"] = 8
     with pytest.raises(FolderError, match=r"the weights that were trained there are deleted"):
         compare(from_dict(values), silent)

@@ -12,8 +12,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from farss import data
-from farss.config import DataConfig
+from farss.config import DataConfig, QuestionSet
 from farss.errors import DataError
+from farss.tasks.questions import prompt_of
 
 CHAT = (
     "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}"
@@ -87,6 +88,27 @@ def test_chat_template_writes_everything_itself(pairs: str) -> None:
     assert learnt(tokenizer, row) == "a3</s>\n"
     prompt = data.prompt_text("chat", "q3", tokenizer)
     assert text(tokenizer, row).startswith(prompt)
+
+
+@pytest.mark.parametrize(("border", "delimiter"), [("<think>\n\n</think>\n\n", ""), (" ", " "), ("final: ", " "), ("", "")])
+def test_models_are_asked_as_they_were_trained_to_answer(pairs: str, border: str, delimiter: str) -> None:
+    """Qwen3's template writes empty thoughts before an answer, Llama 2's a space."""
+    thinking = CHAT.replace("assistant: {% endif %}", "assistant:{% endif %}").replace(
+        "{{ m['role'] }}: {{ m['content'] }}",
+        "{{ m['role'] }}:{% if m['role'] == 'assistant' %}" + border + "{% endif %}{{ m['content'] }}",
+    )
+    tokenizer = byte_tokenizer(thinking)
+    row = data.load_examples(DataConfig(train=pairs, template="chat"), tokenizer, seed=0).rows[3]
+    prompt = prompt_of(QuestionSet(name="x", data="x"), "task", "chat", tokenizer)
+    assert prompt.delimiter == delimiter
+    assert prompt.text("q3").endswith(f"assistant:{border}".rstrip(" "))
+    assert text(tokenizer, row) == f"{prompt.text('q3')}{delimiter}a3</s>\n"
+
+
+def test_a_chat_template_sees_the_same_day_every_day(pairs: str) -> None:
+    tokenizer = byte_tokenizer("{{ strftime_now('%d %B %Y') }} " + CHAT)
+    row = data.load_examples(DataConfig(train=pairs, template="chat"), tokenizer, seed=0).rows[0]
+    assert text(tokenizer, row).startswith("26 July 2024 ")
 
 
 def test_every_assistant_message_is_learnt(tmp_path: Path) -> None:
@@ -232,6 +254,7 @@ def test_unusable_rows_are_named(tmp_path: Path, row: dict[str, Any], template: 
         ([{"role": "user", "content": "u"}], "chat", "row 1 has no assistant message"),
         ("hello", "chat", "row 1: column 'messages' is no list of {role, content}"),
         ([{"role": "assistant", "content": ""}], "chat", "row 1 has nothing in column 'content'"),
+        ([{"role": "assistant", "content": "a"}], "chat", "row 1 begins with an assistant message, which answers nothing"),
         ([{"role": "assistant", "content": "a"}], "alpaca", "holds chats, but data.template='alpaca': set data.template=chat"),
     ],
 )
@@ -239,6 +262,14 @@ def test_unusable_chats_are_named(tmp_path: Path, messages: Any, template: str, 
     path = write_rows(tmp_path / "x.jsonl", [{"messages": messages}])
     with pytest.raises(DataError, match=message):
         data.load_examples(DataConfig(train=path, template=template), byte_tokenizer(CHAT), seed=0)
+
+
+def test_a_chat_that_the_template_refuses_is_named(tmp_path: Path) -> None:
+    strict = "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}{% endfor %}" + CHAT
+    messages = [{"role": role, "content": role} for role in ("system", "user", "assistant")]
+    path = write_rows(tmp_path / "chat.jsonl", [{"messages": messages[1:]}, {"messages": messages}])
+    with pytest.raises(DataError, match=r"row 2: the chat template refuses its messages \(no system role\)"):
+        data.load_examples(DataConfig(train=path, template="chat"), byte_tokenizer(strict), seed=0)
 
 
 def test_a_chat_template_that_rewrites_history_is_refused(tmp_path: Path) -> None:

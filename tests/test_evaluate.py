@@ -413,7 +413,15 @@ def test_texts():
     assert normalise(" The  U.S.A., an Answer!") == "usa answer"
     assert exact_match("the Beatles.", ["Beatles"]) == 1
     assert exact_match("Beatles band", ["Beatles"]) == 0
-    for answer, right in ((" a ", 1), ("", 0), ("the", 0), ("+", 0), ("A cat", 0)):  # nothing is left of "A", which is an article
+    for answer, right in (
+        (" a ", 1),
+        ("A.", 1),
+        ("(A)", 1),
+        ("", 0),
+        ("the", 0),
+        ("+", 0),
+        ("A cat", 0),
+    ):  # nothing is left of "A", which is an article
         assert exact_match(answer, ["A"]) == contains(answer, ["A"]) == right
     assert contains("It was the Beatles band", ["beatles"]) == 1
     assert contains("beetlesque", ["beetles", "the"]) == 0

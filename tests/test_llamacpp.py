@@ -66,6 +66,16 @@ def test_rows_of_q_and_k_rotate_as_llama_cpp_rotates(tmp_path):
     torch.testing.assert_close(score(theirs, pairs), score(ours, halves))
 
 
+def test_rows_of_a_joined_layer_are_all_of_q_then_k_then_v(tmp_path):
+    """GPT-NeoX holds q, k and v head by head; llama.cpp cuts them as three thirds."""
+    _, tensors, state = written("gpt-neox", tmp_path)
+    key = "base_model.model.gpt_neox.layers.1.attention.query_key_value.lora_B.weight"
+    heads, size = 4, 8
+    ours = state[key].reshape(heads, 3, size, -1)
+    for place, part in enumerate(tensors["blk.1.attn_qkv.weight.lora_b"].chunk(3)):
+        assert torch.equal(part, ours[:, place].flatten(0, 1))
+
+
 def test_an_unknown_architecture_is_refused(tmp_path):
     with pytest.raises(FarssError, match=r"no GGUF adapter for gpt2: known are gemma2, .*; export to peft, or merged"):
         write_gguf(tmp_path, transformers.GPT2Config())

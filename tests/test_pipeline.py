@@ -232,6 +232,29 @@ def test_a_compressed_adapter_is_what_is_asked(config):
     assert compressed == _identity(run._as_handed_over())
 
 
+def test_full_fine_tuning_is_scored_as_it_is_handed_over(config):
+    """In the precision of the base's files, and with the exact rotary frequencies that whoever loads it has."""
+    run = Run(override(config, ["plan.method=full", "model.dtype=float32"]))
+    run.claim()
+    run.export()
+    scored, loaded = run._handed_over().state_dict(), run._as_handed_over()
+    for name, buffer in loaded.named_buffers():
+        assert torch.equal(dict(run._handed_over().named_buffers())[name], buffer), name
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor.float(), scored[name].float()), name
+
+
+def test_a_prepared_start_of_another_plan_is_not_handed_out(config):
+    run = Run(config)
+    run.claim()
+    before = run.prepared()
+    assert Run(config).prepared() == before
+    other = Run(override(config, ["plan.r_max=5"]))
+    other.claim()
+    with pytest.raises(FolderError, match=r"prepared was prepared for another plan: delete it, or choose another out"):
+        other.prepared()
+
+
 def test_another_precision_is_another_untouched_model(config):
     def base(*changes):
         run = Run(override(config, list(changes)))

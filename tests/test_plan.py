@@ -194,4 +194,6 @@ def test_a_budget_that_the_smallest_rank_exceeds_is_told():
     notes = []
     ranks = shallow_ranks(dataclasses.replace(BASE, r_avg=1, r_min=1, r_max=32), layers, 1, notes)
     assert sum(ranks.values()) > 14
-    assert notes == [f"The shallow layers got {sum(ranks.values())} ranks, more than the budget of 14: none gets fewer than plan.r_min."]
+    assert notes == [
+        f"The shallow layers got {sum(ranks.values())} ranks, more than the budget of 14: ranks are rounded, and none is below r_min."
+    ]

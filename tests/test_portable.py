@@ -6,17 +6,18 @@ import pytest
 import torch
 from peft import PeftModel
 from peft.utils.hotswap import hotswap_adapter
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_models import small
 from test_adapter import logits, surveyed
 
 from farss import portable as portable_module
 from farss.adapter import START, TRAINED, adapter_change, attach
+from farss.artifacts import LayerPlan, Plan
 from farss.data import collate
-from farss.errors import FarssError
+from farss.errors import FarssError, FolderError
 from farss.maths.compress import compress
-from farss.merging import merge
-from farss.models import base_fingerprint, fingerprint
+from farss.merging import holds_layers, merge, write_model
+from farss.models import base_fingerprint, fingerprint, holds_packed, is_packed
 from farss.portable import SERVED_RANKS, export, in_float32, load_adapter
 
 from small_models import examples  # isort: skip
@@ -173,6 +174,44 @@ def test_merged_model_equals_the_trained_one(tmp_path):
         merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / kind / "model").eval()
         expected = logits(adapted)
         assert (logits(merged) - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max().item())
+
+
+def test_only_the_files_that_are_loaded_are_merged(tmp_path):
+    """Mistral's folders hold the weights once more, under names of their own."""
+    source, target = tmp_path / "base", tmp_path / "merged"
+    source.mkdir()
+    save_file({"a.weight": torch.zeros(2, 2)}, source / "model.safetensors")
+    save_file({"other": torch.zeros(2, 2)}, source / "consolidated.safetensors")
+    for name in ("config.json", "params.json"):
+        (source / name).write_text("{}")
+    plan = Plan("lora", {"a": LayerPlan(1, 1.0, 0, (2, 2))}, 1)
+    assert holds_layers(source, plan)
+    write_model(None, plan, None, target, torch.float32, source, lambda name, weight: weight + 1)
+    assert sorted(path.name for path in target.iterdir()) == ["config.json", "model.safetensors"]
+    assert torch.equal(load_file(target / "model.safetensors")["a.weight"], torch.ones(2, 2))
+    save_file({"a.weight": torch.zeros(2, 2).to(torch.float8_e4m3fn)}, source / "model.safetensors")
+    assert not holds_layers(source, plan)  # its numbers mean nothing without their scales
+
+
+def test_eight_bit_floats_are_packed():
+    layer = torch.nn.Linear(2, 2)
+    assert not is_packed(layer)
+    assert not holds_packed(layer)
+    layer.weight = torch.nn.Parameter(layer.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    assert is_packed(layer)
+    assert holds_packed(layer)
+
+
+def test_nothing_but_an_older_adapter_makes_way(tmp_path):
+    adapted, plan = trained("llama", tmp_path)
+    mine = tmp_path / "out"
+    mine.mkdir()
+    (mine / "checkpoint").write_text("mine")
+    with pytest.raises(FolderError, match=r"out holds something other than an adapter of farss: give a new folder"):
+        export(adapted, plan, mine, prompts())
+    assert (mine / "checkpoint").read_text() == "mine"
+    for _ in range(2):
+        export(adapted, plan, tmp_path / "adapter", prompts())
 
 
 def test_compression_says_what_it_lost(tmp_path):

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_data import byte_tokenizer
 
 from farss import rows as room
-from farss.config import QuestionSet
+from farss.config import DataConfig, QuestionSet
+from farss.data import load_examples
 from farss.errors import DataError
 
 
@@ -166,11 +168,41 @@ def test_column_errors() -> None:
 
 
 def test_answers_may_be_a_text_a_list_or_a_list_in_a_cell(tmp_path: Path) -> None:
-    gold = ["x", ["x", "y"], '["x", "y"]', "['x', 'y']", 7, "She has 2*3=<<2*3=6>>6\n#### 6", "[x"]
+    gold = ["x", ["x", "y"], '["x", "y"]', "['x', 'y']", 7, "She has 2*3=<<2*3=6>>6\n#### 6", "[x", "[1, 2]", "['x' 'y'\n 'z']"]
     path = write_rows(tmp_path / "q.jsonl", [{"q": f"q{i}", "a": answer} for i, answer in enumerate(gold)])
     rows = room.question_rows(QuestionSet(name="n", data=path, question="q", answers="a"))
-    assert [row["answers"] for row in rows] == [["x"], ["x", "y"], ["x", "y"], ["x", "y"], ["7"], [gold[5]], ["[x"]]
+    assert [row["answers"] for row in rows] == [
+        ["x"],
+        ["x", "y"],
+        ["x", "y"],
+        ["x", "y"],
+        ["7"],
+        [gold[5]],
+        ["[x"],
+        ["[1, 2]"],
+        ["x", "y", "z"],
+    ]
     assert rows[0]["question"] == "q0"
+
+
+def test_what_belongs_to_an_instruction_is_asked_with_it(tmp_path: Path) -> None:
+    rows = [{"instruction": "Add.", "input": "1 2", "output": "3"}, {"instruction": "Sum.", "context": "2 2", "input": " ", "output": "4"}]
+    path = write_rows(tmp_path / "q.jsonl", rows)
+    found = room.question_rows(QuestionSet(name="n", data=path, question="instruction", answers="output"))
+    assert [row["question"] for row in found] == ["Add.\n\n1 2", "Sum.\n\n2 2"]
+    trained = load_examples(DataConfig(train=path, template="plain"), byte_tokenizer(), 0).rows
+    for row, question in zip(trained, found, strict=True):
+        ids = [token for token, learnt in zip(row["input_ids"], row["completion_mask"], strict=True) if not learnt]
+        assert byte_tokenizer().decode(ids, skip_special_tokens=True) == question["question"]
+
+
+def test_questions_of_a_hub_are_those_of_its_test_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    splits = []
+    monkeypatch.setattr(room, "read_rows", lambda path, split="train": splits.append(split) or [{"question": "q", "answer": "a"}])
+    entry = QuestionSet(name="n", data="openai/gsm8k:main", answers="answer", fewshot=1, examples="openai/gsm8k:main")
+    room.question_rows(entry)
+    room.example_rows(entry)
+    assert splits == ["test", "train"]
 
 
 def test_question_and_text_errors(tmp_path: Path) -> None:

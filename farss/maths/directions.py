@@ -165,5 +165,6 @@ def factors(u: Tensor, sigma: Tensor, v: Tensor, scaling: float) -> tuple[Tensor
     moves. It starts as a LoRA does: `v` in A, zero in B.
     """
     root = (sigma.double() / scaling).sqrt()
-    missing = root < MISSING
-    return u.double() * root.masked_fill(missing, 0), root.masked_fill(missing, 1)[:, None] * v.double().T
+    v, missing = v.double(), root < MISSING
+    length = torch.where(missing, 1 / v.norm(dim=0), root)  # CorDA's v are no unit vectors
+    return u.double() * root.masked_fill(missing, 0), length[:, None] * v.T

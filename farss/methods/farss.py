@@ -70,7 +70,9 @@ def shallow_ranks(config: PlanConfig, layers: dict[str, Layer], boundary: int, n
     if sum(ranks) < budget:
         notes.append(f"The shallow layers got {sum(ranks)} of a budget of {budget} ranks: the rest was lost to rounding and clipping.")
     if sum(ranks) > budget:
-        notes.append(f"The shallow layers got {sum(ranks)} ranks, more than the budget of {budget}: none gets fewer than plan.r_min.")
+        notes.append(
+            f"The shallow layers got {sum(ranks)} ranks, more than the budget of {budget}: ranks are rounded, and none is below r_min."
+        )
     given = {layer.name: rank for layer, rank in zip(told, ranks, strict=True)}
     return {layer.name: given.get(layer.name, min(config.r_min, layer_cap(layer))) for layer in shallow}
 

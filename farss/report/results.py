@@ -123,7 +123,7 @@ def _contours(x: list[float], y: list[float]) -> Trace:
 def _levels(x: list[float], y: list[float]) -> dict[str, float]:
     """At most 12 round values of KT inside the picture."""
     low, high = harmonic_mean(x[0], y[0]), harmonic_mean(x[1], y[1])
-    size = next(size for size in (0.5, 1, 2, 5, 10, 20) if (high - low) / size <= 12)
+    size = next((size for size in (0.5, 1, 2, 5, 10, 20, 50, 100) if (high - low) / size <= 12), (high - low) / 12)
     return {"start": size * math.ceil(low / size), "end": size * math.floor(high / size), "size": size}
 
 

@@ -203,7 +203,7 @@ def add_up(moments: Iterable[Moment]) -> None:
     for moment in {id(moment): moment for moment in moments}.values():
         if moment.total is not None:
             processes.add_up(moment.total)
-            count = torch.tensor([moment.count])
+            count = torch.tensor([moment.count], device=moment.total.device)
             processes.add_up(count)
             moment.count = int(count)
 

@@ -54,8 +54,8 @@ def contains(answer: str, answers: Sequence[str]) -> float:
 
 
 def _words(text: str) -> str:
-    """The normalised text; where nothing is left of it ("A" as a choice, "+"), the text itself in lower case."""
-    return normalise(text) or " ".join(text.lower().split())
+    """The normalised text; where nothing is left of it, with its articles ("A." as a choice), or as it is ("+")."""
+    return normalise(text) or " ".join(text.lower().translate(_PUNCTUATION).split()) or " ".join(text.lower().split())
 
 
 def number(answer: str, answers: Sequence[str]) -> float:

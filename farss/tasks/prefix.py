@@ -13,6 +13,8 @@ from torch import Tensor
 
 from farss.models import accepts
 
+BY_SLOT = ("mpt",)
+"""Models that count positions by the slot, padding or not: it cannot be moved in them."""
 WORTH = 16
 """Tokens below which a common beginning is not worth keeping."""
 
@@ -67,8 +69,14 @@ def shared_prefix(model: Any, prompts: Sequence[list[int]], room: int) -> Prefix
     pairs = zip(min(cut), max(cut), strict=False)  # in their order, what the first and the last share, all share
     shared = [token for token, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
     settings = model.config.get_text_config()
-    window = getattr(settings, "sliding_window", None)
-    if len(prompts) < 2 or len(shared) < WORTH or (window and room > window) or not accepts(model, "cache"):
+    window = getattr(settings, "sliding_window", None) or getattr(settings, "window_size", None)  # GPT-Neo calls it so
+    if (
+        settings.model_type in BY_SLOT
+        or len(prompts) < 2
+        or len(shared) < WORTH
+        or (window and room > window)
+        or not accepts(model, "cache")
+    ):
         return None
     ids = torch.tensor(shared, device=model.device)
     keep = {"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {}
