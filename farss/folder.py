@@ -14,7 +14,7 @@ from typing import Any
 
 from farss import processes
 from farss.artifacts import KINDS, disk_cure, read_json, write_json, write_text
-from farss.config import Config, dump, from_dict, to_dict
+from farss.config import Config, QuestionSet, dump, from_dict, to_dict
 from farss.errors import ConfigError, FolderError
 
 SURVEY_KEYS = (
@@ -121,7 +121,8 @@ class Folder:
             return False
         # An option that the record does not know is younger than the folder, which was made with its default; and where
         # it did not look at a file's content, nothing can be said of it.
-        known = _defaults(options) | {key: options[key] for key in options if key.startswith(CONTENT)} | record["options"]
+        recorded = {key: _filled(value) for key, value in record["options"].items()}
+        known = _defaults(options) | {key: options[key] for key in options if key.startswith(CONTENT)} | recorded
         if known != options:
             if redo:
                 return False
@@ -174,6 +175,13 @@ def _files(value: Any) -> list[str]:
     if isinstance(value, list):
         return [path for entry in value if isinstance(entry, dict) for path in _files(entry)]
     return [value] if value else []
+
+
+def _filled(value: Any) -> Any:
+    """The same for question sets."""
+    if isinstance(value, list):
+        return [_filled(entry) for entry in value]
+    return to_dict(QuestionSet(**value)) if isinstance(value, dict) and {"name", "data"} <= set(value) else value
 
 
 def _defaults(options: dict[str, Any]) -> dict[str, Any]:

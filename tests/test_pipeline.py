@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from small_models import save_small
 
 from farss import pipeline, world
-from farss.artifacts import Plan, Survey
+from farss.artifacts import Plan, Survey, write_json
 from farss.compare import compare
 from farss.config import from_dict, load, override
 from farss.errors import ConfigError, DataError, FolderError, ModelError
 from farss.evaluate import _identity
-from farss.folder import READING_KEYS, options_of, resolve
+from farss.folder import EVALUATE_KEYS, READING_KEYS, options_of, resolve
 from farss.pipeline import Run
 
 
@@ -317,6 +317,19 @@ def test_a_folder_from_before_an_option_existed_is_taken_up(config):
     assert (run.path / "train.json").stat().st_mtime_ns == begun
     with pytest.raises(FolderError, match=r"made with plan.kasa_beta=0.0001, and now plan.kasa_beta=0.5"):
         Run(override(config, ["plan.kasa_beta=0.5"])).claim()
+
+
+def test_a_question_set_from_before_an_option_existed_is_the_same(config):
+    run = Run(config)
+    run.claim()
+    options = options_of(run.config, EVALUATE_KEYS)
+    older = json.loads(json.dumps(options))
+    del older["evaluate.knowledge"][0]["split"]
+    write_json(run.path / "steps" / "evaluate.json", {"options": older, "done": True})
+    assert run.folder.is_done("evaluate", options, redo=True)
+    older["evaluate.knowledge"][0]["limit"] = 3
+    write_json(run.path / "steps" / "evaluate.json", {"options": older, "done": True})
+    assert not run.folder.is_done("evaluate", options, redo=True)
 
 
 @pytest.mark.parametrize(
