@@ -198,14 +198,17 @@ def _read(
     return Survey.load(place)
 
 
-def export(model: Any, folder: Path | str, rank: int | None = None, energy: float | None = None) -> Exported:
+def export(model: Any, folder: Path | str, rank: int | None = None, energy: float | None = None) -> Exported | None:
     """Write the portable adapter of a model from `prepare`, checked on its untouched base.
 
     Args:
         model: the trained `PeftModel` (or what your trainer wrapped around it, unwrapped).
-        folder: where the adapter goes. In several processes the first writes it; call it in all of them.
+        folder: where the adapter goes.
         rank: compress to this rank; None: exact.
         energy: compress each layer to this share of its change's squared Frobenius norm; None: exact.
+
+    Returns:
+        What was written; None in any process but the first, which writes.
 
     Raises:
         FarssError: the model was not prepared by farss, or the check failed (nothing is written then).
@@ -215,11 +218,9 @@ def export(model: Any, folder: Path | str, rank: int | None = None, energy: floa
         raise FarssError("this model was not made by farss.prepare: export the object that it returned, unwrapped from any trainer")
     batch = {key: value.to(model.device) for key, value in prepared.batch.items()}
     base = getattr(model.get_base_model().config, "_name_or_path", "")
-    first = processes.rank() == 0
-    done: Exported = processes.shared(
-        export_adapter(model, prepared.plan, folder, batch, base, rank, energy, prepared.tokenizer) if first else None
-    )
-    return done
+    if processes.rank():
+        return None
+    return export_adapter(model, prepared.plan, folder, batch, base, rank, energy, prepared.tokenizer)
 
 
 def trainer_callback(model: Any) -> Any:

@@ -652,8 +652,9 @@ class Run:
     def trained(self) -> Any:
         """The trained model: still in memory, or rebuilt from the plan and the last checkpoint."""
         if self._live is None:
-            self._live = self._adapted(self.plan())
-            restore(self._live, self.path)
+            model = self._adapted(self.plan())
+            restore(model, self.path)
+            self._live = model  # not before: where the weights are gone, it is untrained
         return self._live.eval()
 
     def _prompts(self, model: Any) -> dict[str, torch.Tensor]:

@@ -159,8 +159,7 @@ SCRIPT = textwrap.dedent("""
     save_file(weights(model), folder / f"start-{processes.rank()}.safetensors")
     trainer(model, features(tokenizer, rows), folder / "run").train()
     save_file(weights(model), folder / f"end-{processes.rank()}.safetensors")
-    if processes.rank() == 0:
-        farss.export(model, folder / "adapter")
+    farss.export(model, folder / "adapter")
 """)
 
 
