@@ -19,7 +19,7 @@ from farss.data import Row, Tokenized, calibration_batches, collate, load_exampl
 from farss.errors import FarssError
 from farss.methods import Reading
 from farss.models import find_blocks, fingerprint, target_layers
-from farss.plan import check_exact, check_plan, make_plan, make_plan_without_survey, method_of, survey_cap
+from farss.plan import check_plan, make_plan, make_plan_without_survey, method_of, survey_cap
 from farss.portable import Exported
 from farss.portable import export as export_adapter
 from farss.survey import LENGTH, Progress, own_text, read_layers, survey
@@ -93,9 +93,7 @@ def prepare(
     data, calibration = data or DataConfig(), calibration or CalibrationConfig()
     wanted = dataclasses.replace(plan or PlanConfig(), method=method)
     layers, blocks = target_layers(model, targets), len(find_blocks(model)[1])
-    check_plan(wanted, layers, blocks)
-    if calibration.svd == "fast":
-        check_exact(wanted, blocks)
+    check_plan(wanted, layers, blocks, calibration.svd)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     examples = (

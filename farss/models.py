@@ -202,17 +202,17 @@ def is_transposed(module: nn.Module) -> bool:
 def is_packed(module: nn.Module) -> bool:
     """Whether a linear layer's weight is quantised."""
     weight: Tensor = module.weight  # type: ignore[assignment]
-    return not _whole_numbers(weight) or weight.dim() != 2 or type(weight) not in (Tensor, nn.Parameter)
+    return not _unscaled(weight) or weight.dim() != 2 or type(weight) not in (Tensor, nn.Parameter)
 
 
-def _whole_numbers(weight: Tensor) -> bool:
+def _unscaled(weight: Tensor) -> bool:
     """Whether each entry is a number by itself: 8-bit floats are multiplied by scales that lie beside them."""
     return weight.is_floating_point() and weight.element_size() > 1
 
 
 def holds_packed(model: nn.Module) -> bool:
     """Whether some of a model's weights are quantised."""
-    return not all(_whole_numbers(parameter) for parameter in model.parameters())
+    return not all(_unscaled(parameter) for parameter in model.parameters())
 
 
 def shape_of(module: nn.Module) -> tuple[int, int]:

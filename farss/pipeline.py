@@ -59,7 +59,7 @@ from farss.models import (
     stored_dtype,
     tokenizer_fingerprint,
 )
-from farss.plan import check_exact, check_plan, make_plan, make_plan_without_survey, method_of, require_boundary, survey_cap
+from farss.plan import check_plan, make_plan, make_plan_without_survey, method_of, require_boundary, survey_cap
 from farss.portable import export, load_adapter, step_zero
 from farss.prepared import write_prepared
 from farss.recovery import knowledge_alone, recover, recovery_rows
@@ -209,10 +209,7 @@ class Run:
             recovery_rows(self.common_config, self.tokenizer)
         layers, blocks = self.shapes
         for boundary in self.search_setting.schedule.candidates if self.searches else [self.config.plan.boundary]:
-            plan = replace(self.config.plan, boundary=boundary)
-            check_plan(plan, layers, blocks)
-            if self.config.calibration.svd == "fast":
-                check_exact(plan, blocks)
+            check_plan(replace(self.config.plan, boundary=boundary), layers, blocks, self.config.calibration.svd)
 
     def _check_handover(self) -> None:
         """Find out before hours of training what cannot be handed over after it.
@@ -300,6 +297,7 @@ class Run:
         options, place = self._survey_options, self.place.path / "survey"
         if self.place.is_done("survey", options) and place.is_dir():
             return _check_cap(Survey.load(place), self._cap(config.plan))
+        cap = self._cap(config.plan, *self.beside)
         parts = calibration_batches(
             self.common_examples.rows, config.calibration, self.tokenizer.pad_token_id, config.seed, config.data.max_length
         )
@@ -308,16 +306,7 @@ class Run:
         meta = {"model": fingerprint(model), "tokenizer": tokenizer_fingerprint(self.tokenizer), "path": config.model.path}
         with self.place.step("survey", options) as facts:
             result = survey(
-                *(
-                    model,
-                    parts,
-                    place,
-                    self._cap(config.plan, *self.beside),
-                    config.model.targets,
-                    config.calibration.fisher,
-                    config.seed,
-                    meta,
-                ),
+                *(model, parts, place, cap, config.model.targets, config.calibration.fisher, config.seed, meta),
                 lambda done, total, line: self.tell("survey", done, total, line),
                 *(config.calibration.svd, device_of(config.model)),
             )
@@ -335,6 +324,7 @@ class Run:
         device = device_of(config.model)
         if self.place.is_done(wanted.name, options) and place.is_dir():
             return _check_cap(Survey.load(place), self._cap(config.plan))
+        cap = self._cap(config.plan, *self.beside)
         reset_peak(device)
         model = self._to_look_at()
         begun = time.monotonic()
@@ -342,7 +332,7 @@ class Run:
             meta = {"model": fingerprint(model), "tokenizer": tokenizer_fingerprint(self.tokenizer), "path": config.model.path}
             texts = [self._batches(text) for text in wanted.texts]
             result = read_layers(
-                *(model, place, wanted.read, self._cap(config.plan, *self.beside), texts, config.model.targets, meta),
+                *(model, place, wanted.read, cap, texts, config.model.targets, meta),
                 lambda done, total, line: self.tell(wanted.name, done, total, line),
                 *(device, wanted.answers),
             )

@@ -48,11 +48,14 @@ def make_plan_without_survey(config: PlanConfig, layers: dict[str, Layer], block
     return method.plan(config, Context(layers, blocks))
 
 
-def check_plan(config: PlanConfig, layers: dict[str, Layer], blocks: int) -> None:
+def check_plan(config: PlanConfig, layers: dict[str, Layer], blocks: int, svd: str = "exact") -> None:
     """Find out before the survey what cannot be planned.
 
+    Args:
+        svd: how the survey will decompose, `calibration.svd`.
+
     Raises:
-        ConfigError: the boundary or the rank is outside what the model allows.
+        ConfigError: the boundary or the rank is outside what the model allows, or see `check_exact`.
     """
     method = method_of(config)
     if method.name != "full":
@@ -60,7 +63,9 @@ def check_plan(config: PlanConfig, layers: dict[str, Layer], blocks: int) -> Non
     if method.boundary:
         choose_boundary(config, blocks)
     if method.name != "full":
-        survey_cap(config, layers, blocks)
+        survey_cap(config, layers, blocks)  # a rank to be matched may have no layers
+    if svd == "fast":
+        check_exact(config, blocks)
 
 
 def require_boundary(config: PlanConfig) -> None:
