@@ -32,6 +32,7 @@ from farss.errors import ConfigError, FarssError, FolderError, NumericalError
 from farss.memory import fits, freed_memory_kept, give_back_if_scarce, peak_gib, reset_peak
 from farss.methods import Regime
 from farss.models import base_fingerprint, multiplies_in
+from farss.speed import faster_steps
 from farss.tasks.course import Course
 
 Progress = Callable[[int, int, float | None], None]
@@ -140,7 +141,8 @@ def train(
             return run.result()
         log.info("continuing from %s", newest)
     memory = fits(config.train.micro_batch_size or config.train.batch_size, "examples in a forward pass", "train.micro_batch_size")
-    with freed_memory_kept(run.device), _unchanged(model), _quiet(), _answers_only(), memory:
+    speed = faster_steps(model, run.device, products(config.train, run.device))
+    with freed_memory_kept(run.device), _unchanged(model), _quiet(), speed, memory:
         trainer = _build(model, tokenizer, examples, config, checkpoints, run, [*callbacks, *_stop(stop_at)], cycles)
         trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
     if run.finished:
@@ -553,26 +555,6 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         notices.set_verbosity(before)
-
-
-@contextlib.contextmanager
-def _answers_only() -> Iterator[None]:
-    """Let TRL's output layer score answer tokens only, on every device.
-
-    Without Triton it scores the prompts and the padding too, and multiplies by zero: with short answers and a
-    vocabulary of 262,144 that is four fifths of a step's time. The loss is the same.
-    """
-    from trl.trainer import utils
-
-    before = getattr(utils, "_use_triton", None)
-    if before is None:  # a TRL that decides otherwise: slower at worst
-        yield
-        return
-    setattr(utils, "_use_triton", lambda device: True)  # noqa: B010 (mypy knows no such name)
-    try:
-        yield
-    finally:
-        setattr(utils, "_use_triton", before)  # noqa: B010
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
