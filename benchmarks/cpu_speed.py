@@ -1,31 +1,39 @@
-"""How much five measures save on a CPU with a large vocabulary: float32 where it has no units for 16-bit products, training on
-answer tokens only, freed memory that is kept, a compact output layer, and reading the examples before every question once.
+"""How much each measure saves on a CPU with a large vocabulary: float32 where it has no units for 16-bit products; in training,
+answer tokens alone, small tiles of logits, cheap dropout, inputs without float32 copies, and freed memory that is kept; in asking
+questions, a compact output layer, and reading the examples before every question once.
 
     farss gemma models/gemma-3-270m
     FARSS_DATA=path/to/data python benchmarks/cpu_speed.py models/gemma-3-270m
+    FARSS_DATA=path/to/data python benchmarks/cpu_speed.py models/gemma-3-270m --only lora
 
-Each figure is measured with and without the measure in one run, one after the other, and printed as seconds and ratio.
+Each figure is measured with and without the measure in one run and printed as seconds and ratio: steps of one training in turns,
+the rest one after the other.
 """
 
 import argparse
 import contextlib
-import itertools
 import os
 import statistics
 import tempfile
+import time
+from collections import defaultdict
 from pathlib import Path
+from unittest import mock
 
 import torch
+from transformers import TrainerCallback
 
 from farss import models
-from farss import train as train_room
+from farss.adapter import attach
 from farss.config import from_dict
 from farss.evaluate import evaluate
 from farss.models import load_model, load_tokenizer
 from farss.pipeline import Run, versions
 from farss.tasks import live
+from farss.train import speed, trainer, training
 
-STEPS = 4
+ROUNDS = 5
+"""Steps with and without each measure; the first round is left out."""
 QUESTIONS = 128
 
 
@@ -34,16 +42,24 @@ TASKS = {
     "GSM8K": {"train": "gsm8k/train.jsonl.gz", "max_length": 320},
 }
 """Answers of four tokens, and of a hundred."""
+MEASURES = {
+    "answers only": lambda model: speed.answers_only(),
+    "small tiles": lambda model: speed.small_tiles(),
+    "cheap dropout": lambda model: speed.cheap_dropout(),
+    "inputs without copies": speed.inputs_as_they_are,
+}
+"""Of a training step."""
+ALL, NONE = "all", "these four together"
 
 
-def run_config(model: str, data: Path, out: str, method: str, task: str = "Banking77"):
-    """A few steps."""
+def run_config(model: str, data: Path, out: str, method: str, task: str = "Banking77", steps: int = 1):
+    """A few steps on the same sixteen examples."""
     return from_dict(
         {
             "model": {"path": model},
-            "data": {**TASKS[task], "train": str(data / TASKS[task]["train"]), "limit": 16 * STEPS},
+            "data": {**TASKS[task], "train": str(data / TASKS[task]["train"]), "limit": 16},
             "plan": {"method": method, "rank": 64},
-            "train": {"max_steps": STEPS, "logging_steps": 1, "gradient_checkpointing": False},
+            "train": {"max_steps": steps, "batch_size": 16, "gradient_checkpointing": False, "save_steps": steps},
             "evaluate": {
                 "knowledge": [
                     {
@@ -62,12 +78,35 @@ def run_config(model: str, data: Path, out: str, method: str, task: str = "Banki
     )
 
 
-def step_seconds(model: str, data: Path, method: str, task: str) -> float:
-    """Median seconds of a training step, the first one left out."""
+class Turns(TrainerCallback):
+    """One step with every measure, one without each of them and one with none, again and again."""
+
+    def __init__(self, left_out: list[str]) -> None:
+        self.left_out, self.seconds = left_out, defaultdict(list)
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs) -> None:
+        self.now = self.left_out[state.global_step % len(self.left_out)]
+        self.entered = contextlib.ExitStack()
+        for name, measure in MEASURES.items():
+            if self.now not in (NONE, name):
+                self.entered.enter_context(measure(model))
+        self.begun = time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.entered.close()
+        if state.global_step > len(self.left_out):
+            self.seconds[self.now].append(time.monotonic() - self.begun)
+
+
+def step_seconds(model: str, data: Path, method: str, task: str, left_out: list[str]) -> dict[str, float]:
+    """Median seconds of a training step, by the measure that is left out."""
+    turns = Turns(left_out)
     with tempfile.TemporaryDirectory() as folder:
-        log = Run(run_config(model, data, f"{folder}/run", method, task)).train().log
-    ends = [entry["seconds"] for entry in log]
-    return statistics.median(end - start for start, end in itertools.pairwise(ends))
+        run = Run(run_config(model, data, f"{folder}/run", method, task, ROUNDS * len(left_out)))
+        plan, base = run.plan(), load_model(run.config.model, torch.float32 if method == "full" else None)
+        with mock.patch.object(training, "faster_steps", return_value=contextlib.nullcontext()):
+            training.train(attach(base, plan, dropout=0.05), run.tokenizer, run.examples, run.config, Path(folder), [turns])
+    return {name: statistics.median(seconds) for name, seconds in turns.seconds.items()}
 
 
 def question_seconds(model: str, data: Path) -> float:
@@ -104,29 +143,28 @@ def float32(model: str, data: Path) -> None:
         return
 
     def measured() -> tuple[float, float]:
-        return step_seconds(model, data, "lora", "Banking77"), question_seconds(model, data)
+        return step_seconds(model, data, "lora", "Banking77", [ALL])[ALL], question_seconds(model, data)
 
     now = measured()
-    with without(models, "multiplies_in", True), without(train_room, "multiplies_in", True):
+    with without(models, "multiplies_in", True), without(trainer, "multiplies_in", True):
         before = measured()
     for what, *seconds in zip(("lora, a step of 16 examples of Banking77", f"{QUESTIONS} five-shot questions"), before, now, strict=True):
         show(f"float32 instead of bfloat16: {what}", *seconds)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder of a causal language model")
-    model = parser.parse_args().model
-    data = Path(os.environ.get("FARSS_DATA", "../shared/data"))
-    print(", ".join(f"{name} {version}" for name, version in versions().items()), f"({torch.get_num_threads()} threads)")
-    print("\n| what | without | with | ratio |\n|---|---:|---:|---:|")
-    float32(model, data)
-    for method, task in itertools.product(("lora", "full"), TASKS):
-        now = step_seconds(model, data, method, task)
-        for measure, words in (("_answers_only", "answers only"), ("freed_memory_kept", "freed memory kept")):
-            with without(train_room, measure, contextlib.nullcontext()):
-                before = step_seconds(model, data, method, task)
-            show(f"{words}: {method}, a step of 16 examples of {task}", before, now)
+def training_steps(model: str, data: Path, method: str) -> None:
+    """What each measure saves of a training step."""
+    for task in TASKS:
+        step = f"{method}, a step of 16 examples of {task}"
+        seconds = step_seconds(model, data, method, task, [ALL, *MEASURES, NONE])
+        for name in (*MEASURES, NONE):
+            show(f"{name}: {step}", seconds[name], seconds[ALL])
+        with without(training, "freed_memory_kept", contextlib.nullcontext()):
+            show(f"freed memory kept: {step}", step_seconds(model, data, method, task, [ALL])[ALL], seconds[ALL])
+
+
+def questions(model: str, data: Path) -> None:
+    """What each measure saves of asking questions."""
     now = question_seconds(model, data)
     for room, measure, words, nothing in (
         (models, "compact_head", "compact output layer", contextlib.nullcontext()),
@@ -135,6 +173,25 @@ def main() -> None:
         with without(room, measure, nothing):
             before = question_seconds(model, data)
         show(f"{words}: {QUESTIONS} five-shot questions", before, now)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder of a causal language model")
+    parser.add_argument("--only", choices=["float32", "lora", "full", "questions"], help="one part")
+    chosen = parser.parse_args()
+    data = Path(os.environ.get("FARSS_DATA", "../shared/data"))
+    print(", ".join(f"{name} {version}" for name, version in versions().items()), f"({torch.get_num_threads()} threads)")
+    print("\n| what | without | with | ratio |\n|---|---:|---:|---:|")
+    parts = {
+        "float32": lambda: float32(chosen.model, data),
+        "lora": lambda: training_steps(chosen.model, data, "lora"),
+        "full": lambda: training_steps(chosen.model, data, "full"),
+        "questions": lambda: questions(chosen.model, data),
+    }
+    for name, part in parts.items():
+        if chosen.only in (None, name):
+            part()
 
 
 if __name__ == "__main__":

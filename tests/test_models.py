@@ -22,7 +22,7 @@ CPU, BFLOAT16 = torch.device("cpu"), torch.bfloat16
 def units(request, monkeypatch):
     """A CPU with units for 16-bit products, and one without."""
     monkeypatch.setattr(models, "multiplies_in", lambda dtype, device: request.param or dtype not in (torch.float16, BFLOAT16))
-    monkeypatch.setattr("farss.train.multiplies_in", models.multiplies_in)
+    monkeypatch.setattr("farss.train.trainer.multiplies_in", models.multiplies_in)
     return request.param
 
 

@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from test_train import difference, examples, options, tokenizer, weights, whole_model
 from torch import nn
+from trainings import difference, examples, options, tokenizer, weights, whole_model
 from trl.trainer import utils
 
-from farss import speed
-from farss.train import train
+from farss.train import speed, train
 
 
 def adapted(**choices: Any) -> Any:

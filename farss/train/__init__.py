@@ -1,0 +1,8 @@
+"""Fine-tuning with TRL's SFTTrainer: exact resume, one loss whatever the micro-batch, and a stop at the first NaN."""
+
+from farss.train.checkpoints import restore
+from farss.train.record import TrainResult
+from farss.train.trainer import products, training_steps
+from farss.train.training import train
+
+__all__ = ["TrainResult", "products", "restore", "train", "training_steps"]

@@ -1,0 +1,249 @@
+"""TRL's trainer, told to do what we say and nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from farss.artifacts import write_tensors
+from farss.config import Config, TrainConfig, nearest
+from farss.data import Tokenized
+from farss.errors import ConfigError
+from farss.memory import give_back_if_scarce
+from farss.models import multiplies_in
+from farss.train.checkpoints import REGIME, read_weights, write_weights
+from farss.train.record import Record
+
+WRAPPED = ("forward", "_original_forward", "_require_grads_hook", "_require_grads_hooks")
+"""Attributes that accelerate and TRL hang on a model."""
+
+
+def products(options: TrainConfig, device: torch.device) -> Literal["bf16", "fp32"]:
+    """The precision of matrix products that `train.precision` means on a device."""
+    if options.precision != "auto":
+        return options.precision
+    return "bf16" if multiplies_in(torch.bfloat16, device) else "fp32"
+
+
+def training_steps(options: TrainConfig, rows: int) -> int:
+    """Optimiser steps of a training on so many examples."""
+    return options.max_steps or math.ceil(options.epochs * math.ceil(rows / options.batch_size))
+
+
+def build(
+    model: Any,
+    tokenizer: Any,
+    examples: Tokenized,
+    config: Config,
+    checkpoints: Path,
+    run: Record,
+    callbacks: Sequence[Any],
+    cycles: int | None,
+) -> Any:
+    from transformers import PrinterCallback
+
+    trainer_class, callback_class = _classes()
+    trainer = trainer_class(
+        run=run,
+        model=model,
+        args=_arguments(config.train, config.seed, checkpoints, next(model.parameters()).device, cycles),
+        train_dataset=examples.dataset(),
+        processing_class=tokenizer,
+        callbacks=[callback_class(run), *callbacks],
+    )
+    trainer.remove_callback(PrinterCallback)  # it stands in for the progress bar, and prints to stdout
+    return trainer
+
+
+def _arguments(options: TrainConfig, seed: int, checkpoints: Path, device: torch.device, cycles: int | None) -> Any:
+    """The options in TRL's words."""
+    from trl import SFTConfig  # type: ignore[attr-defined]
+
+    _check_names(options)
+    if options.precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ConfigError("train.precision=bf16, but this GPU has no bfloat16: set train.precision=fp32")
+    micro = options.micro_batch_size or options.batch_size
+    arguments = SFTConfig(
+        output_dir=str(checkpoints),
+        # data: tokenised already, so nothing is cut, packed or added
+        max_length=None,
+        packing=False,
+        padding_free=False,
+        completion_only_loss=True,
+        # optimisation
+        learning_rate=options.learning_rate,
+        num_train_epochs=options.epochs,
+        max_steps=options.max_steps or -1,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=options.batch_size // micro,
+        optim="adamw_torch",
+        lr_scheduler_type=options.scheduler,
+        lr_scheduler_kwargs={"num_cycles": cycles} if cycles else None,
+        warmup_steps=options.warmup_ratio,  # below 1 it is a share of the steps, rounded up
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
+        seed=seed,
+        data_seed=seed,
+        # precision and memory
+        bf16=products(options, device) == "bf16",
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type == "cuda",
+        activation_checkpointing=options.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if options.gradient_checkpointing else None,
+        # records
+        save_strategy="steps",
+        save_steps=options.save_steps,
+        save_total_limit=2,
+        logging_steps=options.logging_steps,
+        report_to=list(options.report_to),
+        disable_tqdm=True,
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one device, however many are visible: TRL refuses DataParallel
+    return arguments
+
+
+def _check_names(options: TrainConfig) -> None:
+    from transformers import SchedulerType
+    from transformers.integrations import get_available_reporting_integrations  # type: ignore[attr-defined]
+
+    schedulers = [entry.value for entry in SchedulerType]
+    if options.scheduler not in schedulers:
+        raise ConfigError(f"train.scheduler={options.scheduler!r}: {nearest(options.scheduler, schedulers)}")
+    installed = get_available_reporting_integrations()
+    for name in options.report_to:
+        if name not in installed:
+            raise ConfigError(f"train.report_to: {name!r} is not installed or not known: `pip install` it, or choose of {installed}")
+
+
+@functools.cache
+def _classes() -> tuple[Any, Any]:
+    """The trainer and the callback; made here because importing TRL takes seconds."""
+    from transformers import TrainerCallback
+    from trl import SFTTrainer  # type: ignore[attr-defined]
+
+    class Trainer(SFTTrainer):
+        """SFTTrainer that checks every step and keeps the trainable parameters only."""
+
+        def __init__(self, run: Record, **options: Any) -> None:
+            self.run, self.whole = run, options["model"]
+            before = [(parameter, parameter.data) for parameter in self.whole.parameters() if parameter.requires_grad]
+            super().__init__(**options)
+            for parameter, data in before:
+                if parameter.dtype != data.dtype:  # TRL rounds adapters of 4-bit models to bfloat16: see `_check_model`
+                    parameter.data = data
+            # TRL divides by the number of answer tokens in the whole batch, if it is counted; models whose forward
+            # takes no **kwargs would get a mean over micro-batches
+            self.model_accepts_loss_kwargs = True
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+            self.added = torch.zeros(())
+            loss: Tensor = super().training_step(*args, **kwargs)
+            self.run.micro.append(loss - self.added.to(loss))  # the loss alone, which is comparable between methods
+            return loss
+
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            penalty = self.run.regime.penalty()
+            if penalty is None:
+                return result
+            share = penalty / self.current_gradient_accumulation_steps  # once a step, whatever the micro-batch
+            self.added = share.detach()
+            return (result[0] + share, *result[1:]) if return_outputs else result + share
+
+        def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+            norm = super()._get_grad_norm(model, grad_norm)  # the last thing before the optimiser's step
+            self.run.check(self.state.global_step + 1, float(norm))
+            return norm
+
+        def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+            folder = Path(output_dir or str(self.args.output_dir))
+            write_weights(self.whole, folder)
+            if state := self.run.regime.state():
+                write_tensors(folder / REGIME, state)
+
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+            read_weights(self.whole, Path(resume_from_checkpoint))
+
+        def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+            """A checkpoint is no model to publish."""
+
+        def _send_telemetry(self) -> None:
+            """Nothing is sent anywhere."""
+
+    class Callback(TrainerCallback):
+        """Tells the run what happens."""
+
+        def __init__(self, run: Record) -> None:
+            self.run = run
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.run.begin(state.max_steps)
+
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.run.learning_rate = kwargs["optimizer"].param_groups[0]["lr"]
+            self.run.regime.after_step(state.global_step + 1)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.run.end_step(state.global_step, state.epoch)
+            give_back_if_scarce(self.run.device)
+
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.run.mark(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    return Trainer, Callback
+
+
+def stop(step: int | None) -> list[Any]:
+    """A callback that writes a checkpoint after this step and ends the training; none for None."""
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == step:
+                control.should_save = control.should_training_stop = True
+
+    return [] if step is None else [Stop()]
+
+
+@contextlib.contextmanager
+def unchanged(model: Any) -> Iterator[None]:
+    """Take back what the trainer does to a model besides its weights: wrapped forwards, hooks and flags."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    cache, checkpointing = getattr(base.config, "use_cache", None), base.is_activation_checkpointing
+    attributes = [(part, {name: vars(part)[name] for name in WRAPPED if name in vars(part)}) for part in (model, base)]
+    modules = [(module, module.training, list(module._forward_hooks)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        if not checkpointing:
+            base.activation_checkpointing_disable()
+        base.config.use_cache = cache
+        for part, before in attributes:
+            for name in WRAPPED:
+                vars(part).pop(name, None)
+            vars(part).update(before)
+        for module, mode, hooks in modules:
+            module.training = mode
+            # TRL and transformers each hook the embeddings, and the handle of the first hook is lost
+            for key in set(module._forward_hooks) - set(hooks):
+                del module._forward_hooks[key]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' notices out of our output while it trains."""
+    from transformers import logging as notices
+
+    before = notices.get_verbosity()
+    notices.set_verbosity_error()
+    try:
+        yield
+    finally:
+        notices.set_verbosity(before)

@@ -1,0 +1,203 @@
+"""Training: the loss, the micro-batches, and the stop at a number that is none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from trainings import adapted_model, difference, examples, options, tokenizer, weights, whole_model
+from transformers import LlamaModel, TrainerCallback
+
+from farss.errors import ConfigError, FarssError, NumericalError
+from farss.train import TrainResult, train
+from farss.train.checkpoints import WEIGHTS
+
+# --- the loss --------------------------------------------------------------------------------------------------------
+
+
+def test_one_full_step_is_adamw_on_the_mean_over_answer_tokens(tmp_path: Path) -> None:
+    """The whole step from first principles: token mean, right padding, clipping, AdamW."""
+    model, data = whole_model(), examples(4)
+    train(model, tokenizer(), data, options(max_steps=1, micro_batch_size=2, warmup_ratio=0.0), tmp_path)
+
+    other = whole_model().train()
+    optimizer = torch.optim.AdamW(other.parameters(), lr=1e-2, weight_decay=0.0)
+    losses = []
+    for row in data.rows:  # one by one, without padding
+        logits = other(torch.tensor([row["input_ids"]])).logits[0, :-1]
+        chosen = torch.tensor(row["completion_mask"][1:]).bool()
+        losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(row["input_ids"][1:]), reduction="none")[chosen])
+    torch.cat(losses).mean().backward()
+    torch.nn.utils.clip_grad_norm_(other.parameters(), 1.0)
+    optimizer.step()
+    # Adam's first step is lr * sign(gradient): compare where the gradient is more than rounding
+    solid = {name: p.grad.abs() > 1e-6 for name, p in other.named_parameters()}
+    assert sum(int(mask.sum()) for mask in solid.values()) > 5_000
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter[solid[name]], other.get_parameter(name)[solid[name]], atol=2e-6, rtol=0)
+
+
+def test_micro_batches_do_not_change_the_result(tmp_path: Path) -> None:
+    def trained(micro: int) -> tuple[dict[str, torch.Tensor], TrainResult]:
+        model = adapted_model(dropout=0.0)
+        result = train(model, tokenizer(), examples(), options(micro_batch_size=micro, learning_rate=1e-3), tmp_path / str(micro))
+        return weights(model), result
+
+    whole, one, two = trained(4), trained(1), trained(2)  # 22 = 5 * 4 + 2: the last step is a short one
+    assert difference(whole[0], one[0]) < 1e-6
+    assert difference(whole[0], two[0]) < 1e-6
+    assert difference(whole[0], weights(adapted_model(0.0))) > 1e-3
+    assert whole[1].steps == one[1].steps == 6
+    assert whole[1].loss == pytest.approx(one[1].loss, abs=1e-5)
+
+
+def test_prompts_and_padding_carry_no_loss(tmp_path: Path) -> None:
+    """A prompt token whose only influence would be as a target: nothing follows it that attends to it."""
+    model = whole_model()
+    tokens: list[Any] = []
+    original = model.model.forward
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        tokens.append(kwargs["input_ids"])
+        return original(*args, **kwargs)
+
+    model.model.forward = spy
+    data = examples(4)
+    data.rows[0]["completion_mask"][-1] = 0  # now a trailing token that nobody attends to and nobody learns
+    changed = examples(4)
+    changed.rows[0]["completion_mask"][-1] = 0
+    changed.rows[0]["input_ids"][-1] = 33
+    train(model, tokenizer(), data, options(max_steps=2), tmp_path / "a")
+    other = whole_model()
+    train(other, tokenizer(), changed, options(max_steps=2), tmp_path / "b")
+    assert difference(weights(model), weights(other)) == 0
+    longest = max(len(row["input_ids"]) for row in data.rows)
+    assert tokens[0].shape == (4, longest)  # nothing was cut, packed or appended
+    assert sorted(ids[ids != 0].tolist() for ids in tokens[0]) == sorted(row["input_ids"] for row in data.rows)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_gradient_checkpointing_trains_the_same_and_leaves_no_trace(tmp_path: Path, precision: str) -> None:
+    def trained(checkpointing: bool) -> Any:
+        model = adapted_model()
+        config = options(max_steps=2, gradient_checkpointing=checkpointing, precision=precision)
+        train(model, tokenizer(), examples(), config, tmp_path / str(checkpointing))
+        return model
+
+    plain, saving = trained(False), trained(True)
+    assert difference(weights(plain), weights(saving)) < 1e-6
+    base = saving.get_base_model()
+    assert "forward" not in vars(saving)
+    assert "forward" not in vars(base)
+    assert not base.is_activation_checkpointing
+    assert base.config.use_cache
+    assert not saving.training
+    assert not base.get_input_embeddings()._forward_hooks
+    assert saving(torch.tensor([[1, 2]])).logits.dtype == torch.float32
+
+
+def test_bf16_differs_from_fp32_but_weights_stay_float32(tmp_path: Path) -> None:
+    results = {}
+    for precision in ("bf16", "fp32"):
+        model = whole_model()
+        train(model, tokenizer(), examples(), options(max_steps=2, precision=precision), tmp_path / precision)
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        results[precision] = weights(model)
+    assert 0 < difference(results["bf16"], results["fp32"]) < 0.05
+
+
+# --- numbers that are none -------------------------------------------------------------------------------------------
+
+
+def poison(model: Any) -> None:
+    """A weight that an update reaches, made NaN by hand."""
+    next(p for p in model.parameters() if p.requires_grad).data.view(-1)[0] = float("nan")
+
+
+class Poison(TrainerCallback):
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            poison(model)
+
+
+def test_a_nan_loss_stops_and_names_the_step(tmp_path: Path) -> None:
+    with pytest.raises(NumericalError, match=r"the loss is nan at training step 4: lower train.learning_rate"):
+        train(whole_model(), tokenizer(), examples(), options(max_steps=6), tmp_path, callbacks=[Poison()])
+    (checkpoint,) = (tmp_path / "checkpoints").glob("checkpoint-*")
+    assert checkpoint.name == "checkpoint-2"
+    with safe_open(checkpoint / WEIGHTS, framework="pt") as file:
+        assert all(file.get_tensor(name).isfinite().all() for name in file.keys())  # noqa: SIM118
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_an_infinite_gradient_stops_before_the_update(tmp_path: Path, clip: float) -> None:
+    model = whole_model()
+    before = weights(model)
+    model.model.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(NumericalError, match=r"the gradient norm is (inf|nan) at training step 1"):
+        train(model, tokenizer(), examples(), options(max_steps=2, max_grad_norm=clip), tmp_path)
+    assert difference(before, weights(model)) == 0
+
+
+# --- records and options ---------------------------------------------------------------------------------------------
+
+
+def test_the_record(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    told: list[tuple[int, int, float | None]] = []
+    model = adapted_model()
+    result = train(
+        model, tokenizer(), examples(), options(max_steps=7, warmup_ratio=0.2), tmp_path,
+        on_progress=lambda *values: told.append(values),
+    )  # fmt: skip
+    assert [step for step, *_ in told] == list(range(8))
+    assert told[0] == (0, 7, None)
+    assert {total for _, total, _ in told} == {7}
+    assert [entry["step"] for entry in result.log] == [3, 6, 7]
+    losses = [loss for *_, loss in told if loss is not None]
+    assert result.log[0]["loss"] == pytest.approx(sum(losses[:3]) / 3)
+    assert result.loss == result.log[-1]["loss"] == pytest.approx(losses[6])
+    assert [entry["learning_rate"] for entry in result.log] == pytest.approx([1e-2, 4e-3, 2e-3])  # 2 steps up, 5 down
+    assert result.parameters == sum(p.numel() for n, p in model.named_parameters() if ".default." in n)
+    assert result.peak_memory_gib > 0.05
+    result.save(tmp_path / "train.json")
+    assert TrainResult.load(tmp_path / "train.json") == result
+    assert json.loads((tmp_path / "train.json").read_text())["steps"] == 7
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_callback_may_stop_early(tmp_path: Path) -> None:
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = state.global_step == 4
+
+    result = train(adapted_model(), tokenizer(), examples(), options(max_steps=7), tmp_path, callbacks=[Stop()])
+    assert result.steps == 4
+    assert [entry["step"] for entry in result.log] == [3, 4]
+
+
+def test_option_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(model: Any, **train_options: Any) -> None:
+        train(model, tokenizer(), examples(), options(**train_options), tmp_path)
+
+    with pytest.raises(ConfigError, match=r"train.scheduler='liner': did you mean 'linear'\?"):
+        run(whole_model(), scheduler="liner")
+    with pytest.raises(ConfigError, match=r"train.report_to: 'nobody' is not installed or not known"):
+        run(whole_model(), report_to=["nobody"])
+    with pytest.raises(FarssError, match="no parameter of the model is trainable"):
+        run(whole_model().requires_grad_(False))
+    with pytest.raises(FarssError, match=r"embed_tokens.weight is trainable but torch.bfloat16: .* make it float32"):
+        run(whole_model().bfloat16())
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(LlamaModel, "forward", full)
+    with pytest.raises(
+        FarssError,
+        match=r"memory is full with 4 examples .*: set train.micro_batch_size=2, or fewer compare.jobs where they share it, and run again",
+    ):
+        run(whole_model())
