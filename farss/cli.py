@@ -260,6 +260,7 @@ def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
     """Ask the questions before and after, and compute K, T and KT."""
     from farss.terminal import summary_table
 
+    _refuse_within(load(config, overrides or ()))
     with _single(config, overrides) as one:
         summary = one.evaluate()
     console.print(summary_table(summary))
@@ -398,6 +399,18 @@ def _refuse_several() -> None:
         raise UsageError("only `farss survey` runs in several processes: start this command without torchrun")
 
 
+def _refuse_within(config: Config) -> None:
+    """A comparison scores all of its runs by one full fine-tuning and one choice of questions, which a single run does not know."""
+    from farss.compare import run_within
+    from farss.pipeline import silent
+
+    if (one := run_within(config, silent)) is not None:
+        raise UsageError(
+            f"{one.path} is a run of the comparison above it: `farss compare {one.path.parent / 'config.yaml'}` goes on with it, "
+            f"and `farss export {one.path / 'config.yaml'}` hands it over in another form"
+        )
+
+
 def _run(config: Config) -> None:
     from farss.pipeline import Run
 
@@ -405,6 +418,7 @@ def _run(config: Config) -> None:
     if config.compare.methods:
         _run_comparison(config)
         return
+    _refuse_within(config)
     with bars() as tell:
         one = Run(config, tell=tell)
         one.all()

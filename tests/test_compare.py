@@ -13,9 +13,10 @@ from test_pipeline import model_folder, settings
 from farss import pipeline
 from farss.artifacts import Survey, questions, write_json
 from farss.boundary import Boundary
+from farss.cli import app
 from farss.compare import Entrant, _levels, _measured, _notes, compare, held_out, run_within, the_rest, write_so_far
 from farss.config import from_dict, load, override
-from farss.errors import ConfigError, FarssError, FolderError
+from farss.errors import ConfigError, FarssError, FolderError, UsageError
 from farss.evaluate import Estimate
 from farss.folder import resolve
 from farss.maths.frontier import kept_at
@@ -336,6 +337,11 @@ def test_a_run_of_a_comparison_is_exported_with_what_it_shares(values):
     with pytest.raises(ConfigError, match=r"made with other options: only export's may differ"):
         run_within(load(own / "config.yaml", ["evaluate.resamples=101"]), silent)
     assert run_within(from_dict(values), silent) is None  # the folder above it is no comparison's
+    before = (own / "summary.json").read_bytes()
+    for command in ("run", "evaluate"):  # they would score it without the comparison's full fine-tuning
+        with pytest.raises(UsageError, match=f"`farss compare {folder / 'config.yaml'}` goes on with it"):
+            app([command, str(own / "config.yaml")], standalone_mode=False)
+    assert (own / "summary.json").read_bytes() == before
 
 
 def test_scores_alone_are_enough_to_go_on(values):
