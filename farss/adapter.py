@@ -66,6 +66,10 @@ def attach(
     keep_gradients(model)
     torch.manual_seed(seed)
     adapted = get_peft_model(model, lora_config(plan, dropout), adapter_name=TRAINED)
+    if missing := [name for name, module in lora_layers(adapted, plan).items() if not hasattr(module, "lora_A")]:
+        raise FarssError(
+            f"PEFT left {missing[0]} and {len(missing) - 1} more planned layers without an adapter: choose model.targets without them"
+        )
     if any(layer.directions for layer in plan.layers.values()):
         if survey is None:
             raise FarssError(f"method {plan.method!r} starts from singular directions: give the survey its plan was made from")

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import platform
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -265,10 +266,10 @@ def keep_gradients(model: nn.Module) -> None:
 
 
 def target_layers(model: nn.Module, targets: list[str] | None = None) -> dict[str, Layer]:
-    """Every linear layer inside the blocks, or those whose name ends in one of `targets`, by full module name.
+    """Every linear layer inside the blocks that PEFT can adapt, or those whose name ends in one of `targets`, by full module name.
 
     Raises:
-        ConfigError: a name in `targets` matches no layer.
+        ConfigError: a name in `targets` matches no such layer.
     """
     prefix, blocks = find_blocks(model)
     found: dict[str, Layer] = {}
@@ -277,31 +278,62 @@ def target_layers(model: nn.Module, targets: list[str] | None = None) -> dict[st
             if is_linear(module):
                 name = ".".join(filter(None, (prefix, str(index), inner)))
                 found[name] = Layer(name, index, shape_of(module), float("nan"))
+    taken = taken_for_experts(model, list(found))
+    found = {name: layer for name, layer in found.items() if name not in taken}
     if not targets:
         return found
     suffixes = {name.rsplit(".", 1)[-1] for name in found}
     for target in targets:
+        if any(_matches(name, target) for name in taken):
+            raise ConfigError(f"model.targets: PEFT takes {target!r} of this model for an expert's, which is not adapted: leave it out")
         if not any(_matches(name, target) for name in found):
             raise ConfigError(f"model.targets: no linear layer is called {target!r}: {nearest(target, suffixes)}")
     return {name: layer for name, layer in found.items() if any(_matches(name, target) for target in targets)}
 
 
+def taken_for_experts(model: nn.Module, names: list[str]) -> list[str]:
+    """Linear layers that PEFT cannot adapt. In some mixtures (DeepSeek, GLM) it takes every layer with the name of an expert's, in
+    dense blocks and in shared experts too, for the experts in one parameter, which are not adapted; whoever loads the adapter has
+    that PEFT as well."""
+    if not _in_one_parameter(model):
+        return []
+    from peft import LoraConfig
+
+    try:
+        from peft.utils import transformers_weight_conversion as conversion
+    except ImportError:  # before PEFT 0.19 names are what they are
+        return []
+    config = LoraConfig(target_modules=names)
+    conversion.convert_peft_config_for_transformers(config, model=model, conversions=None)
+    return [name for name in names if name not in (config.target_modules or ())]
+
+
 def left_out(model: nn.Module) -> list[str]:
-    """What is never adapted inside the blocks: the experts of a mixture, where they are one three-dimensional parameter.
+    """What is never adapted inside the blocks: the experts of a mixture, where they are one three-dimensional parameter, and layers
+    that PEFT takes for them.
 
     Returns:
         One sentence a kind of parameter; empty for most models.
     """
+    prefix, blocks = find_blocks(model)
+    lines = [
+        f"Not adapted: {kind} in {count} blocks, {shape[0]} experts in one parameter of shape {shape}."
+        for kind, (count, shape) in _in_one_parameter(model).items()
+    ]
+    linear = [f"{prefix}.{index}.{inner}" for index, block in enumerate(blocks) for inner, part in block.named_modules() if is_linear(part)]
+    kinds = Counter(name.removeprefix(f"{prefix}.").partition(".")[2] for name in taken_for_experts(model, linear))
+    return lines + [f"Not adapted: {kind} in {count} blocks, which PEFT takes for an expert's." for kind, count in kinds.items()]
+
+
+def _in_one_parameter(model: nn.Module) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """Three-dimensional parameters inside the blocks: kind -> in how many blocks, and their shape."""
     prefix, _ = find_blocks(model)
     found: dict[str, tuple[int, tuple[int, ...]]] = {}
     for name, parameter in model.named_parameters():
         if name.startswith(f"{prefix}.") and parameter.dim() == 3:
             kind = name.removeprefix(f"{prefix}.").partition(".")[2]
             found[kind] = (found.get(kind, (0,))[0] + 1, tuple(parameter.shape))
-    return [
-        f"Not adapted: {kind} in {count} blocks, {shape[0]} experts in one parameter of shape {shape}."
-        for kind, (count, shape) in found.items()
-    ]
+    return found
 
 
 def _matches(name: str, target: str) -> bool:

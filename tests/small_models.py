@@ -9,6 +9,16 @@ from farss import world
 from farss.models import find_blocks, target_layers
 
 VOCABULARY = 97
+MIXTURE = {
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+"""Of which the first block is dense, and the others have an expert that every token goes to."""
 
 
 def small(kind: str, **options):
@@ -40,6 +50,11 @@ def small(kind: str, **options):
         ),
         "phi3": (transformers.Phi3Config, {"num_key_value_heads": 2}),
         "gpt-neox": (transformers.GPTNeoXConfig, {}),
+        "deepseek-v3": (
+            transformers.DeepseekV3Config,
+            {**MIXTURE, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
+        ),
+        "glm4-moe": (transformers.Glm4MoeConfig, {**MIXTURE, "head_dim": 8}),
     }
     config_class, extra = special[kind]
     values = {**common, **extra, **options}

@@ -39,7 +39,7 @@ def prompts():
     return {key: batch[key] for key in ("input_ids", "attention_mask")}
 
 
-@pytest.mark.parametrize("kind", ["llama-gqa", "gemma3", "gpt2", "phi3", "gpt-neox"])
+@pytest.mark.parametrize("kind", ["llama-gqa", "gemma3", "gpt2", "phi3", "gpt-neox", "deepseek-v3", "glm4-moe"])
 def test_stock_peft_on_the_untouched_base(kind, tmp_path):
     adapted, plan = trained(kind, tmp_path)
     expected = logits(adapted)

@@ -374,6 +374,18 @@ def test_mixture_of_experts_is_adapted_outside_the_experts(tmp_path):
     assert left_out(small("llama")) == []
 
 
+@pytest.mark.parametrize("kind", ["deepseek-v3", "glm4-moe"])
+def test_what_peft_takes_for_experts_is_left_out_and_said(kind):
+    """A plan with these layers would be trained without them, or stop when the survey is done."""
+    model = small(kind)
+    assert not [name for name in target_layers(model) if ".mlp." in name]
+    said = left_out(model)
+    assert "Not adapted: mlp.gate_proj in 1 blocks, which PEFT takes for an expert's." in said
+    assert "Not adapted: mlp.shared_experts.down_proj in 3 blocks, which PEFT takes for an expert's." in said
+    with pytest.raises(ConfigError, match=r"model.targets: PEFT takes 'up_proj' of this model for an expert's"):
+        target_layers(model, ["up_proj"])
+
+
 def test_padding_counts_only_when_it_is_asked_for(tmp_path):
     """Gradients are nought on padding behind the text, so counting it thins them out by the share of real tokens."""
     model, rows = small("llama"), examples()
