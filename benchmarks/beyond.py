@@ -46,9 +46,10 @@ from farss.maths.directions import select
 from farss.maths.moments import Moment, kept_rows
 from farss.methods import METHODS, Regime
 from farss.models import fingerprint, layer_shapes, load_model, target_layers
-from farss.pipeline import Run, versions
+from farss.pipeline import Run
 from farss.survey import survey
 from farss.survey.places import moved
+from farss.versions import versions
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 """By layer: `A [n, n]` and `G [m, m]`."""
@@ -144,7 +145,7 @@ class Variant(Run):
     def _knowledge_rows(self) -> list[dict[str, Any]]:
         path = self.common.path / "knowledge-rows.json"
         if not path.is_file():
-            rows = self._knowledge()
+            rows = self.surveys.knowledge()
             write_json(path, [[int(token) for token in row["input_ids"]] for row in rows])
         return [{"input_ids": ids, "completion_mask": [0] + [1] * (len(ids) - 1)} for ids in read_json(path)]
 
@@ -153,7 +154,7 @@ class Variant(Run):
         path = self.common.path / "knowledge-moments.safetensors"
         if not path.is_file():
             model, rows = load_model(self.config.model), self._knowledge_rows()
-            found = moments(model, list(target_layers(model, self.config.model.targets)), rows, 8, self.tokenizer.pad_token_id)
+            found = moments(model, list(target_layers(model, self.config.model.targets)), rows, 8, self.inputs.tokenizer.pad_token_id)
             write_tensors(path, {f"{side}.{name}": each for name, pair in found.items() for side, each in zip("AG", pair, strict=True)})
         held = load_file(path)
         return {key[2:]: (held[key], held[f"G.{key[2:]}"]) for key in held if key.startswith("A.")}
@@ -163,10 +164,10 @@ class Variant(Run):
         place = self.common.path / f"whole-survey-{what}"
         if (place / "survey.json").is_file():
             return Survey.load(place)
-        config, rows = self.common_config, self.common_examples.rows if what == "task" else self._knowledge_rows()
-        parts = calibration_batches(rows, config.calibration, self.tokenizer.pad_token_id, config.seed, config.data.max_length)
+        config, rows = self.common_config, self.inputs.common_examples.rows if what == "task" else self._knowledge_rows()
+        parts = calibration_batches(rows, config.calibration, self.inputs.tokenizer.pad_token_id, config.seed, config.data.max_length)
         cap = max(min(layer.shape) for layer in layer_shapes(config.model)[0].values())
-        model = self._to_look_at()
+        model = self.surveys.base_model()
         meta = {"model": fingerprint(model)}
         return survey(model, parts, place, cap, config.model.targets, config.calibration.fisher, config.seed, meta)
 
@@ -192,7 +193,7 @@ class Variant(Run):
         for kind in ("stay", "thin", "diagonal", "decay"):
             if kind in self.changes:
                 self._regime = Stay(kind, float(self.changes[kind]), self._factors, plan)
-        chosen = self.reading(PLUS) if "contrast" in self.changes else None
+        chosen = self.surveys.reading(PLUS) if "contrast" in self.changes else None
         for name, module in lora_layers(adapted, plan).items() if plan.layers else ():
             first = module.lora_A[TRAINED].weight
             if chosen:
@@ -225,7 +226,7 @@ def share(run: Variant) -> None:
     run.before_plan()
     run.plan()  # with the surveys of both texts, where directions are chosen by them
     if "contrast" in run.changes:
-        run.reading(PLUS)
+        run.surveys.reading(PLUS)
     if {"stay", "thin", "diagonal", "decay"} & set(run.changes):
         _ = run._factors
 

@@ -27,9 +27,11 @@ from farss.folder import Folder
 from farss.jobs import do_all
 from farss.maths.metrics import Array, balance, balances, bootstrap, interval, mean_ratios
 from farss.models import layer_shapes
-from farss.pipeline import Run, Tell, versions
+from farss.pipeline import Run
 from farss.search import candidates
+from farss.surveys import Tell
 from farss.train import TrainResult
+from farss.versions import versions
 
 BASE, FULL = 0, 1
 """The first two models of every benchmark's outcomes; the candidates follow."""

@@ -28,9 +28,10 @@ from farss.adapter import attach
 from farss.config import from_dict
 from farss.evaluate import evaluate
 from farss.models import load_model, load_tokenizer
-from farss.pipeline import Run, versions
+from farss.pipeline import Run
 from farss.tasks import live
 from farss.train import speed, trainer, training
+from farss.versions import versions
 
 ROUNDS = 5
 """Steps with and without each measure; the first round is left out."""
@@ -105,7 +106,7 @@ def step_seconds(model: str, data: Path, method: str, task: str, left_out: list[
         run = Run(run_config(model, data, f"{folder}/run", method, task, ROUNDS * len(left_out)))
         plan, base = run.plan(), load_model(run.config.model, torch.float32 if method == "full" else None)
         with mock.patch.object(training, "faster_steps", return_value=contextlib.nullcontext()):
-            training.train(attach(base, plan, dropout=0.05), run.tokenizer, run.examples, run.config, Path(folder), [turns])
+            training.train(attach(base, plan, dropout=0.05), run.inputs.tokenizer, run.inputs.examples, run.config, Path(folder), [turns])
     return {name: statistics.median(seconds) for name, seconds in turns.seconds.items()}
 
 

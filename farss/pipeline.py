@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import json
-import platform
 import shutil
-import subprocess
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from farss.adapter import attach
-from farss.artifacts import Layer, Plan, Scores, Survey, write_json, write_text
+from farss.artifacts import Plan, Scores, Survey, write_json
 from farss.boundary import Boundary, Prober, Setting, find
 from farss.boundary import prepare as prepare_search
 from farss.card import write_card
-from farss.config import Config, DataConfig, EvaluateConfig, ModelConfig, PlanConfig, QuestionSet
-from farss.data import Row, Tokenized, calibration_batches, choose, collate, load_examples, plain_rows, unlearnt
+from farss.config import Config, PlanConfig
+from farss.data import collate
 from farss.errors import ConfigError, FolderError
-from farss.evaluate import Summary, evaluate, read_scores, summarise
+from farss.evaluate import Summary, evaluate, summarise
 from farss.folder import (
     BASE_KEYS,
     BOUNDARY_KEYS,
@@ -33,45 +28,34 @@ from farss.folder import (
     EVALUATE_KEYS,
     EXPORT_KEYS,
     PLAN_KEYS,
-    READING_KEYS,
-    SURVEY_KEYS,
     TRAIN_KEYS,
     Folder,
     options_of,
     resolve,
 )
+from farss.inputs import Inputs, Loaded
 from farss.llamacpp import write_gguf
-from farss.memory import peak_gib, reset_peak
 from farss.merging import merge, merged_difference
-from farss.methods import Reading, Regime
+from farss.methods import Regime
 from farss.models import (
     computing_dtype,
     device_of,
     empty_model,
-    fingerprint,
-    layer_shapes,
     left_out,
     load_model,
-    load_tokenizer,
     loaded_dtype,
-    multiplies_in,
     quiet,
     stored_dtype,
-    tokenizer_fingerprint,
 )
-from farss.plan import check_plan, make_plan, make_plan_without_survey, method_of, require_boundary, survey_cap
+from farss.plan import check_plan, make_plan, make_plan_without_survey, method_of, require_boundary
 from farss.portable import export, load_adapter, step_zero
 from farss.prepared import write_prepared
 from farss.recovery import knowledge_alone, recover, recovery_rows
 from farss.report import write_report
-from farss.rows import example_rows, knowledge_texts, question_rows, text_rows
-from farss.survey import LENGTH, own_text, read_layers, survey
+from farss.surveys import Surveys, Tell, check_fingerprint
 from farss.tasks.course import Course, prepare_course
 from farss.train import TrainResult, products, restore, train, training_steps
-
-Result = TypeVar("Result")
-Tell = Callable[[str, int, int, str], None]
-"""Called with (step, done, total, a line to show)."""
+from farss.versions import versions
 
 STEPS = ("survey", "plan", "train", "export", "evaluate", "report")
 CHECK_PROMPTS = 4
@@ -80,13 +64,6 @@ CHECK_PROMPTS = 4
 
 def silent(step: str, done: int, total: int, line: str) -> None:
     """Tell nobody."""
-
-
-class Loaded(dict[tuple[str, str], Any]):
-    """What this process has read already. Sent to another process it is empty: a tokenizer of a model's own code cannot be sent."""
-
-    def __reduce__(self) -> tuple[type[Loaded], tuple[()]]:
-        return Loaded, ()
 
 
 @dataclass
@@ -141,39 +118,14 @@ class Run:
         return self.shared_config or self.config
 
     @cached_property
-    def tokenizer(self) -> Any:
-        """The base model's tokenizer."""
-        return self._once(load_tokenizer, self.config.model)
+    def inputs(self) -> Inputs:
+        """What it reads."""
+        return Inputs(self.config, self.common_config, self.loaded)
 
     @cached_property
-    def examples(self) -> Tokenized:
-        """The tokenised training examples."""
-        if not self.config.data.train:
-            raise ConfigError("data.train is empty: give a file of training examples, or a data set's name on a hub")
-        return self._examples(self.config)
-
-    @cached_property
-    def common_examples(self) -> Tokenized:
-        """The examples that the shared statistics are estimated on."""
-        return self._examples(self.common_config)
-
-    def _examples(self, config: Config) -> Tokenized:
-        def read(model: ModelConfig, data: DataConfig, seed: int) -> Tokenized:
-            return load_examples(data, self.tokenizer, seed)
-
-        return self._once(read, config.model, config.data, config.seed)
-
-    @cached_property
-    def shapes(self) -> tuple[dict[str, Layer], int]:
-        """Target layers and number of blocks."""
-        return self._once(layer_shapes, self.config.model)
-
-    def _once(self, read: Callable[..., Result], *options: Any) -> Result:
-        key = read.__qualname__, repr(options)
-        if key not in self.loaded:
-            self.loaded[key] = read(*options)
-        known: Result = self.loaded[key]
-        return known
+    def surveys(self) -> Surveys:
+        """What it knows of the model before it is planned."""
+        return Surveys(self.inputs, self.place, self.tell, self.beside)
 
     @cached_property
     def method(self) -> Any:
@@ -188,7 +140,7 @@ class Run:
     @cached_property
     def search_setting(self) -> Setting:
         """What a search for the boundary compares, on what, and what it costs."""
-        return prepare_search(self.common_config, self.common_examples, self.tokenizer, self.shapes[1])
+        return prepare_search(self.common_config, self.inputs.common_examples, self.inputs.tokenizer, self.inputs.shapes[1])
 
     def claim(self) -> None:
         """Check the inputs and make the folder ours. Nothing is written before all of it is known to be usable."""
@@ -201,13 +153,8 @@ class Run:
         if any(self.folder.record(step) for step in STEPS):
             return  # they were usable when the run began
         self._check_handover()
-        _ = self.tokenizer, self.examples
-        if self.config.calibration.knowledge:
-            self._once(knowledge_texts, self.config.calibration.knowledge)
-        self._once(check_questions, self.config.evaluate)
-        if self.config.evaluate.recovery:
-            recovery_rows(self.common_config, self.tokenizer)
-        layers, blocks = self.shapes
+        self.inputs.check()
+        layers, blocks = self.inputs.shapes
         for boundary in self.search_setting.schedule.candidates if self.searches else [self.config.plan.boundary]:
             check_plan(replace(self.config.plan, boundary=boundary), layers, blocks, self.config.calibration.svd)
 
@@ -240,15 +187,11 @@ class Run:
         Raises:
             FolderError: the first option that differs is named.
         """
-        self.place.is_done("survey", self._survey_options, redo=self.method.needs != "survey")
+        self.place.is_done("survey", self.surveys.options, redo=self.method.needs != "survey")
         if self.searches and self._may_replan:
             self.place.is_done(self._boundary_step, self._boundary_options)
         self.folder.is_done("plan", self._plan_options, redo=self._may_replan)
         self.folder.is_done("train", self._train_options)
-
-    @property
-    def _survey_options(self) -> dict[str, Any]:
-        return options_of(self.common_config, SURVEY_KEYS)
 
     @property
     def steps_before(self) -> list[str]:
@@ -293,83 +236,11 @@ class Run:
 
     def survey(self) -> Survey:
         """`survey/`: the statistics and decompositions."""
-        config = self.common_config
-        options, place = self._survey_options, self.place.path / "survey"
-        if self.place.is_done("survey", options) and place.is_dir():
-            return _check_cap(Survey.load(place), self._cap(config.plan))
-        cap = self._cap(config.plan, *self.beside)
-        parts = calibration_batches(
-            self.common_examples.rows, config.calibration, self.tokenizer.pad_token_id, config.seed, config.data.max_length
-        )
-        reset_peak(device_of(config.model))
-        model = self._to_look_at()
-        meta = {"model": fingerprint(model), "tokenizer": tokenizer_fingerprint(self.tokenizer), "path": config.model.path}
-        with self.place.step("survey", options) as facts:
-            result = survey(
-                *(model, parts, place, cap, config.model.targets, config.calibration.fisher, config.seed, meta),
-                lambda done, total, line: self.tell("survey", done, total, line),
-                *(config.calibration.svd, device_of(config.model)),
-            )
-            facts |= {name: result.meta[name] for name in ("seconds", "peak_memory_gib")}
-        return result
-
-    def _cap(self, *plans: PlanConfig) -> int:
-        """How many directions at each end the statistics hold that all of these plans can be made of."""
-        return max(survey_cap(plan, *self.shapes) for plan in plans)
-
-    def reading(self, wanted: Reading) -> Survey:
-        """`<its name>/`: what a method other than FARSS looks at before it is planned."""
-        config = self.common_config
-        options, place = options_of(config, READING_KEYS[wanted.of]), self.place.path / wanted.name
-        device = device_of(config.model)
-        if self.place.is_done(wanted.name, options) and place.is_dir():
-            return _check_cap(Survey.load(place), self._cap(config.plan))
-        cap = self._cap(config.plan, *self.beside)
-        reset_peak(device)
-        model = self._to_look_at()
-        begun = time.monotonic()
-        with self.place.step(wanted.name, options) as facts:
-            meta = {"model": fingerprint(model), "tokenizer": tokenizer_fingerprint(self.tokenizer), "path": config.model.path}
-            texts = [self._batches(text) for text in wanted.texts]
-            result = read_layers(
-                *(model, place, wanted.read, cap, texts, config.model.targets, meta),
-                lambda done, total, line: self.tell(wanted.name, done, total, line),
-                *(device, wanted.answers),
-            )
-            facts |= {"seconds": round(time.monotonic() - begun, 1), "peak_memory_gib": round(peak_gib(device), 2)}
-        return result
-
-    def _batches(self, text: str) -> list[dict[str, torch.Tensor]]:
-        """The examples of the task, or of knowledge, that a reading looks at."""
-        config = self.common_config
-        rows = self.common_examples.rows if text == "task" else self._knowledge()
-        real = replace(config.calibration, padding="ignore")
-        return calibration_batches(rows, real, self.tokenizer.pad_token_id, config.seed)
-
-    def _knowledge(self) -> list[Row]:
-        """The knowledge text: the user's, or what the model writes by itself, which is kept in `own_text.jsonl`."""
-        config = self.common_config
-        source, count = config.calibration.knowledge, config.calibration.examples
-        if source:
-            return plain_rows(choose(knowledge_texts(source), count, config.seed), self.tokenizer, config.data.max_length)
-        path, options = self.place.path / "own_text.jsonl", options_of(config, READING_KEYS["knowledge"])
-        if not (self.place.is_done("own_text", options) and path.is_file()):
-            length = min(LENGTH, config.data.max_length)
-            writer = load_model(config.model)  # on the GPU, where there is one: the reading's own model stays on the CPU
-            with self.place.step("own_text", options):
-                ids = own_text(
-                    writer, self.tokenizer, count, length, config.seed, lambda done, total: self.tell("own text", done, total, "")
-                )
-                texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-                rows = [json.dumps({"text": text, "tokens": row}, ensure_ascii=False) for text, row in zip(texts, ids, strict=True)]
-                write_text(path, "\n".join(rows) + "\n")
-        return unlearnt([json.loads(line)["tokens"] for line in path.read_text(encoding="utf-8").strip().split("\n")])
+        return self.surveys.survey()
 
     def statistics(self) -> Survey | None:
         """What the method looks at before it is planned."""
-        if isinstance(self.method.needs, Reading):
-            return self.reading(self.method.needs)
-        return self.survey() if self.method.needs == "survey" else None
+        return self.surveys.wanted()
 
     def boundary(self) -> Boundary:
         """`boundary.json`: the first deep block, found by short probes; shared by the seeds of a comparison.
@@ -388,7 +259,7 @@ class Run:
 
             with self.place.step(step, options) as facts:
                 load, adapted = (lambda: load_model(config.model)), (lambda plan: self._adapted(plan, config))
-                found = find(Prober(self.search_setting, config, self.tokenizer, known, load, adapted, place, tell))
+                found = find(Prober(self.search_setting, config, self.inputs.tokenizer, known, load, adapted, place, tell))
                 found.save(place / "boundary.json")
                 facts |= {"seconds": found.seconds}
         result = Boundary.load(place / "boundary.json")
@@ -404,7 +275,7 @@ class Run:
         if self.searches:
             found = self.boundary()
             config, notes = replace(config, boundary=found.chosen), [found.sentence]
-        made = make_plan(config, known) if known else make_plan_without_survey(config, *self.shapes)
+        made = make_plan(config, known) if known else make_plan_without_survey(config, *self.inputs.shapes)
         notes += [*made.notes, *(left_out(empty_model(self.config.model)) if made.layers else [])]
         result = replace(made, notes=notes)
         handed_over = "" if self.method.plain_lora else ", handed over as a whole model: no plain LoRA computes it"
@@ -422,12 +293,12 @@ class Run:
         before = step_zero(model, self._prompts(model)) if plan.layers else {}
         with self.folder.step("train", options) as facts:
             result = train(
-                *(model, self.tokenizer, self.examples, self.config, self.path),
+                *(model, self.inputs.tokenizer, self.inputs.examples, self.config, self.path),
                 on_progress=lambda done, total, loss: self.tell("train", done, total, f"loss {loss:.3f}" if loss is not None else ""),
                 regime=self._regime,
                 course=self._course,
             )
-            data = self.examples
+            data = self.inputs.examples
             result = replace(result, examples=len(data.rows), truncated=data.truncated, dropped=data.dropped)
             result.save(self.path / "train.json")
             facts |= {"seconds": result.seconds, **({"step_zero": before} if before else {})}
@@ -437,9 +308,9 @@ class Run:
     @property
     def _course(self) -> Course | None:
         """What is looked at on the way; the same for every run of a comparison."""
-        rows, options = self.examples.rows, self.config.train
-        tokens = training_steps(options, len(rows)) * options.batch_size * self.examples.tokens / len(rows)
-        return prepare_course(self.common_config, self.tokenizer, tokens)
+        rows, options = self.inputs.examples.rows, self.config.train
+        tokens = training_steps(options, len(rows)) * options.batch_size * self.inputs.examples.tokens / len(rows)
+        return prepare_course(self.common_config, self.inputs.tokenizer, tokens)
 
     def prepared(self) -> Path:
         """`prepared/`: a start for another trainer."""
@@ -447,7 +318,7 @@ class Run:
         if target.is_dir() and Plan.load(target / "plan.json") != plan:
             raise FolderError(f"{target} was prepared for another plan: delete it, or choose another out")
         if not target.is_dir():
-            write_prepared(self._adapted(plan), plan, self.tokenizer, target, self.config.model.path)
+            write_prepared(self._adapted(plan), plan, self.inputs.tokenizer, target, self.config.model.path)
         return target
 
     def export(self) -> Path:
@@ -461,7 +332,7 @@ class Run:
         self.trained()  # first: where its weights are deleted, the record of what was exported stays
         with self.folder.step("export", options) as facts:
             if self._whole:
-                merge(self.trained(), plan, self.tokenizer, target, stored_dtype(self.config.model), self.config.model.path)
+                merge(self.trained(), plan, self.inputs.tokenizer, target, stored_dtype(self.config.model), self.config.model.path)
                 facts_of_it = {"method": plan.method, "boundary": plan.boundary, "blocks": plan.blocks, "base": self.config.model.path}
                 # Where a GPU has room for one model only, the one that was written stays in its files and the CPU's memory.
                 written = replace(self.config.model, path=str(target), dtype="auto", quantization="none")
@@ -472,7 +343,8 @@ class Run:
             else:
                 batch = self._prompts(self.trained())
                 choice = self.config.export
-                done = export(self.trained(), plan, target, batch, self.config.model.path, choice.rank, choice.energy, self.tokenizer)
+                given = (self.config.model.path, choice.rank, choice.energy, self.inputs.tokenizer)
+                done = export(self.trained(), plan, target, batch, *given)
                 facts |= {"logit_difference": done.logit_difference, "rank": done.rank, "lost": done.lost}
             if self.config.export.to == "gguf" and not self._whole:
                 write_gguf(target, self.trained().get_base_model().config)
@@ -520,8 +392,8 @@ class Run:
             shutil.rmtree(target / "checkpoints", ignore_errors=True)  # of other steps, or of another model
         self._live = None  # one model in memory at a time
         with place.step(step, options):
-            rows = recovery_rows(config, self.tokenizer)
-            model = recover(load(), self.tokenizer, rows, config, target, lambda done, total, loss: self.tell(step, done, total, ""))
+            rows = recovery_rows(config, self.inputs.tokenizer)
+            model = recover(load(), self.inputs.tokenizer, rows, config, target, lambda done, total, loss: self.tell(step, done, total, ""))
             self._ask(model, target, step, knowledge_alone(config))
 
     def _as_handed_over(self) -> Any:
@@ -623,11 +495,6 @@ class Run:
 
     # --- models -----------------------------------------------------------------------------------------------------
 
-    def _to_look_at(self) -> Any:
-        """The base model, whose blocks go to the GPU one at a time, unless they are quantised."""
-        model = self.config.model
-        return load_model(model, device=torch.device("cpu") if model.quantization == "none" else None, as_stored=True)
-
     def _adapted(self, plan: Plan, config: Config | None = None) -> Any:
         """The base model with this plan's adapters, before training; with another configuration's seed, if one is given."""
         config = config or self.config
@@ -649,7 +516,7 @@ class Run:
 
     def _prompts(self, model: Any) -> dict[str, torch.Tensor]:
         """A few real examples, on which models are compared."""
-        batch = collate(self.examples.rows[:CHECK_PROMPTS], self.tokenizer.pad_token_id)
+        batch = collate(self.inputs.examples.rows[:CHECK_PROMPTS], self.inputs.tokenizer.pad_token_id)
         return {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
 
     def _handed_over(self) -> Any:
@@ -671,65 +538,9 @@ class Run:
         meta |= {"quantization": options.quantization} if options.quantization != "none" else {}
         evaluate(
             model,
-            self.tokenizer,
+            self.inputs.tokenizer,
             config or self.common_config,
             folder,
             meta,
             lambda name, done, total: self.tell(f"evaluate {who}", done, total, name),
         )
-
-
-def check_questions(options: EvaluateConfig) -> None:
-    """Read every question file, the general text and the scores of full fine-tuning once, so that a bad one is found before hours of
-    training."""
-    for entry in options.asked:
-        if isinstance(entry, QuestionSet):
-            question_rows(entry)
-            example_rows(entry)
-    if options.text:
-        text_rows(options.text)
-    if options.full_scores:
-        read_scores(Path(options.full_scores))
-
-
-def check_fingerprint(found: Survey, model: Any) -> None:
-    """Refuse a survey that was made of another model.
-
-    Raises:
-        FolderError: with both fingerprints.
-    """
-    expected, actual = found.meta.get("model"), fingerprint(model)
-    if expected != actual:
-        raise FolderError(
-            f"{found.folder} was made of a model with fingerprint {expected}, but this one has {actual}: survey again in a new folder"
-        )
-
-
-def _check_cap(found: Survey, cap: int) -> Survey:
-    if found.cap < cap and any(min(layer.shape) > 2 * found.cap for layer in found.layers.values()):
-        raise FolderError(
-            f"{found.folder} kept {found.cap} directions at each end, and this plan may need {cap}: "
-            f"choose another out, or delete that folder"
-        )
-    return found
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on, the machine, and the commit where there is one."""
-    found = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "trl")}
-    found["farss"] = _own_version()
-    found["python"] = platform.python_version()
-    found["machine"] = f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads" + (
-        f", {torch.cuda.get_device_name(0)}" if torch.cuda.is_available() else ", no GPU"
-    )
-    if not multiplies_in(torch.bfloat16, device_of(ModelConfig())):
-        found["machine"] += ", no units for bfloat16 products: computes in float32"
-    found["date"] = time.strftime("%Y-%m-%d")
-    return found
-
-
-def _own_version() -> str:
-    version = importlib.metadata.version("farss")
-    here = Path(__file__).parent
-    commit = subprocess.run(["git", "-C", str(here), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return f"{version} ({commit.stdout.strip()})" if commit.returncode == 0 else version

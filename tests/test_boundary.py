@@ -248,8 +248,8 @@ def test_no_probe_trains_on_what_it_is_scored_on(config):
     setting = run.search_setting
     assert len(setting.task) + len(setting.train.rows) == 64
     assert not [row for row in setting.task if row in setting.train.rows]
-    assert hold_out(run.examples.rows, 100, 1e9, 0)[0] != hold_out(run.examples.rows, 100, 1e9, 1)[0]
-    assert len(hold_out(run.examples.rows, 100, 1e9, 0)[0]) == 64 // 5
+    assert hold_out(run.inputs.examples.rows, 100, 1e9, 0)[0] != hold_out(run.inputs.examples.rows, 100, 1e9, 1)[0]
+    assert len(hold_out(run.inputs.examples.rows, 100, 1e9, 0)[0]) == 64 // 5
 
 
 def test_questions_are_put_as_the_evaluation_puts_them_and_only_the_answer_counts(config):
@@ -348,7 +348,7 @@ def test_the_library_asks_for_a_number():
 def test_the_budget_holds_on_every_size_of_run(config):
     run = Run(config)
     for steps in (60, 120, 1000, 6250):
-        setting = prepare(override(config, [f"train.max_steps={steps}"]), run.examples, run.tokenizer, 32)
+        setting = prepare(override(config, [f"train.max_steps={steps}"]), run.inputs.examples, run.inputs.tokenizer, 32)
         assert setting.schedule.cost_share <= 0.3
         assert f"{setting.schedule.cost_share:.0%} of the training's {steps} steps" in setting.sentence
 

@@ -10,7 +10,7 @@ import shutil
 import pytest
 from test_pipeline import model_folder, settings
 
-from farss import pipeline
+from farss import pipeline, surveys
 from farss.artifacts import Survey, questions, write_json
 from farss.boundary import Boundary
 from farss.cli import app
@@ -19,6 +19,7 @@ from farss.config import from_dict, load, override
 from farss.errors import ConfigError, FarssError, FolderError, UsageError
 from farss.evaluate import Estimate
 from farss.folder import resolve
+from farss.inputs import Loaded
 from farss.maths.frontier import kept_at
 from farss.methods import METHODS
 from farss.report import comparison_markdown, write_report
@@ -192,7 +193,7 @@ def test_each_variant_searches_for_its_boundary_once(values, monkeypatch):
     values["compare"] = {"methods": ["farss", "farss@wide"], "settings": {"farss@wide": {"plan.r_max": 8}}}
     config = resolve(from_dict(values))
     tried = [(label, factor, seed) for label in config.compare.methods for factor in (0.5, 1) for seed in (0, 1)]
-    everyone = [Entrant(*one, config, pipeline.Loaded(), silent) for one in tried]
+    everyone = [Entrant(*one, config, Loaded(), silent) for one in tried]
     for one in everyone:
         one.run.claim()
         assert one.run.plan().boundary == 1
@@ -231,7 +232,7 @@ def test_one_survey_is_wide_enough_for_all(unasked):
 
 def test_the_model_writes_its_own_text_once(unasked, monkeypatch):
     written = []
-    monkeypatch.setattr(pipeline, "own_text", lambda *arguments: written.append(1) or own_text(*arguments))
+    monkeypatch.setattr(surveys, "own_text", lambda *arguments: written.append(1) or own_text(*arguments))
     unasked["compare"] = {"methods": ["corda-kpm", "lora-null"]}
     compare(from_dict(unasked), silent)
     assert written == [1]

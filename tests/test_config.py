@@ -9,8 +9,8 @@ import yaml
 from farss.compare import Entrant, check_labels
 from farss.config import Config, all_keys, commented, dump, field_help, from_dict, load, override, to_dict
 from farss.errors import ConfigError
+from farss.inputs import Loaded
 from farss.methods import METHODS
-from farss.pipeline import Loaded
 
 ROOT = Path(__file__).parent.parent
 FIXED = [

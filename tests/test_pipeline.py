@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from small_models import save_small
 
-from farss import pipeline, world
+from farss import inputs, world
 from farss.artifacts import Plan, Survey, write_json
 from farss.compare import compare
 from farss.config import from_dict, load, override
@@ -169,7 +169,7 @@ def test_a_survey_of_another_model_is_refused(config, model_folder, tmp_path):
 def test_comparison_shares_survey_and_base(model_folder, tmp_path, monkeypatch):
     read = []
     for name in ("load_tokenizer", "load_examples"):
-        monkeypatch.setattr(pipeline, name, counted(read, name, getattr(pipeline, name)))
+        monkeypatch.setattr(inputs, name, counted(read, name, getattr(inputs, name)))
     values = settings(model_folder, tmp_path / "all")
     values["plan"]["match_params"] = "lora"
     values["compare"] = {"methods": ["full", "lora", "farss"], "seeds": [0, 1], "settings": {"full": {"train.learning_rate": 1e-4}}}
@@ -268,10 +268,10 @@ def test_another_precision_is_another_untouched_model(config):
 
 
 def test_what_a_length_takes_away_is_told(config):
-    lengths = sorted(len(row["input_ids"]) for row in Run(config).examples.rows)
+    lengths = sorted(len(row["input_ids"]) for row in Run(config).inputs.examples.rows)
     run = Run(override(config, [f"data.max_length={lengths[len(lengths) // 2]}", "train.max_steps=2"]))
     run.claim()
-    found, data = run.train(), run.examples
+    found, data = run.train(), run.inputs.examples
     assert (found.examples, found.truncated, found.dropped) == (len(data.rows), data.truncated, data.dropped)
     assert found.truncated + found.dropped > 0
     assert found.examples + found.dropped == 64
@@ -296,7 +296,7 @@ def test_knowledge_may_have_columns_of_other_names(config, tmp_path):
     file.write_text("".join(json.dumps({"qText": row["question"], "golden": row["answers"]}) + "\n" for row in rows))
     named = f"calibration.knowledge={{name: webqs, data: {file}, question: qText, answers: golden}}"
     run, other = (Run(override(config, ["plan.method=lora-null", text])) for text in (named, f"calibration.knowledge={world.KNOWLEDGE}"))
-    assert run._knowledge() == other._knowledge()
+    assert run.surveys.knowledge() == other.surveys.knowledge()
     run.claim()
     run.statistics()
     file.write_text(file.read_text()[:-1])

@@ -191,7 +191,7 @@ def test_a_4_bit_base_goes_the_whole_way(gemma, tmp_path):
     record = run.folder.record("export")
     assert record["logit_difference"] <= 1e-3
     stock = PeftModel.from_pretrained(load_model(run.config.model), str(tmp_path / "run" / "adapter"))
-    batch = collate(run.examples.rows[:2], run.tokenizer.pad_token_id)
+    batch = collate(run.inputs.examples.rows[:2], run.inputs.tokenizer.pad_token_id)
     mask = batch["attention_mask"].bool()
     arguments = {key: batch[key] for key in ("input_ids", "attention_mask")}
     logits = []

@@ -1,0 +1,93 @@
+"""What a run reads: the tokenizer, the examples, the questions and the model's shape. Each once by a process, whatever it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from farss.artifacts import Layer
+from farss.config import Config, DataConfig, EvaluateConfig, ModelConfig, QuestionSet
+from farss.data import Tokenized, load_examples
+from farss.errors import ConfigError
+from farss.evaluate import read_scores
+from farss.models import layer_shapes, load_tokenizer
+from farss.recovery import recovery_rows
+from farss.rows import example_rows, knowledge_texts, question_rows, text_rows
+
+Result = TypeVar("Result")
+
+
+class Loaded(dict[tuple[str, str], Any]):
+    """What this process has read already. Sent to another process it is empty: a tokenizer of a model's own code cannot be sent."""
+
+    def __reduce__(self) -> tuple[type[Loaded], tuple[()]]:
+        return Loaded, ()
+
+
+@dataclass
+class Inputs:
+    """Of one run, and of the comparison it belongs to."""
+
+    config: Config
+    common_config: Config
+    """Of what the runs of a comparison share."""
+    loaded: Loaded
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The base model's tokenizer."""
+        return self._once(load_tokenizer, self.config.model)
+
+    @cached_property
+    def shapes(self) -> tuple[dict[str, Layer], int]:
+        """Target layers and number of blocks."""
+        return self._once(layer_shapes, self.config.model)
+
+    @cached_property
+    def examples(self) -> Tokenized:
+        """The tokenised training examples."""
+        if not self.config.data.train:
+            raise ConfigError("data.train is empty: give a file of training examples, or a data set's name on a hub")
+        return self._examples(self.config)
+
+    @cached_property
+    def common_examples(self) -> Tokenized:
+        """The examples that the shared statistics are estimated on."""
+        return self._examples(self.common_config)
+
+    def _examples(self, config: Config) -> Tokenized:
+        def read(model: ModelConfig, data: DataConfig, seed: int) -> Tokenized:
+            return load_examples(data, self.tokenizer, seed)
+
+        return self._once(read, config.model, config.data, config.seed)
+
+    def check(self) -> None:
+        """Read all of it, so that a bad file is found before hours of training."""
+        _ = self.tokenizer, self.examples
+        if self.config.calibration.knowledge:
+            self._once(knowledge_texts, self.config.calibration.knowledge)
+        self._once(_check_questions, self.config.evaluate)
+        if self.config.evaluate.recovery:
+            recovery_rows(self.common_config, self.tokenizer)
+
+    def _once(self, read: Callable[..., Result], *options: Any) -> Result:
+        key = read.__qualname__, repr(options)
+        if key not in self.loaded:
+            self.loaded[key] = read(*options)
+        known: Result = self.loaded[key]
+        return known
+
+
+def _check_questions(options: EvaluateConfig) -> None:
+    """Read every question file, the general text and the scores of full fine-tuning."""
+    for entry in options.asked:
+        if isinstance(entry, QuestionSet):
+            question_rows(entry)
+            example_rows(entry)
+    if options.text:
+        text_rows(options.text)
+    if options.full_scores:
+        read_scores(Path(options.full_scores))

@@ -1,0 +1,155 @@
+"""What a run knows of the model before it is planned: made once, and found again by every run that looks at the same."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from farss.artifacts import Survey, write_text
+from farss.config import PlanConfig
+from farss.data import Row, calibration_batches, choose, plain_rows, unlearnt
+from farss.errors import FolderError
+from farss.folder import READING_KEYS, SURVEY_KEYS, Folder, options_of
+from farss.inputs import Inputs
+from farss.memory import peak_gib, reset_peak
+from farss.methods import Reading
+from farss.models import device_of, fingerprint, load_model, tokenizer_fingerprint
+from farss.plan import method_of, survey_cap
+from farss.rows import knowledge_texts
+from farss.survey import LENGTH, own_text, read_layers, survey
+
+Tell = Callable[[str, int, int, str], None]
+"""Called with (step, done, total, a line to show)."""
+
+
+@dataclass
+class Surveys:
+    """The statistics of one run, or of all runs of a comparison that look at the same."""
+
+    inputs: Inputs
+    place: Folder
+    """Holds `survey/` and other statistics."""
+    tell: Tell
+    beside: list[PlanConfig] = field(default_factory=list)
+    """Plans of other runs, for which they shall be wide enough."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What a survey depends on."""
+        return options_of(self.inputs.common_config, SURVEY_KEYS)
+
+    def wanted(self) -> Survey | None:
+        """What the method looks at; None: nothing."""
+        needs = method_of(self.inputs.common_config.plan).needs
+        if isinstance(needs, Reading):
+            return self.reading(needs)
+        return self.survey() if needs == "survey" else None
+
+    def survey(self) -> Survey:
+        """`survey/`: the statistics and decompositions."""
+        config, place = self.inputs.common_config, self.place.path / "survey"
+        if self.place.is_done("survey", self.options) and place.is_dir():
+            return self._wide_enough(place)
+        cap, device = self._cap(*self.beside), device_of(config.model)
+        parts = calibration_batches(
+            self.inputs.common_examples.rows,
+            config.calibration,
+            self.inputs.tokenizer.pad_token_id,
+            config.seed,
+            config.data.max_length,
+        )
+        reset_peak(device)
+        model = self.base_model()
+        with self.place.step("survey", self.options) as facts:
+            result = survey(
+                *(model, parts, place, cap, config.model.targets, config.calibration.fisher, config.seed, self._meta(model)),
+                lambda done, total, line: self.tell("survey", done, total, line),
+                *(config.calibration.svd, device),
+            )
+            facts |= {name: result.meta[name] for name in ("seconds", "peak_memory_gib")}
+        return result
+
+    def reading(self, wanted: Reading) -> Survey:
+        """`<its name>/`: what a method other than FARSS looks at."""
+        config, place = self.inputs.common_config, self.place.path / wanted.name
+        options, device = options_of(config, READING_KEYS[wanted.of]), device_of(config.model)
+        if self.place.is_done(wanted.name, options) and place.is_dir():
+            return self._wide_enough(place)
+        cap = self._cap(*self.beside)
+        reset_peak(device)
+        model = self.base_model()
+        begun = time.monotonic()
+        with self.place.step(wanted.name, options) as facts:
+            texts = [self._batches(text) for text in wanted.texts]
+            result = read_layers(
+                *(model, place, wanted.read, cap, texts, config.model.targets, self._meta(model)),
+                lambda done, total, line: self.tell(wanted.name, done, total, line),
+                *(device, wanted.answers),
+            )
+            facts |= {"seconds": round(time.monotonic() - begun, 1), "peak_memory_gib": round(peak_gib(device), 2)}
+        return result
+
+    def knowledge(self) -> list[Row]:
+        """The knowledge text: the user's, or what the model writes by itself, which is kept in `own_text.jsonl`."""
+        config, tokenizer = self.inputs.common_config, self.inputs.tokenizer
+        source, count = config.calibration.knowledge, config.calibration.examples
+        if source:
+            return plain_rows(choose(knowledge_texts(source), count, config.seed), tokenizer, config.data.max_length)
+        path, options = self.place.path / "own_text.jsonl", options_of(config, READING_KEYS["knowledge"])
+        if not (self.place.is_done("own_text", options) and path.is_file()):
+            length = min(LENGTH, config.data.max_length)
+            writer = load_model(config.model)  # on the GPU, where there is one: the reading's own model stays on the CPU
+            with self.place.step("own_text", options):
+                ids = own_text(writer, tokenizer, count, length, config.seed, lambda done, total: self.tell("own text", done, total, ""))
+                texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+                rows = [json.dumps({"text": text, "tokens": row}, ensure_ascii=False) for text, row in zip(texts, ids, strict=True)]
+                write_text(path, "\n".join(rows) + "\n")
+        return unlearnt([json.loads(line)["tokens"] for line in path.read_text(encoding="utf-8").strip().split("\n")])
+
+    def _batches(self, text: str) -> list[dict[str, torch.Tensor]]:
+        """The examples of the task, or of knowledge, that a reading looks at."""
+        config = self.inputs.common_config
+        rows = self.inputs.common_examples.rows if text == "task" else self.knowledge()
+        real = replace(config.calibration, padding="ignore")
+        return calibration_batches(rows, real, self.inputs.tokenizer.pad_token_id, config.seed)
+
+    def base_model(self) -> Any:
+        """The base model, whose blocks go to the GPU one at a time, unless they are quantised."""
+        model = self.inputs.config.model
+        return load_model(model, device=torch.device("cpu") if model.quantization == "none" else None, as_stored=True)
+
+    def _meta(self, model: Any) -> dict[str, str]:
+        path = self.inputs.common_config.model.path
+        return {"model": fingerprint(model), "tokenizer": tokenizer_fingerprint(self.inputs.tokenizer), "path": path}
+
+    def _cap(self, *beside: PlanConfig) -> int:
+        """How many directions at each end the statistics hold that our plan and these can be made of."""
+        return max(survey_cap(plan, *self.inputs.shapes) for plan in (self.inputs.common_config.plan, *beside))
+
+    def _wide_enough(self, place: Path) -> Survey:
+        found, cap = Survey.load(place), self._cap()
+        if found.cap < cap and any(min(layer.shape) > 2 * found.cap for layer in found.layers.values()):
+            raise FolderError(
+                f"{found.folder} kept {found.cap} directions at each end, and this plan may need {cap}: "
+                f"choose another out, or delete that folder"
+            )
+        return found
+
+
+def check_fingerprint(found: Survey, model: Any) -> None:
+    """Refuse a survey that was made of another model.
+
+    Raises:
+        FolderError: with both fingerprints.
+    """
+    expected, actual = found.meta.get("model"), fingerprint(model)
+    if expected != actual:
+        raise FolderError(
+            f"{found.folder} was made of a model with fingerprint {expected}, but this one has {actual}: survey again in a new folder"
+        )
