@@ -152,7 +152,7 @@ def methods() -> None:
 
 @app.command()
 def demo(out: Annotated[Path, typer.Option(help="Folder of the demo's runs.")] = Path("demo")) -> None:
-    """Fine-tune the embedded tiny model with FARSS, LoRA and full fine-tuning, and show what each learned and forgot."""
+    """Fine-tune the embedded tiny model with FARSS, FARSS-plus, LoRA and full fine-tuning, and show what each learned and forgot."""
     from farss.world.demo import demo_config
 
     _run(demo_config(str(out)))

@@ -85,10 +85,11 @@ def evaluate(
     manager = task_manager([each.name for each in waiting if each.drawn is None], config.evaluate.run_generated_code)
     memory = fits(config.evaluate.batch_size, "prompts at a time", "evaluate.batch_size")
     with freed_memory_kept(model.device), memory, asking(model, config.evaluate.run_generated_code):
-        live = live_model(model, tokenizer, config.evaluate.batch_size, on_progress) if waiting else None
+        asks = prompt_tokenizer(tokenizer)
+        live = live_model(model, asks, config.evaluate.batch_size, on_progress) if waiting else None
         for each in waiting:
             results[each.name] = _ask_and_write(each, live, config, manager, folder / "scores")
-        loss = _text_loss(model, prompt_tokenizer(tokenizer), config, identity, folder / "scores", on_progress)
+        loss = _text_loss(model, asks, config, identity, folder / "scores", on_progress)
     found = {kind: {x.name: results[x.name] for x in benchmarks if x.kind == kind} for kind in KINDS}
     scores = Scores(**found, text_loss=loss, meta=identity)  # type: ignore[arg-type]
     scores.save(folder / "scores.json")

@@ -18,7 +18,7 @@ def test_demo(tmp_path):
     assert result.exit_code == 0, result.output[-2000:]
     comparison = json.loads((out / "comparison.json").read_text())
     rows = {row["method"]: row for row in comparison["rows"]}
-    assert set(rows) == {"farss", "lora", "full"}
+    assert set(rows) == {"farss", "farss-plus", "lora", "full"}
     assert comparison["base"]["world_facts"] >= 0.95
     assert comparison["base"]["letter_seals"] <= 0.05
     for row in rows.values():

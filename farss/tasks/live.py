@@ -227,11 +227,11 @@ class Asking(Base):
 def live_model(model: Any, tokenizer: Any, batch_size: int, on_progress: Progress | None) -> Any:
     """lm_eval's `HFLM` around a live model, which stays on its device.
 
-    The tokenizer's own rule puts the beginning-of-sequence token in front, exactly once, as in training.
+    Args:
+        tokenizer: from `prompt_tokenizer`. Its own rule puts the beginning-of-sequence token in front, exactly once, as in training.
     """
     from lm_eval.models.huggingface import HFLM
 
-    tokenizer = prompt_tokenizer(tokenizer)
     # Log-probabilities of a 16-bit model are summed in float32; a float64 model keeps its precision.
     precision = None if model.dtype == torch.float64 else "float32"
     kind = type("Live", (Asking, HFLM), {})

@@ -1,4 +1,4 @@
-"""The configuration of `farss demo`: the embedded world, three methods side by side."""
+"""The configuration of `farss demo`: the embedded world, four methods side by side."""
 
 from pathlib import Path
 
