@@ -139,7 +139,7 @@ def test_a_comparison_that_is_not_finished_has_a_table_of_what_is(values):
     assert not any(has_no_reference(row) for row in table["rows"])
     assert table["differences"] == []
     assert "2 methods fine-tuned" in (page := write_report(folder).read_text())
-    assert "in 5 runs; 1 more are to come" in page
+    assert "in 5 runs; 1 more is to come" in page
 
     for run in folder.glob("full-*"):
         shutil.rmtree(run)

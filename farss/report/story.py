@@ -225,7 +225,8 @@ def comparison_headline(comparison: Comparison) -> list[str]:
     table = comparison.table
     groups, runs = labels(table), len(table.get("rows", []))
     what = f"{title(comparison.common)}{_data(comparison.common)}"
-    missing = f"; {table['missing']} more are to come" if table.get("missing") else ""
+    left = table.get("missing", 0)
+    missing = f"; {left} more {'is' if left == 1 else 'are'} to come" if left else ""
     sentences = [f"{count(len(groups), 'method')} fine-tuned {what}, in {count(runs, 'run')}{missing}."]
     found = {name: entry for name in rivals(table) if (entry := standing(table, name, "KT")).mean is not None}
     sentences += _best(table, found) if found else []
