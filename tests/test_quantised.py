@@ -8,7 +8,7 @@ from small_models import examples, small
 from test_adapter import CONFIG, logits
 from test_portable import prompts
 from test_survey import collated
-from test_train import tokenizer
+from trainings import tokenizer
 
 from farss.adapter import attach
 from farss.config import ModelConfig, from_dict

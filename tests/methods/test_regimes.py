@@ -9,8 +9,8 @@ from peft.tuners.lora.variants import _kasa_layer_regularization_loss
 from small_models import small
 from test_adapter import logits
 from test_portable import prompts
-from test_train import difference, options, tokenizer, weights, whole_model
-from test_train import examples as rows_to_learn
+from trainings import difference, options, tokenizer, weights, whole_model
+from trainings import examples as rows_to_learn
 
 from farss.adapter import START, TRAINED, attach, lora_layers, start_of
 from farss.artifacts import Layer

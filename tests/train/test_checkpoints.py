@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import trainings
 from safetensors import safe_open
 from trainings import Kill, Killed, adapted_model, difference, examples, options, tokenizer, weights, whole_model
 
@@ -73,7 +74,7 @@ def test_a_sigkill_in_the_middle_of_a_save(tmp_path: Path) -> None:
         "farss.train.train(t.adapted_model(), t.tokenizer(), t.examples(), t.options(max_steps=6), pathlib.Path(sys.argv[2]))\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(farss.__file__).parents[1])}
-    ended = subprocess.run([sys.executable, "-c", script, __file__, str(tmp_path / "killed")], env=environment, check=False)
+    ended = subprocess.run([sys.executable, "-c", script, trainings.__file__, str(tmp_path / "killed")], env=environment, check=False)
     assert ended.returncode == -signal.SIGKILL
     checkpoints = tmp_path / "killed/checkpoints"
     assert sorted(path.name for path in checkpoints.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
