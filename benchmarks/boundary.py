@@ -24,12 +24,11 @@ from farss.cli import bars
 from farss.config import Config, override, to_dict
 from farss.evaluate import Summary
 from farss.folder import Folder
-from farss.jobs import do_all
+from farss.jobs import Tell, do_all
 from farss.maths.metrics import Array, balance, balances, bootstrap, interval, mean_ratios
 from farss.models import layer_shapes
 from farss.pipeline import Run
 from farss.search import candidates
-from farss.surveys import Tell
 from farss.train import TrainResult
 from farss.versions import versions
 

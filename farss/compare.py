@@ -17,14 +17,13 @@ from farss.errors import ConfigError, FarssError
 from farss.evaluate import Entry, Estimate, Standing, Summary, differences, mean_scores, standings, task_score
 from farss.folder import READING_KEYS, SURVEY_KEYS, Folder, options_of, replaced, resolve
 from farss.inputs import Loaded
-from farss.jobs import do_all
+from farss.jobs import Tell, do_all
 from farss.maths.frontier import area, kept_at, learned_at
 from farss.maths.metrics import balance
 from farss.methods import METHODS
 from farss.pipeline import Run, silent
 from farss.plan import method_of
 from farss.report import comparison_csv, comparison_markdown, write_report
-from farss.surveys import Tell
 from farss.train import TrainResult
 from farss.versions import versions
 

@@ -18,6 +18,7 @@ from farss.errors import FarssError
 from farss.memory import give_back
 
 Tell = Callable[[str, int, int, str], None]
+"""Called with (step, done, total, a line to show)."""
 Work = Callable[[Any, Tell], None]
 """A function of a module, called with one of the items and something to tell its progress to."""
 

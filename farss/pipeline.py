@@ -34,6 +34,7 @@ from farss.folder import (
     resolve,
 )
 from farss.inputs import Inputs, Loaded
+from farss.jobs import Tell
 from farss.llamacpp import write_gguf
 from farss.merging import merge, merged_difference
 from farss.methods import Regime
@@ -52,7 +53,7 @@ from farss.portable import export, load_adapter, step_zero
 from farss.prepared import write_prepared
 from farss.recovery import knowledge_alone, recover, recovery_rows
 from farss.report import write_report
-from farss.surveys import Surveys, Tell, check_fingerprint
+from farss.surveys import Surveys, check_fingerprint
 from farss.tasks.course import Course, prepare_course
 from farss.train import TrainResult, products, restore, train, training_steps
 from farss.versions import versions

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,13 @@ from farss.data import Row, calibration_batches, choose, plain_rows, unlearnt
 from farss.errors import FolderError
 from farss.folder import READING_KEYS, SURVEY_KEYS, Folder, options_of
 from farss.inputs import Inputs
+from farss.jobs import Tell
 from farss.memory import peak_gib, reset_peak
 from farss.methods import Reading
 from farss.models import device_of, fingerprint, load_model, tokenizer_fingerprint
 from farss.plan import method_of, survey_cap
 from farss.rows import knowledge_texts
 from farss.survey import LENGTH, own_text, read_layers, survey
-
-Tell = Callable[[str, int, int, str], None]
-"""Called with (step, done, total, a line to show)."""
 
 
 @dataclass
