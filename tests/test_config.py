@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from farss.compare import Entrant, check_labels
+from farss.compare.entrants import Entrant, check_labels
 from farss.config import Config, all_keys, commented, dump, field_help, from_dict, load, override, to_dict
 from farss.errors import ConfigError
 from farss.inputs import Loaded

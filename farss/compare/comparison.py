@@ -1,0 +1,152 @@
+"""Methods x learning rates x seeds -> one table. What the runs can share (surveys, the base's answers) is made once."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from farss.artifacts import read_json
+from farss.compare.entrants import Entrant, Item, check_labels, factors, seeds
+from farss.compare.table import notes_of, write_table
+from farss.compare.tuning import best_full, check_tuning, choose
+from farss.config import Config, load
+from farss.errors import ConfigError, FarssError
+from farss.folder import Folder, resolve
+from farss.inputs import Loaded
+from farss.jobs import Tell, do_all
+from farss.pipeline import Run, silent
+from farss.report import write_report
+from farss.versions import versions
+
+
+def compare(config: Config, tell: Tell) -> Path:
+    """Run every method of `compare.methods` for every seed, and write `comparison.json`, `.md`, `.csv` and the report.
+
+    With `compare.tune`, every method is first run at each learning rate with the first seed (the frontier); the best on
+    held-out questions is then run with every seed, and the table is made of the other questions. Each run lies in a folder
+    of its own and is an ordinary run folder; whatever is complete there is not done again.
+
+    Returns:
+        The comparison's folder.
+    """
+    config = resolve(config)
+    check_labels(config)
+    check_tuning(config)
+    labels = config.compare.methods
+    loaded = Loaded()
+    tried = {label: [Entrant(label, factor, seeds(config)[0], config, loaded, tell) for factor in factors(config)] for label in labels}
+    everyone = [entrant for entrants in tried.values() for entrant in entrants]
+    for entrant in everyone:
+        entrant.run.check_inputs()
+        entrant.run.check_unchanged()
+    Folder(config.out).claim(config, versions())
+    _run_all(everyone)
+    chosen, measure = choose(config, tried)
+    final = [Entrant(label, chosen[label].factor, seed, config, loaded, tell) for seed in seeds(config) for label in labels]
+    _run_all(final)
+    groups = {label: [one for one in final if one.label == label] for label in labels}
+    write_table(config, groups, tried, chosen, notes_of(config, chosen, measure))
+    for entrant in {one.run.path: one for one in [*final, *everyone]}.values():
+        entrant.run.report()
+    return write_report(Path(config.out)).parent
+
+
+def run_within(config: Config, tell: Tell) -> Run | None:
+    """The run of a comparison whose folder a configuration names, with all that it shares, to be exported otherwise; None where there
+    is none.
+
+    Raises:
+        ConfigError: it was made with other options.
+    """
+    config = resolve(config)
+    folder = Path(config.out)
+    try:
+        whole = resolve(replace(load(folder.parent / "config.yaml"), out=str(folder.parent)))
+    except FarssError:
+        return None
+    run = next((one.run for one in _possible(whole, tell) if one.run.path == folder), None)
+    if run is None:
+        return None
+    if replace(run.config, export=config.export) != config:
+        raise ConfigError(f"{folder} is a run of the comparison above it, and was made with other options: only export's may differ")
+    return replace(run, config=config)
+
+
+def _possible(config: Config, tell: Tell) -> Iterator[Entrant]:
+    """Every run that a comparison may make."""
+    loaded = Loaded()
+    for each in itertools.product(config.compare.methods, factors(config), seeds(config)):
+        yield Entrant(*each, config, loaded, tell)
+
+
+def write_so_far(config: Config) -> bool:
+    """Write the table of the runs that are complete, where some are not; nothing is run.
+
+    Learning rates are tried before one is chosen, so each has a row of its own. The questions are those of the finished table.
+
+    Returns:
+        False where no run is complete, or the finished table is there: it stays, whatever was deleted since.
+    """
+    config = resolve(config)
+    if _is_finished(config):
+        return False
+    labels, (first, *others) = config.compare.methods, seeds(config)
+    done = [one for one in _possible(config, silent) if one.run.complete]
+    wanted = len(labels) * (len(factors(config)) + len(others))
+    # of the other seeds one learning rate each is wanted, which is not known yet
+    found = len({(one.label, one.seed, one.factor if one.seed == first else None) for one in done})
+    if not done:
+        return False
+    groups: dict[str, list[Entrant]] = {}
+    for one in done:
+        groups.setdefault(one.label if one.factor is None else f"{one.label} {one.run.config.train.learning_rate:g}", []).append(one)
+    tried = {label: [one for one in done if one.label == label and one.seed == first] for label in labels}
+    best = best_full(config, tried) if config.compare.tune else {}
+    write_table(config, groups, tried, best, [f"So far: {found} of {wanted} runs are complete."], wanted - found)
+    return True
+
+
+def _is_finished(config: Config) -> bool:
+    """Whether the table is there that `compare` writes at its end."""
+    path = Path(config.out) / "comparison.json"
+    table: dict[str, Any] = read_json(path) if path.is_file() else {"missing": 1}
+    rows = {(row["method"], row["seed"]) for row in table.get("rows", [])}
+    return not table.get("missing") and rows >= set(itertools.product(config.compare.methods, seeds(config)))
+
+
+def _run_all(entrants: list[Entrant]) -> None:
+    """Every run, as many at a time as `compare.jobs` says; what they share is made before."""
+    config, tell = entrants[0].config, entrants[0].tell
+    if config.compare.jobs > 1:
+        _share_all(entrants)
+        for entrant in entrants:
+            entrant.run.before_plan()
+    do_all(_run_one, [entrant.item for entrant in entrants], config.compare.jobs, tell)
+
+
+def _share_all(entrants: list[Entrant]) -> None:
+    """The base's answers and every kind of statistics, each in a process of its own; those of one text come one after the other."""
+    config, tell = entrants[0].config, entrants[0].tell
+    works: dict[tuple[str, ...], dict[str, Item]] = {("base",): {"": entrants[0].item}}
+    for entrant in entrants:
+        entrant.run.claim()
+        if place := entrant.run.source:
+            *source, kind = place
+            works.setdefault(("statistics", *source), {}).setdefault(kind, entrant.item)
+    do_all(_share_one, [(name, [*items.values()]) for (name, *_), items in works.items()], config.compare.jobs, tell)
+
+
+def _share_one(work: tuple[str, list[Item]], tell: Tell) -> None:
+    name, items = work
+    for item in items:
+        getattr(Entrant(*item, tell).run, name)()
+
+
+def _run_one(item: Item, tell: Tell) -> None:
+    entrant = Entrant(*item, tell)
+    entrant.run.all_but_report()
+    if entrant.config.compare.keep == "scores":
+        entrant.run.drop_weights()

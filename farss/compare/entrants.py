@@ -1,0 +1,130 @@
+"""Who takes part in a comparison: a method or a variant, a learning rate, a seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from farss.config import Config, PlanConfig, from_dict, nearest, set_key, to_dict
+from farss.errors import ConfigError
+from farss.folder import READING_KEYS, SURVEY_KEYS, options_of, replaced, resolve
+from farss.inputs import Loaded
+from farss.jobs import Tell
+from farss.methods import METHODS
+from farss.pipeline import Run
+from farss.plan import method_of
+
+Item = tuple[str, float | None, int, Config, Loaded]
+"""An entrant, as another process is told of it."""
+ASKED = ("model.path", "model.dtype", "model.quantization", "evaluate.", "data.template", "data.max_length")
+"""Options that change the untouched model's answers."""
+
+
+@dataclass
+class Entrant:
+    """One run of a comparison.
+
+    A label is a method's name, or such a name with `@` and a word behind it for a variant, whose options are in
+    `compare.settings`.
+    """
+
+    label: str
+    factor: float | None
+    """Of the learning rate; None: as it is configured."""
+    seed: int
+    config: Config
+    """The comparison's."""
+    loaded: Loaded = field(repr=False)
+    tell: Tell
+
+    def __post_init__(self) -> None:
+        out, common = Path(self.config.out), configured(self.config, self.label)
+        own, name = replace(common, seed=self.seed), f"{self.label}-seed{self.seed}"
+        if self.factor is not None:
+            own = replaced(own, "train", learning_rate=own.train.learning_rate * self.factor)
+            name = f"{self.label}-lr{own.train.learning_rate:g}-seed{self.seed}"
+        keys = (*SURVEY_KEYS, *READING_KEYS["knowledge"])
+        same = options_of(common, keys) == options_of(self.config, keys)
+        needs = method_of(own.plan).needs
+        shared = {"survey", "evaluate base", "own text", getattr(needs, "name", "")} if same else {"evaluate base"}
+
+        def named(step: str, done: int, total: int, line: str) -> None:
+            self.tell(step if step in shared else f"{name.rpartition('-')[0]} seed {self.seed}: {step}", done, total, line)
+
+        self.run = Run(
+            replace(own, out=str(out / name)),
+            shared=out,
+            shared_config=common,
+            statistics_folder=None if same else out / self.label,
+            label=self.label,
+            beside=[plan for plan in plans_of(self.config) if method_of(plan).needs == needs],
+            tell=named,
+            loaded=self.loaded,
+        )
+
+    @property
+    def item(self) -> Item:
+        """Of what another process makes the same entrant."""
+        return self.label, self.factor, self.seed, self.config, self.loaded
+
+    @property
+    def method(self) -> str:
+        """The method's name."""
+        return self.run.config.plan.method
+
+
+def configured(config: Config, label: str) -> Config:
+    """The options of a label's runs, before their seed and a tuned learning rate: those of what they share."""
+    values = to_dict(config)
+    for key, value in {"plan.method": label.partition("@")[0], **config.compare.settings.get(label, {})}.items():
+        set_key(values, key, value)
+    return resolve(from_dict(values | {"compare": {}}))
+
+
+def plans_of(config: Config) -> list[PlanConfig]:
+    """The plan of every method and variant."""
+    return [_plan(config, label) for label in config.compare.methods]
+
+
+def _plan(config: Config, label: str) -> PlanConfig:
+    """Their plan alone, which is asked for often."""
+    settings = {"plan.method": label.partition("@")[0], **config.compare.settings.get(label, {})}
+    return replace(config.plan, **{key.removeprefix("plan."): value for key, value in settings.items() if key.startswith("plan.")})
+
+
+def seeds(config: Config) -> list[int]:
+    """The seeds of a comparison."""
+    return config.compare.seeds or [config.seed]
+
+
+def factors(config: Config) -> list[float | None]:
+    """Of every method's learning rate, with the first seed; None: as it is configured."""
+    return [*config.compare.tune] or [None]
+
+
+def check_labels(config: Config) -> None:
+    """Refuse a variant that would be the plain method under another name.
+
+    Raises:
+        ConfigError: a variant has no options, or options are given for a method that there is not, without their sections, or of
+            what all share.
+    """
+    settings = config.compare.settings
+    for label in config.compare.methods:
+        if "@" in label and label not in settings:
+            variants = [known for known in settings if "@" in known]
+            cure = nearest(label, variants) if variants else "add them"
+            raise ConfigError(f"compare.methods names the variant {label!r}, and compare.settings has no options for it: {cure}")
+    for label, options in settings.items():
+        if label.partition("@")[0] not in METHODS:
+            raise ConfigError(f"compare.settings has options for {label!r}, which is no method: {nearest(label, METHODS)}")
+        if not isinstance(options, dict) or any("." not in key for key in set(options) - {"seed", "out"}):
+            raise ConfigError(f"compare.settings.{label}={options!r}: write its options as train.learning_rate: 1e-4, with their sections")
+        for key in options:
+            if key in ("seed", "out"):
+                raise ConfigError(f"compare.settings gives {label!r} its own {key}, which is the comparison's: see compare.seeds")
+            if key.startswith(ASKED):
+                raise ConfigError(
+                    f"compare.settings gives {label!r} its own {key}, but all are compared with one untouched model, asked once"
+                )
+        configured(config, label)

@@ -1,0 +1,164 @@
+"""The table of a comparison: its rows, who is ahead, and the frontier."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from farss.artifacts import Plan, write_json, write_text
+from farss.boundary import Boundary
+from farss.compare.entrants import Entrant, seeds
+from farss.compare.tuning import full_folder, the_rest
+from farss.config import Config
+from farss.evaluate import Entry, Standing, Summary, differences, mean_scores, standings
+from farss.maths.frontier import area, kept_at, learned_at
+from farss.report import comparison_csv, comparison_markdown
+from farss.train import TrainResult
+
+LEVELS = 3
+"""At how many levels of T (and of K) the frontiers are read off."""
+
+
+def write_table(
+    config: Config,
+    groups: dict[str, list[Entrant]],
+    tried: dict[str, list[Entrant]],
+    chosen: dict[str, Entrant],
+    notes: list[str],
+    missing: int = 0,
+) -> None:
+    """Write the table.
+
+    Args:
+        groups: the entrants of each row, one a seed.
+        tried: those of each label with the first seed.
+        chosen: of those, the chosen ones; T of the first seed is relative to the full fine-tuning among them, where there is any.
+        missing: how many runs are not complete.
+    """
+    folder, only = Path(config.out), the_rest(config)
+    named = [(name, one) for name, group in groups.items() for one in group]
+    references = [*chosen.values(), *(one for _, one in named)]
+    fulls = {seed: full_folder(config, [one for one in references if one.seed == seed]) for seed in seeds(config)}
+    rows = [_row(name, one, fulls[seed], only, save=not missing) for seed in seeds(config) for name, one in named if one.seed == seed]
+    entries = {name: [Entry(one.run.path, fulls[one.seed]) for one in group] for name, group in groups.items()}
+    base = mean_scores(folder / "base", only) if config.evaluate.asks else {}
+    found = standings(folder / "base", entries, config.evaluate.resamples, config.seed, only) if base else {}
+    comparison = {
+        "rows": rows,
+        "base": base,
+        "methods": {name: {letter: asdict(x) for letter, x in standing.estimates.items()} for name, standing in found.items()},
+        "differences": differences(found) if set(groups) <= set(tried) else [],  # one learning rate of a method is no rival of another
+        "frontier": _frontier(config, tried, chosen, fulls[seeds(config)[0]], only),
+        "missing": missing,
+        "notes": notes,
+    }
+    write_json(folder / "comparison.json", comparison)
+    write_text(folder / "comparison.md", comparison_markdown(comparison))
+    write_text(folder / "comparison.csv", comparison_csv(comparison))
+
+
+def _row(name: str, entrant: Entrant, full: Path | None, only: Callable[[str], bool] | None, save: bool) -> dict[str, Any]:
+    """One line of the table; `save`: as the run's own summary too."""
+    run = entrant.run
+    asks = run.config.evaluate.asks
+    plan, trained = Plan.load(run.path / "plan.json"), TrainResult.load(run.path / "train.json")
+    summary = run.summarise(full, only, save) if asks else Summary(None, None, None, None)
+    values = asdict(summary)
+    before = [record for step in run.steps_before if (record := run.place.record(step))]
+    return {
+        "method": name,
+        "seed": run.config.seed,
+        "folder": run.path.name,
+        "rank": plan.rank,
+        "learning_rate": run.config.train.learning_rate,
+        "parameters": trained.parameters,
+        **{key: values[key] for key in ("K", "T", "KT", "recovered", "forgetting")},
+        **{name: _nats(summary, kind) for kind, name in (("knowledge", "kept"), ("task", "learned"))},
+        "seconds_init": sum(record["seconds"] for record in before),
+        "seconds_train": trained.seconds,
+        "peak_memory_init_gib": max((record["peak_memory_gib"] for record in before if "peak_memory_gib" in record), default=None),
+        "peak_memory_gib": trained.peak_memory_gib,
+        "benchmarks": {
+            entry["name"]: {"score": entry["after"], "low": entry.get("low"), "high": entry.get("high"), "kind": entry["kind"]}
+            for entry in values["benchmarks"]
+        },
+        "gold_loglikelihood": {entry["name"]: entry["gold_after"] for entry in values["benchmarks"]},
+        "notes": list(plan.notes) + list(summary.notes),
+    }
+
+
+def _nats(summary: Summary, kind: str) -> float | None:
+    """How much likelier the right answers became, mean over the benchmarks of a kind."""
+    found = [each.gold_change.value for each in summary.benchmarks if each.kind == kind and each.gold_change]
+    return sum(found) / len(found) if found else None
+
+
+def _frontier(
+    config: Config, tried: dict[str, list[Entrant]], chosen: dict[str, Entrant], full: Path | None, only: Callable[[str], bool] | None
+) -> dict[str, Any] | None:
+    """Every method at every learning rate: its curve of K against T, and what it says where methods are equal."""
+    if not config.compare.tune:
+        return None
+    runs = {one.run.path.name: [Entry(one.run.path, full)] for group in tried.values() for one in group}
+    known = standings(Path(config.out) / "base", runs, config.evaluate.resamples, config.seed, only)
+    curves = {
+        label: [_point(one, known[one.run.path.name], one is chosen.get(label)) for one in group] for label, group in tried.items() if group
+    }
+    return {"curves": curves, "scores": _equals(curves, "T", "K"), "likelihoods": _equals(curves, "learned", "kept")}
+
+
+def _equals(curves: dict[str, list[dict[str, Any]]], learned: str, kept: str) -> dict[str, Any]:
+    """What each curve says where methods are equal, by two of its metrics."""
+    pairs = {
+        label: [(p[learned]["value"], p[kept]["value"]) for p in curve if {learned, kept} <= set(p)] for label, curve in curves.items()
+    }
+    at, of = (levels([[pair[axis] for pair in points] for points in pairs.values() if points]) for axis in (0, 1))
+    return {
+        "learned": at,
+        "kept": of,
+        "methods": {
+            label: {
+                "kept at learned": [kept_at(points, t) for t in at],
+                "learned at kept": [learned_at(points, k) for k in of],
+                "area": area(points, at[0], at[-1]) if at else None,
+            }
+            for label, points in pairs.items()
+        },
+    }
+
+
+def _point(entrant: Entrant, standing: Standing, is_chosen: bool) -> dict[str, Any]:
+    rate = entrant.run.config.train.learning_rate
+    return {"learning_rate": rate, "chosen": is_chosen, **{name: asdict(x) for name, x in standing.estimates.items()}}
+
+
+def levels(curves: list[list[float]]) -> list[float]:
+    """Levels that the curves span, evenly; none where there is no such range. A method that never comes so far has no value
+    there, and does not take the others' away."""
+    left = sorted(curves, key=max)
+    while left:
+        low, high = max(map(min, left)), max(left[0])
+        if high > low:
+            shares = [step / (LEVELS - 1) for step in range(LEVELS)]
+            return [low * (1 - share) + high * share for share in shares]  # at the ends exactly these: a curve ends there
+        left = left[1:] if len(left) > 2 else []
+    return []
+
+
+def notes_of(config: Config, chosen: dict[str, Entrant], measure: str) -> list[str]:
+    """What a reader must know to judge the table."""
+    settings = config.compare.settings
+    notes = [f"{label}: {', '.join(f'{key}={value}' for key, value in settings[label].items())}" for label in chosen if settings.get(label)]
+    searched = {label: one.run.path / "boundary.json" for label, one in chosen.items()}
+    notes += [f"{label}: {Boundary.load(path).sentence}" for label, path in searched.items() if path.is_file()]
+    if not config.compare.tune:
+        return [f"Learning rate {config.train.learning_rate:g} for every method unless its own settings say otherwise.", *notes]
+    rates = ", ".join(f"{label} {one.run.config.train.learning_rate:g}" for label, one in chosen.items())
+    tried = ", ".join(f"{factor:g}" for factor in config.compare.tune)
+    return [
+        f"Learning rates, each chosen by {measure} on {config.compare.held_out:.0%} of the questions, which the table leaves out, "
+        f"among {tried} times its own: {rates}.",
+        *notes,
+    ]

@@ -1,0 +1,119 @@
+"""The learning rate of each method, chosen on questions that the table leaves out."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from farss.compare.entrants import Entrant
+from farss.config import Config
+from farss.errors import ConfigError, FarssError
+from farss.evaluate import Entry, Estimate, standings, task_score
+from farss.maths.metrics import balance
+
+
+def check_tuning(config: Config) -> None:
+    """Refuse to tune by a measure that will not be there.
+
+    Raises:
+        ConfigError: KT needs full fine-tuning, and knowledge and task questions.
+    """
+    if not config.compare.tune:
+        return
+    if not config.evaluate.full_scores and "full" not in config.compare.methods:
+        raise ConfigError("compare.tune chooses by KT, which needs full fine-tuning: add full to compare.methods")
+    if not (config.evaluate.knowledge and config.evaluate.task):
+        raise ConfigError("compare.tune chooses by KT: name questions in evaluate.knowledge and evaluate.task")
+
+
+def held_out(share: float) -> Callable[[str], bool]:
+    """Whether a question is held out to choose learning rates, by its id."""
+    return lambda key: int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) < share * 2**32
+
+
+def the_rest(config: Config) -> Callable[[str], bool] | None:
+    """Whether a question counts in the table; None: all do."""
+    if not config.compare.tune:
+        return None
+    chooses = held_out(config.compare.held_out)
+    return lambda key: not chooses(key)
+
+
+def choose(config: Config, tried: dict[str, list[Entrant]]) -> tuple[dict[str, Entrant], str]:
+    """The entrant of each label that is best on the held-out questions, and by what: by KT, and full fine-tuning by its task
+    score alone (of equal ones by the likelihood of the answers), since the others are measured by it. Of equal ones the smaller
+    learning rate.
+
+    Raises:
+        FarssError: there is nothing to choose by on the held-out questions.
+    """
+    if not config.compare.tune:
+        return {label: entrants[0] for label, entrants in tried.items()}, ""
+    found = best_full(config, tried)
+    full = full_folder(config, [*found.values()])
+    assert full is not None  # `check_tuning`
+    everyone = [one for group in tried.values() for one in group]
+    measure, values = measured(_held_out_estimates(config, {**{one.run.path.name: one.run.path for one in everyone}, "": full}, full))
+    for label, group in tried.items():
+        if label not in found:
+            found[label] = max(_by_rate(group), key=lambda one: values[one.run.path.name])
+    return {label: found[label] for label in tried}, measure
+
+
+def best_full(config: Config, tried: dict[str, list[Entrant]]) -> dict[str, Entrant]:
+    """Of each label that is full fine-tuning, the entrant that learned most of the task by the held-out questions."""
+    groups = {label: _by_rate(group) for label, group in tried.items() if group and group[0].method == "full"}
+    folders = {one.run.path.name: one.run.path for group in groups.values() for one in group}
+    learned = {name: each["learned"].value for name, each in _held_out_estimates(config, folders, None).items() if "learned" in each}
+    only = held_out(config.compare.held_out)
+
+    def learning(one: Entrant) -> tuple[float, float]:
+        return task_score(one.run.path, only), learned.get(one.run.path.name, 0.0)
+
+    return {label: max(group, key=learning) for label, group in groups.items()}
+
+
+def _by_rate(entrants: list[Entrant]) -> list[Entrant]:
+    """The smallest learning rate first, which is taken of equal ones."""
+    return sorted(entrants, key=lambda one: one.factor or 1.0)
+
+
+def _held_out_estimates(config: Config, folders: dict[str, Path], full: Path | None) -> dict[str, dict[str, Estimate]]:
+    entries = {name: [Entry(folder, full)] for name, folder in folders.items()}
+    only = held_out(config.compare.held_out)
+    known = standings(Path(config.out) / "base", entries, config.evaluate.resamples, config.seed, only)
+    return {name: standing.estimates for name, standing in known.items()}
+
+
+def measured(known: dict[str, dict[str, Estimate]]) -> tuple[str, dict[str, float]]:
+    """What learning rates are chosen by, and its value for every run; the run without a name is full fine-tuning.
+
+    Where the few questions that are held out have no ratio of scores, because the untouched model or full fine-tuning solves none of
+    them, how much likelier their right answers became still says what was kept and what was learned.
+
+    Raises:
+        FarssError: the log-likelihoods say nothing either.
+    """
+    if all("KT" in each for each in known.values()):
+        return "KT", {name: each["KT"].value for name, each in known.items()}
+    if not all({"kept", "learned"} <= set(each) for each in known.values()) or known[""]["learned"].value <= 0:
+        raise FarssError(
+            "compare.tune cannot choose: the untouched model or full fine-tuning solves none of the held-out questions, and by the "
+            "log-likelihoods of their answers full fine-tuning has learned nothing: train for longer, ask more questions, or leave out "
+            "compare.tune"
+        )
+    scored, reach = all("K" in each for each in known.values()), known[""]["learned"].value
+
+    def value(each: dict[str, Estimate]) -> float:
+        kept = each["K"].value if scored else math.exp(each["kept"].value)
+        return balance(max(0.0, kept), max(0.0, each["learned"].value / reach))
+
+    return "log-likelihoods (too few are solved for KT)", {name: value(each) for name, each in known.items()}
+
+
+def full_folder(config: Config, entrants: list[Entrant]) -> Path | None:
+    """The reference of T: the full fine-tuning run among these, or the file that the configuration names."""
+    run = next((entrant.run.path for entrant in entrants if entrant.method == "full"), None)
+    return run or (Path(config.evaluate.full_scores) if config.evaluate.full_scores else None)

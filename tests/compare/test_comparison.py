@@ -1,0 +1,178 @@
+"""Several methods side by side: what they share, who is ahead, and what a killed comparison goes on from."""
+
+import shutil
+
+import pytest
+from comparisons import read
+
+from farss import surveys
+from farss.artifacts import Survey, write_json
+from farss.cli import app
+from farss.compare import compare, run_within, write_so_far
+from farss.config import from_dict, load, override
+from farss.errors import ConfigError, FolderError, UsageError
+from farss.methods import METHODS
+from farss.pipeline import silent
+from farss.report import write_report
+from farss.survey import own_text
+from farss.world.demo import demo_config
+
+pytestmark = pytest.mark.usefixtures("no_figures")
+
+
+def test_methods_and_seeds_have_intervals_and_differences(values):
+    values["compare"] = {"methods": ["full", "lora", "farss"], "seeds": [0, 1]}
+    folder = compare(from_dict(values), silent)
+    comparison = read(folder)
+    assert set(comparison["methods"]) == {"full", "lora", "farss"}
+    for method, estimates in comparison["methods"].items():
+        rows = [row for row in comparison["rows"] if row["method"] == method]
+        for metric, estimate in estimates.items():
+            found = [row[metric]["value"] if isinstance(row[metric], dict) else row[metric] for row in rows]
+            mean = sum(found) / 2
+            if metric != "KT":
+                assert estimate["value"] == pytest.approx(mean)
+            assert estimate["low"] <= estimate["value"] + 1e-12
+            assert estimate["high"] >= estimate["value"] - 1e-12
+    pairs = {(row["method"], row["against"], row["metric"]) for row in comparison["differences"]}
+    assert all("full" not in pair for pair in pairs)
+    assert comparison["frontier"] is None
+
+
+def has_no_reference(row):
+    """Whether there was no full fine-tuning that T of a run is relative to."""
+    return any("name its scores in evaluate.full_scores" in note for note in row["notes"])
+
+
+def test_a_comparison_that_is_not_finished_has_a_table_of_what_is(values):
+    values["compare"] = {"methods": ["full", "lora"], "tune": [0.5, 2], "seeds": [0, 1], "held_out": 0.5}
+    config = from_dict(values)
+    assert not write_so_far(config)
+    finished = read(folder := compare(config, silent))
+    assert not write_so_far(config)
+    assert read(folder) == finished
+    unused = next(folder.glob("lora-*-seed0"))
+    shutil.move(unused, folder.parent / "elsewhere")
+    assert not write_so_far(config)  # a finished table stays
+    shutil.move(folder.parent / "elsewhere", unused)
+
+    (folder / "comparison.json").unlink()
+    killed = next(folder.glob("lora-*-seed1"))
+    write_json(killed / "steps" / "evaluate.json", {"options": {}, "done": False})
+    assert write_so_far(config)
+    table = read(folder)
+    assert table["missing"] == 1
+    assert table["notes"] == ["So far: 5 of 6 runs are complete."]
+    assert set(table["methods"]) == {f"{method} {rate}" for method in ("full", "lora") for rate in ("0.0005", "0.002")}
+    for method, curve in finished["frontier"]["curves"].items():
+        for point in curve:
+            name = f"{method} {point['learning_rate']:g}"
+            runs = [row for row in table["rows"] if row["method"] == name]
+            if [row["seed"] for row in runs] == [0]:  # the same questions
+                assert [runs[0][name] for name in ("kept", "learned")] == [point[name]["value"] for name in ("kept", "learned")]
+    assert not any(has_no_reference(row) for row in table["rows"])
+    assert table["differences"] == []
+    assert "2 methods fine-tuned" in (page := write_report(folder).read_text())
+    assert "in 5 runs; 1 more is to come" in page
+
+    for run in folder.glob("full-*"):
+        shutil.rmtree(run)
+    assert write_so_far(config)
+    assert {row["method"] for row in read(folder)["rows"]} == {"lora 0.0005", "lora 0.002"}
+    assert all(has_no_reference(row) for row in read(folder)["rows"])
+
+
+def test_without_questions_there_is_still_a_table_of_costs(unasked):
+    unasked["compare"] = {"methods": ["lora", "farss"]}
+    comparison = read(compare(from_dict(unasked), silent))
+    assert [row["K"] for row in comparison["rows"]] == [None, None]
+    assert all(row["seconds_train"] > 0 for row in comparison["rows"])
+    assert comparison["rows"][1]["peak_memory_init_gib"] > 0
+    assert comparison["differences"] == []
+
+
+def test_one_survey_is_wide_enough_for_all(unasked):
+    unasked["plan"] |= {"rank": 2, "r_avg": 1, "r_max": 2}
+    unasked["compare"] = {"methods": ["farss", "farss@wide"], "settings": {"farss@wide": {"plan.rank": 6}}}
+    folder = compare(from_dict(unasked), silent)
+    assert Survey.load(folder / "survey").cap == 6
+    assert [row["rank"] for row in read(folder)["rows"]] == [2, 6]
+    shutil.rmtree(folder / "survey")
+    shutil.rmtree(folder / "farss-seed0")
+    compare(from_dict(unasked), silent)  # what was deleted is made again
+    assert Survey.load(folder / "survey").cap == 6
+
+
+def test_the_model_writes_its_own_text_once(unasked, monkeypatch):
+    written = []
+    monkeypatch.setattr(surveys, "own_text", lambda *arguments: written.append(1) or own_text(*arguments))
+    unasked["compare"] = {"methods": ["corda-kpm", "lora-null"]}
+    compare(from_dict(unasked), silent)
+    assert written == [1]
+
+
+@pytest.mark.slow
+def test_every_method_on_the_embedded_world(tmp_path):
+    """All methods through one command, on a model that knows something; who wins is for the table to say."""
+    few = ["train.max_steps=40", "calibration.examples=64", "evaluate.resamples=200", f"compare.methods=[{', '.join(METHODS)}]"]
+    folder = compare(override(demo_config(str(tmp_path / "all")), few), silent)
+    comparison = read(folder)
+    rows = {row["method"]: row for row in comparison["rows"]}
+    assert list(rows) == list(METHODS)
+    for method, row in rows.items():
+        assert 0 < row["K"]["value"] <= 1.1, method
+        assert row["seconds_train"] > 0
+        assert (folder / row["folder"] / ("adapter" if METHODS[method].plain_lora else "model")).is_dir()
+    assert {row["method"] for row in comparison["differences"]} == set(METHODS) - {"full"}
+    looked_at = {path.parent.name for path in folder.glob("*/survey.json")} - {"steps"}
+    assert len(looked_at) == 8  # one for each thing that is looked at
+
+
+def test_several_jobs_give_the_table_of_one(values, tmp_path):
+    values["compare"] = {"methods": ["corda-kpm", "farss-plus"]}  # they share the text that the base writes
+    alone = read(compare(from_dict(values), silent))
+    beside = read(compare(from_dict(values | {"out": str(tmp_path / "jobs"), "compare": values["compare"] | {"jobs": 2}}), silent))
+    timed = ("seconds_init", "seconds_train", "peak_memory_gib", "peak_memory_init_gib")
+    for first, second in zip(alone["rows"], beside["rows"], strict=True):
+        assert {key: first[key] for key in first if key not in timed} == {key: second[key] for key in second if key not in timed}
+
+
+def test_a_run_of_a_comparison_is_exported_with_what_it_shares(values):
+    values["compare"] = {"methods": ["farss", "lora"], "seeds": [3]}
+    folder = compare(from_dict(values), silent)
+    own = folder / "farss-seed3"
+    run = run_within(load(own / "config.yaml", ["export.rank=1"]), silent)
+    assert run.path == own
+    run.claim()
+    run.export()
+    assert run.folder.record("export")["rank"] == 1
+    assert not (own / "survey").exists()
+    with pytest.raises(ConfigError, match=r"made with other options: only export's may differ"):
+        run_within(load(own / "config.yaml", ["evaluate.resamples=101"]), silent)
+    assert run_within(from_dict(values), silent) is None  # the folder above it is no comparison's
+    before = (own / "summary.json").read_bytes()
+    for command in ("run", "evaluate"):  # they would score it without the comparison's full fine-tuning
+        with pytest.raises(UsageError, match=f"`farss compare {folder / 'config.yaml'}` goes on with it"):
+            app([command, str(own / "config.yaml")], standalone_mode=False)
+    assert (own / "summary.json").read_bytes() == before
+
+
+def test_scores_alone_are_enough_to_go_on(values):
+    values["compare"] = {"methods": ["full", "lora", "dora"], "keep": "scores"}
+    first = read(folder := compare(from_dict(values), silent))
+    runs = [folder / row["folder"] for row in first["rows"]]
+    assert not [path for run in runs for path in run.rglob("*.safetensors")]
+    before = [(run / "steps" / "train.json").stat().st_mtime_ns for run in runs]
+    shutil.rmtree(folder / "survey", ignore_errors=True)  # a folder that came from another machine, without its large files
+    values["compare"]["seeds"] = [0, 1]
+    second = read(compare(from_dict(values), silent))
+    assert [row for row in second["rows"] if row["seed"] == 0] == first["rows"]
+    assert [(run / "steps" / "train.json").stat().st_mtime_ns for run in runs] == before
+    run = run_within(load(runs[1] / "config.yaml", ["export.rank=1"]), silent)
+    for _ in range(2):
+        with pytest.raises(FolderError, match=r"the weights that were trained there are deleted"):
+            run.export()
+        assert read(compare(from_dict(values), silent))["rows"] == second["rows"]  # which goes on all the same
+    values["evaluate"]["task"][0]["limit"] = 8
+    with pytest.raises(FolderError, match=r"the weights that were trained there are deleted"):
+        compare(from_dict(values), silent)

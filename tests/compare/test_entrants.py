@@ -1,0 +1,79 @@
+"""Variants: their options, and what they have of their own."""
+
+import pathlib
+
+import pytest
+from comparisons import read
+
+from farss import pipeline
+from farss.artifacts import Survey
+from farss.boundary import Boundary
+from farss.compare import compare
+from farss.compare.entrants import Entrant
+from farss.compare.table import notes_of
+from farss.config import from_dict
+from farss.errors import ConfigError
+from farss.folder import resolve
+from farss.inputs import Loaded
+from farss.pipeline import silent
+
+pytestmark = pytest.mark.usefixtures("no_figures")
+
+
+def test_a_variant_has_its_own_options_and_its_own_statistics(values):
+    values["compare"] = {
+        "methods": ["farss", "farss@few", "farss@wide"],
+        "settings": {"farss@few": {"calibration.examples": 4}, "farss@wide": {"plan.r_max": 8}},
+    }
+    folder = compare(from_dict(values), silent)
+    assert [row["method"] for row in read(folder)["rows"]] == ["farss", "farss@few", "farss@wide"]
+    assert Survey.load(folder / "survey").examples == 8
+    assert Survey.load(folder / "farss@few" / "survey").examples == 4
+    assert not (folder / "farss@wide").exists()  # another plan of the same survey
+    assert {note for note in read(folder)["notes"] if "@" in note} == {"farss@few: calibration.examples=4", "farss@wide: plan.r_max=8"}
+
+
+def test_each_variant_searches_for_its_boundary_once(values, monkeypatch):
+    searched = []
+
+    def found(prober):
+        searched.append(prober.config)
+        return Boundary([], 1, 0.0, 0.0, 0.0, 60, 0.1, "facts", "loss", seconds=1.0)
+
+    monkeypatch.setattr(pipeline, "find", found)
+    values["train"]["max_steps"] = 60
+    values["plan"]["boundary"] = "auto"
+    values["compare"] = {"methods": ["farss", "farss@wide"], "settings": {"farss@wide": {"plan.r_max": 8}}}
+    config = resolve(from_dict(values))
+    tried = [(label, factor, seed) for label in config.compare.methods for factor in (0.5, 1) for seed in (0, 1)]
+    everyone = [Entrant(*one, config, Loaded(), silent) for one in tried]
+    for one in everyone:
+        one.run.claim()
+        assert one.run.plan().boundary == 1
+    assert [(each.plan.r_max, each.seed, each.train.learning_rate) for each in searched] == [(6, 0, 1e-3), (8, 0, 1e-3)]
+    assert {path.name for path in (one.run.shared / "boundary").iterdir()} == {"farss", "farss@wide"}
+    chosen = {one.label: one for one in everyone}
+    assert "farss@wide: Boundary 1 is the only candidate." in notes_of(config, chosen, "")
+
+
+@pytest.mark.parametrize(
+    ("methods", "settings", "message"),
+    [
+        (
+            ["farss@unmached"],
+            {"farss@unmatched": {"plan.r_max": 8}},
+            r"'farss@unmached', .* no options for it: did you mean 'farss@unmatched'",
+        ),
+        (["farss@wide"], {}, r"'farss@wide', .* no options for it: add them"),
+        (["farss"], {"farss": {"plan": {"r_max": 8}}}, r"compare.settings.farss=.*: write its options as train.learning_rate: 1e-4"),
+        (["farss"], {"farss": None}, r"compare.settings.farss=None: write its options as"),
+        (["farss"], {"farss": {"model.dtype": "float32"}}, r"'farss' its own model.dtype, but all are compared with one untouched model"),
+        (["farss"], {"farss": {"seed": 3}}, r"gives 'farss' its own seed, which is the comparison's: see compare.seeds"),
+        (["farss"], {"frass": {"plan.r_max": 8}}, r"options for 'frass', which is no method: did you mean 'farss'"),
+    ],
+)
+def test_a_variant_is_never_the_plain_method(values, methods, settings, message):
+    values["compare"] = {"methods": methods, "settings": settings}
+    with pytest.raises(ConfigError, match=message):
+        compare(from_dict(values), silent)
+    assert not (pathlib.Path(values["out"])).exists()

@@ -1,0 +1,98 @@
+"""Learning rates: chosen on questions that the table leaves out."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+from comparisons import read
+
+from farss.artifacts import questions
+from farss.compare import compare
+from farss.compare.tuning import held_out, measured, the_rest
+from farss.config import from_dict, override
+from farss.errors import ConfigError, FarssError
+from farss.evaluate import Estimate
+from farss.pipeline import silent
+from farss.report import comparison_markdown
+
+pytestmark = pytest.mark.usefixtures("no_figures")
+
+
+def test_learning_rates_are_chosen_on_questions_that_the_table_leaves_out(values):
+    values["compare"] = {"methods": ["full", "lora"], "tune": [0.5, 2], "seeds": [0, 1], "held_out": 0.5}
+    config = from_dict(values)
+    folder = compare(config, silent)
+    comparison = read(folder)
+    names = {path.name for path in folder.glob("*-seed*")}
+    assert {f"{method}-lr{rate}-seed0" for method in ("full", "lora") for rate in ("0.0005", "0.002")} <= names
+    assert len(names) == 6  # the second seed only at the chosen rates
+    for method, curve in comparison["frontier"]["curves"].items():
+        assert [point["learning_rate"] for point in curve] == pytest.approx([0.0005, 0.002])
+        (chosen,) = [point["learning_rate"] for point in curve if point["chosen"]]
+        assert {row["learning_rate"] for row in comparison["rows"] if row["method"] == method} == {chosen}
+    ids = [str(record["id"]) for record in questions(folder / "base" / "scores", "facts")]
+    rest = [key for key in ids if the_rest(config)(key)]
+    assert 0 < len(rest) < len(ids)
+    run = folder / comparison["rows"][0]["folder"] / "summary.json"
+    assert {entry["questions"] for entry in json.loads(run.read_text())["benchmarks"] if entry["name"] == "facts"} == {len(rest)}
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*-seed*/train.json")}
+    compare(config, silent)
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("*-seed*/train.json")} == before
+    text = comparison_markdown(comparison)
+    assert "Learning rate | KT %" in text
+    assert "(chosen)" in text
+
+
+def test_the_untouched_model_is_scored_on_the_same_questions(values):
+    values["compare"] = {"methods": ["full", "lora"], "tune": [0.5, 2], "held_out": 0.5}
+    config = from_dict(values)
+    folder = compare(config, silent)
+    asked = {str(row["id"]): row["score"] for row in questions(folder / "base" / "scores", "facts")}
+    counted = [score for key, score in asked.items() if the_rest(config)(key)]
+    assert 0 < len(counted) < len(asked)
+    assert read(folder)["base"]["facts"] == pytest.approx(sum(counted) / len(counted))
+
+
+def test_held_out_questions_are_a_share_and_the_same_every_time():
+    keys = [str(place) for place in range(4000)]
+    chosen = [key for key in keys if held_out(0.2)(key)]
+    assert 700 < len(chosen) < 900
+    assert chosen == [key for key in keys if held_out(0.2)(key)]
+    assert set(chosen) < {key for key in keys if held_out(0.4)(key)}
+
+
+def test_tuning_needs_a_measure(values):
+    config = from_dict({**values, "compare": {"methods": ["lora"], "tune": [1, 2]}})
+    with pytest.raises(ConfigError, match=r"needs full fine-tuning: add full to compare.methods"):
+        compare(config, silent)
+    config = dataclasses.replace(override(config, ["compare.methods=[lora, full]"]), evaluate=dataclasses.replace(config.evaluate, task=[]))
+    with pytest.raises(ConfigError, match=r"name questions in evaluate.knowledge and evaluate.task"):
+        compare(config, silent)
+    for bad, message in (("tune=[0]", "tune holds 0"), ("tune=[1, 1]", "tune holds 1.0 twice"), ("seeds=[2, 2]", "seeds holds 2 twice")):
+        with pytest.raises(ConfigError, match=f"compare.{message}"):
+            override(config, [f"compare.{bad}"])
+    with pytest.raises(ConfigError, match=r"compare.held_out=1.0: give a share above 0 and below 1"):
+        override(config, ["compare.held_out=1"])
+
+
+def test_where_nothing_is_solved_the_likelihoods_choose():
+    def one(**values):
+        return {name: Estimate(value, value, value) for name, value in values.items()}
+
+    assert measured({"": one(KT=0.9), "a": one(KT=0.5)}) == ("KT", {"": 0.9, "a": 0.5})
+    half = math.log(0.5)
+    for kept in ({"K": 0.5, "kept": -9.0}, {"kept": half}):  # a score where there is one
+        measure, values = measured({"": one(**kept, learned=8.0), "a": one(**kept, learned=4.0), "b": one(**kept, learned=-1.0)})
+        assert measure.startswith("log-likelihoods")
+        assert values == pytest.approx({"": 2 / 3, "a": 0.5, "b": 0.0})
+    for nothing in ({"": one(K=0.5), "a": one(K=0.5)}, {"": one(kept=0.0, learned=-0.1), "a": one(kept=0.0, learned=0.1)}):
+        with pytest.raises(FarssError, match=r"compare.tune cannot choose"):
+            measured(nothing)
+
+
+def test_of_reference_runs_that_solve_nothing_the_likelier_is_taken(values, monkeypatch):
+    monkeypatch.setattr("farss.compare.tuning.task_score", lambda *_: 0.0)
+    values["compare"] = {"methods": ["full"], "tune": [0.01, 10], "held_out": 0.5}
+    curve = read(compare(from_dict(values), silent))["frontier"]["curves"]["full"]
+    assert [point["chosen"] for point in curve] == [False, True]
