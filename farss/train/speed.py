@@ -15,16 +15,9 @@ LEVELS = 2**16
 
 
 @contextlib.contextmanager
-def faster_steps(model: nn.Module, device: torch.device, products: str) -> Iterator[None]:
-    """All of them, as far as they help on this device.
-
-    Args:
-        products: precision of matrix products, "bf16" or "fp32".
-    """
-    with contextlib.ExitStack() as measures:
-        measures.enter_context(answers_only())
-        if products == "bf16":
-            measures.enter_context(inputs_as_they_are(model))
+def faster_steps(device: torch.device) -> Iterator[None]:
+    """All of them, as far as they help on this device."""
+    with answers_only(), contextlib.ExitStack() as measures:
         if device.type == "cpu":
             measures.enter_context(small_tiles())
             measures.enter_context(cheap_dropout())
@@ -66,16 +59,6 @@ def cheap_dropout() -> contextlib.AbstractContextManager[None]:
         return x * kept.to(x.dtype) * (LEVELS / (LEVELS - dropped))
 
     return _replaced(nn.Dropout, "forward", forward)
-
-
-def inputs_as_they_are(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Let PEFT's LoRA layers take their inputs in the precision they come in, where autocast rounds them for the product anyway:
-    float32 copies of them take time and memory, and end as the same numbers. Not DoRA, which measures lengths in that precision.
-    """
-    from peft.helpers import disable_input_dtype_casting
-
-    dora = any(len(getattr(module, "lora_magnitude_vector", ())) for module in model.modules())
-    return disable_input_dtype_casting(model, active=not dora)
 
 
 @contextlib.contextmanager

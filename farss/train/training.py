@@ -75,8 +75,7 @@ def train(
             return run.result()
         log.info("continuing from %s", newest)
     memory = fits(config.train.micro_batch_size or config.train.batch_size, "examples in a forward pass", "train.micro_batch_size")
-    speed = faster_steps(model, run.device, products(config.train, run.device))
-    with freed_memory_kept(run.device), unchanged(model), quiet(), speed, memory:
+    with freed_memory_kept(run.device), unchanged(model), quiet(), faster_steps(run.device), memory:
         trainer = build(model, tokenizer, examples, config, checkpoints, run, [*callbacks, *stop(stop_at)], cycles)
         trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
     if run.finished:

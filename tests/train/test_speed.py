@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -60,22 +59,6 @@ def test_dropout_is_the_seeds_and_of_training_alone() -> None:
         assert nn.Dropout(0.5)(torch.empty(0, 3)).shape == (0, 3)
 
 
-def test_inputs_without_copies_train_the_same_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    without = trained(tmp_path / "without", precision="bf16")
-    monkeypatch.setattr(speed, "inputs_as_they_are", lambda model: contextlib.nullcontext())
-    copied = trained(tmp_path / "copied", precision="bf16")
-    assert difference(without, copied) == 0
-
-
-@pytest.mark.parametrize(("dora", "cast"), [(False, False), (True, True)])
-def test_dora_measures_its_lengths_in_float32(dora: bool, cast: bool) -> None:
-    model = adapted(use_dora=dora)
-    layers = [module for module in model.modules() if hasattr(module, "cast_input_dtype_enabled")]
-    with speed.inputs_as_they_are(model):
-        assert {layer.cast_input_dtype_enabled for layer in layers} == {cast}
-    assert {layer.cast_input_dtype_enabled for layer in layers} == {True}
-
-
 def test_small_tiles_have_the_same_loss_and_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = trained(tmp_path / "one", dropout=0.0, learning_rate=1e-3)
     monkeypatch.setattr(speed, "TILE", 10)  # of 64 columns
@@ -86,7 +69,7 @@ def test_small_tiles_have_the_same_loss_and_gradients(tmp_path: Path, monkeypatc
 def test_what_is_changed_is_there_and_comes_back() -> None:
     """A name that a new TRL no longer has would make every step slower without a word."""
     before = utils._use_triton, utils._CHUNKED_LOGPROB_CHUNK_SIZE, nn.Dropout.forward
-    with speed.faster_steps(adapted(), torch.device("cpu"), "bf16"):
+    with speed.faster_steps(torch.device("cpu")):
         assert utils._use_triton(torch.device("cpu"))
         assert utils._CHUNKED_LOGPROB_CHUNK_SIZE == speed.TILE
         assert nn.Dropout.forward is not before[2]
