@@ -1,6 +1,6 @@
 """How much each measure saves on a CPU with a large vocabulary: float32 where it has no units for 16-bit products; in training,
-answer tokens alone, small tiles of logits, cheap dropout, and freed memory that is kept; in asking
-questions, a compact output layer, and reading the examples before every question once.
+answer tokens alone, small tiles of logits, cheap dropout, and freed memory that is kept; in asking questions, a compact output
+layer, and reading the examples before every question once.
 
     farss gemma models/gemma-3-270m
     FARSS_DATA=path/to/data python benchmarks/cpu_speed.py models/gemma-3-270m

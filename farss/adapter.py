@@ -58,6 +58,7 @@ def attach(
 
     Raises:
         ModelError: the weights are quantised, and `base` is `residual`.
+        FarssError: a planned layer gets no adapter, or the plan has directions and no survey is given.
     """
     from peft import get_peft_model
 
@@ -68,7 +69,7 @@ def attach(
     adapted = get_peft_model(model, lora_config(plan, dropout), adapter_name=TRAINED)
     if missing := [name for name, module in lora_layers(adapted, plan).items() if not hasattr(module, "lora_A")]:
         raise FarssError(
-            f"PEFT left {missing[0]} and {len(missing) - 1} more planned layers without an adapter: choose model.targets without them"
+            f"PEFT left planned layers without an adapter, {len(missing)} in all, {missing[0]} the first: choose model.targets without them"
         )
     if any(layer.directions for layer in plan.layers.values()):
         if survey is None:

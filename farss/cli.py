@@ -260,8 +260,7 @@ def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
     """Ask the questions before and after, and compute K, T and KT."""
     from farss.terminal import summary_table
 
-    _refuse_within(load(config, overrides or ()))
-    with _single(config, overrides) as one:
+    with _single(config, overrides, alone=True) as one:
         summary = one.evaluate()
     console.print(summary_table(summary))
     _where({"scores": one.path / "scores.json", "answers": one.path / "scores"})
@@ -369,12 +368,13 @@ def _update_table(folder: Path) -> None:
 
 
 @contextmanager
-def _single(config: Path, overrides: list[str] | None, several: bool = False, shared: bool = False) -> Iterator[Any]:
+def _single(config: Path, overrides: list[str] | None, several: bool = False, shared: bool = False, alone: bool = False) -> Iterator[Any]:
     """A run of one step, with its progress bars.
 
     Args:
         several: the step may run in several processes.
         shared: it may be done for a comparison, before all of its runs.
+        alone: it may not be done for one run of a comparison.
     """
     from farss.compare import plans_of, run_within
     from farss.pipeline import Run
@@ -387,7 +387,10 @@ def _single(config: Path, overrides: list[str] | None, several: bool = False, sh
             f"{config} compares methods, and this is a step of a single run: use `farss compare`, or add compare.methods=[] and another out"
         )
     with bars() as tell:
-        one = run_within(values, tell) or Run(values, tell=tell, beside=plans_of(values))
+        within = run_within(values, tell)
+        if within and alone:
+            raise _belongs(within)
+        one = within or Run(values, tell=tell, beside=plans_of(values))
         one.claim()
         yield one
 
@@ -399,27 +402,25 @@ def _refuse_several() -> None:
         raise UsageError("only `farss survey` runs in several processes: start this command without torchrun")
 
 
-def _refuse_within(config: Config) -> None:
+def _belongs(run: Any) -> UsageError:
     """A comparison scores all of its runs by one full fine-tuning and one choice of questions, which a single run does not know."""
-    from farss.compare import run_within
-    from farss.pipeline import silent
-
-    if (one := run_within(config, silent)) is not None:
-        raise UsageError(
-            f"{one.path} is a run of the comparison above it: `farss compare {one.path.parent / 'config.yaml'}` goes on with it, "
-            f"and `farss export {one.path / 'config.yaml'}` hands it over in another form"
-        )
+    return UsageError(
+        f"{run.path} is a run of the comparison above it: `farss compare {run.path.parent / 'config.yaml'}` goes on with it, "
+        f"and `farss export {run.path / 'config.yaml'}` hands it over in another form"
+    )
 
 
 def _run(config: Config) -> None:
+    from farss.compare import run_within
     from farss.pipeline import Run
 
     _refuse_several()
     if config.compare.methods:
         _run_comparison(config)
         return
-    _refuse_within(config)
     with bars() as tell:
+        if within := run_within(config, tell):
+            raise _belongs(within)
         one = Run(config, tell=tell)
         one.all()
     _facts(one.path)

@@ -64,11 +64,15 @@ class Inputs:
 
         return self._once(read, config.model, config.data, config.seed)
 
+    @property
+    def knowledge(self) -> list[str]:
+        """The user's knowledge text; empty where none is named."""
+        source = self.common_config.calibration.knowledge
+        return self._once(knowledge_texts, source) if source else []
+
     def check(self) -> None:
         """Read all of it, so that a bad file is found before hours of training."""
-        _ = self.tokenizer, self.examples
-        if self.config.calibration.knowledge:
-            self._once(knowledge_texts, self.config.calibration.knowledge)
+        _ = self.tokenizer, self.examples, self.knowledge
         self._once(_check_questions, self.config.evaluate)
         if self.config.evaluate.recovery:
             recovery_rows(self.common_config, self.tokenizer)

@@ -271,15 +271,9 @@ def target_layers(model: nn.Module, targets: list[str] | None = None) -> dict[st
     Raises:
         ConfigError: a name in `targets` matches no such layer.
     """
-    prefix, blocks = find_blocks(model)
-    found: dict[str, Layer] = {}
-    for index, block in enumerate(blocks):
-        for inner, module in block.named_modules():
-            if is_linear(module):
-                name = ".".join(filter(None, (prefix, str(index), inner)))
-                found[name] = Layer(name, index, shape_of(module), float("nan"))
-    taken = taken_for_experts(model, list(found))
-    found = {name: layer for name, layer in found.items() if name not in taken}
+    linear = _linear_layers(model)
+    taken = _taken_for_experts(model, linear)
+    found = {name: layer for name, layer in linear.items() if name not in taken}
     if not targets:
         return found
     suffixes = {name.rsplit(".", 1)[-1] for name in found}
@@ -291,7 +285,19 @@ def target_layers(model: nn.Module, targets: list[str] | None = None) -> dict[st
     return {name: layer for name, layer in found.items() if any(_matches(name, target) for target in targets)}
 
 
-def taken_for_experts(model: nn.Module, names: list[str]) -> list[str]:
+def _linear_layers(model: nn.Module) -> dict[str, Layer]:
+    """Every linear layer inside the blocks, by full module name."""
+    prefix, blocks = find_blocks(model)
+    found: dict[str, Layer] = {}
+    for index, block in enumerate(blocks):
+        for inner, module in block.named_modules():
+            if is_linear(module):
+                name = ".".join(filter(None, (prefix, str(index), inner)))
+                found[name] = Layer(name, index, shape_of(module), float("nan"))
+    return found
+
+
+def _taken_for_experts(model: nn.Module, linear: dict[str, Layer]) -> list[str]:
     """Linear layers that PEFT cannot adapt. In some mixtures (DeepSeek, GLM) it takes every layer with the name of an expert's, in
     dense blocks and in shared experts too, for the experts in one parameter, which are not adapted; whoever loads the adapter has
     that PEFT as well."""
@@ -303,9 +309,9 @@ def taken_for_experts(model: nn.Module, names: list[str]) -> list[str]:
         from peft.utils import transformers_weight_conversion as conversion
     except ImportError:  # before PEFT 0.19 names are what they are
         return []
-    config = LoraConfig(target_modules=names)
+    config = LoraConfig(target_modules=list(linear))
     conversion.convert_peft_config_for_transformers(config, model=model, conversions=None)
-    return [name for name in names if name not in (config.target_modules or ())]
+    return [name for name in linear if name not in (config.target_modules or ())]
 
 
 def left_out(model: nn.Module) -> list[str]:
@@ -315,13 +321,13 @@ def left_out(model: nn.Module) -> list[str]:
     Returns:
         One sentence a kind of parameter; empty for most models.
     """
-    prefix, blocks = find_blocks(model)
     lines = [
         f"Not adapted: {kind} in {count} blocks, {shape[0]} experts in one parameter of shape {shape}."
         for kind, (count, shape) in _in_one_parameter(model).items()
     ]
-    linear = [f"{prefix}.{index}.{inner}" for index, block in enumerate(blocks) for inner, part in block.named_modules() if is_linear(part)]
-    kinds = Counter(name.removeprefix(f"{prefix}.").partition(".")[2] for name in taken_for_experts(model, linear))
+    prefix, _ = find_blocks(model)
+    taken = _taken_for_experts(model, _linear_layers(model))
+    kinds = Counter(name.removeprefix(f"{prefix}.").partition(".")[2] for name in taken)
     return lines + [f"Not adapted: {kind} in {count} blocks, which PEFT takes for an expert's." for kind, count in kinds.items()]
 
 

@@ -343,9 +343,8 @@ class Run:
                 write_card(target, command=self._command)
             else:
                 batch = self._prompts(self.trained())
-                choice = self.config.export
-                given = (self.config.model.path, choice.rank, choice.energy, self.inputs.tokenizer)
-                done = export(self.trained(), plan, target, batch, *given)
+                choice, base = self.config.export, self.config.model.path
+                done = export(self.trained(), plan, target, batch, base, choice.rank, choice.energy, self.inputs.tokenizer)
                 facts |= {"logit_difference": done.logit_difference, "rank": done.rank, "lost": done.lost}
             if self.config.export.to == "gguf" and not self._whole:
                 write_gguf(target, self.trained().get_base_model().config)

@@ -21,7 +21,6 @@ from farss.memory import peak_gib, reset_peak
 from farss.methods import Reading
 from farss.models import device_of, fingerprint, load_model, tokenizer_fingerprint
 from farss.plan import method_of, survey_cap
-from farss.rows import knowledge_texts
 from farss.survey import LENGTH, own_text, read_layers, survey
 
 
@@ -95,9 +94,9 @@ class Surveys:
     def knowledge(self) -> list[Row]:
         """The knowledge text: the user's, or what the model writes by itself, which is kept in `own_text.jsonl`."""
         config, tokenizer = self.inputs.common_config, self.inputs.tokenizer
-        source, count = config.calibration.knowledge, config.calibration.examples
-        if source:
-            return plain_rows(choose(knowledge_texts(source), count, config.seed), tokenizer, config.data.max_length)
+        count = config.calibration.examples
+        if config.calibration.knowledge:
+            return plain_rows(choose(self.inputs.knowledge, count, config.seed), tokenizer, config.data.max_length)
         path, options = self.place.path / "own_text.jsonl", options_of(config, READING_KEYS["knowledge"])
         if not (self.place.is_done("own_text", options) and path.is_file()):
             length = min(LENGTH, config.data.max_length)

@@ -47,6 +47,7 @@ def build(
     callbacks: Sequence[Any],
     cycles: int | None,
 ) -> Any:
+    """The trainer of one training; `run` is told what happens, and `train.train` explains the rest."""
     from transformers import PrinterCallback
 
     trainer_class, callback_class = _classes()
