@@ -37,7 +37,8 @@ from torch import Tensor
 from farss.adapter import START, TRAINED, lora_layers
 from farss.artifacts import Plan, Survey, read_json, write_json, write_tensors
 from farss.cli import bars
-from farss.config import Config, override
+from farss.config import Config
+from farss.configfile import override
 from farss.data import batches, calibration_batches, collate
 from farss.evaluate import Entry, Standing, standings
 from farss.folder import Folder, resolve

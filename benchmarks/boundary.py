@@ -21,7 +21,8 @@ from common import environment, percent, run_config, table, write_section
 from farss.artifacts import questions
 from farss.boundary import Boundary
 from farss.cli import bars
-from farss.config import Config, override, to_dict
+from farss.config import Config
+from farss.configfile import override, to_dict
 from farss.evaluate import Summary
 from farss.folder import Folder
 from farss.jobs import Tell, do_all

@@ -38,7 +38,7 @@ def run_config(arguments: list[str], title: str) -> tuple[str, Config]:
     Args:
         title: of the benchmark; it runs in a folder of this name in `WORK`.
     """
-    from farss.config import load, override
+    from farss.configfile import load, override
     from farss.world.demo import demo_config
 
     file = next((each for each in arguments if "=" not in each), None)

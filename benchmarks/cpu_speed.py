@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 
 from farss import models
 from farss.adapter import attach
-from farss.config import from_dict
+from farss.configfile import from_dict
 from farss.evaluate import evaluate
 from farss.models import load_model, load_tokenizer
 from farss.pipeline import Run

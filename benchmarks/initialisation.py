@@ -39,7 +39,7 @@ def contestant(name: str, run: Path) -> None:
 
         app(["survey", str(run)], standalone_mode=False)
         return
-    from farss.config import load
+    from farss.configfile import load
 
     config = load(run)
     if name.startswith("prepare"):

@@ -22,15 +22,13 @@ from farss.config import Base
 from farss.errors import FarssError, ModelError
 from farss.methods import METHODS, Regime
 from farss.methods.base import Start
-from farss.models import ORIGINAL, is_packed, is_transposed, keep_gradients, shape_of
+from farss.models import ORIGINAL, check_readable, is_packed, is_transposed, keep_gradients, shape_of
 
 TRAINED = "trained"
 """Name of the adapter that trains. It is not PEFT's `default`, so that a checkpoint of somebody's trainer lies in
 subfolders: whoever loads the checkpoint as if it were an adapter gets an error and not a wrong model."""
 START = "farss_start"
 """Name of the frozen adapter that takes the start out of the base."""
-FIXED = "farss_fixed"
-"""On a factor of the trained adapter that does not train."""
 
 
 def attach(
@@ -65,6 +63,7 @@ def attach(
     if not plan.layers:
         return model.requires_grad_(True)
     keep_gradients(model)
+    check_readable(model, plan.layers)
     torch.manual_seed(seed)
     adapted = get_peft_model(model, lora_config(plan, dropout), adapter_name=TRAINED)
     if missing := [name for name, module in lora_layers(adapted, plan).items() if not hasattr(module, "lora_A")]:
@@ -79,7 +78,7 @@ def attach(
             _take_out(adapted, plan)
     for name, module in lora_layers(adapted, plan).items():
         if plan.layers[name].fixed_a:
-            setattr(module.lora_A[TRAINED], FIXED, True)
+            module.frozen_peft_weight_names = {TRAINED: ("lora_A",)}  # PEFT leaves it so whenever an adapter is made active
     if regime is not None:
         regime.dress(list(lora_layers(adapted, plan).values()), TRAINED)
     activate(adapted)
@@ -116,7 +115,8 @@ def active_adapters(adapted: Any) -> list[str]:
 def activate(adapted: Any) -> None:
     """Make the right adapters count, and only the trained one train, but for what is fixed of it."""
     adapted.base_model.set_adapter(active_adapters(adapted))
-    fixed = {id(module.weight) for module in adapted.modules() if hasattr(module, FIXED)}
+    layers = [module for module in adapted.modules() if "lora_A" in getattr(module, "frozen_peft_weight_names", {}).get(TRAINED, ())]
+    fixed = {id(module.lora_A[TRAINED].weight) for module in layers}
     for name, parameter in adapted.named_parameters():
         parameter.requires_grad_(f".{TRAINED}." in name and "lora_" in name and id(parameter) not in fixed)
 
@@ -167,7 +167,7 @@ def untouched_base(adapted: Any) -> Iterator[None]:
     layers = [module for module in adapted.modules() if hasattr(module, ORIGINAL)]
     residuals = [layer.weight.data for layer in layers]
     for layer in layers:
-        layer.weight.data = getattr(layer, ORIGINAL).to(layer.weight.dtype)
+        layer.weight.data = getattr(layer, ORIGINAL).to(layer.weight)  # it does not move with the model
     try:
         yield
     finally:

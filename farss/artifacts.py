@@ -200,6 +200,15 @@ class Survey:
         rows = torch.tensor([place[index] for index in directions], dtype=torch.long)
         return u[:, rows], v[:, rows]
 
+    @property
+    def holds_all(self) -> bool:
+        """Whether the vectors of every direction are kept, so that any rank can be planned."""
+        for name, layer in self.layers.items():
+            with safe_open(self.block_file(layer.block), framework="pt") as file:
+                if file.get_slice(f"{name}.kept").get_shape()[0] < min(layer.shape):
+                    return False
+        return True
+
     def block_file(self, block: int) -> Path:
         """The safetensors file of one block."""
         return self.folder / f"block-{block:04d}.safetensors"

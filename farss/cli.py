@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import logging
 import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +20,8 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from farss.config import Config, commented, load, override
+from farss.config import Config
+from farss.configfile import commented, load, override
 from farss.errors import FarssError, UsageError
 
 app = typer.Typer(
@@ -45,6 +47,9 @@ def main() -> None:
     """Entry point: user errors become one sentence and an exit code, everything else is our bug and shows itself."""
     warnings.filterwarnings("ignore")
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    for stream in (sys.stdout, sys.stderr):  # redirected on Windows, they take no "■"
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         app(standalone_mode=True)
     except FarssError as error:
@@ -263,6 +268,7 @@ def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
     with _single(config, overrides, alone=True) as one:
         summary = one.evaluate()
     console.print(summary_table(summary))
+    _tell(summary.notes)
     _where({"scores": one.path / "scores.json", "answers": one.path / "scores"})
 
 
@@ -276,8 +282,8 @@ def export(
 ) -> None:
     """Write the portable adapter (or the merged model), checked on the untouched base."""
     extra = [f"export.to={to}"] if to else []
-    extra += [f"export.rank={rank}"] if rank else []
-    extra += [f"export.energy={energy}"] if energy else []
+    extra += [f"export.rank={rank}"] if rank is not None else []
+    extra += [f"export.energy={energy}"] if energy is not None else []
     with _single(config, [*(overrides or []), *extra]) as one:
         target = one.export()
     facts = one.folder.record("export") or {}
@@ -391,7 +397,11 @@ def _single(config: Path, overrides: list[str] | None, several: bool = False, sh
         if within and alone:
             raise _belongs(within)
         one = within or Run(values, tell=tell, beside=plans_of(values))
-        one.claim()
+        if values.compare.methods and (one.path / "config.yaml").is_file():
+            one.check_inputs()  # the comparison's configuration stays as it is
+            one.check_unchanged()
+        else:
+            one.claim()
         yield one
 
 
@@ -450,8 +460,7 @@ def _facts(folder: Path) -> None:
     if (folder / "comparison.json").is_file():
         comparison = read_json(folder / "comparison.json")
         console.print(comparison_table(comparison))
-        for note in comparison.get("notes") or []:
-            console.print(f"[dim]{_escape(note)}", highlight=False)
+        _tell(comparison.get("notes") or [])
         return
     plan = Plan.load(folder / "plan.json") if (folder / "plan.json").is_file() else None
     if (folder / "boundary.json").is_file():
@@ -463,15 +472,23 @@ def _facts(folder: Path) -> None:
     if plan and plan.layers:
         console.print(rank_map(plan))
     if (folder / "summary.json").is_file():
-        console.print(summary_table(read_json(folder / "summary.json")))
-    for note in plan.notes if plan else []:
-        console.print(note, highlight=False, markup=False)
+        summary = read_json(folder / "summary.json")
+        console.print(summary_table(summary))
+        _tell(summary.get("notes") or [])
+    _tell(plan.notes if plan else [])
     if (folder / "train.json").is_file() and (cut := TrainResult.load(folder / "train.json").cut):
         console.print(cut, highlight=False)
 
 
+def _tell(notes: Iterable[str]) -> None:
+    for note in notes:
+        console.print(f"[dim]{_escape(note)}", highlight=False, soft_wrap=True)
+
+
 def _handed_over(folder: Path) -> Path:
-    return folder / "adapter" if (folder / "adapter").is_dir() else folder / "model"
+    """The newest form: an older one may lie beside it."""
+    forms = [path for path in (folder / "adapter", folder / "model") if path.is_dir()]
+    return max(forms, key=lambda path: path.stat().st_mtime) if forms else folder / "adapter"
 
 
 def _where(places: dict[str, Path]) -> None:

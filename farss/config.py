@@ -1,22 +1,9 @@
-"""The configuration of a run: frozen dataclasses to and from YAML. The docstring under each field is its help text."""
+"""The options of a run. The docstring under each field is its help text; `configfile` reads and writes them."""
 
 from __future__ import annotations
 
-import ast
-import dataclasses
-import difflib
-import functools
-import inspect
-import itertools
-import re
-import types
-import typing
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
-
-import yaml
 
 from farss.errors import ConfigError
 
@@ -125,7 +112,8 @@ class CalibrationConfig:
     text, or with question and answers (with columns of other names: {name, data, question, answers}), of which as many rows are used
     as there are examples; null: as many texts that the base model writes by itself."""
     fisher: Literal["empirical", "sampled"] = "empirical"
-    """empirical: gradients at the data's own answers; sampled: at answers drawn from the model (the true Fisher)."""
+    """Of a survey: empirical: gradients at the data's own answers; sampled: at answers drawn from the model (the true Fisher).
+    FARSS-plus, which has no survey, always looks at the data's own answers."""
     padding: Literal["ignore", "count"] = "ignore"
     """count: pad every example to data.max_length and let the padding count in the survey's averages, as the authors'
     released code does (for comparison only)."""
@@ -313,7 +301,8 @@ class EvaluateConfig:
         _check(self.looks >= 0, f"evaluate.looks={self.looks}: give 0 or more")
         _check(self.resamples >= 100, f"evaluate.resamples={self.resamples}: give 100 or more")
         names = [entry if isinstance(entry, str) else entry.name for entry in self.asked]
-        twice = sorted({name for name in names if names.count(name) > 1})
+        lower = [name.lower() for name in names]  # they name files too, and not every system tells "NQ" from "nq"
+        twice = sorted({name for name in names if lower.count(name.lower()) > 1})
         _check(not twice, f"evaluate asks {twice[0] if twice else ''!r} twice: give every question set its own name")
 
     @property
@@ -393,221 +382,3 @@ class Config:
     """Seed of every random choice."""
     out: str = "run"
     """The run folder."""
-
-
-# --- reading ---------------------------------------------------------------------------------------------------------
-
-
-REFUSED = {
-    "rslora": "FARSS scales its factors by alpha / R itself, and rsLoRA would scale the start too: set plan.alpha",
-    "dora": "DoRA rescales the rows of W + s B A, so with FARSS's start the model would not begin as the base model",
-}
-"""Why PEFT options that people ask for together with FARSS are not options here."""
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return `: did you mean X?`, or the list of what is known, for an error message about `name`."""
-    last = name.rpartition(".")[2].removeprefix("use_").lower()
-    if last in REFUSED:
-        return REFUSED[last]
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(known)}"
-
-
-def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """Read a YAML file, apply `key=value` overrides and check everything.
-
-    Raises:
-        ConfigError: the file is missing or no YAML, or a key or a value is wrong.
-    """
-    return override(from_dict(_read(Path(path))), overrides)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ConfigError(f"there is no configuration file {path}: `farss config > {path}` makes one")
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds a {type(values).__name__}, not `key: value` lines: start from `farss config`")
-    return values
-
-
-def override(config: Config, overrides: Iterable[str]) -> Config:
-    """Apply `section.key=value` texts, each value read as YAML, and the options of further .yaml files, in their order."""
-    values = to_dict(config)
-    for text in overrides:
-        if "=" not in text and text.endswith((".yaml", ".yml")):
-            for section, inner in _read(Path(text)).items():
-                for key, value in inner.items() if isinstance(inner, dict) else [("", inner)]:
-                    set_key(values, f"{section}.{key}" if key else section, value)
-            continue
-        key, separator, value = text.partition("=")
-        if not separator:
-            raise ConfigError(f"{text!r} is not of the form key=value, such as train.learning_rate=1e-4")
-        try:
-            set_key(values, key.strip(), yaml.load(value, _Loader))
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{text!r}: the value is not valid YAML") from error
-    return from_dict(values)
-
-
-def set_key(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key in nested dictionaries, in place; refuse a key that no section has."""
-    sections = {f.name: f for f in dataclasses.fields(Config)}
-    first, _, rest = key.partition(".")
-    if first not in sections:
-        raise ConfigError(f"unknown key {key!r}: {nearest(key, all_keys())}")
-    if rest:
-        section = values.get(first)
-        if not isinstance(section, dict) or (rest not in section and first != "compare"):
-            raise ConfigError(f"unknown key {key!r}: {nearest(key, all_keys())}")
-        # a file on top of another has options for some methods, and shall not take away those of the others
-        section[rest] = section["settings"] | value if key == "compare.settings" and isinstance(value, dict) else value
-    else:
-        values[first] = value
-
-
-def all_keys() -> list[str]:
-    """Every dotted key."""
-    keys = []
-    for entry in dataclasses.fields(Config):
-        inner = entry.default_factory if entry.default_factory is not dataclasses.MISSING else None
-        if inspect.isclass(inner) and dataclasses.is_dataclass(inner):
-            keys += [f"{entry.name}.{f.name}" for f in dataclasses.fields(inner)]
-        else:
-            keys.append(entry.name)
-    return keys
-
-
-def from_dict(values: Mapping[str, Any]) -> Config:
-    """Build a checked `Config` from nested dictionaries."""
-    config: Config = _build(Config, values, "")
-    return config
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """The opposite of `from_dict`: plain dictionaries, lists, strings and numbers."""
-    return dataclasses.asdict(config)
-
-
-_hints = functools.cache(typing.get_type_hints)
-
-
-def _build(cls: Any, values: Any, where: str) -> Any:
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{where or 'the configuration'} is {values!r}: give `key: value` pairs")
-    hints = _hints(cls)
-    for key in values:
-        if key not in hints:
-            dotted = f"{where}.{key}" if where else str(key)
-            known = all_keys() if cls is not QuestionSet else [f"{where}.{name}" for name in hints]
-            raise ConfigError(f"unknown key {dotted!r}: {nearest(dotted, known)}")
-    return cls(**{key: _convert(hints[key], value, f"{where}.{key}".lstrip(".")) for key, value in values.items()})
-
-
-def _convert(kind: Any, value: Any, where: str) -> Any:
-    """Turn a YAML value into the type of its field, or say what was found and what is allowed."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        return _convert_union(arguments, value, where)
-    if origin is Literal:
-        if value not in arguments:
-            raise ConfigError(f"{where}={value!r}: {nearest(str(value), map(str, arguments))}")
-        return value
-    if origin is list:
-        if not isinstance(value, list):
-            raise ConfigError(f"{where}={value!r}: give a list, such as [{value}]")
-        return [_convert(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value)]
-    if origin is dict or kind is Any:
-        return value
-    if dataclasses.is_dataclass(kind):
-        return _build(kind, value if value is not None else {}, where)
-    return _convert_plain(kind, value, where)
-
-
-def _convert_union(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
-    if value is None and type(None) in arguments:
-        return None
-    errors = []
-    for argument in arguments:
-        if argument is type(None):
-            continue
-        if dataclasses.is_dataclass(argument) and isinstance(value, Mapping):
-            return _build(argument, value, where)
-        try:
-            return _convert(argument, value, where)
-        except ConfigError as error:
-            errors.append(str(error))
-    cures = ", or ".join(error.split(": ", 1)[-1] for error in errors)
-    raise ConfigError(f"{where}={value!r}: {cures}")
-
-
-def _convert_plain(kind: type, value: Any, where: str) -> Any:
-    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not kind:
-        raise ConfigError(f"{where}={value!r}: give {names[kind]}")
-    return value
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 floats: PyYAML alone reads `1e-4` as a text."""
-
-
-_FLOAT = r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+0123456789"))
-
-
-# --- writing ---------------------------------------------------------------------------------------------------------
-
-
-def dump(config: Config) -> str:
-    """The configuration as YAML, without comments."""
-    text: str = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
-    return text
-
-
-def commented(config: Config | None = None) -> str:
-    """The configuration as YAML, each option under its help text."""
-    config = config or Config()
-    lines = ["# A farss run. Start it with `farss run FILE`; `farss run FILE key=value` overrides an option."]
-    for entry in dataclasses.fields(config):
-        value = getattr(config, entry.name)
-        if not dataclasses.is_dataclass(value):
-            lines += ["", *_comment(field_help(Config)[entry.name]), _line(entry.name, value)]
-            continue
-        lines += ["", f"# {(type(value).__doc__ or '').strip()}", f"{entry.name}:"]
-        help_texts = field_help(type(value))
-        for inner in dataclasses.fields(value):
-            lines += _comment(help_texts[inner.name], "  ")
-            lines.append(_line(inner.name, getattr(value, inner.name), "  "))
-    return "\n".join(lines) + "\n"
-
-
-def field_help(cls: type) -> dict[str, str]:
-    """Map each field of a dataclass to the docstring under it."""
-    body = ast.parse(inspect.cleandoc(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
-    texts: dict[str, str] = {}
-    for statement, following in itertools.pairwise(body):
-        if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
-            texts[statement.target.id] = " ".join(following.value.value.split())  # type: ignore[union-attr, attr-defined]
-    return texts
-
-
-def _comment(text: str, indent: str = "") -> list[str]:
-    return [f"{indent}# {text}"]
-
-
-def _line(name: str, value: Any, indent: str = "") -> str:
-    if isinstance(value, (list, dict)) and value:
-        items = value if isinstance(value, dict) else None
-        plain = items or [to_dict(item) if dataclasses.is_dataclass(item) else item for item in value]
-        body = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True).rstrip().replace("\n", f"\n{indent}  ")
-        return f"{indent}{name}:\n{indent}  {body}"
-    text = yaml.safe_dump(value, default_flow_style=True, width=10_000).strip()
-    return f"{indent}{name}: {text.removesuffix('...').strip()}"

@@ -116,9 +116,9 @@ def _chat_stages(messages: Any, number: int, config: DataConfig, tokenizer: Any)
     if not isinstance(messages, list) or not all(isinstance(item, dict) and "role" in item for item in messages):
         raise DataError(f"row {number}: column 'messages' is no list of {{role, content}}: mend the row")
     stages = []
+    messages = [_with_text(message, number) for message in messages]
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
-            cell(message, "content", number)
             if not index:
                 raise DataError(f"row {number} begins with an assistant message, which answers nothing: remove the message")
             try:
@@ -134,6 +134,15 @@ def _chat_stages(messages: Any, number: int, config: DataConfig, tokenizer: Any)
                 "answers cannot be told apart: use data.template=alpaca, or another chat template"
             )
     return stages
+
+
+def _with_text(message: dict[str, Any], number: int) -> dict[str, Any]:
+    """A message whose content is one text, and not a list of parts of which each is a text; only a system message may be empty."""
+    content = message.get("content")
+    if isinstance(content, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
+        content = "".join(part["text"] for part in content)
+    empty = message["role"] == "system" and content == ""
+    return message | {"content": "" if empty else cell({"content": content}, "content", number)}
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------------

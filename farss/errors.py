@@ -1,5 +1,8 @@
 """The errors that users see: one sentence, the value found, the cure. Anything else that is raised is our bug."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class FarssError(Exception):
     """Something went wrong that the user can understand. The command line prints it and exits with `exit_code`."""
@@ -31,3 +34,10 @@ class FolderError(UsageError):
 
 class NumericalError(FarssError):
     """A weight, an activation, a gradient or a loss is NaN or infinite."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The cure for a wrong name: `did you mean X?`, or the list of what is known."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(known)}"

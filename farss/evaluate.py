@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from farss.artifacts import KINDS, Kind, Scores, TaskScore, fingerprint, read_json, write_json, write_text
-from farss.config import Config, QuestionSet, to_dict
+from farss.artifacts import KINDS, Kind, Scores, TaskScore, fingerprint, questions, read_json, write_json, write_text
+from farss.config import Config, QuestionSet
+from farss.configfile import to_dict
 from farss.data import choose, prompt_text
-from farss.errors import ConfigError, FarssError
+from farss.errors import ConfigError, FarssError, FolderError
 from farss.memory import fits, freed_memory_kept
 from farss.models import fingerprint as weights_fingerprint
 from farss.rows import example_rows, question_rows, text_rows
@@ -32,6 +33,7 @@ __all__ = [
     "Progress",
     "Standing",
     "Summary",
+    "check_reference",
     "differences",
     "evaluate",
     "mean_scores",
@@ -136,6 +138,29 @@ def _benchmark(kind: Kind, entry: str | QuestionSet, config: Config, identity: d
         "identity": identity,
     }
     return Benchmark(kind, name, entry, drawn, fingerprint(depends))
+
+
+def check_reference(config: Config) -> None:
+    """Find out before hours of training that T will have no value.
+
+    Raises:
+        FolderError: the full fine-tuning run of `evaluate.full_scores` was not asked the task, or other questions of it.
+    """
+    scores, folder = read_scores(Path(config.evaluate.full_scores or ""))
+    for each in list_benchmarks(config, {}):
+        if each.kind != "task":
+            continue
+        if each.name not in scores.task:
+            raise FolderError(
+                f"evaluate.full_scores={config.evaluate.full_scores}: that run was not asked the task {each.name!r}, so T would have no "
+                "value: name a run that was, or leave evaluate.full_scores out"
+            )
+        asked = {str(row["id"]): row["answers"] for row in each.drawn.asked} if each.drawn else None
+        if asked is not None and asked != {str(record["id"]): record["gold"] for record in questions(folder, each.name)}:
+            raise FolderError(
+                f"evaluate.full_scores={config.evaluate.full_scores} holds answers to other questions of {each.name!r} than will be "
+                "asked: evaluate both with the same file, limit and seed"
+            )
 
 
 # --- asking ----------------------------------------------------------------------------------------------------------
@@ -248,7 +273,7 @@ def _with_gold(live: Any, logged: Logged, records: list[Record]) -> list[Record]
     requests = [
         Instance("loglikelihood", {}, (each["prompt"], delimiter + each["gold"][0]), place) for place, each in enumerate(open_records)
     ]
-    for record, (likelihood, _) in zip(open_records, live.loglikelihood(requests) if requests else [], strict=True):
+    for record, (likelihood, _) in zip(open_records, live.gold(requests) if requests else [], strict=True):
         record["gold_loglikelihood"] = likelihood
     return records
 

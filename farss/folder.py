@@ -14,7 +14,8 @@ from typing import Any
 
 from farss import processes
 from farss.artifacts import KINDS, disk_cure, read_json, write_json, write_text
-from farss.config import Config, QuestionSet, dump, from_dict, to_dict
+from farss.config import Config, QuestionSet
+from farss.configfile import dump, from_dict, to_dict
 from farss.errors import ConfigError, FolderError
 
 SURVEY_KEYS = (
@@ -67,7 +68,11 @@ BOUNDARY_KEYS = (
 )
 EXPORT_KEYS = ("export",)
 COMPRESSED_KEYS = ("export.rank", "export.energy")
-EVALUATE_KEYS = ("evaluate", "seed", "data.template")
+EVALUATE_KEYS = (
+    *("evaluate.knowledge", "evaluate.task", "evaluate.other", "evaluate.text", "evaluate.text_rows", "evaluate.limit"),
+    *("evaluate.run_generated_code", "seed", "data.template"),
+)
+RECOVERY_KEYS = (*EVALUATE_KEYS, "evaluate.recovery", "data.max_length")
 BASE_KEYS = ("model.path", "model.dtype", "model.quantization", "data.max_length", *EVALUATE_KEYS)
 """Of what the untouched model answers."""
 
@@ -107,11 +112,14 @@ class Folder:
         record: dict[str, Any] | None = read_json(path) if path.is_file() else None
         return record
 
-    def is_done(self, step: str, options: dict[str, Any], redo: bool = False) -> bool:
+    def is_done(
+        self, step: str, options: dict[str, Any], redo: bool = False, cure: str = "choose another out, or delete that folder"
+    ) -> bool:
         """Whether a step is complete with these options.
 
         Args:
             redo: a change of options means doing it again, instead of a refusal.
+            cure: what the refusal recommends.
 
         Raises:
             FolderError: it was begun with other options; the first difference is named.
@@ -120,16 +128,15 @@ class Folder:
         if record is None:
             return False
         # An option that the record does not know is younger than the folder, which was made with its default; and where
-        # it did not look at a file's content, nothing can be said of it.
-        recorded = {key: _filled(value) for key, value in record["options"].items()}
+        # it did not look at a file's content, nothing can be said of it. One that only the record knows changes nothing any more.
+        recorded = {key: _filled(value) for key, value in record["options"].items() if key.removeprefix(CONTENT) in options}
         known = _defaults(options) | {key: options[key] for key in options if key.startswith(CONTENT)} | recorded
         if known != options:
             if redo:
                 return False
             key = next(key for key in options | known if options.get(key) != known.get(key))
             raise FolderError(
-                f"out={str(self.path)!r} holds a {step} made with {key}={known.get(key)!r}, "
-                f"and now {key}={options.get(key)!r}: choose another out, or delete that folder"
+                f"out={str(self.path)!r} holds a {step} made with {key}={known.get(key)!r}, and now {key}={options.get(key)!r}: {cure}"
             )
         return bool(record["done"])
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, TypeVar
 
 from farss.artifacts import Layer
 from farss.config import Config, DataConfig, EvaluateConfig, ModelConfig, QuestionSet
 from farss.data import Tokenized, load_examples
 from farss.errors import ConfigError
-from farss.evaluate import read_scores
+from farss.evaluate import check_reference
 from farss.models import layer_shapes, load_tokenizer
 from farss.recovery import recovery_rows
 from farss.rows import example_rows, knowledge_texts, question_rows, text_rows
@@ -62,7 +61,7 @@ class Inputs:
         def read(model: ModelConfig, data: DataConfig, seed: int) -> Tokenized:
             return load_examples(data, self.tokenizer, seed)
 
-        return self._once(read, config.model, config.data, config.seed)
+        return self._once(read, config.model, config.data, config.seed if config.data.limit else 0)  # all are the same with every seed
 
     @property
     def knowledge(self) -> list[str]:
@@ -74,6 +73,8 @@ class Inputs:
         """Read all of it, so that a bad file is found before hours of training."""
         _ = self.tokenizer, self.examples, self.knowledge
         self._once(_check_questions, self.config.evaluate)
+        if self.common_config.evaluate.full_scores:
+            self._once(check_reference, self.common_config)
         if self.config.evaluate.recovery:
             recovery_rows(self.common_config, self.tokenizer)
 
@@ -86,12 +87,10 @@ class Inputs:
 
 
 def _check_questions(options: EvaluateConfig) -> None:
-    """Read every question file, the general text and the scores of full fine-tuning."""
+    """Read every question file and the general text."""
     for entry in options.asked:
         if isinstance(entry, QuestionSet):
             question_rows(entry)
             example_rows(entry)
     if options.text:
         text_rows(options.text)
-    if options.full_scores:
-        read_scores(Path(options.full_scores))

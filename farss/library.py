@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,7 +76,7 @@ def prepare(
         base: how the start is taken out of the base, see `farss.adapter.attach`.
         knowledge: texts whose activations CorDA-KPM and LoRA-Null start away from, and that FARSS-plus weighs the task against;
             None: the model writes its own.
-        folder: where the survey is kept, so that it can be resumed and used again; None: a temporary folder.
+        folder: where the survey is kept, so that it can be resumed and used again; None: a temporary folder, deleted with the model.
         seed: of the calibration draw and of random starts.
         on_progress: called with (blocks done, blocks, a line to show).
 
@@ -102,7 +104,7 @@ def prepare(
         else tokenize_rows(list(dataset), data, tokenizer, seed)
     )
     processes.join()
-    place = _place(wanted, folder)
+    place = _place(wanted, folder, model)
     found: Survey | None
     cap = survey_cap(wanted, layers, blocks)
     if isinstance(method_of(wanted).needs, Reading):
@@ -132,11 +134,14 @@ def _check_method(method: str) -> None:
         raise FarssError(f"method={method!r} cannot be exported as a plain LoRA: use `farss run`, which hands over a merged model")
 
 
-def _place(wanted: PlanConfig, folder: Path | str | None) -> Path:
-    """Where the survey is kept: the user's folder, or a temporary one that all processes share."""
+def _place(wanted: PlanConfig, folder: Path | str | None, model: Any) -> Path:
+    """Where the survey is kept: the user's folder, or a temporary one that all processes share, deleted when the model is."""
     if folder or method_of(wanted).needs == "nothing":
         return Path(folder or "")
-    return Path(processes.shared(tempfile.mkdtemp(prefix="farss-survey-") if processes.rank() == 0 else None))
+    place = Path(processes.shared(tempfile.mkdtemp(prefix="farss-survey-") if processes.rank() == 0 else None))
+    if processes.rank() == 0:
+        weakref.finalize(model, shutil.rmtree, place, ignore_errors=True)
+    return place
 
 
 def _look(
@@ -186,7 +191,8 @@ def _read(
         return unlearnt(own_text(model, tokenizer, calibration.examples, min(LENGTH, max_length), seed))
 
     def in_batches(text: str) -> list[dict[str, torch.Tensor]]:
-        return calibration_batches(rows(text), calibration, tokenizer.pad_token_id, seed)
+        real = dataclasses.replace(calibration, padding="ignore")
+        return calibration_batches(rows(text), real, tokenizer.pad_token_id, seed)
 
     texts = processes.shared([in_batches(text) for text in needs.texts] if processes.rank() == 0 else None)
     if processes.rank() == 0 or len(texts) == 2:

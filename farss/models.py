@@ -11,7 +11,7 @@ import math
 import os
 import platform
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from farss.artifacts import Layer
-from farss.config import ModelConfig, nearest
-from farss.errors import ConfigError, ModelError
+from farss.config import ModelConfig
+from farss.errors import ConfigError, ModelError, nearest
 
 
 def device_of(config: ModelConfig) -> torch.device:
@@ -242,12 +242,23 @@ def weight_of(module: nn.Module) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[attr-defined]
-    if callable(getattr(weight, "dequantize", None)) and weight.is_floating_point():  # torchao's tensors
-        return weight.dequantize()
+    if type(weight.data) is not Tensor and callable(getattr(weight, "dequantize", None)) and weight.is_floating_point():
+        return weight.dequantize()  # torchao's tensors; a plain tensor's method knows nothing of scales that lie beside it, as FP8's do
     raise ModelError(
         f"a {type(module).__name__} holds packed weights ({weight.dtype}, shape {tuple(weight.shape)}) that cannot be read: "
         "load the model unquantised, or in bitsandbytes' 4-bit format (model.quantization=nf4)"
     )
+
+
+def check_readable(model: nn.Module, names: Iterable[str]) -> None:
+    """Find out before a training that weights are packed in a format from which no adapter could be exported and checked.
+
+    Raises:
+        ModelError: as `weight_of` does.
+    """
+    packed = {type(module): module for name in names if is_packed(module := model.get_submodule(name))}
+    for module in packed.values():
+        weight_of(module)
 
 
 def keep_gradients(model: nn.Module) -> None:

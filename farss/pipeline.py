@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,7 @@ from farss.folder import (
     EVALUATE_KEYS,
     EXPORT_KEYS,
     PLAN_KEYS,
+    RECOVERY_KEYS,
     TRAIN_KEYS,
     Folder,
     options_of,
@@ -55,7 +57,7 @@ from farss.recovery import knowledge_alone, recover, recovery_rows
 from farss.report import write_report
 from farss.surveys import Surveys, check_fingerprint
 from farss.tasks.course import Course, prepare_course
-from farss.train import TrainResult, products, restore, train, training_steps
+from farss.train import TrainResult, check_options, products, restore, train, training_steps
 from farss.versions import versions
 
 STEPS = ("survey", "plan", "train", "export", "evaluate", "report")
@@ -156,6 +158,7 @@ class Run:
         self._check_handover()
         self.inputs.check()
         layers, blocks = self.inputs.shapes
+        check_options(self.config.train)
         for boundary in self.search_setting.schedule.candidates if self.searches else [self.config.plan.boundary]:
             check_plan(replace(self.config.plan, boundary=boundary), layers, blocks, self.config.calibration.svd)
 
@@ -188,17 +191,17 @@ class Run:
         Raises:
             FolderError: the first option that differs is named.
         """
-        self.place.is_done("survey", self.surveys.options, redo=self.method.needs != "survey")
+        for step, options in self.surveys.steps(self.method.needs).items():
+            self.place.is_done(step, options)
         if self.searches and self._may_replan:
             self.place.is_done(self._boundary_step, self._boundary_options)
         self.folder.is_done("plan", self._plan_options, redo=self._may_replan)
-        self.folder.is_done("train", self._train_options)
+        self._is_trained()
 
     @property
     def steps_before(self) -> list[str]:
         """The shared steps that come before the plan."""
-        needs = self.method.needs
-        return [needs if isinstance(needs, str) else needs.name, *([self._boundary_step] if self.searches else [])]
+        return [*self.surveys.steps(self.method.needs), *([self._boundary_step] if self.searches else [])]
 
     @property
     def _boundary_step(self) -> str:
@@ -231,7 +234,13 @@ class Run:
     @property
     def _may_replan(self) -> bool:
         """A plan costs seconds: it is made again as long as nothing was trained from it."""
-        return self.folder.record("train") is None
+        begun = self.folder.record("train")
+        return begun is None or not (begun["done"] or any((self.path / "checkpoints").glob("checkpoint-*")))
+
+    def _is_trained(self) -> bool:
+        done = (self.folder.record("train") or {"done": True})["done"]
+        cure = {} if done else {"cure": f"choose another out, or delete {self.path / 'checkpoints'} to train anew"}
+        return self.folder.is_done("train", self._train_options, redo=self._may_replan, **cure)
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
@@ -288,7 +297,7 @@ class Run:
     def train(self) -> TrainResult:
         """`checkpoints/` and `train.json`."""
         plan, options = self.plan(), self._train_options
-        if self.folder.is_done("train", options):
+        if self._is_trained():
             return TrainResult.load(self.path / "train.json")
         model = self._adapted(plan)
         before = step_zero(model, self._prompts(model)) if plan.layers else {}
@@ -365,24 +374,20 @@ class Run:
             model = self._handed_over()
             with self.folder.step("evaluate", options):
                 self._ask(model, self.path, "trained")
-        summary = self.summarise(self.config.evaluate.full_scores)
-        for target in (self.path / "adapter", self.path / "model"):
-            if (target / "farss.json").is_file():
-                write_card(target, dataclasses.asdict(summary), self._command)
-        return summary
+        return self.summarise(self.config.evaluate.full_scores, save=not self.shared)  # a comparison's table does
 
     def recover_base(self) -> None:
         """`base-recovered/`: the untouched model after the steps of `recover`."""
-        self._recover(
-            "recover-base", self.common, "base-recovered", lambda: load_model(self.config.model), ("model.dtype", "model.quantization")
-        )
+        keys = ("model.path", "model.dtype", "model.quantization")
+        self._recover("recover-base", self.common, "base-recovered", lambda: load_model(self.config.model), keys)
 
     def recover(self) -> None:
         """`recovered/`: knowledge asked once more, after a few steps of question answering."""
         self.export()
         self.recover_base()
         self._recover("recover", self.folder, "recovered", self._as_handed_over, EXPORT_KEYS)
-        self.summarise(self.config.evaluate.full_scores)
+        if not self.shared:
+            self.summarise(self.config.evaluate.full_scores)
 
     def _recover(self, step: str, place: Folder, name: str, load: Callable[[], Any], keys: tuple[str, ...]) -> None:
         config, target, options = self.common_config, place.path / name, self._recover_options(keys)
@@ -390,7 +395,7 @@ class Run:
             return
         if (place.record(step) or {"options": options})["options"] != options:
             shutil.rmtree(target / "checkpoints", ignore_errors=True)  # of other steps, or of another model
-        self._live = None  # one model in memory at a time
+        self._free()
         with place.step(step, options):
             rows = recovery_rows(config, self.inputs.tokenizer)
             model = recover(load(), self.inputs.tokenizer, rows, config, target, lambda done, total, loss: self.tell(step, done, total, ""))
@@ -424,6 +429,9 @@ class Run:
             summary = replace(summary, recovered=summarise(*pair, None, self.config, only).K)
         if save:
             summary.save(self.path / "summary.json")
+            for target in (self.path / "adapter", self.path / "model"):
+                if (target / "farss.json").is_file():
+                    write_card(target, dataclasses.asdict(summary), self._command)
         return summary
 
     def report(self) -> Path:
@@ -468,7 +476,7 @@ class Run:
             self.evaluate()
         if self.config.evaluate.recovery:
             self.recover()
-        self._live = None  # the next run of a comparison needs the memory
+        self._free()  # the next run of a comparison needs the memory
 
     @property
     def complete(self) -> bool:
@@ -480,11 +488,13 @@ class Run:
 
     @property
     def _evaluate_options(self) -> dict[str, Any]:
-        return options_of(self.common_config, EVALUATE_KEYS) | options_of(self.config, COMPRESSED_KEYS)
+        compressed = dict.fromkeys(COMPRESSED_KEYS) if self._whole else options_of(self.config, COMPRESSED_KEYS)
+        return options_of(self.common_config, EVALUATE_KEYS) | compressed
 
     def _recover_options(self, keys: tuple[str, ...]) -> dict[str, Any]:
         """`keys`: on which the model depends that is loaded."""
-        return options_of(self.common_config, EVALUATE_KEYS) | options_of(self.config, keys)
+        precision = {"train.precision": products(self.common_config.train, device_of(self.config.model))}
+        return options_of(self.common_config, RECOVERY_KEYS) | options_of(self.config, keys) | precision
 
     def drop_weights(self) -> None:
         """Delete the trained weights in every form; what was measured of them stays, and the run counts as done."""
@@ -506,6 +516,11 @@ class Run:
         self._regime = self.method.regime(config.plan) if self.method.regime else None
         return attach(model, plan, found, config.train.dropout, config.seed, config.adapter.base, self._regime)
 
+    def _free(self) -> None:
+        """One model in memory at a time: modules refer to each other, so only a collection frees them."""
+        self._live = self._regime = None
+        gc.collect()
+
     def trained(self) -> Any:
         """The trained model: still in memory, or rebuilt from the plan and the last checkpoint."""
         if self._live is None:
@@ -524,7 +539,7 @@ class Run:
         base was; a compressed adapter is another one than was trained."""
         if (self.config.export.rank or self.config.export.energy) and not self._whole:
             self.export()
-            self._live = None  # one model in memory at a time
+            self._free()
             return self._as_handed_over()
         model, stored = self.trained(), stored_dtype(self.config.model)
         for parameter in [] if self.plan().layers else model.parameters():  # not the buffers: whoever loads it has exact rotary frequencies

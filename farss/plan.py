@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from farss.artifacts import Layer, Plan, Survey
-from farss.config import PlanConfig, nearest
-from farss.errors import ConfigError
+from farss.config import PlanConfig
+from farss.errors import ConfigError, nearest
 from farss.methods import METHODS, Method, Reading
 from farss.methods.base import Context
 from farss.methods.farss import choose_boundary, deep_rank

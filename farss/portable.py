@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,23 +52,28 @@ class Exported(NamedTuple):
     """Largest |logit difference| in float32 between the trained model and the exported adapter on the original base."""
 
 
-def portable(changes: dict[str, tuple[Tensor, Tensor]], rank: int | None = None, energy: float | None = None) -> Portable:
+def portable(changes: Iterable[tuple[str, tuple[Tensor, Tensor]]], rank: int | None = None, energy: float | None = None) -> Portable:
     """Plain LoRA factors of one rank, on the original weights.
 
     Args:
-        changes: for each layer, thin factors `P [m, q]`, `Q [q, n]` of what training changed, `dW = P Q`.
+        changes: layer by layer its name and thin factors `P [m, q]`, `Q [q, n]` of what training changed, `dW = P Q`; of an iterator
+            one layer's are held at a time.
         rank: compress to this rank; None: exact.
         energy: compress each layer to this share of its squared Frobenius norm; None: exact.
     """
-    small = {name: compress(*change, rank, energy) for name, change in changes.items()}
-    needed = max(1, *(change.a.shape[0] for change in small.values()))
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    lost = 0.0
+    for name, change in changes:
+        small = compress(*change, rank, energy)
+        factors[name], lost = (small.a.float().cpu(), small.b.float().cpu()), max(lost, small.lost)
+    needed = max(1, *(a.shape[0] for a, _ in factors.values()))
     served = next((allowed for allowed in SERVED_RANKS if allowed >= needed), needed)
     state: dict[str, Tensor] = {}
-    for name, change in small.items():
-        padding = served - change.a.shape[0]
-        state[f"base_model.model.{name}.lora_A.weight"] = nn.functional.pad(change.a, (0, 0, 0, padding)).float().cpu()
-        state[f"base_model.model.{name}.lora_B.weight"] = nn.functional.pad(change.b, (0, padding)).float().cpu()
-    return Portable(state, served, max(change.lost for change in small.values()))
+    for name, (a, b) in factors.items():
+        padding = served - a.shape[0]
+        state[f"base_model.model.{name}.lora_A.weight"] = nn.functional.pad(a, (0, 0, 0, padding))
+        state[f"base_model.model.{name}.lora_B.weight"] = nn.functional.pad(b, (0, padding))
+    return Portable(state, served, lost)
 
 
 def export(
@@ -99,9 +104,9 @@ def export(
     folder = Path(folder)
     if folder.exists() and not (folder / "farss.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise FolderError(f"{folder} holds something other than an adapter of farss: give a new folder")
-    state, served, lost = portable({name: adapter_change(adapted, plan, name) for name in plan.layers}, rank, energy)
+    state, served, lost = portable(((name, adapter_change(adapted, plan, name)) for name in plan.layers), rank, energy)
     with whole_folder(folder) as unfinished:
-        write_adapter(unfinished, state, plan, base, served)
+        write_adapter(unfinished, state, plan, base, served, [name for name, _ in adapted.get_base_model().named_modules()])
         difference, scale = check(adapted, unfinished, batch)
         tolerance = TOLERANCE * max(1.0, scale)
         if rank is None and energy is None and not difference <= tolerance:
@@ -162,8 +167,8 @@ def load_adapter(model: Any, folder: Path | str, tokenizer: Any = None, trainabl
     return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
 
 
-def write_adapter(folder: Path, state: dict[str, Tensor], plan: Plan, base: str, rank: int) -> None:
-    """Write PEFT's two files of an adapter with one rank and alpha equal to it."""
+def write_adapter(folder: Path, state: dict[str, Tensor], plan: Plan, base: str, rank: int, modules: Iterable[str] = ()) -> None:
+    """Write PEFT's two files of an adapter with one rank and alpha equal to it. `modules`: names of the base's."""
     from peft import LoraConfig
 
     folder.mkdir(parents=True)
@@ -171,7 +176,7 @@ def write_adapter(folder: Path, state: dict[str, Tensor], plan: Plan, base: str,
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
-        target_modules=sorted({name.rsplit(".", 1)[-1] for name in plan.layers}) if _everywhere(plan) else list(plan.layers),
+        target_modules=sorted({name.rsplit(".", 1)[-1] for name in plan.layers}) if _everywhere(plan, modules) else list(plan.layers),
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",
@@ -181,12 +186,14 @@ def write_adapter(folder: Path, state: dict[str, Tensor], plan: Plan, base: str,
     config.save_pretrained(str(folder))
 
 
-def _everywhere(plan: Plan) -> bool:
-    """Whether each kind of layer is adapted in every block, so that short names say it all (servers prefer them)."""
+def _everywhere(plan: Plan, modules: Iterable[str]) -> bool:
+    """Whether each kind of layer is adapted in every block, and none of its name elsewhere is not, so that short names say it all
+    (servers prefer them)."""
     kinds: dict[str, set[int]] = {}
     for name, layer in plan.layers.items():
         kinds.setdefault(name.rsplit(".", 1)[-1], set()).add(layer.block)
-    return all(len(blocks) == plan.blocks for blocks in kinds.values())
+    alone = all(name in plan.layers for name in modules if name.rsplit(".", 1)[-1] in kinds)
+    return alone and all(len(blocks) == plan.blocks for blocks in kinds.values())
 
 
 def check(adapted: Any, folder: Path, batch: dict[str, Tensor]) -> tuple[float, float]:

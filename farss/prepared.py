@@ -123,7 +123,7 @@ def convert(prepared: Path | str, trained: Path | str, out: Path | str, rank: in
     plan, facts = Plan.load(prepared / "plan.json"), read_json(prepared / "prepared.json")
     start, end = load_file(prepared / "start.safetensors"), _trained_state(trained)
     changes = {name: _change(name, plan.layers[name].scaling, start, end, trained) for name in plan.layers}
-    made = portable(changes, rank, energy)
+    made = portable(changes.items(), rank, energy)
     with whole_folder(out) as unfinished:
         write_adapter(unfinished, made.state, plan, facts["base"], made.rank)
         difference = _compare(prepared / "base", trained, facts["base"], unfinished)

@@ -30,6 +30,7 @@ RANK = 8
 RATE = 2e-4
 """Peak learning rate, which falls linearly to zero."""
 BATCH = 16
+"""Examples a step; that many in a forward pass too, unless the training takes fewer."""
 
 
 def recovery_rows(config: Config, tokenizer: Any) -> Tokenized:
@@ -74,16 +75,18 @@ def recover(
     Returns:
         A `PeftModel` in evaluation mode.
     """
+    at_once = config.train.micro_batch_size or config.train.batch_size
     options = TrainConfig(
         learning_rate=RATE,
         max_steps=config.evaluate.recovery,
         batch_size=BATCH,
-        micro_batch_size=min(BATCH, config.train.micro_batch_size or BATCH),
+        micro_batch_size=max(size for size in range(1, BATCH + 1) if BATCH % size == 0 and size <= at_once),
         dropout=0.0,
         precision=config.train.precision,
         gradient_checkpointing=config.train.gradient_checkpointing,
     )
-    adapted = _with_fresh_adapter(model, list(layer_shapes(config.model)[0]), config.seed)
+    everywhere = layer_shapes(replace(config.model, targets=[]))[0]  # whatever the method adapts
+    adapted = _with_fresh_adapter(model, list(everywhere), config.seed)
     train(adapted, tokenizer, rows, replace(config, train=options), folder, on_progress=on_progress)
     return adapted.eval()
 

@@ -8,6 +8,7 @@ import csv
 import gzip
 import io
 import json
+import math
 import re
 import sys
 import zlib
@@ -16,8 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
-from farss.config import QuestionSet, nearest
-from farss.errors import DataError
+from farss.config import QuestionSet
+from farss.errors import DataError, nearest
 
 PROMPTS = ("prompt", "instruction", "query", "question")
 RESPONSES = ("completion", "response", "output", "answer")
@@ -147,7 +148,7 @@ def _read_hub(path: str, split: str) -> list[dict[str, Any]]:
     name, _, subset = path.partition(":")
     try:
         return [dict(row) for row in datasets.load_dataset(name, subset or None, split=split)]
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, HTTPError) as error:
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError, HTTPError) as error:  # a script of its own: RuntimeError
         raise DataError(
             f"{path!r} is neither a file here nor a data set that can be loaded from a hub (split {split!r}): "
             f"{_first_line(error)}; check the name, data.split and the network"
@@ -276,9 +277,11 @@ def cell(row: dict[str, Any], column: str, number: int) -> str:
     """The text in one cell; a number is written out."""
     value = row.get(column)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = str(value)
+        value = None if math.isnan(value) else str(value)  # NaN: what pandas writes for nothing
     if value is not None and not isinstance(value, str):
         raise DataError(f"row {number}: column {column!r} holds a {type(value).__name__}, not a text: name another column")
     if value is None or not value.strip():
         raise DataError(f"row {number} has nothing in column {column!r}: fill it or remove the row")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise DataError(f"row {number}: column {column!r} holds half of a character (a surrogate without its pair): mend the row")
     return value

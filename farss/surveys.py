@@ -17,7 +17,7 @@ from farss.errors import FolderError
 from farss.folder import READING_KEYS, SURVEY_KEYS, Folder, options_of
 from farss.inputs import Inputs
 from farss.jobs import Tell
-from farss.memory import peak_gib, reset_peak
+from farss.memory import reset_peak
 from farss.methods import Reading
 from farss.models import device_of, fingerprint, load_model, tokenizer_fingerprint
 from farss.plan import method_of, survey_cap
@@ -39,6 +39,14 @@ class Surveys:
     def options(self) -> dict[str, Any]:
         """What a survey depends on."""
         return options_of(self.inputs.common_config, SURVEY_KEYS)
+
+    def steps(self, needs: str | Reading) -> dict[str, dict[str, Any]]:
+        """What is made for a method, in its order, by the names of the steps, with what each depends on."""
+        if not isinstance(needs, Reading):
+            return {"survey": self.options} if needs == "survey" else {}
+        config = self.inputs.common_config
+        writes = {"own_text": options_of(config, READING_KEYS["knowledge"])} if not config.calibration.knowledge else {}
+        return {**(writes if "knowledge" in needs.texts else {}), needs.name: options_of(config, READING_KEYS[needs.of])}
 
     def wanted(self) -> Survey | None:
         """What the method looks at; None: nothing."""
@@ -68,27 +76,26 @@ class Surveys:
                 lambda done, total, line: self.tell("survey", done, total, line),
                 *(config.calibration.svd, device),
             )
-            facts |= {name: result.meta[name] for name in ("seconds", "peak_memory_gib")}
+            facts |= _costs(result)
         return result
 
     def reading(self, wanted: Reading) -> Survey:
         """`<its name>/`: what a method other than FARSS looks at."""
         config, place = self.inputs.common_config, self.place.path / wanted.name
-        options, device = options_of(config, READING_KEYS[wanted.of]), device_of(config.model)
+        options, device = self.steps(wanted)[wanted.name], device_of(config.model)
         if self.place.is_done(wanted.name, options) and place.is_dir():
             return self._wide_enough(place)
         cap = self._cap(*self.beside)
+        texts = [self._batches(text) for text in wanted.texts]
         reset_peak(device)
         model = self.base_model()
-        begun = time.monotonic()
         with self.place.step(wanted.name, options) as facts:
-            texts = [self._batches(text) for text in wanted.texts]
             result = read_layers(
                 *(model, place, wanted.read, cap, texts, config.model.targets, self._meta(model)),
                 lambda done, total, line: self.tell(wanted.name, done, total, line),
                 *(device, wanted.answers),
             )
-            facts |= {"seconds": round(time.monotonic() - begun, 1), "peak_memory_gib": round(peak_gib(device), 2)}
+            facts |= _costs(result)
         return result
 
     def knowledge(self) -> list[Row]:
@@ -100,12 +107,14 @@ class Surveys:
         path, options = self.place.path / "own_text.jsonl", options_of(config, READING_KEYS["knowledge"])
         if not (self.place.is_done("own_text", options) and path.is_file()):
             length = min(LENGTH, config.data.max_length)
-            writer = load_model(config.model)  # on the GPU, where there is one: the reading's own model stays on the CPU
-            with self.place.step("own_text", options):
+            with self.place.step("own_text", options) as facts:
+                begun = time.monotonic()
+                writer = load_model(config.model)  # on the GPU, where there is one
                 ids = own_text(writer, tokenizer, count, length, config.seed, lambda done, total: self.tell("own text", done, total, ""))
                 texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
                 rows = [json.dumps({"text": text, "tokens": row}, ensure_ascii=False) for text, row in zip(texts, ids, strict=True)]
                 write_text(path, "\n".join(rows) + "\n")
+                facts |= {"seconds": round(time.monotonic() - begun, 1)}
         return unlearnt([json.loads(line)["tokens"] for line in path.read_text(encoding="utf-8").strip().split("\n")])
 
     def _batches(self, text: str) -> list[dict[str, torch.Tensor]]:
@@ -130,12 +139,16 @@ class Surveys:
 
     def _wide_enough(self, place: Path) -> Survey:
         found, cap = Survey.load(place), self._cap()
-        if found.cap < cap and any(min(layer.shape) > 2 * found.cap for layer in found.layers.values()):
+        if found.cap < cap and not found.holds_all:
             raise FolderError(
                 f"{found.folder} kept {found.cap} directions at each end, and this plan may need {cap}: "
                 f"choose another out, or delete that folder"
             )
         return found
+
+
+def _costs(found: Survey) -> dict[str, float]:
+    return {name: found.meta[name] for name in ("seconds", "peak_memory_gib")}
 
 
 def check_fingerprint(found: Survey, model: Any) -> None:

@@ -13,7 +13,7 @@ from farss import boundary as room
 from farss import world
 from farss.artifacts import Plan
 from farss.boundary import Boundary, hold_out, knowledge_rows, prepare, probe_config
-from farss.config import from_dict, override
+from farss.configfile import from_dict, override
 from farss.data import Tokenized
 from farss.errors import ConfigError, FolderError, NumericalError
 from farss.models import load_tokenizer

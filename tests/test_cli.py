@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 from farss import cli, world
 from farss.cli import app
-from farss.config import Config, from_dict
+from farss.config import Config
+from farss.configfile import from_dict
 from farss.methods import METHODS
 
 COMMANDS = ["demo", "config", "run", "survey", "plan", "train", "evaluate", "export", "report", "compare", "methods", "gemma", "boundary"]
@@ -81,6 +82,17 @@ def test_boundary_shows_its_curve_and_leaves_a_page(tmp_path):
     assert "are asked in the evaluation too" in shown
     page = (tmp_path / "run" / "report.html").read_text()
     assert f"Chosen: {found['chosen']} shallow block" in page.replace("\u202f", " ").replace("\xa0", " ")
+
+
+def test_a_search_leaves_a_comparisons_configuration_alone(tmp_path):
+    values = settings(save_small("llama-gqa", tmp_path / "model"), tmp_path / "run") | {"compare": {"methods": ["farss", "lora"]}}
+    values["plan"]["boundary"] = 1
+    (tmp_path / "run.yaml").write_text(json.dumps(values))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(before := "# the comparison's\n")
+    result = CliRunner().invoke(app, ["boundary", str(tmp_path / "run.yaml")])
+    assert result.exit_code == 0, result.exception
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
 
 
 def test_report_draws_from_artifacts_alone_and_opens_the_page(tmp_path, monkeypatch):

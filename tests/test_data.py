@@ -121,6 +121,20 @@ def test_every_assistant_message_is_learnt(tmp_path: Path) -> None:
     assert text(tokenizer, row).endswith("<s>user: u3\n<s>assistant: a4</s>\n")
 
 
+def test_messages_in_parts_and_empty_system_messages_are_texts(tmp_path: Path) -> None:
+    roles = ["system", "user", "assistant"]
+    plain = [{"role": role, "content": content} for role, content in zip(roles, ("", "u1u2", "a"), strict=True)]
+    parts = [plain[0], {"role": "user", "content": [{"type": "text", "text": text} for text in ("u1", "u2")]}, plain[2]]
+    tokenizer = byte_tokenizer(CHAT)
+    found = [
+        data.load_examples(
+            DataConfig(train=write_rows(tmp_path / f"{name}.jsonl", [{"messages": messages}]), template="chat"), tokenizer, seed=0
+        ).rows
+        for name, messages in (("plain", plain), ("parts", parts))
+    ]
+    assert found[0] == found[1]
+
+
 def test_a_chat_template_without_eos_gets_one(tmp_path: Path, pairs: str) -> None:
     tokenizer = byte_tokenizer(CHAT.replace("</s>", ""))
     row = data.load_examples(DataConfig(train=pairs, template="chat"), tokenizer, seed=0).rows[0]
@@ -238,6 +252,8 @@ def test_wizardlm_and_the_input_column(tmp_path: Path) -> None:
         ({"question": "q", "answer": ""}, "plain", "row 2 has nothing in column 'answer': fill it or remove the row"),
         ({"question": None, "answer": "a"}, "plain", "row 2 has nothing in column 'question'"),
         ({"question": "q"}, "plain", "row 2 has nothing in column 'answer'"),
+        ({"question": "q", "answer": float("nan")}, "plain", "row 2 has nothing in column 'answer'"),
+        ({"question": "q", "answer": "\ud83d"}, "plain", "row 2: column 'answer' holds half of a character"),
         ({"question": ["q"], "answer": "a"}, "plain", "row 2: column 'question' holds a list, not a text"),
         ({"question": "q", "answer": "a"}, "chat", "the model's tokenizer has no chat template: choose alpaca or plain"),
     ],
@@ -254,6 +270,12 @@ def test_unusable_rows_are_named(tmp_path: Path, row: dict[str, Any], template: 
         ([{"role": "user", "content": "u"}], "chat", "row 1 has no assistant message"),
         ("hello", "chat", "row 1: column 'messages' is no list of {role, content}"),
         ([{"role": "assistant", "content": ""}], "chat", "row 1 has nothing in column 'content'"),
+        ([{"role": "user", "content": None}, {"role": "assistant", "content": "a"}], "chat", "row 1 has nothing in column 'content'"),
+        (
+            [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "a"}],
+            "chat",
+            "column 'content' holds a list",
+        ),
         ([{"role": "assistant", "content": "a"}], "chat", "row 1 begins with an assistant message, which answers nothing"),
         ([{"role": "assistant", "content": "a"}], "alpaca", "holds chats, but data.template='alpaca': set data.template=chat"),
     ],

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from farss.artifacts import questions
 from farss.config import Config, DataConfig, EvaluateConfig, QuestionSet
 from farss.errors import ConfigError, DataError, FarssError, FolderError
-from farss.evaluate import Summary, evaluate, summarise
+from farss.evaluate import Summary, check_reference, evaluate, summarise
 from farss.tasks import prefix
 from farss.tasks.grading import contains, exact_match, final_number, normalise, number, same_mathematics
 from farss.tasks.questions import draw
@@ -398,6 +398,8 @@ def test_logits_stay_below_their_bound():
         ("she has 7 left, 3 gone", "#### 3", 1), ("#### 1,234.50", "1234.5", 1), ("$18", "18.00", 1), ("-3", "3", 0),
         ("The answer is: 5 and then 6", "5", 1), ("The answer is: none, 5 apples", "5", 1), ("no idea", "5", 0), ("", "5", 0),
         ("The answer is: 1/2", "0.5", 1), ("1/0", "5", 0), ("#### \n The answer is:", "5", 0), ("0.1", ".1", 1),
+        ("#### Step 2: so it is 12", "12", 1), ("#### -5", "-5", 1), ("it is − 7", "-7", 1), ("- 5 apples", "5", 1), ("20-25", "25", 1),
+        ("-$3", "-3", 1), ("9" * 5000, "9", 0),
     ],
 )  # fmt: skip
 def test_numbers(answer, gold, score):
@@ -423,6 +425,15 @@ def test_texts():
         ("A cat", 0),
     ):  # nothing is left of "A", which is an article
         assert exact_match(answer, ["A"]) == contains(answer, ["A"]) == right
+    assert [contains(answer, ["A"]) for answer in ("A. Paris", "It is A", "(A) Paris", "It is a cat", "B. A cat")] == [
+        1,
+        1,
+        1,
+        0,
+        0,
+    ]
+    assert [contains(answer, ["Vitamin A"]) for answer in ("vitamin C", "Vitamin A is one", "it is vitamin A")] == [0, 1, 1]
+    assert contains("king of France", ["the king of the France"]) == contains("the king of the France", ["king of France"]) == 1
     assert contains("It was the Beatles band", ["beatles"]) == 1
     assert contains("beetlesque", ["beetles", "the"]) == 0
 
@@ -466,6 +477,7 @@ def test_harness_names_that_cannot_be_asked(entry, text, model, tokenizer, tmp_p
         ({"prompt": "Q: "}, ConfigError, "has no {question} in it"),
         ({"metric": "number"}, DataError, "the answer 'red' of question 1"),
         ({"max_tokens": 250}, ConfigError, "do not fit into the model's 256 tokens"),
+        ({"max_tokens": 250}, ConfigError, "or leave out the question that ends in"),
         ({"answers": "replies"}, DataError, "replies"),
     ],
 )
@@ -473,6 +485,13 @@ def test_question_sets_that_cannot_be_asked(options, error, text, model, tokeniz
     with pytest.raises(error) as caught:
         evaluate(model, tokenizer, asking([QuestionSet("known", files["known"], **options)]), tmp_path)
     assert text in str(caught.value)
+
+
+def test_a_right_answer_that_does_not_fit_is_not_cut(model, tokenizer, tmp_path):
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"question": "which?", "answers": "a" * 250}))
+    with pytest.raises(ConfigError, match=r"'known': a prompt of 25 tokens and its right answer of 251 do not fit .* 256 tokens.*which"):
+        evaluate(model, tokenizer, asking([QuestionSet("known", str(path), max_tokens=2)]), tmp_path)
 
 
 def test_without_the_harness(monkeypatch, model, tokenizer, files, tmp_path):
@@ -521,6 +540,28 @@ def test_summary_without_full_fine_tuning(three):
     assert summary.T is summary.KT is None
     assert summary.benchmarks[1].full is None
     assert "evaluate.full_scores" in summary.notes[0]
+
+
+@pytest.mark.parametrize("knowledge", ["none", "fewer"])
+def test_full_fine_tuning_decides_nothing_of_k(three, model, tokenizer, files, knowledge):
+    """It may have been asked the task alone, or other questions of knowledge."""
+    config, folder = three
+    asked = {"none": [], "fewer": [QuestionSet("mixed", files["mixed"], limit=3)]}[knowledge]
+    evaluate(model, tokenizer, asking(asked, [QuestionSet("steps", files["steps"])]), folder / knowledge)
+    summary = summarise(folder / "base", folder / "after", folder / knowledge, config)
+    assert summary.K == summarise(folder / "base", folder / "after", folder / "full", config).K
+    assert summary.T is not None
+    assert summary.benchmarks[0].full is None
+
+
+def test_full_fine_tuning_that_was_asked_another_task_is_refused_at_the_start(three, files):
+    config, folder = three
+    named = replace(config.evaluate, full_scores=str(folder / "full"))
+    check_reference(replace(config, evaluate=named))
+    for task, message in (("steps", "other questions of 'steps'"), ("others", "was not asked the task 'others'")):
+        asks = replace(named, task=[QuestionSet(task, files["steps"], limit=2)])
+        with pytest.raises(FolderError, match=message):
+            check_reference(replace(config, evaluate=asks))
 
 
 def test_a_base_that_knows_nothing_has_no_k(three):

@@ -1,5 +1,6 @@
 """`prepare` and `export` around somebody else's loop."""
 
+import gc
 import json
 
 import pytest
@@ -75,6 +76,33 @@ def test_the_model_keeps_its_survey(tokenizer, rows, tmp_path):
     )
     assert (tmp_path / "survey" / "survey.json").is_file()
     assert model.farss.survey.examples == 4
+
+
+def test_a_survey_without_a_folder_goes_with_the_model(tokenizer, rows):
+    model = farss.prepare(base(tokenizer), tokenizer, rows, plan=PLAN, calibration=farss.CalibrationConfig(examples=4))
+    folder = model.farss.survey.folder
+    assert folder.is_dir()
+    del model
+    gc.collect()
+    assert not folder.exists()
+
+
+def test_readings_never_count_padding(tokenizer, rows, tmp_path):
+    def moments(padding):
+        calibration = farss.CalibrationConfig(examples=4, padding=padding)
+        options = {"plan": PLAN, "calibration": calibration, "method": "lora-null", "knowledge": [row["output"] for row in rows[:4]]}
+        found = farss.prepare(base(tokenizer), tokenizer, rows, folder=tmp_path / padding, **options).farss.survey
+        return found.directions(next(iter(found.layers))).lam
+
+    assert torch.equal(moments("ignore"), moments("count"))
+
+
+def test_weights_from_which_nothing_could_be_exported_are_refused_before_training(tokenizer, rows):
+    model = base(tokenizer)
+    layer = model.model.layers[0].mlp.up_proj
+    layer.weight = torch.nn.Parameter(torch.zeros(layer.weight.shape, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(farss.FarssError, match=r"packed weights \(torch.int8"):
+        farss.prepare(model, tokenizer, rows, method="lora", plan=PLAN)
 
 
 def test_what_cannot_be_prepared_or_exported(tokenizer, rows, tmp_path):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from small_models import save_small
 from farss import inputs, world
 from farss.artifacts import Plan, Survey, write_json
 from farss.compare import compare
-from farss.config import from_dict, load, override
+from farss.configfile import from_dict, load, override
 from farss.errors import ConfigError, DataError, FolderError, ModelError
 from farss.evaluate import _identity
 from farss.folder import EVALUATE_KEYS, READING_KEYS, options_of, resolve
@@ -218,6 +219,61 @@ def test_general_text_alone_is_measured_too(config):
     run = Run(override(config, ["evaluate.knowledge=[]", "evaluate.task=[]"]))
     run.all()
     assert run.summarise(None).forgetting is not None
+
+
+def test_a_name_that_is_wrong_is_found_before_anything_is_done(config):
+    for name, message in (
+        ("cosin", "did you mean 'cosine'"),
+        ("cosine_with_min_lr", "needs options of its own"),
+        ("reduce_lr_on_plateau", ""),
+    ):
+        with pytest.raises(ConfigError, match=rf"train.scheduler='{name}'.*{message}"):
+            Run(override(config, [f"train.scheduler={name}"])).all()
+    assert not Path(config.out).exists()
+
+
+def test_a_training_that_made_no_step_is_no_reason_to_refuse(config, monkeypatch):
+    monkeypatch.setattr("farss.pipeline.train", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Run(override(config, ["train.learning_rate=1"])).all()
+    monkeypatch.undo()
+    run = Run(override(config, ["train.learning_rate=1e-3"]))
+    run.claim()
+    run.train()
+    (run.path / "steps" / "train.json").write_text(json.dumps(run.folder.record("train") | {"done": False}))
+    with pytest.raises(FolderError, match=r"holds a train made with train.learning_rate=0.001, .* or delete .*checkpoints to train anew"):
+        Run(override(config, ["train.learning_rate=1e-4"])).claim()
+
+
+def killed(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_a_finished_run_holds_to_the_knowledge_it_looked_at(config):
+    config = override(config, ["plan.method=lora-null", f"calibration.knowledge={world.KNOWLEDGE}"])
+    Run(config).all()
+    for change in ("calibration.knowledge=null", "calibration.examples=6"):
+        with pytest.raises(FolderError, match=rf"holds a null-space made with {change.partition('=')[0]}="):
+            Run(override(config, [change])).claim()
+
+
+def test_answers_are_those_of_the_form_that_is_handed_over(config):
+    """A compressed adapter's answers are not those of the whole model that is merged afterwards."""
+    config = override(config, ["plan.method=lora", "train.learning_rate=0.02", "export.rank=1"])
+    Run(config).all()
+    compressed = (Path(config.out) / "scores.json").read_text()
+    merged = override(config, ["export.to=merged"])
+    assert not Run(merged).complete
+    Run(merged).all()
+    assert Run(merged).complete
+    assert (Path(config.out) / "scores.json").read_text() != compressed
+
+
+def test_what_changes_no_answer_asks_nothing_again(config):
+    config = override(config, ["plan.method=lora", "evaluate.recovery=1"])
+    Run(config).all()
+    assert Run(override(config, ["evaluate.resamples=200", "evaluate.looks=0", "evaluate.batch_size=3"])).complete
+    assert not Run(override(config, ["evaluate.recovery=2"])).complete
 
 
 def test_a_compressed_adapter_is_what_is_asked(config):

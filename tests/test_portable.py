@@ -1,6 +1,7 @@
 """The exported adapter gives the trained model's logits on the untouched base, under every reader's rules."""
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -13,12 +14,15 @@ from test_adapter import logits, surveyed
 from farss import portable as portable_module
 from farss.adapter import START, TRAINED, adapter_change, attach
 from farss.artifacts import LayerPlan, Plan
+from farss.config import PlanConfig
 from farss.data import collate
-from farss.errors import FarssError, FolderError
+from farss.errors import FarssError, FolderError, ModelError
 from farss.maths.compress import compress
 from farss.merging import holds_layers, merge, write_model
-from farss.models import base_fingerprint, fingerprint, holds_packed, is_packed
+from farss.models import base_fingerprint, fingerprint, holds_packed, is_packed, weight_of
+from farss.plan import make_plan
 from farss.portable import SERVED_RANKS, export, in_float32, load_adapter
+from farss.survey import survey
 
 from small_models import examples  # isort: skip
 
@@ -200,6 +204,34 @@ def test_eight_bit_floats_are_packed():
     layer.weight = torch.nn.Parameter(layer.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
     assert is_packed(layer)
     assert holds_packed(layer)
+    with pytest.raises(ModelError, match=r"packed weights \(torch.float8_e4m3fn"):  # their scales lie beside them
+        weight_of(layer)
+
+
+def test_one_layers_change_is_held_at_a_time():
+    """In float64, with 7 billion weights, all of them are gigabytes."""
+    alive, most = [], []
+
+    def changes():
+        for place in range(4):
+            factors = torch.ones(3, 2, dtype=torch.float64), torch.ones(2, 5, dtype=torch.float64)
+            alive.append([weakref.ref(factor) for factor in factors])
+            yield f"layer{place}", factors
+            del factors
+            most.append(sum(any(ref() is not None for ref in refs) for refs in alive))
+
+    assert len(portable_module.portable(changes()).state) == 8
+    assert max(most) <= 1
+
+
+def test_layers_that_are_named_alike_elsewhere_keep_their_full_names(tmp_path):
+    """GPT-2 has a c_proj in its attention and in its MLP: PEFT would wrap both for the short name of one."""
+    model = small("gpt2")
+    found = survey(model, [collate(examples(), 0)], tmp_path / "survey", cap=4, targets=["attn.c_proj"])
+    plan = make_plan(PlanConfig(boundary=1, rank=4, r_avg=2, r_max=4), found)
+    export(attach(model, plan, found), plan, tmp_path / "adapter", prompts())
+    targets = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["target_modules"]
+    assert sorted(targets) == sorted(plan.layers)
 
 
 def test_nothing_but_an_older_adapter_makes_way(tmp_path):

@@ -11,7 +11,8 @@ from test_survey import collated
 from trainings import tokenizer
 
 from farss.adapter import attach
-from farss.config import ModelConfig, from_dict
+from farss.config import ModelConfig
+from farss.configfile import from_dict
 from farss.data import Tokenized
 from farss.errors import FarssError, ModelError
 from farss.merging import merge

@@ -35,7 +35,7 @@ def test_make_targets_exist():
 
 
 def test_the_configurations_that_ship_are_valid(monkeypatch):
-    from farss.config import load
+    from farss.configfile import load
 
     for path in (ROOT / "configs").glob("*.yaml"):
         assert load(path).data.train

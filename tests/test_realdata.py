@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from farss.adapter import adapter_change, attach
-from farss.config import DataConfig, ModelConfig, PlanConfig, QuestionSet, from_dict, override
+from farss.config import DataConfig, ModelConfig, PlanConfig, QuestionSet
+from farss.configfile import from_dict, override
 from farss.data import batches, collate, load_examples
 from farss.errors import FarssError
 from farss.gemma import convert

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 from test_pipeline import settings
@@ -9,11 +10,11 @@ from test_pipeline import settings
 from farss import world
 from farss.artifacts import questions
 from farss.compare import compare
-from farss.config import from_dict, override
+from farss.configfile import from_dict, override
 from farss.errors import ConfigError
-from farss.models import load_tokenizer
+from farss.models import load_model, load_tokenizer
 from farss.pipeline import Run
-from farss.recovery import BATCH, knowledge_alone, recovery_rows
+from farss.recovery import BATCH, knowledge_alone, recover, recovery_rows
 from farss.rows import question_rows
 
 
@@ -76,6 +77,24 @@ def test_a_recovery_of_other_steps_begins_anew(values):
     run = Run(override(config, [f"evaluate.recovery={config.evaluate.recovery + 1}"]))
     run.all()
     assert run.folder.record("recover")["options"]["evaluate.recovery"] == config.evaluate.recovery + 1
+
+
+@pytest.mark.parametrize(("batch", "micro", "expected"), [(24, 12, 8), (4, None, 4), (64, None, 16), (16, 1, 1)])
+def test_no_more_at_once_than_in_training(values, monkeypatch, batch, micro, expected):
+    used = []
+    monkeypatch.setattr("farss.recovery.train", lambda model, tokenizer, rows, config, *_, **__: used.append(config.train.micro_batch_size))
+    config = override(from_dict(values), [f"train.batch_size={batch}", f"train.micro_batch_size={micro or 'null'}"])
+    tokenizer = load_tokenizer(config.model)
+    recover(load_model(config.model), tokenizer, recovery_rows(config, tokenizer), config, None)
+    assert used == [expected]
+
+
+def test_the_same_layers_recover_whatever_a_method_adapts(values):
+    config = override(from_dict(values), ["model.targets=[q_proj]", "plan.method=lora"])
+    model, tokenizer = load_model(config.model), load_tokenizer(config.model)
+    adapted = recover(model, tokenizer, recovery_rows(config, tokenizer), config, Path(values["out"]))
+    trained = {name.split(".")[-4] for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert {"q_proj", "v_proj", "down_proj"} <= trained
 
 
 def test_the_same_questions_are_asked_again(values):

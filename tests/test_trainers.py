@@ -72,15 +72,17 @@ def weights(model):
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-@pytest.mark.parametrize("how", ["untouched", "residual"])
-def test_transformers_trainer_resumes_exactly(tokenizer, rows, tmp_path, how):
-    data = features(tokenizer, rows)
-    whole = prepared(tokenizer, rows, tmp_path / "survey", base=how)
+@pytest.mark.parametrize(("method", "how"), [("farss", "untouched"), ("farss", "residual"), ("farss-plus", "untouched")])
+def test_transformers_trainer_resumes_exactly(tokenizer, rows, tmp_path, method, how):
+    data, how = features(tokenizer, rows), {"base": how, "method": method}
+    if method == "farss-plus":
+        how["knowledge"] = [row["output"] for row in rows]
+    whole = prepared(tokenizer, rows, tmp_path / "survey", **how)
     trainer(whole, data, tmp_path / "whole").train()
-    killed = trainer(prepared(tokenizer, rows, tmp_path / "survey", base=how), data, tmp_path / "killed")
+    killed = trainer(prepared(tokenizer, rows, tmp_path / "survey", **how), data, tmp_path / "killed")
     killed.add_callback(Stop())
     killed.train()
-    resumed = prepared(tokenizer, rows, tmp_path / "survey", base=how)
+    resumed = prepared(tokenizer, rows, tmp_path / "survey", **how)
     trainer(resumed, data, tmp_path / "killed").train(resume_from_checkpoint=str(tmp_path / "killed" / "checkpoint-3"))
     expected, found = weights(whole), weights(resumed)
     assert expected.keys() == found.keys()

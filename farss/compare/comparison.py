@@ -12,7 +12,8 @@ from farss.artifacts import read_json
 from farss.compare.entrants import Entrant, Item, check_labels, factors, seeds
 from farss.compare.table import notes_of, write_table
 from farss.compare.tuning import best_full, check_tuning, choose
-from farss.config import Config, load
+from farss.config import Config
+from farss.configfile import load
 from farss.errors import ConfigError, FarssError
 from farss.folder import Folder, resolve
 from farss.inputs import Loaded

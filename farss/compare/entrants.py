@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from farss.config import Config, PlanConfig, from_dict, nearest, set_key, to_dict
-from farss.errors import ConfigError
+from farss.config import Config, PlanConfig
+from farss.configfile import from_dict, set_key, to_dict
+from farss.errors import ConfigError, nearest
 from farss.folder import READING_KEYS, SURVEY_KEYS, options_of, replaced, resolve
 from farss.inputs import Loaded
 from farss.jobs import Tell

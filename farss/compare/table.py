@@ -41,7 +41,7 @@ def write_table(
     named = [(name, one) for name, group in groups.items() for one in group]
     references = [*chosen.values(), *(one for _, one in named)]
     fulls = {seed: full_folder(config, [one for one in references if one.seed == seed]) for seed in seeds(config)}
-    rows = [_row(name, one, fulls[seed], only, save=not missing) for seed in seeds(config) for name, one in named if one.seed == seed]
+    rows = [_row(name, one, fulls[seed], only) for seed in seeds(config) for name, one in named if one.seed == seed]
     entries = {name: [Entry(one.run.path, fulls[one.seed]) for one in group] for name, group in groups.items()}
     base = mean_scores(folder / "base", only) if config.evaluate.asks else {}
     found = standings(folder / "base", entries, config.evaluate.resamples, config.seed, only) if base else {}
@@ -52,19 +52,19 @@ def write_table(
         "differences": differences(found) if set(groups) <= set(tried) else [],  # one learning rate of a method is no rival of another
         "frontier": _frontier(config, tried, chosen, fulls[seeds(config)[0]], only),
         "missing": missing,
-        "notes": notes,
+        "notes": [*notes, *(note for note in (rows[0]["notes"] if rows else []) if all(note in row["notes"] for row in rows))],
     }
     write_json(folder / "comparison.json", comparison)
     write_text(folder / "comparison.md", comparison_markdown(comparison))
     write_text(folder / "comparison.csv", comparison_csv(comparison))
 
 
-def _row(name: str, entrant: Entrant, full: Path | None, only: Callable[[str], bool] | None, save: bool) -> dict[str, Any]:
-    """One line of the table; `save`: as the run's own summary too."""
+def _row(name: str, entrant: Entrant, full: Path | None, only: Callable[[str], bool] | None) -> dict[str, Any]:
+    """One line of the table, and the run's own summary."""
     run = entrant.run
     asks = run.config.evaluate.asks
     plan, trained = Plan.load(run.path / "plan.json"), TrainResult.load(run.path / "train.json")
-    summary = run.summarise(full, only, save) if asks else Summary(None, None, None, None)
+    summary = run.summarise(full, only) if asks else Summary(None, None, None, None)
     values = asdict(summary)
     before = [record for step in run.steps_before if (record := run.place.record(step))]
     return {
@@ -76,7 +76,7 @@ def _row(name: str, entrant: Entrant, full: Path | None, only: Callable[[str], b
         "parameters": trained.parameters,
         **{key: values[key] for key in ("K", "T", "KT", "recovered", "forgetting")},
         **{name: _nats(summary, kind) for kind, name in (("knowledge", "kept"), ("task", "learned"))},
-        "seconds_init": sum(record["seconds"] for record in before),
+        "seconds_init": sum(record.get("seconds", 0.0) for record in before),
         "seconds_train": trained.seconds,
         "peak_memory_init_gib": max((record["peak_memory_gib"] for record in before if "peak_memory_gib" in record), default=None),
         "peak_memory_gib": trained.peak_memory_gib,

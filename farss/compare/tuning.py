@@ -55,7 +55,9 @@ def choose(config: Config, tried: dict[str, list[Entrant]]) -> tuple[dict[str, E
     full = full_folder(config, [*found.values()])
     assert full is not None  # `check_tuning`
     everyone = [one for group in tried.values() for one in group]
-    measure, values = measured(_held_out_estimates(config, {**{one.run.path.name: one.run.path for one in everyone}, "": full}, full))
+    known = _held_out_estimates(config, {one.run.path.name: one.run.path for one in everyone}, full)
+    reference = _held_out_estimates(config, {"": full}, None)[""]  # apart: it may have been asked the task alone
+    measure, values = measured(known, reference["learned"].value if "learned" in reference else 0.0)
     for label, group in tried.items():
         if label not in found:
             found[label] = max(_by_rate(group), key=lambda one: values[one.run.path.name])
@@ -87,8 +89,8 @@ def _held_out_estimates(config: Config, folders: dict[str, Path], full: Path | N
     return {name: standing.estimates for name, standing in known.items()}
 
 
-def measured(known: dict[str, dict[str, Estimate]]) -> tuple[str, dict[str, float]]:
-    """What learning rates are chosen by, and its value for every run; the run without a name is full fine-tuning.
+def measured(known: dict[str, dict[str, Estimate]], reach: float) -> tuple[str, dict[str, float]]:
+    """What learning rates are chosen by, and its value for every run. `reach`: what full fine-tuning learned, in nats.
 
     Where the few questions that are held out have no ratio of scores, because the untouched model or full fine-tuning solves none of
     them, how much likelier their right answers became still says what was kept and what was learned.
@@ -98,13 +100,13 @@ def measured(known: dict[str, dict[str, Estimate]]) -> tuple[str, dict[str, floa
     """
     if all("KT" in each for each in known.values()):
         return "KT", {name: each["KT"].value for name, each in known.items()}
-    if not all({"kept", "learned"} <= set(each) for each in known.values()) or known[""]["learned"].value <= 0:
+    if not all({"kept", "learned"} <= set(each) for each in known.values()) or reach <= 0:
         raise FarssError(
             "compare.tune cannot choose: the untouched model or full fine-tuning solves none of the held-out questions, and by the "
             "log-likelihoods of their answers full fine-tuning has learned nothing: train for longer, ask more questions, or leave out "
             "compare.tune"
         )
-    scored, reach = all("K" in each for each in known.values()), known[""]["learned"].value
+    scored = all("K" in each for each in known.values())
 
     def value(each: dict[str, Estimate]) -> float:
         kept = each["K"].value if scored else math.exp(each["kept"].value)

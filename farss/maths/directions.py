@@ -19,8 +19,8 @@ WEAK_OF_MEAN = 0.02
 after the weight, and divided by sigma squared, would lose more than four digits."""
 LOST = 1e-5
 """Below this share of the largest singular value the Gram matrix has lost a direction altogether."""
-MISSING = 1e-5
-"""Factors smaller than this begin at a point where no gradient moves them."""
+MISSING = 1e-10
+"""A part of the weight that is smaller than this, made of two factors, begins at a point where no gradient moves them."""
 CHUNK = 4096
 """Rows of a weight that are converted to the working precision at a time."""
 
@@ -165,6 +165,7 @@ def factors(u: Tensor, sigma: Tensor, v: Tensor, scaling: float) -> tuple[Tensor
     moves. It starts as a LoRA does: `v` in A, zero in B.
     """
     root = (sigma.double() / scaling).sqrt()
-    v, missing = v.double(), root < MISSING
-    length = torch.where(missing, 1 / v.norm(dim=0), root)  # CorDA's v are no unit vectors
+    v, size = v.double(), v.double().norm(dim=0)  # CorDA's v are no unit vectors: where its sigma are small, they are long
+    missing = root.square() * size < MISSING
+    length = torch.where(missing, 1 / size, root)
     return u.double() * root.masked_fill(missing, 0), length[:, None] * v.T

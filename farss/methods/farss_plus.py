@@ -34,7 +34,8 @@ def read(weight: Tensor, cap: int, task: Tensor, knowledge: Tensor) -> dict[str,
 def plan(config: PlanConfig, context: Context) -> Plan:
     """One rank everywhere. An adapter is matched by the size in which it is handed over, A included."""
     made = uniform_plan(config, context, "most", what="parameters, with those of A, which do not train")
-    layers = {name: dataclasses.replace(layer, fixed_a=True) for name, layer in made.layers.items()}
+    # in the order in which they are kept, also of directions on which the task does not pull at all, and whose scores are alike
+    layers = {name: dataclasses.replace(layer, fixed_a=True, directions=[*range(layer.rank)]) for name, layer in made.layers.items()}
     return dataclasses.replace(made, layers=layers)
 
 

@@ -5,17 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+from farss.maths.metrics import balance
 from farss.report.figures import Choice, Figure, Trace, line
 from farss.report.tables import Value, benchmark_names, methods, value
 from farss.report.words import is_number, label, percent, significant
 
 GRID = 41
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "hexagon", "triangle-down")
-
-
-def harmonic_mean(kept: float, learned: float) -> float:
-    """KT of K and T (FARSS, eq. 38)."""
-    return 2 * kept * learned / (kept + learned) if kept + learned > 0 else 0.0
 
 
 def balance_figure(rows: list[dict[str, Any]]) -> Figure | None:
@@ -105,7 +101,7 @@ def _contours(x: list[float], y: list[float]) -> Trace:
         "type": "contour",
         "x": [significant(value, 5) for value in across],
         "y": [significant(value, 5) for value in up],
-        "z": [[significant(harmonic_mean(kept, learned), 4) for kept in across] for learned in up],
+        "z": [[significant(balance(kept, learned), 4) for kept in across] for learned in up],
         "contours": {
             **_levels(x, y),
             "coloring": "none",
@@ -122,7 +118,7 @@ def _contours(x: list[float], y: list[float]) -> Trace:
 
 def _levels(x: list[float], y: list[float]) -> dict[str, float]:
     """At most 12 round values of KT inside the picture."""
-    low, high = harmonic_mean(x[0], y[0]), harmonic_mean(x[1], y[1])
+    low, high = balance(x[0], y[0]), balance(x[1], y[1])
     size = next((size for size in (0.5, 1, 2, 5, 10, 20, 50, 100) if (high - low) / size <= 12), (high - low) / 12)
     return {"start": size * math.ceil(low / size), "end": size * math.floor(high / size), "size": size}
 

@@ -231,8 +231,11 @@ def comparison_headline(comparison: Comparison) -> list[str]:
     found = {name: entry for name in rivals(table) if (entry := standing(table, name, "KT")).mean is not None}
     sentences += _best(table, found) if found else []
     main = main_run(comparison)
-    told = _outcome(main.summary | {"KT": None}, main.plan.method) if main and main.plan and len(groups) > 1 else []
-    return [*sentences, *told]
+    told = [row for row in table.get("rows", []) if main and row.get("folder") == main.folder.name] if len(groups) > 1 else []
+    name = told[0]["method"] if told else ""
+    entries = {letter: standing(table, name, letter) for letter in ("K", "T") if name}
+    found_of_it = {letter: {"value": entry.mean, "low": entry.low, "high": entry.high} for letter, entry in entries.items()}
+    return [*sentences, *_outcome(found_of_it, name)]
 
 
 def _best(table: dict[str, Any], found: dict[str, Value]) -> list[str]:

@@ -132,14 +132,18 @@ def replaced(blocks: nn.ModuleList, stand_in: Callable[..., Tensor]) -> Iterator
             block.forward = original
 
 
-def finite(states: list[Tensor]) -> bool:
-    """Whether the states of all batches hold nothing but numbers: others must not be kept, and read again."""
-    return all(bool(torch.isfinite(state).all()) for state in states)
+def check_finite(states: list[Tensor], what: str, blame: Callable[[], object] = lambda: None) -> None:
+    """Refuse states that must not be kept, and read again when the survey goes on.
 
+    Args:
+        blame: raises where a weight is the cause.
 
-def overflow(what: str) -> NumericalError:
-    """Of states that do not, though the weights do."""
-    return NumericalError(f"{what} holds NaN or infinite values, too large for the model's precision: set model.dtype=float32")
+    Raises:
+        NumericalError: they hold something else than numbers.
+    """
+    if not all(bool(torch.isfinite(state).all()) for state in states):
+        blame()
+        raise NumericalError(f"{what} holds NaN or infinite values, too large for the model's precision: set model.dtype=float32")
 
 
 # --- the loss --------------------------------------------------------------------------------------------------------

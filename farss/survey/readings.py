@@ -9,6 +9,7 @@ forwards only, one block at a time.
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,17 +18,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from farss.artifacts import Layer, Survey, fingerprint
+from farss.artifacts import Layer, Survey, fingerprint, write_json
 from farss.maths.fisher import output_energy
 from farss.maths.moments import Covariance, Moment
-from farss.memory import freed_memory_kept
+from farss.memory import freed_memory_kept, peak_gib
 from farss.models import find_blocks, keep_gradients, target_layers
 from farss.models import fingerprint as model_fingerprint
 from farss.survey.against import Against, Read
 from farss.survey.kept import INPUT, Kept
-from farss.survey.passage import Batch, check_passage, enter, finite, overflow, through
+from farss.survey.passage import Batch, check_finite, check_passage, enter, through
 from farss.survey.places import computing_device, frozen, moved, outside, placed, placed_in_turn, tensors_of
-from farss.survey.record import begin, finish, mark_file, same_survey, write_block
+from farss.survey.record import PROGRESS, begin, finish, mark_file, same_survey, write_block
 from farss.survey.statistics import finite_moment, finite_weight, recording_inputs, sums_of
 from farss.survey.sweep import Progress, carry_out, real_tokens, silent
 
@@ -71,7 +72,7 @@ def read_layers(
         return carry_out(make, model, layers, texts[0], folder, cap, key, meta or {}, on_progress, device)
     if (folder / "survey.json").is_file():
         return same_survey(Survey.load(folder), key, cap)
-    begin(folder, key, cap)
+    before, started = begin(folder, key, cap), time.monotonic()
     place, kind = computing_device(model, device), Covariance if answers else Moment
     if batches and answers:
         batches = [{**batch, "counted": (batch["labels"] != -100).long()} for batch in batches]
@@ -85,8 +86,11 @@ def read_layers(
                     known = [finite_moment(name, "activations", moments[name].mean)] if moments else []
                     found[name], worth[name] = read(weight, cap, *known), output_energy(weight, *known)
             write_block(folder, index, found, {"importance": worth, "overlap": None})
+            before["seconds"], started = before["seconds"] + time.monotonic() - started, time.monotonic()
+            write_json(folder / PROGRESS, before)
             tell(index + 1, len(blocks), f"block {index}")
-    return finish(folder, layers, len(blocks), cap, batches, {**(meta or {}), "key": key})
+    facts = {"key": key, "seconds": round(before["seconds"], 1), "peak_memory_gib": round(peak_gib(place), 2)}
+    return finish(folder, layers, len(blocks), cap, batches, {**(meta or {}), **facts})
 
 
 def _undone(layers: dict[str, Layer], folder: Path) -> list[int]:
@@ -128,10 +132,12 @@ def _moments(
                 for place, (passage, state) in enumerate(zip(passages, states, strict=True)):
                     with torch.no_grad(), recording_inputs(modules, moments, passage.mask):
                         states[place] = through(blocks[index], index, passage, state)
-                if not finite(states):
-                    for name, module in modules.items():
-                        finite_weight(layers[name], module)
-                    raise overflow(f"what leaves block {index}")
+                check_finite(states, f"what leaves block {index}", partial(_check_weights, modules, layers))
                 kept.write(INPUT, index + 1, states)
                 yield index, moments
             kept.drop(INPUT, index)
+
+
+def _check_weights(modules: dict[str, nn.Module], layers: dict[str, Layer]) -> None:
+    for name, module in modules.items():
+        finite_weight(layers[name], module)

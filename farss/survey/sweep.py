@@ -30,7 +30,7 @@ from farss.models import find_blocks, keep_gradients, target_layers
 from farss.models import fingerprint as model_fingerprint
 from farss.search import shallow_end
 from farss.survey.kept import GRADIENT, INPUT, KINDS, Kept, check_space
-from farss.survey.passage import Batch, Passage, check_passage, counted, enter, finite, output_gradient, overflow, through, uniform_draws
+from farss.survey.passage import Batch, Passage, check_finite, check_passage, counted, enter, output_gradient, through, uniform_draws
 from farss.survey.places import computing_device, frozen, moved, outside, placed, placed_in_turn, tensors_of
 from farss.survey.record import PROGRESS, begin, finish, mark_of, same_survey, write_block
 from farss.survey.statistics import Readout, add_up, finite_weight, read_out, recording, start, summary
@@ -190,8 +190,7 @@ class Sweep:
         """Send every batch through each block in turn, and the last block's output through the loss."""
         states = self.through_all(passages, INPUT)
         gradients = [output_gradient(self.model, self.blocks, *pair) for pair in zip(passages, states, strict=True)]
-        if not finite(gradients):
-            raise overflow("the loss's gradient at the last block")
+        check_finite(gradients, "the loss's gradient at the last block")
         self.kept.write(GRADIENT, len(self.blocks) - 1, gradients)
 
     def through_all(self, passages: list[Passage], kind: str) -> list[Tensor]:
@@ -206,9 +205,7 @@ class Sweep:
             states = self.kept.read(kind, index, self.device)
             with placed(tensors_of(self.blocks[index]), self.device), torch.no_grad():
                 states = [through(self.blocks[index], index, *pair) for pair in zip(passages, states, strict=True)]
-            if not finite(states):
-                self._weights(index)
-                raise overflow(f"what leaves block {index}")
+            check_finite(states, f"what leaves block {index}", partial(self._weights, index))
             if index < len(self.blocks) - 1:
                 self.kept.write(kind, index + 1, states)
         return states
@@ -219,8 +216,7 @@ class Sweep:
         with placed(tensors_of(self.blocks[index]), self.device):
             gradients, found = self.look(index, passages, inside, {name: self.model.get_submodule(name) for name in inside})
         if index:
-            if not finite(gradients):
-                raise overflow(f"the loss's gradient at block {index - 1}")
+            check_finite(gradients, f"the loss's gradient at block {index - 1}")
             self.kept.write(GRADIENT, index - 1, gradients)
         parts = processes.gathered(found)  # all gradients are written when the first process has these
         if parts:

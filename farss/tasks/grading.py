@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import string
 import threading
@@ -15,9 +16,12 @@ STEPS = " Let's think step by step."
 """What the authors put behind the training prompt for GSM8K and MATH."""
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+_LEADING = re.compile(r"\b(a|an|the)\b(?=\s+\w)")
 _PUNCTUATION = str.maketrans("", "", string.punctuation + "‘’´“”")
 _MARK = re.compile(r"(?:####|[Tt]he (?:final )?answer is:?)")
-_NUMBER = re.compile(r"[-+]?\s?\$?\s?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?")
+_SIGN = r"(?<![\w)])(?:[-+−](?!\s)|(?<!^)[-+−]\s)"  # not the dash of "20-25", nor that of a list
+_NUMBER = re.compile(rf"(?:{_SIGN})?\$?\s?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?", re.MULTILINE)
+_NUMBER_MARK = re.compile(rf"####(?=[\s:]*{_NUMBER.pattern})|[Tt]he (?:final )?answer is:?", re.MULTILINE)  # "#### Step 2" is a heading
 
 
 def normalise(text: str) -> str:
@@ -27,7 +31,7 @@ def normalise(text: str) -> str:
 
 def final_number(text: str) -> Fraction | None:
     """The number behind the last `####` or `The answer is:`, else the last number in the text; None without one."""
-    marks = list(_MARK.finditer(text))
+    marks = list(_NUMBER_MARK.finditer(text))
     if marks:
         found = _NUMBER.search(text, marks[-1].end())
         return _value(found.group()) if found else None
@@ -36,10 +40,11 @@ def final_number(text: str) -> Fraction | None:
 
 
 def _value(number: str) -> Fraction | None:
-    numerator, _, denominator = re.sub(r"[\s,$+]", "", number).partition("/")
-    if denominator and int(denominator) == 0:
+    numerator, _, denominator = re.sub(r"[\s,$+]", "", number).replace("−", "-").partition("/")
+    try:
+        return Fraction(numerator) / Fraction(denominator or 1)
+    except (ZeroDivisionError, ValueError):  # thousands of digits, as a model writes that repeats itself
         return None
-    return Fraction(numerator) / Fraction(denominator or 1)
 
 
 def exact_match(answer: str, answers: Sequence[str]) -> float:
@@ -49,8 +54,26 @@ def exact_match(answer: str, answers: Sequence[str]) -> float:
 
 def contains(answer: str, answers: Sequence[str]) -> float:
     """1 when the normalised answer holds one of the accepted ones as whole words."""
-    words = f" {normalise(answer)} "
-    return max(exact_match(answer, answers), float(any(f" {found} " in words for accepted in answers if (found := normalise(accepted)))))
+    return max(exact_match(answer, answers), float(any(_holds(answer, accepted) for accepted in answers)))
+
+
+def _holds(answer: str, accepted: str) -> bool:
+    """Articles count at the end of what is accepted ("Vitamin A") and where it is nothing else: "A", as a choice, is in "A: cats" and
+    not in "A cat"."""
+    if not normalise(accepted):
+        choice = re.escape(_plain(accepted).strip())
+        return bool(choice and re.search(rf"(?<!\w){choice}(?=\s*(?:[{re.escape(string.punctuation)}]|$))", answer))
+    kept, found = _plain(accepted.lower()), _plain(answer.lower())
+    return _within(kept, found) or _within(_LEADING.sub(" ", kept), _ARTICLES.sub(" ", found))
+
+
+def _within(part: str, whole: str) -> bool:
+    part, whole = (" ".join(text.split()) for text in (part, whole))
+    return bool(part) and f" {part} " in f" {whole} "
+
+
+def _plain(text: str) -> str:
+    return text.translate(_PUNCTUATION)
 
 
 def _words(text: str) -> str:
@@ -107,8 +130,9 @@ def same_mathematics(answer: str, solution: str) -> float:
     """
     from math_verify import parse, verify
 
-    # math-verify interrupts itself by an alarm signal, which only the main thread can receive.
-    seconds = 5 if threading.current_thread() is threading.main_thread() else None
+    # math-verify interrupts itself by an alarm signal, which only the main thread can receive, and not on Windows.
+    interruptible = os.name == "posix" and threading.current_thread() is threading.main_thread()
+    seconds = 5 if interruptible else None
     marks = list(_MARK.finditer(answer))
     final = answer[marks[-1].end() :].strip().split("\n")[0] if marks else answer
     gold = parse(solution, parsing_timeout=seconds)

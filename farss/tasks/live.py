@@ -142,6 +142,8 @@ class Asking(Base):
     """Prompts per forward pass."""
     prefix: Prefix | None = None
     """What all prompts begin with."""
+    whole = False
+    """Whether a prompt may not be cut, as HFLM cuts those of some tasks."""
 
     def start(self, title: str, complete: bool = False) -> None:
         """Begin a benchmark. `complete`: its prompts have their special tokens already (a chat template writes them)."""
@@ -167,7 +169,8 @@ class Asking(Base):
         if used + wanted > self.max_length:
             raise ConfigError(
                 f"{self.title!r}: a prompt of {used} tokens and an answer of up to {wanted} do not fit into the model's "
-                f"{self.max_length} tokens: choose a smaller fewshot or max_tokens"
+                f"{self.max_length} tokens: choose a smaller fewshot or max_tokens, or leave out the question that ends in "
+                f"{self._end(prompt)}"
             )
         return used + wanted
 
@@ -180,6 +183,21 @@ class Asking(Base):
         answers: list[str] = super().generate_until(requests, disable_tqdm=True)
         return answers
 
+    def _end(self, tokens: list[int]) -> str:
+        return repr(self.tok_decode(tokens[-24:]))
+
+    def gold(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        """Log-likelihoods of right answers, to whole prompts.
+
+        Raises:
+            ConfigError: prompt and answer are longer than the model's context; HFLM would cut them from the left.
+        """
+        self.whole = True
+        try:
+            return self.loglikelihood(requests)
+        finally:
+            self.whole = False
+
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Log-likelihoods of answers to prompts, and whether each is the greedy answer."""
         self.total = max(self.total, self.done + len(requests))
@@ -190,6 +208,12 @@ class Asking(Base):
     def _loglikelihood_tokens(self, requests: list[Any], **options: Any) -> list[tuple[float, bool]]:
         lengths = [len(prompt) + len(answer) for _, prompt, answer in requests]
         longest = max(lengths)
+        if self.whole and longest - 1 > self.max_length:
+            _, prompt, answer = requests[lengths.index(longest)]
+            raise ConfigError(
+                f"{self.title!r}: a prompt of {len(prompt)} tokens and its right answer of {len(answer)} do not fit into the model's "
+                f"{self.max_length} tokens: leave out the question that ends in {self._end(prompt)}"
+            )
         self.answers = {}
         for _, prompt, answer in requests:
             row = tuple((prompt + answer)[:-1])

@@ -6,8 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from farss.config import nearest
-from farss.errors import ConfigError
+from farss.errors import ConfigError, nearest
 
 TASKS = Path(__file__).parent
 """The harness task files that ship with the package."""

@@ -57,16 +57,18 @@ def standings(
     Raises:
         FolderError: scores are missing, or runs answered different questions.
     """
-    entries = [entry for group in methods.values() for entry in group]
-    folders = [base, *dict.fromkeys(path for entry in entries for path in (entry.folder, entry.full) if path)]
-    place = {folder: index for index, folder in enumerate(folders)}
-    runs = [read_scores(folder) for folder in folders]
+    everyone = [entry for group in methods.values() for entry in group]
+    own = dict.fromkeys([base, *(entry.folder for entry in everyone)])
+    with_full = own | dict.fromkeys(entry.full for entry in everyone if entry.full)
+    read = {folder: read_scores(folder) for folder in with_full}
     generator = np.random.default_rng(seed + 1)
     chance = {method: _chance(len(entries), resamples, generator) for method, entries in methods.items()}
     found: dict[str, dict[str, Array]] = {method: {} for method in methods}
     kinds: tuple[tuple[Kind, str, str], ...] = (("knowledge", "K", "kept"), ("task", "T", "learned"))
     for kind, letter, nats in kinds:
-        outcomes = _outcomes(runs, kind, only)
+        folders = [*(own if letter == "K" else with_full)]  # K needs no full fine-tuning, which may have been asked the task alone
+        place = {folder: index for index, folder in enumerate(folders)}
+        outcomes = _outcomes([read[folder] for folder in folders], kind, only)
         scores = _means([each.scores for each in outcomes], resamples, seed)
         changes = _means([gold for each in outcomes if (gold := _changes(each.gold)).size], resamples, seed)
         for method, group in methods.items():

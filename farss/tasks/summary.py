@@ -173,9 +173,9 @@ def summarise(before: Path, after: Path, full: Path | None, config: Config, only
         FolderError: scores are missing, or the runs answered different questions.
     """
     runs = [read_scores(before), read_scores(after)]
-    reference = read_scores(full) if full is not None else None
+    reference = [read_scores(full)] if full is not None else []
     outcomes = [
-        outcomes_of(name, kind, [*runs, *_asked(reference, kind, name)], only)
+        _beside(name, kind, runs, [each for each in reference if name in getattr(each[0], kind)], only)
         for kind in KINDS
         for name in getattr(runs[0][0], kind)
         if name in getattr(runs[1][0], kind)
@@ -194,8 +194,16 @@ def summarise(before: Path, after: Path, full: Path | None, config: Config, only
     return Summary(k, t, kt, forgetting, lines, resamples, seed, notes)
 
 
-def _asked(reference: tuple[Scores, Path] | None, kind: Kind, name: str) -> list[tuple[Scores, Path]]:
-    return [reference] if reference is not None and name in getattr(reference[0], kind) else []
+def _beside(
+    name: str, kind: Kind, runs: list[tuple[Scores, Path]], reference: list[tuple[Scores, Path]], only: Callable[[str], bool] | None
+) -> Outcomes:
+    """One benchmark's outcomes, full fine-tuning's beside them. T needs it; of knowledge it may have been asked other questions."""
+    try:
+        return outcomes_of(name, kind, [*runs, *reference], only)
+    except FolderError:
+        if kind == "task" or not reference:
+            raise
+        return outcomes_of(name, kind, runs, only)
 
 
 def _unpaired(before: Scores, after: Scores) -> list[str]:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from farss.artifacts import write_tensors
-from farss.config import Config, TrainConfig, nearest
+from farss.config import Config, TrainConfig
 from farss.data import Tokenized
-from farss.errors import ConfigError
+from farss.errors import ConfigError, nearest
 from farss.memory import give_back_if_scarce
 from farss.models import multiplies_in
 from farss.train.checkpoints import REGIME, read_weights, write_weights
@@ -67,7 +67,7 @@ def _arguments(options: TrainConfig, seed: int, checkpoints: Path, device: torch
     """The options in TRL's words."""
     from trl import SFTConfig  # type: ignore[attr-defined]
 
-    _check_names(options)
+    check_options(options)
     if options.precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise ConfigError("train.precision=bf16, but this GPU has no bfloat16: set train.precision=fp32")
     micro = options.micro_batch_size or options.batch_size
@@ -110,13 +110,24 @@ def _arguments(options: TrainConfig, seed: int, checkpoints: Path, device: torch
     return arguments
 
 
-def _check_names(options: TrainConfig) -> None:
-    from transformers import SchedulerType
+def check_options(options: TrainConfig) -> None:
+    """Refuse names that transformers does not know.
+
+    Raises:
+        ConfigError: of a schedule, or of a tracker that is not installed.
+    """
+    from transformers import SchedulerType, get_scheduler
     from transformers.integrations import get_available_reporting_integrations  # type: ignore[attr-defined]
 
-    schedulers = [entry.value for entry in SchedulerType]
+    schedulers = [entry.value for entry in SchedulerType if entry != SchedulerType.REDUCE_ON_PLATEAU]  # which looks at an evaluation
     if options.scheduler not in schedulers:
         raise ConfigError(f"train.scheduler={options.scheduler!r}: {nearest(options.scheduler, schedulers)}")
+    try:
+        get_scheduler(options.scheduler, torch.optim.SGD([torch.zeros(1)]), num_warmup_steps=1, num_training_steps=10)
+    except ValueError as error:
+        raise ConfigError(
+            f"train.scheduler={options.scheduler!r} needs options of its own ({error}): choose another, such as linear or cosine"
+        ) from error
     installed = get_available_reporting_integrations()
     for name in options.report_to:
         if name not in installed:

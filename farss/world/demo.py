@@ -5,7 +5,8 @@ from pathlib import Path
 import yaml
 
 from farss import world
-from farss.config import Config, from_dict
+from farss.config import Config
+from farss.configfile import from_dict
 
 ANSWER_TOKENS = 16
 

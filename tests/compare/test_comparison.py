@@ -9,7 +9,7 @@ from farss import surveys
 from farss.artifacts import Survey, write_json
 from farss.cli import app
 from farss.compare import compare, run_within, write_so_far
-from farss.config import from_dict, load, override
+from farss.configfile import from_dict, load, override
 from farss.errors import ConfigError, FolderError, UsageError
 from farss.methods import METHODS
 from farss.pipeline import silent
@@ -62,7 +62,7 @@ def test_a_comparison_that_is_not_finished_has_a_table_of_what_is(values):
     assert write_so_far(config)
     table = read(folder)
     assert table["missing"] == 1
-    assert table["notes"] == ["So far: 5 of 6 runs are complete."]
+    assert table["notes"][0] == "So far: 5 of 6 runs are complete."
     assert set(table["methods"]) == {f"{method} {rate}" for method in ("full", "lora") for rate in ("0.0005", "0.002")}
     for method, curve in finished["frontier"]["curves"].items():
         for point in curve:

@@ -11,7 +11,7 @@ from farss.boundary import Boundary
 from farss.compare import compare
 from farss.compare.entrants import Entrant
 from farss.compare.table import notes_of
-from farss.config import from_dict
+from farss.configfile import from_dict
 from farss.errors import ConfigError
 from farss.folder import resolve
 from farss.inputs import Loaded

@@ -10,7 +10,7 @@ from comparisons import read
 from farss.artifacts import questions
 from farss.compare import compare
 from farss.compare.tuning import held_out, measured, the_rest
-from farss.config import from_dict, override
+from farss.configfile import from_dict, override
 from farss.errors import ConfigError, FarssError
 from farss.evaluate import Estimate
 from farss.pipeline import silent
@@ -80,15 +80,15 @@ def test_where_nothing_is_solved_the_likelihoods_choose():
     def one(**values):
         return {name: Estimate(value, value, value) for name, value in values.items()}
 
-    assert measured({"": one(KT=0.9), "a": one(KT=0.5)}) == ("KT", {"": 0.9, "a": 0.5})
+    assert measured({"a": one(KT=0.9), "b": one(KT=0.5)}, 0.0) == ("KT", {"a": 0.9, "b": 0.5})
     half = math.log(0.5)
     for kept in ({"K": 0.5, "kept": -9.0}, {"kept": half}):  # a score where there is one
-        measure, values = measured({"": one(**kept, learned=8.0), "a": one(**kept, learned=4.0), "b": one(**kept, learned=-1.0)})
+        measure, values = measured({"f": one(**kept, learned=8.0), "a": one(**kept, learned=4.0), "b": one(**kept, learned=-1.0)}, 8.0)
         assert measure.startswith("log-likelihoods")
-        assert values == pytest.approx({"": 2 / 3, "a": 0.5, "b": 0.0})
-    for nothing in ({"": one(K=0.5), "a": one(K=0.5)}, {"": one(kept=0.0, learned=-0.1), "a": one(kept=0.0, learned=0.1)}):
+        assert values == pytest.approx({"f": 2 / 3, "a": 0.5, "b": 0.0})
+    for nothing, reach in ((one(K=0.5), 1.0), (one(kept=0.0, learned=0.1), -0.1)):
         with pytest.raises(FarssError, match=r"compare.tune cannot choose"):
-            measured(nothing)
+            measured({"a": nothing}, reach)
 
 
 def test_of_reference_runs_that_solve_nothing_the_likelier_is_taken(values, monkeypatch):

@@ -184,3 +184,13 @@ def test_a_direction_that_the_weight_does_not_have_can_be_trained():
     torch.testing.assert_close(b @ a, u[:, :2] * sigma[:2] @ v[:, :2].T)
     assert torch.equal(a[2], v[:, 2])  # the gradient of B is not zero
     assert not b[:, 2].any()
+
+
+def test_what_counts_is_the_part_of_the_weight_and_not_the_length_of_its_factors():
+    """CorDA's sigma are those of the weight times the inputs' size: small where the inputs are, and its v as much longer."""
+    u, v = torch.eye(5, dtype=torch.float64)[:, :2], torch.eye(4, dtype=torch.float64)[:, :2]
+    sigma = torch.tensor([2.0, 1e-16], dtype=torch.float64)
+    for scale in (1.0, 1e-12):
+        b, a = factors(u, scale * sigma, v / scale, 1.0)
+        torch.testing.assert_close(b @ a, u[:, :1] * sigma[:1] @ v[:, :1].T)
+        assert not b[:, 1].any()

@@ -87,6 +87,21 @@ def test_no_other_directions_at_the_price_pull_more():
         assert (same_price @ task @ same_price.T).trace() < best
 
 
+@pytest.mark.parametrize("pulls", [0, 2])
+def test_any_rank_can_be_had_though_the_task_pulls_few_directions(tmp_path, pulls):
+    """A few examples, or a layer behind one of zeros, have fewer directions than the adapter."""
+
+    def few(weight, cap):
+        inputs = torch.randn(pulls, weight.shape[1], generator=torch.Generator().manual_seed(0))
+        return read(weight, cap, inputs.T @ inputs, torch.eye(weight.shape[1]))
+
+    model = small("llama-gqa").float()
+    known = read_layers(model, tmp_path, few, survey_cap(CONFIG, *shapes(model)))
+    adapted = attach(model, plan := make_plan(CONFIG, known), known)
+    for module in lora_layers(adapted, plan).values():
+        assert torch.linalg.matrix_rank(module.lora_A[TRAINED].weight) == 6
+
+
 def test_every_number_of_b_costs_knowledge_the_same():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4000, 20, generator=generator, dtype=torch.float64) * torch.logspace(0, -1, 20).double()

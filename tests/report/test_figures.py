@@ -92,7 +92,7 @@ def test_thinning_keeps_the_ends_and_the_order(length: int, most: int) -> None:
 
 def test_the_balance_picture_needs_both_k_and_t() -> None:
     assert results.balance_figure([{"method": "lora", "K": {"value": 0.9}, "T": None}]) is None
-    assert results.harmonic_mean(0.5, 1.0) == pytest.approx(2 / 3)
+    assert results.balance(0.5, 1.0) == pytest.approx(2 / 3)
 
 
 def test_a_single_run_is_one_mark_between_k_and_t(run_folder: Path) -> None:
@@ -105,7 +105,7 @@ def test_a_single_run_is_one_mark_between_k_and_t(run_folder: Path) -> None:
 @pytest.mark.parametrize(("x", "y"), [([0, 100], [0, 120]), ([65, 99], [96, 101]), ([90, 90.5], [99, 100]), ([0, 0], [0, 0])])
 def test_lines_of_equal_kt_have_round_values_inside_the_picture(x: list[float], y: list[float]) -> None:
     levels = results._levels(x, y)
-    low, high = results.harmonic_mean(x[0], y[0]), results.harmonic_mean(x[1], y[1])
+    low, high = results.balance(x[0], y[0]), results.balance(x[1], y[1])
     assert low <= levels["start"]
     assert levels["end"] <= high
     assert (levels["end"] - levels["start"]) / levels["size"] <= 12

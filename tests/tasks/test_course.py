@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_models import save_small
 
-from farss.config import from_dict
+from farss.configfile import from_dict
 from farss.models import load_model, load_tokenizer
 from farss.pipeline import Run
 from farss.tasks import course as room

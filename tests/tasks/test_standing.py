@@ -116,6 +116,13 @@ def test_nats_need_no_full_fine_tuning(runs):
     }
 
 
+def test_k_is_there_where_full_fine_tuning_was_asked_the_task_alone(runs):
+    base, full, groups = runs
+    expected = standings(base, groups, 200, 0)
+    Scores({}, Scores.load(full / "scores.json").task).save(full / "scores.json")
+    assert standings(base, groups, 200, 0)["lora"].estimates == expected["lora"].estimates
+
+
 def test_some_questions_alone_may_count(runs):
     base, _, groups = runs
     few = standings(base, groups, 200, 0, lambda key: int(key) < 10)["lora"].estimates["kept"].value

@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from farss.compare.entrants import Entrant, check_labels
-from farss.config import Config, all_keys, commented, dump, field_help, from_dict, load, override, to_dict
+from farss.config import Config
+from farss.configfile import all_keys, commented, dump, field_help, from_dict, load, override, to_dict
 from farss.errors import ConfigError
 from farss.inputs import Loaded
 from farss.methods import METHODS
@@ -88,6 +89,11 @@ def test_mistakes_are_named_with_their_cure(text, message):
     with pytest.raises(ConfigError) as caught:
         override(Config(), [text])
     assert message in str(caught.value)
+
+
+def test_names_of_questions_that_differ_by_case_alone_are_one_file_on_some_systems():
+    with pytest.raises(ConfigError, match=r"evaluate asks 'NQ' twice"):
+        from_dict({"evaluate": {"knowledge": [{"name": "nq", "data": "a"}, {"name": "NQ", "data": "b"}]}})
 
 
 def test_missing_and_broken_files(tmp_path):
