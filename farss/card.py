@@ -8,6 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from farss.artifacts import read_json, write_text
+from farss.models import local_folder
+
+PROMPTS = {
+    "alpaca": "Alpaca's, with the instruction between `### Instruction:` and `### Response:` (`data.template: alpaca`)",
+    "chat": "the model's own chat template (`data.template: chat`)",
+    "plain": "the instruction as it is (`data.template: plain`)",
+}
 
 
 def write_card(folder: Path, summary: dict[str, Any] | None = None, command: str = "") -> None:
@@ -29,6 +36,7 @@ def write_card(folder: Path, summary: dict[str, Any] | None = None, command: str
     shallow = f", the first {facts['boundary']} of them shallow" if facts.get("boundary") else ""
     if facts.get("parameters"):
         lines.append(f"- trained as: {method}, {facts['parameters']:,} parameters, {facts['blocks']} blocks{shallow}")
+    lines += [f"- prompt: {PROMPTS.get(template, repr(template))}"] if (template := facts.get("template")) else []
     lines += [f"- made by: `{command}`"] if command else []
     lines.append(f"- licence: that of the base model ({licence or 'see its card'})")
     lines += ["", *_measured(summary)] if summary else []
@@ -73,8 +81,8 @@ def _measured(summary: dict[str, Any]) -> list[str]:
 
 
 def base_licence(base: str) -> str | None:
-    """The licence that the card of a base model in a folder names."""
-    card = Path(base) / "README.md"
+    """The licence that the card of a base model names."""
+    card = local_folder(base) / "README.md"
     if not card.is_file():
         return None
     found = re.search(r"^license:\s*(\S+)", card.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)

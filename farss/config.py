@@ -150,7 +150,7 @@ class PlanConfig:
     """paper: round and clip (eq. 12), which loses some of the budget; exact: hand out all of it."""
     match_params: int | Literal["lora"] | None = None
     """Solve for the rank so that the number of trainable parameters is this, or that of uniform LoRA at `rank` (AdaLoRA: at
-    the end of its training)."""
+    the end of its training; FARSS-plus: with A, which does not train)."""
     shallow_directions: Literal["least", "most"] = "least"
     """Shallow layers start from their least (or most) important singular directions."""
     deep_directions: Literal["least", "most"] = "most"
@@ -206,7 +206,8 @@ class AdapterConfig:
 
     base: Base = "untouched"
     """untouched: by a second, frozen adapter; the weights are never rounded. residual: subtracted from the weights in memory
-    and rounded to their precision. Either way the exported adapter is for the original base model."""
+    and rounded to their precision (of 16 bits it is refused, unless export.to is merged). Either way the exported adapter is for
+    the original base model."""
 
 
 @dataclass(frozen=True)
@@ -324,7 +325,8 @@ class ExportConfig:
     """peft: one plain LoRA for the untouched base model; gguf: the same, and beside it a file for llama.cpp; merged: a
     whole model."""
     rank: int | None = None
-    """Compress the adapter to this rank; null: keep all of it."""
+    """Compress the adapter to this rank, padded in the file to the next that vLLM takes (8, 16, 32, 64, 128, 256, ...); null: keep
+    all of it."""
     energy: float | None = None
     """Compress each layer to this share (0 to 1) of its change's squared Frobenius norm; null: keep all of it."""
 

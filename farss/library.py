@@ -18,7 +18,7 @@ from farss.adapter import activate, attach
 from farss.artifacts import Plan, Survey
 from farss.config import Base, CalibrationConfig, DataConfig, PlanConfig
 from farss.data import Row, Tokenized, calibration_batches, collate, load_examples, plain_rows, tokenize_rows, unlearnt
-from farss.errors import FarssError
+from farss.errors import ConfigError, FarssError
 from farss.methods import Reading
 from farss.models import find_blocks, fingerprint, target_layers
 from farss.plan import check_plan, make_plan, make_plan_without_survey, method_of, survey_cap
@@ -37,6 +37,8 @@ class Prepared(NamedTuple):
     batch: dict[str, Tensor]
     """A few real prompts for the check of the exported adapter."""
     tokenizer: Any
+    template: str
+    """Of the prompts."""
 
 
 def prepare(
@@ -96,6 +98,8 @@ def prepare(
     wanted = dataclasses.replace(plan or PlanConfig(), method=method)
     layers, blocks = target_layers(model, targets), len(find_blocks(model)[1])
     check_plan(wanted, layers, blocks, calibration.svd)
+    if base == "residual":
+        _check_residual(model, wanted, layers)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     examples = (
@@ -114,7 +118,7 @@ def prepare(
     made = make_plan(wanted, found) if found is not None else make_plan_without_survey(wanted, layers, blocks)
     adapted = attach(model, made, found, dropout, seed, base)
     check = collate(examples.rows[:CHECK_ROWS], tokenizer.pad_token_id)
-    adapted.farss = Prepared(made, found, {key: check[key] for key in ("input_ids", "attention_mask")}, tokenizer)
+    adapted.farss = Prepared(made, found, {key: check[key] for key in ("input_ids", "attention_mask")}, tokenizer, data.template)
     return adapted
 
 
@@ -132,6 +136,21 @@ def _check_method(method: str) -> None:
         raise FarssError(f"method={method!r} trains by rules of its own, which your trainer does not know: use `farss run`")
     if not chosen.plain_lora:
         raise FarssError(f"method={method!r} cannot be exported as a plain LoRA: use `farss run`, which hands over a merged model")
+
+
+def _check_residual(model: Any, wanted: PlanConfig, layers: Iterable[str]) -> None:
+    """Find out before a training that its adapter would not be exact.
+
+    Raises:
+        ConfigError: weights would be rounded where their start is taken out.
+    """
+    found = {model.get_submodule(name).weight.dtype for name in layers}
+    rounded = {dtype for dtype in found if dtype.is_floating_point and dtype != torch.float32}
+    if method_of(wanted).takes_out and rounded:
+        raise ConfigError(
+            f"base='residual' rounds the weights without their start to {str(rounded.pop()).removeprefix('torch.')}, and no adapter for "
+            "the original ones is exact: use base='untouched', or load the model in float32"
+        )
 
 
 def _place(wanted: PlanConfig, folder: Path | str | None, model: Any) -> Path:
@@ -224,7 +243,7 @@ def export(model: Any, folder: Path | str, rank: int | None = None, energy: floa
     base = getattr(model.get_base_model().config, "_name_or_path", "")
     if processes.rank():
         return None
-    return export_adapter(model, prepared.plan, folder, batch, base, rank, energy, prepared.tokenizer)
+    return export_adapter(model, prepared.plan, folder, batch, base, rank, energy, prepared.tokenizer, prepared.template)
 
 
 def trainer_callback(model: Any) -> Any:

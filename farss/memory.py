@@ -31,12 +31,16 @@ def used_gib(device: torch.device) -> float:
 def peak_gib(device: torch.device) -> float:
     """Most memory that was in use at once since `reset_peak`: of the GPU, or of this process with the files that are mapped into
     it."""
-    import resource
+    import psutil
 
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     if STATUS.is_file():  # getrusage has the peak of the process that started this one in it, too
         return next(int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:")) / 2**20
+    if (windows := getattr(psutil.Process().memory_info(), "peak_wset", None)) is not None:
+        return float(windows) / 2**30
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # macOS counts bytes, others KiB
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from farss.adapter import changed_weight
 from farss.artifacts import Plan, read_json, whole_folder, write_tensors
 from farss.errors import FarssError
-from farss.models import base_weights, holds_packed, is_transposed
-from farss.portable import in_float32
+from farss.models import base_weights, holds_packed, is_transposed, local_folder
+from farss.portable import in_float32, logits
 
 Change = Callable[[str, Tensor], Tensor]
 """(name of a weight, its value) -> its new value."""
@@ -57,14 +57,14 @@ def merged_difference(adapted: Any, merged: Any, batch: dict[str, Tensor]) -> fl
     what rounding the merged weights costs. The two may lie on different devices."""
     found = []
     for model in (adapted, merged):
-        own = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        with in_float32(model), torch.no_grad():
-            found.append(model(**own).logits[own["attention_mask"].bool()].float().cpu())
+        with in_float32(model):
+            found.append(logits(model, batch))
     return float((found[0] - found[1]).abs().max())
 
 
 def write_model(model: Any, plan: Plan, tokenizer: Any, target: Path, dtype: torch.dtype, source: Path, change: Change) -> None:
     """Write a model with changed weights: from the base's files where they have the model's names, from memory otherwise."""
+    source = local_folder(source)
     if plan.layers and holds_layers(source, plan):
         _rewrite_files(source, target, change)
         return

@@ -69,6 +69,46 @@ def stored_dtype(config: ModelConfig) -> torch.dtype:
     return found if isinstance(found, torch.dtype) else torch.float32
 
 
+def local_folder(path: str | Path) -> Path:
+    """Where a model's files lie: in its folder, or in the hub's cache, from which it was loaded."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        return Path(snapshot_download(str(path), local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError):
+        return Path(path)
+
+
+def check_room(config: ModelConfig, whole: bool) -> None:
+    """Find out before anything is done that a training cannot fit: what the weights alone take (on a CPU they may stay in their files).
+
+    Args:
+        whole: every weight trains: in float32, with its gradient and AdamW's two averages.
+
+    Raises:
+        ConfigError: with what is needed and what is there.
+    """
+    import psutil
+
+    device = device_of(config)
+    if config.quantization != "none" or not (whole or device.type == "cuda"):
+        return
+    on_gpu = device.type == "cuda"
+    there = torch.cuda.get_device_properties(device).total_memory if on_gpu else psutil.virtual_memory().total
+    count = sum(parameter.numel() for parameter in empty_model(config).parameters())
+    each = 16 if whole else loaded_dtype(config).itemsize
+    if count * each > there:
+        what = "full fine-tuning" if whole else "the model"
+        cure = "train adapters instead, with any other method" if whole else "set model.quantization=nf4"
+        raise ConfigError(
+            f"{what} needs {count * each / 2**30:.0f} GiB for {count:,} weights ({each} bytes each), and the "
+            f"{'GPU' if on_gpu else 'machine'} has {there / 2**30:.0f}: {cure}"
+        )
+
+
 def loaded_dtype(config: ModelConfig) -> torch.dtype:
     """The precision that the weights have once they are loaded to compute with."""
     stored = stored_dtype(config)

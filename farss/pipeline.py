@@ -41,6 +41,7 @@ from farss.llamacpp import write_gguf
 from farss.merging import merge, merged_difference
 from farss.methods import Regime
 from farss.models import (
+    check_room,
     computing_dtype,
     device_of,
     empty_model,
@@ -52,7 +53,7 @@ from farss.models import (
 )
 from farss.plan import check_plan, make_plan, make_plan_without_survey, method_of, require_boundary
 from farss.portable import export, load_adapter, step_zero
-from farss.prepared import write_prepared
+from farss.prepared import check_method, write_prepared
 from farss.recovery import knowledge_alone, recover, recovery_rows
 from farss.report import write_report
 from farss.surveys import Surveys, check_fingerprint
@@ -158,7 +159,8 @@ class Run:
         self._check_handover()
         self.inputs.check()
         layers, blocks = self.inputs.shapes
-        check_options(self.config.train)
+        check_options(self.config.train, device_of(self.config.model))
+        check_room(self.config.model, whole=self.config.plan.method == "full")
         for boundary in self.search_setting.schedule.candidates if self.searches else [self.config.plan.boundary]:
             check_plan(replace(self.config.plan, boundary=boundary), layers, blocks, self.config.calibration.svd)
 
@@ -324,11 +326,12 @@ class Run:
 
     def prepared(self) -> Path:
         """`prepared/`: a start for another trainer."""
+        check_method(self.config.plan.method, self.config.model.quantization != "none")
         target, plan = self.path / "prepared", self.plan()
         if target.is_dir() and Plan.load(target / "plan.json") != plan:
             raise FolderError(f"{target} was prepared for another plan: delete it, or choose another out")
         if not target.is_dir():
-            write_prepared(self._adapted(plan), plan, self.inputs.tokenizer, target, self.config.model.path)
+            write_prepared(self._adapted(plan), plan, self.inputs.tokenizer, target, self.config.model.path, self.config.data.template)
         return target
 
     def export(self) -> Path:
@@ -344,6 +347,7 @@ class Run:
             if self._whole:
                 merge(self.trained(), plan, self.inputs.tokenizer, target, stored_dtype(self.config.model), self.config.model.path)
                 facts_of_it = {"method": plan.method, "boundary": plan.boundary, "blocks": plan.blocks, "base": self.config.model.path}
+                facts_of_it |= {"template": self.config.data.template}
                 # Where a GPU has room for one model only, the one that was written stays in its files and the CPU's memory.
                 written = replace(self.config.model, path=str(target), dtype="auto", quantization="none")
                 stored = load_model(written, device=torch.device("cpu"), as_stored=True)
@@ -352,8 +356,8 @@ class Run:
                 write_card(target, command=self._command)
             else:
                 batch = self._prompts(self.trained())
-                choice, base = self.config.export, self.config.model.path
-                done = export(self.trained(), plan, target, batch, base, choice.rank, choice.energy, self.inputs.tokenizer)
+                choice, base, told = self.config.export, self.config.model.path, (self.inputs.tokenizer, self.config.data.template)
+                done = export(self.trained(), plan, target, batch, base, choice.rank, choice.energy, *told)
                 facts |= {"logit_difference": done.logit_difference, "rank": done.rank, "lost": done.lost}
             if self.config.export.to == "gguf" and not self._whole:
                 write_gguf(target, self.trained().get_base_model().config)

@@ -85,6 +85,7 @@ def export(
     rank: int | None = None,
     energy: float | None = None,
     tokenizer: Any = None,
+    template: str = "",
 ) -> Exported:
     """Write the portable adapter, and check it on the original base before it gets its name.
 
@@ -96,6 +97,7 @@ def export(
         base: name or folder of the base model, for `adapter_config.json`.
         rank, energy: compress, see `portable`; None: exact.
         tokenizer: the base's; its fingerprint is kept beside that of the base.
+        template: `data.template` of the training, which whoever asks the model must know.
 
     Raises:
         FarssError: the adapter does not give the trained model's logits. Nothing is left at `folder`.
@@ -115,17 +117,21 @@ def export(
                 "it was not kept"
             )
         exported = Exported(folder, served, lost, difference)
-        write_facts(unfinished, plan, base, base_fingerprint(adapted), tokenizer_fingerprint(tokenizer) if tokenizer else None, exported)
+        tokenizer_hash = tokenizer_fingerprint(tokenizer) if tokenizer else None
+        write_facts(unfinished, plan, base, base_fingerprint(adapted), tokenizer_hash, exported, template)
     return exported
 
 
-def write_facts(folder: Path, plan: Plan, base: str, base_hash: str, tokenizer_hash: str | None, exported: Exported) -> None:
+def write_facts(
+    folder: Path, plan: Plan, base: str, base_hash: str, tokenizer_hash: str | None, exported: Exported, template: str = ""
+) -> None:
     """`farss.json`, which says what an adapter belongs to and how exact it is, and the model card."""
     facts = {
         "method": plan.method,
         "boundary": plan.boundary,
         "blocks": plan.blocks,
         "parameters": plan.parameters,
+        "template": template,
         "base": base,
         "base_fingerprint": base_hash,
         "tokenizer_fingerprint": tokenizer_hash,
@@ -202,18 +208,29 @@ def check(adapted: Any, folder: Path, batch: dict[str, Tensor]) -> tuple[float, 
     Returns:
         (largest |difference|, largest |logit|)
     """
-    mask = batch["attention_mask"].bool()
-    with in_float32(adapted), torch.no_grad():
-        expected = adapted(**batch).logits[mask].float()
-        adapted.load_adapter(str(folder), CHECKED, torch_device=str(adapted.device))
-        try:
-            adapted.base_model.set_adapter([CHECKED])
-            with untouched_base(adapted):
-                found = adapted(**batch).logits[mask].float()
-        finally:
-            adapted.delete_adapter(CHECKED)
-            activate(adapted)
+    own = [parameter for name, parameter in adapted.named_parameters() if "lora_" in name]
+    with in_float32(adapted):
+        expected = logits(adapted, batch)
+        with placed(own, torch.device("cpu")):  # a GPU may have no room for both adapters
+            adapted.load_adapter(str(folder), CHECKED, torch_device="cpu")
+            try:
+                adapted.base_model.set_adapter([CHECKED])
+                with untouched_base(adapted):
+                    found = logits(adapted, batch)
+            finally:
+                adapted.delete_adapter(CHECKED)
+        activate(adapted)
     return (found - expected).abs().max().item(), expected.abs().max().item()
+
+
+def logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """[tokens, vocabulary] float32, on the CPU: of all real tokens, one prompt at a time, since over a large vocabulary they are large."""
+    found = []
+    with torch.no_grad():
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True):
+            prompt = ids[mask][None].to(model.device)
+            found.append(model(input_ids=prompt, attention_mask=torch.ones_like(prompt)).logits[0].float().cpu())
+    return torch.cat(found)
 
 
 def step_zero(adapted: Any, batch: dict[str, Tensor]) -> dict[str, float]:
@@ -222,26 +239,25 @@ def step_zero(adapted: Any, batch: dict[str, Tensor]) -> dict[str, float]:
     Measured on real tokens in float32 and in the precision of the weights.
     """
     found = {}
-    mask = batch["attention_mask"].bool()
     own = str(next(adapted.get_base_model().parameters()).dtype).removeprefix("torch.")
     for name, precision in (("float32", in_float32(adapted)), (own, contextlib.nullcontext())):
-        with precision, evaluating(adapted), torch.no_grad():
-            expected = adapted(**batch).logits[mask].float()
+        with precision, evaluating(adapted):
+            expected = logits(adapted, batch)
             with adapted.disable_adapter(), untouched_base(adapted):
-                base = adapted(**batch).logits[mask].float()
-            found[name] = (expected - base).abs().max().item()
+                found[name] = (logits(adapted, batch) - expected).abs().max().item()
     activate(adapted)  # PEFT's context lets every adapter train again
     return found
 
 
 @contextlib.contextmanager
 def in_float32(model: Any) -> Iterator[None]:
-    """The model in `eval()` mode and in float32, a block at a time: it fits wherever the model does. Everything is put back.
-    Quantised weights stay as they are, and are multiplied dequantised and in float32."""
-    _, blocks = find_blocks(model)
+    """The model in `eval()` mode and in float32, a block, the embedding or the head at a time. Everything is put back. Quantised weights
+    stay as they are, and are multiplied dequantised and in float32."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    parts = [*find_blocks(model)[1], *filter(None, (base.get_input_embeddings(), base.get_output_embeddings()))]
     packed = [module for module in model.modules() if is_linear(module) and is_packed(module)]
-    rest = placed(outside(model, blocks), None, torch.float32)
-    with evaluating(model), rest, placed_in_turn(blocks, None, torch.float32), _dequantised(packed):
+    rest = placed(outside(model, parts), None, torch.float32)
+    with evaluating(model), rest, placed_in_turn(parts, None, torch.float32), _dequantised(packed):
         yield
 
 

@@ -14,18 +14,47 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from farss.adapter import START, TRAINED, lora_config, lora_layers
+from farss.adapter import TRAINED, lora_config, lora_layers
 from farss.artifacts import Plan, read_json, whole_folder, write_json, write_tensors, write_text
+from farss.config import ModelConfig
 from farss.errors import FarssError, FolderError
 from farss.merging import write_model
 from farss.methods import METHODS
-from farss.models import base_fingerprint, holds_packed, is_transposed, tokenizer_fingerprint
+from farss.models import base_fingerprint, holds_packed, is_transposed, load_model, load_tokenizer, tokenizer_fingerprint
 from farss.portable import Exported, portable, write_adapter, write_facts
 
 PREFIX = "base_model.model."
 
 
-def write_prepared(adapted: Any, plan: Plan, tokenizer: Any, folder: Path | str, source: Path | str) -> Path:
+def check_method(name: str, quantised: bool) -> None:
+    """Refuse what cannot be prepared, before it is looked at for hours.
+
+    Raises:
+        FarssError: the method takes nothing out of the base, so that it needs no change, or needs a trainer of its own; or the base is
+            quantised.
+    """
+    method = METHODS[name]
+    if name == "full":
+        raise FarssError("method 'full' trains the model itself: there is nothing to prepare")
+    if not method.plain_lora:
+        raise FarssError(f"method {name!r} becomes no plain LoRA: use `farss train`, after which a whole model is handed over")
+    if method.regime is not None:
+        raise FarssError(f"method {name!r} trains by rules of its own, which no other trainer knows: use `farss train`")
+    if method.needs == "nothing":
+        raise FarssError(f"method {name!r} starts at zero: its adapter goes on the base as it is, nothing needs preparing")
+    if not method.takes_out:
+        raise FarssError(
+            f"method {name!r} takes nothing out of the base, so there is no other base to train on: call farss.prepare in a script "
+            "of yours, which gives the start to any trainer, or use `farss train`"
+        )
+    if quantised:
+        raise FarssError(
+            "the model's weights are quantised, and nothing can be subtracted from them: prepare the unquantised model "
+            "(model.quantization=none), or train here, with the untouched base"
+        )
+
+
+def write_prepared(adapted: Any, plan: Plan, tokenizer: Any, folder: Path | str, source: Path | str, template: str = "") -> Path:
     """Write `base/` (the model without its start), `adapter/` (the start, to be trained) and what leads back.
 
     Args:
@@ -33,29 +62,16 @@ def write_prepared(adapted: Any, plan: Plan, tokenizer: Any, folder: Path | str,
         plan: it was made from.
         folder: must not exist.
         source: the base model's folder.
+        template: `data.template`.
 
     Raises:
-        FarssError: the method takes nothing out of the base, so that it needs no change, or needs a trainer of its own; or the base
-            is quantised.
+        FarssError: see `check_method`.
         FolderError: the folder exists.
     """
     folder, source = Path(folder), Path(source)
     if folder.exists():
         raise FolderError(f"{folder} exists: give a new folder")
-    if METHODS[plan.method].regime is not None:
-        raise FarssError(f"method {plan.method!r} trains by rules of its own, which no other trainer knows: use `farss train`")
-    if START not in adapted.peft_config and any(layer.directions for layer in plan.layers.values()):
-        raise FarssError(
-            f"method {plan.method!r} takes nothing out of the base, so there is no other base to train on: call farss.prepare in a script "
-            "of yours, which gives the start to any trainer, or use `farss train`"
-        )
-    if START not in adapted.peft_config:
-        raise FarssError(f"method {plan.method!r} starts at zero: its adapter goes on the base as it is, nothing needs preparing")
-    if holds_packed(adapted):
-        raise FarssError(
-            "the model's weights are quantised, and nothing can be subtracted from them: prepare the unquantised model "
-            "(model.quantization=none), or train here, with the untouched base"
-        )
+    check_method(plan.method, holds_packed(adapted))
     start = _start(adapted, plan)
 
     def residual(name: str, weight: Tensor) -> Tensor:
@@ -82,7 +98,7 @@ def write_prepared(adapted: Any, plan: Plan, tokenizer: Any, folder: Path | str,
             "base_fingerprint": base_fingerprint(adapted),
             "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         }
-        write_json(unfinished / "prepared.json", facts)
+        write_json(unfinished / "prepared.json", facts | {"template": template})
         write_text(unfinished / "README.md", GUIDE.format(source=source, folder=folder))
     return folder
 
@@ -128,7 +144,8 @@ def convert(prepared: Path | str, trained: Path | str, out: Path | str, rank: in
         write_adapter(unfinished, made.state, plan, facts["base"], made.rank)
         difference = _compare(prepared / "base", trained, facts["base"], unfinished)
         exported = Exported(out, made.rank, made.lost, difference)
-        write_facts(unfinished, plan, facts["base"], facts["base_fingerprint"], facts["tokenizer_fingerprint"], exported)
+        hashes = facts["base_fingerprint"], facts["tokenizer_fingerprint"]
+        write_facts(unfinished, plan, facts["base"], *hashes, exported, facts.get("template", ""))
     return exported
 
 
@@ -154,12 +171,11 @@ def _change(name: str, scaling: float, start: dict[str, Tensor], end: dict[str, 
 def _compare(residual: Path, trained: Path, original: str, converted: Path) -> float:
     """Largest |logit difference| (float32) between what was trained and the converted adapter on the original base."""
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    batch = AutoTokenizer.from_pretrained(str(residual))("The quick brown fox jumps over the lazy dog.", return_tensors="pt")
+    batch = load_tokenizer(ModelConfig(path=str(residual)))("The quick brown fox jumps over the lazy dog.", return_tensors="pt")
     found = []
     for base, adapter in ((str(residual), trained), (original, converted)):
-        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), str(adapter)).eval()
+        model = PeftModel.from_pretrained(load_model(ModelConfig(path=base, dtype="float32", device="cpu")), str(adapter)).eval()
         with torch.no_grad():
             found.append(model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits)
         del model

@@ -582,6 +582,36 @@ def test_other_questions_cannot_be_compared(three, model, tokenizer, files):
         summarise(folder / "base", folder / "fewer", None, config)
 
 
+@pytest.mark.parametrize("room", [128, 300, 2000, 100_000])
+def test_one_long_answer_makes_only_its_own_batches_small(model, tokenizer, tmp_path, monkeypatch, room):
+    """Whatever the batches are: the same likelihoods, and never more logits at once than there is room for."""
+    lengths = [1, 2, 2, 3, 3, 40, 5, 6, 60, 7]
+    path = tmp_path / "mixed.jsonl"
+    path.write_text("".join(json.dumps({"question": "q" * place, "answers": "a" * n}) + "\n" for place, n in enumerate(lengths, 1)))
+    asks = asking([QuestionSet("known", str(path), max_tokens=2)])
+    expected = [row["gold_loglikelihood"] for row in records(evaluate_once(model, tokenizer, asks, tmp_path / "whole"))]
+    monkeypatch.setattr("farss.tasks.text.LOGITS", room * len(tokenizer))
+    seen, call = [], model.forward
+
+    def forward(*ids, logits_to_keep=0, **options):
+        seen.extend([part.shape[0] * logits_to_keep for part in ids])  # generation names its input_ids
+        return call(*ids, logits_to_keep=logits_to_keep, **options)
+
+    monkeypatch.setattr(model, "forward", forward)
+    found = [row["gold_loglikelihood"] for row in records(evaluate_once(model, tokenizer, asks, tmp_path / "small"))]
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert max(seen) <= max(room, 61)
+
+
+def evaluate_once(model, tokenizer, config, folder):
+    evaluate(model, tokenizer, config, folder)
+    return folder
+
+
+def records(folder):
+    return questions(folder / "scores", "known")
+
+
 def test_only_the_answers_positions_are_scored():
     from farss.tasks.live import answer_span
 

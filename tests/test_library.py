@@ -87,6 +87,11 @@ def test_a_survey_without_a_folder_goes_with_the_model(tokenizer, rows):
     assert not folder.exists()
 
 
+def test_rounded_weights_cannot_be_a_residual(tokenizer, rows):
+    with pytest.raises(farss.FarssError, match=r"base='residual' rounds the weights without their start to bfloat16"):
+        farss.prepare(base(tokenizer).bfloat16(), tokenizer, rows, plan=PLAN, base="residual")
+
+
 def test_readings_never_count_padding(tokenizer, rows, tmp_path):
     def moments(padding):
         calibration = farss.CalibrationConfig(examples=4, padding=padding)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from farss import inputs, world
 from farss.artifacts import Plan, Survey, write_json
 from farss.compare import compare
 from farss.configfile import from_dict, load, override
-from farss.errors import ConfigError, DataError, FolderError, ModelError
+from farss.errors import ConfigError, DataError, FarssError, FolderError, ModelError
 from farss.evaluate import _identity
 from farss.folder import EVALUATE_KEYS, READING_KEYS, options_of, resolve
 from farss.pipeline import Run
@@ -229,6 +230,27 @@ def test_a_name_that_is_wrong_is_found_before_anything_is_done(config):
     ):
         with pytest.raises(ConfigError, match=rf"train.scheduler='{name}'.*{message}"):
             Run(override(config, [f"train.scheduler={name}"])).all()
+    assert not Path(config.out).exists()
+
+
+def test_full_fine_tuning_that_cannot_fit_is_found_before_anything_is_done(config, monkeypatch):
+    config = override(config, ["plan.method=full", "model.device=cpu"])
+    Run(config).check_inputs()
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=2**18))
+    with pytest.raises(ConfigError, match=r"full fine-tuning needs 0 GiB for [\d,]+ weights \(16 bytes each\), and the machine"):
+        Run(config).check_inputs()
+    Run(override(config, ["plan.method=lora"])).check_inputs()  # whose weights may stay in their files
+
+
+def test_a_start_that_cannot_be_prepared_is_refused_before_anything_is_looked_at(config):
+    for method, message in (
+        ("full", "trains the model itself"),
+        ("dora", "rules of its own"),
+        ("farss-plus", "takes nothing out of the base"),
+    ):
+        run = Run(override(config, [f"plan.method={method}"]))
+        with pytest.raises(FarssError, match=message):
+            run.prepared()
     assert not Path(config.out).exists()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from farss.data import collate
 from farss.errors import FarssError, FolderError, ModelError
 from farss.maths.compress import compress
 from farss.merging import holds_layers, merge, write_model
-from farss.models import base_fingerprint, fingerprint, holds_packed, is_packed, weight_of
+from farss.models import base_fingerprint, fingerprint, holds_packed, is_packed, local_folder, weight_of
 from farss.plan import make_plan
 from farss.portable import SERVED_RANKS, export, in_float32, load_adapter
 from farss.survey import survey
@@ -222,6 +223,18 @@ def test_one_layers_change_is_held_at_a_time():
 
     assert len(portable_module.portable(changes()).state) == 8
     assert max(most) <= 1
+
+
+def test_a_model_of_the_hubs_cache_is_merged_file_by_file(tmp_path, monkeypatch):
+    cache, revision = tmp_path / "hub", "0" * 40
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    snapshot = cache / "models--some--model" / "snapshots" / revision
+    assert local_folder("some/model") == Path("some/model")  # not there yet
+    snapshot.mkdir(parents=True)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text(revision)
+    assert local_folder("some/model") == snapshot
+    assert local_folder(tmp_path) == tmp_path
 
 
 def test_layers_that_are_named_alike_elsewhere_keep_their_full_names(tmp_path):

@@ -20,7 +20,7 @@ from farss.methods.uniform import uniform_plan
 def read(weight: Tensor, cap: int, task: Tensor, knowledge: Tensor) -> dict[str, Tensor]:
     """The vectors `a [n]` with the largest `a^T T a` of those with `a^T K a = 1`: the generalised eigenvectors `T a = lambda K a` of the
     two moments, K damped as CorDA damps it. A direction's score is its lambda."""
-    _, factor = damped(knowledge.double())
+    factor = damped(knowledge.double())[1]
     whitened = torch.linalg.solve_triangular(factor, task.double(), upper=False)
     whitened = torch.linalg.solve_triangular(factor, whitened.T, upper=False)
     pull, vectors = torch.linalg.eigh((whitened + whitened.T) / 2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -40,19 +40,19 @@ def placed(tensors: list[Tensor], device: torch.device | None, dtype: torch.dtyp
 
 
 @contextmanager
-def placed_in_turn(blocks: nn.ModuleList, device: torch.device | None, dtype: torch.dtype | None = None) -> Iterator[None]:
-    """Have each block on a device, and in a precision, while it runs, whoever calls it."""
+def placed_in_turn(parts: Iterable[nn.Module], device: torch.device | None, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Have each block or other part of a model on a device, and in a precision, while it runs, whoever calls it."""
     with ExitStack() as hooks, ExitStack() as running:
 
-        def enter(block: nn.Module, args: tuple[Any, ...]) -> None:
-            running.enter_context(placed(tensors_of(block), device, dtype))
+        def enter(part: nn.Module, args: tuple[Any, ...]) -> None:
+            running.enter_context(placed(tensors_of(part), device, dtype))
 
-        def leave(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        def leave(part: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             running.close()
 
-        for block in blocks:
-            hooks.callback(block.register_forward_pre_hook(enter).remove)
-            hooks.callback(block.register_forward_hook(leave).remove)
+        for part in parts:
+            hooks.callback(part.register_forward_pre_hook(enter).remove)
+            hooks.callback(part.register_forward_hook(leave).remove)
         yield
 
 
@@ -69,9 +69,9 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def outside(model: nn.Module, blocks: nn.ModuleList) -> list[Tensor]:
-    """Parameters and buffers that belong to no block: embeddings, final norm, head."""
-    inside = {id(tensor) for tensor in tensors_of(blocks)}
+def outside(model: nn.Module, parts: Iterable[nn.Module]) -> list[Tensor]:
+    """Parameters and buffers that belong to none of these parts; to none of the blocks: embeddings, final norm, head."""
+    inside = {id(tensor) for part in parts for tensor in tensors_of(part)}
     return [tensor for tensor in tensors_of(model) if id(tensor) not in inside]
 
 

@@ -40,11 +40,26 @@ def asking(model: Any, run_generated_code: bool = False) -> Iterator[None]:
     for module in checkpointed:
         module.gradient_checkpointing = False
     try:
-        with evaluating(model), torch.no_grad(), _quiet(), _code_allowed(run_generated_code):
+        with evaluating(model), torch.no_grad(), _tensor_cores(model), _quiet(), _code_allowed(run_generated_code):
             yield
     finally:
         for module in checkpointed:
             module.gradient_checkpointing = True
+
+
+@contextlib.contextmanager
+def _tensor_cores(model: Any) -> Iterator[None]:
+    """On a GPU let the float32 adapters of a 16-bit model multiply in TF32, which is more exact than what they are given: in full float32
+    they take as long as the model itself."""
+    if model.device.type != "cuda" or model.dtype.itemsize > 2:
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextlib.contextmanager
@@ -219,12 +234,37 @@ class Asking(Base):
             row = tuple((prompt + answer)[:-1])
             self.answers[row] = max(len(answer), self.answers.get(row, 0))
         self.prefix = shared_prefix(self.model, [prompt for _, prompt, _ in requests], longest)
-        # positions whose logits are computed: an answer, and the padding behind the shortest row
-        kept = max(self.answers.values()) + longest - min(lengths) if accepts(self.model, "logits_to_keep") else longest
-        self.batch_size_per_gpu = rows_that_fit(self.rows, min(kept, longest), self.model.config.get_text_config().vocab_size)
-        found: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, **options)
+        found: dict[int, tuple[float, bool]] = {}
+        for places in self._alike(requests):
+            part = [requests[place] for place in places]
+            self.batch_size_per_gpu = self._rows_that_fit(part)
+            found |= dict(zip(places, super()._loglikelihood_tokens(part, **options), strict=True))
         self.batch_size_per_gpu = self.rows
-        return found
+        return [found[place] for place in range(len(requests))]
+
+    def _alike(self, requests: list[Any]) -> list[list[int]]:
+        """Places of requests whose answers are about as long, so that one long answer does not make all batches small. Of several answers
+        to one prompt, which share a row, each is with the others."""
+        longest: dict[tuple[int, ...], int] = {}
+        for _, prompt, answer in requests:
+            longest[tuple(prompt)] = max(len(answer), longest.get(tuple(prompt), 0))
+        groups: dict[int, list[int]] = {}
+        for place, (_, prompt, _) in enumerate(requests):
+            groups.setdefault(longest[tuple(prompt)].bit_length(), []).append(place)
+        return [groups[size] for size in sorted(groups, reverse=True)]
+
+    def _rows_that_fit(self, requests: list[Any]) -> int:
+        """Rows whose logits fit: of the answers' positions, and of the padding behind the shortest row of a batch."""
+        # the longest first, and one row for answers that differ in their last token alone, as HFLM makes its batches
+        rows = {tuple((prompt + answer)[:-1]): (len(prompt) + len(answer), len(answer)) for _, prompt, answer in requests}
+        sizes, vocabulary = sorted(rows.values(), reverse=True), self.model.config.get_text_config().vocab_size
+        for count in range(self.rows, 1, -1):
+            batches = [sizes[first : first + count] for first in range(0, len(sizes), count)]
+            kept = max(max(answer for _, answer in batch) + batch[0][0] - batch[-1][0] for batch in batches)
+            kept = kept if accepts(self.model, "logits_to_keep") else sizes[0][0]
+            if rows_that_fit(count, kept, vocabulary) == count:
+                return count
+        return 1
 
     def _model_call(self, inps: Any, *rest: Any, **options: Any) -> Any:
         if accepts(self.model, "logits_to_keep"):

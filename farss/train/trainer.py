@@ -67,7 +67,7 @@ def _arguments(options: TrainConfig, seed: int, checkpoints: Path, device: torch
     """The options in TRL's words."""
     from trl import SFTConfig  # type: ignore[attr-defined]
 
-    check_options(options)
+    check_options(options, device)
     if options.precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise ConfigError("train.precision=bf16, but this GPU has no bfloat16: set train.precision=fp32")
     micro = options.micro_batch_size or options.batch_size
@@ -110,11 +110,11 @@ def _arguments(options: TrainConfig, seed: int, checkpoints: Path, device: torch
     return arguments
 
 
-def check_options(options: TrainConfig) -> None:
-    """Refuse names that transformers does not know.
+def check_options(options: TrainConfig, device: torch.device) -> None:
+    """Refuse what transformers will not do.
 
     Raises:
-        ConfigError: of a schedule, or of a tracker that is not installed.
+        ConfigError: it does not know the schedule, a tracker is not installed, or the device is not the first visible GPU.
     """
     from transformers import SchedulerType, get_scheduler
     from transformers.integrations import get_available_reporting_integrations  # type: ignore[attr-defined]
@@ -128,6 +128,8 @@ def check_options(options: TrainConfig) -> None:
         raise ConfigError(
             f"train.scheduler={options.scheduler!r} needs options of its own ({error}): choose another, such as linear or cosine"
         ) from error
+    if device.type == "cuda" and device.index not in (None, 0):
+        raise ConfigError(f"training runs on the first visible GPU, but the model is on {device}: set CUDA_VISIBLE_DEVICES={device.index}")
     installed = get_available_reporting_integrations()
     for name in options.report_to:
         if name not in installed:

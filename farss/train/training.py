@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import dataclasses
+import gc
 import hashlib
 import logging
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from torch import nn
 from farss.artifacts import fingerprint
 from farss.config import Config
 from farss.data import Tokenized
-from farss.errors import ConfigError, FarssError
+from farss.errors import FarssError
 from farss.memory import fits, freed_memory_kept
 from farss.methods import Regime
 from farss.tasks.course import Course
@@ -78,6 +79,8 @@ def train(
     with freed_memory_kept(run.device), unchanged(model), quiet(), faster_steps(run.device), memory:
         trainer = build(model, tokenizer, examples, config, checkpoints, run, [*callbacks, *stop(stop_at)], cycles)
         trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+    del trainer
+    gc.collect()  # it and the model hold each other, and its optimiser's state is larger than the adapter
     if run.finished:
         tidy(checkpoints)
     return run.result()
@@ -90,9 +93,6 @@ def _check_model(model: nn.Module) -> None:
     for name, parameter in trainable:
         if parameter.dtype != torch.float32:
             raise FarssError(f"{name} is trainable but {parameter.dtype}: small updates would be lost, make it float32")
-    device = trainable[0][1].device
-    if device.type == "cuda" and device.index not in (None, 0):
-        raise ConfigError(f"training runs on the first visible GPU, but the model is on {device}: set CUDA_VISIBLE_DEVICES={device.index}")
 
 
 def _identity(model: nn.Module, examples: Tokenized, config: Config, cycles: int | None) -> str:

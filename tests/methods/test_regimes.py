@@ -244,5 +244,5 @@ def test_other_trainers_are_refused_what_they_cannot_do(tmp_path):
     with pytest.raises(FarssError, match="'kasa' trains by rules of its own, which no other trainer knows"):
         write_prepared(adapted, plan, None, tmp_path / "prepared", tmp_path)
     adapted, plan, _ = attached("dora", small("llama").float())
-    with pytest.raises(FarssError, match="'dora' starts at zero"):
+    with pytest.raises(FarssError, match="'dora' becomes no plain LoRA"):
         write_prepared(adapted, plan, None, tmp_path / "prepared", tmp_path)
