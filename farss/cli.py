@@ -486,9 +486,12 @@ def _tell(notes: Iterable[str]) -> None:
 
 
 def _handed_over(folder: Path) -> Path:
-    """The newest form: an older one may lie beside it."""
-    forms = [path for path in (folder / "adapter", folder / "model") if path.is_dir()]
-    return max(forms, key=lambda path: path.stat().st_mtime) if forms else folder / "adapter"
+    """In the form of the last export: an older one may lie beside it."""
+    from farss.folder import Folder
+
+    options = (Folder(folder).record("export") or {}).get("options", {})
+    whole = options.get("export.to") == "merged" or not (folder / "adapter").is_dir()
+    return folder / ("model" if whole else "adapter")
 
 
 def _where(places: dict[str, Path]) -> None:

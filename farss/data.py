@@ -138,12 +138,14 @@ def _chat_stages(messages: Any, number: int, config: DataConfig, tokenizer: Any)
 
 
 def _with_text(message: dict[str, Any], number: int) -> dict[str, Any]:
-    """A message whose content is one text, and not a list of parts of which each is a text; only a system message may be empty."""
+    """A message whose content is one text, and not a list of parts of which each is a text; an assistant's must say something."""
     content = message.get("content")
     if isinstance(content, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
         content = "".join(part["text"] for part in content)
-    empty = message["role"] == "system" and content == ""
-    return message | {"content": "" if empty else cell({"content": content}, "content", number)}
+    empty = content is None or (isinstance(content, str) and not content.strip())
+    if empty and message["role"] != "assistant":
+        return message | {"content": content or ""}
+    return message | {"content": cell({"content": content}, "content", number)}
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------------

@@ -155,11 +155,14 @@ def check_reference(config: Config) -> None:
                 f"evaluate.full_scores={config.evaluate.full_scores}: that run was not asked the task {each.name!r}, so T would have no "
                 "value: name a run that was, or leave evaluate.full_scores out"
             )
-        asked = {str(row["id"]): row["answers"] for row in each.drawn.asked} if each.drawn else None
-        if asked is not None and asked != {str(record["id"]): record["gold"] for record in questions(folder, each.name)}:
+        if not isinstance(each.entry, QuestionSet) or each.drawn is None:
+            continue
+        asked = {str(row["id"]): row["answers"] for row in each.drawn.asked}
+        answered = {str(record["id"]): record["gold"] for record in questions(folder, each.name)}
+        if (asked, each.entry.metric) != (answered, scores.task[each.name].metric):
             raise FolderError(
                 f"evaluate.full_scores={config.evaluate.full_scores} holds answers to other questions of {each.name!r} than will be "
-                "asked: evaluate both with the same file, limit and seed"
+                "asked: evaluate both with the same file, limit, metric and seed"
             )
 
 
@@ -173,7 +176,12 @@ def _ask_and_write(benchmark: Benchmark, live: Any, config: Config, manager: Any
     logged = _run(benchmark, live, config, manager)
     records: list[Record] = []
     for each in logged:
-        records += _with_gold(live, each, records_of(each, main_metric(each), f"{each.name}/" if len(logged) > 1 else ""))
+        whole = benchmark.drawn is not None  # a task of lm_eval may have longer ones than fit, and HFLM cuts them
+        records += _with_gold(
+            live.gold if whole else live.loglikelihood,
+            each,
+            records_of(each, main_metric(each), f"{each.name}/" if len(logged) > 1 else ""),
+        )
     if benchmark.drawn is not None:
         for record in records:
             record["id"] = benchmark.drawn.asked[record["id"]]["id"]
@@ -264,7 +272,7 @@ def _draw_places(sizes: dict[str, int], limit: int, seed: int) -> dict[str, list
     return drawn
 
 
-def _with_gold(live: Any, logged: Logged, records: list[Record]) -> list[Record]:
+def _with_gold(ask: Callable[[list[Any]], list[tuple[float, bool]]], logged: Logged, records: list[Record]) -> list[Record]:
     """Fill in the log-likelihood (nats) of the first accepted answer, on the prompt that was asked."""
     from lm_eval.api.instance import Instance
 
@@ -273,7 +281,7 @@ def _with_gold(live: Any, logged: Logged, records: list[Record]) -> list[Record]
     requests = [
         Instance("loglikelihood", {}, (each["prompt"], delimiter + each["gold"][0]), place) for place, each in enumerate(open_records)
     ]
-    for record, (likelihood, _) in zip(open_records, live.gold(requests) if requests else [], strict=True):
+    for record, (likelihood, _) in zip(open_records, ask(requests) if requests else [], strict=True):
         record["gold_loglikelihood"] = likelihood
     return records
 

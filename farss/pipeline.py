@@ -374,11 +374,13 @@ class Run:
         self.evaluate_base()
         self.train()
         options = self._evaluate_options
-        if not self.folder.is_done("evaluate", options, redo=True):
+        asked = not self.folder.is_done("evaluate", options, redo=True)
+        if asked:
             model = self._handed_over()
             with self.folder.step("evaluate", options):
                 self._ask(model, self.path, "trained")
-        return self.summarise(self.config.evaluate.full_scores, save=not self.shared)  # a comparison's table does
+        # a comparison's table has written one with T, which a single run does not know
+        return self.summarise(self.config.evaluate.full_scores, save=asked or not self.shared)
 
     def recover_base(self) -> None:
         """`base-recovered/`: the untouched model after the steps of `recover`."""
@@ -389,14 +391,14 @@ class Run:
         """`recovered/`: knowledge asked once more, after a few steps of question answering."""
         self.export()
         self.recover_base()
-        self._recover("recover", self.folder, "recovered", self._as_handed_over, EXPORT_KEYS)
-        if not self.shared:
+        if self._recover("recover", self.folder, "recovered", self._as_handed_over, EXPORT_KEYS) or not self.shared:
             self.summarise(self.config.evaluate.full_scores)
 
-    def _recover(self, step: str, place: Folder, name: str, load: Callable[[], Any], keys: tuple[str, ...]) -> None:
+    def _recover(self, step: str, place: Folder, name: str, load: Callable[[], Any], keys: tuple[str, ...]) -> bool:
+        """Whether it was not done yet."""
         config, target, options = self.common_config, place.path / name, self._recover_options(keys)
         if place.is_done(step, options, redo=True):
-            return
+            return False
         if (place.record(step) or {"options": options})["options"] != options:
             shutil.rmtree(target / "checkpoints", ignore_errors=True)  # of other steps, or of another model
         self._free()
@@ -404,6 +406,7 @@ class Run:
             rows = recovery_rows(config, self.inputs.tokenizer)
             model = recover(load(), self.inputs.tokenizer, rows, config, target, lambda done, total, loss: self.tell(step, done, total, ""))
             self._ask(model, target, step, knowledge_alone(config))
+        return True
 
     def _as_handed_over(self) -> Any:
         """The result as its user loads it."""
@@ -497,8 +500,7 @@ class Run:
 
     def _recover_options(self, keys: tuple[str, ...]) -> dict[str, Any]:
         """`keys`: on which the model depends that is loaded."""
-        precision = {"train.precision": products(self.common_config.train, device_of(self.config.model))}
-        return options_of(self.common_config, RECOVERY_KEYS) | options_of(self.config, keys) | precision
+        return options_of(self.common_config, RECOVERY_KEYS) | options_of(self.config, keys)
 
     def drop_weights(self) -> None:
         """Delete the trained weights in every form; what was measured of them stays, and the run counts as done."""

@@ -66,6 +66,7 @@ def portable(changes: Iterable[tuple[str, tuple[Tensor, Tensor]]], rank: int | N
     for name, change in changes:
         small = compress(*change, rank, energy)
         factors[name], lost = (small.a.float().cpu(), small.b.float().cpu()), max(lost, small.lost)
+        del change, small  # before the next is made
     needed = max(1, *(a.shape[0] for a, _ in factors.values()))
     served = next((allowed for allowed in SERVED_RANKS if allowed >= needed), needed)
     state: dict[str, Tensor] = {}
@@ -108,7 +109,7 @@ def export(
         raise FolderError(f"{folder} holds something other than an adapter of farss: give a new folder")
     state, served, lost = portable(((name, adapter_change(adapted, plan, name)) for name in plan.layers), rank, energy)
     with whole_folder(folder) as unfinished:
-        write_adapter(unfinished, state, plan, base, served, [name for name, _ in adapted.get_base_model().named_modules()])
+        write_adapter(unfinished, state, target_names(plan, adapted), base, served)
         difference, scale = check(adapted, unfinished, batch)
         tolerance = TOLERANCE * max(1.0, scale)
         if rank is None and energy is None and not difference <= tolerance:
@@ -173,8 +174,8 @@ def load_adapter(model: Any, folder: Path | str, tokenizer: Any = None, trainabl
     return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
 
 
-def write_adapter(folder: Path, state: dict[str, Tensor], plan: Plan, base: str, rank: int, modules: Iterable[str] = ()) -> None:
-    """Write PEFT's two files of an adapter with one rank and alpha equal to it. `modules`: names of the base's."""
+def write_adapter(folder: Path, state: dict[str, Tensor], targets: list[str], base: str, rank: int) -> None:
+    """Write PEFT's two files of an adapter with one rank and alpha equal to it. `targets`: from `target_names`."""
     from peft import LoraConfig
 
     folder.mkdir(parents=True)
@@ -182,7 +183,7 @@ def write_adapter(folder: Path, state: dict[str, Tensor], plan: Plan, base: str,
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
-        target_modules=sorted({name.rsplit(".", 1)[-1] for name in plan.layers}) if _everywhere(plan, modules) else list(plan.layers),
+        target_modules=targets,
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",
@@ -192,14 +193,15 @@ def write_adapter(folder: Path, state: dict[str, Tensor], plan: Plan, base: str,
     config.save_pretrained(str(folder))
 
 
-def _everywhere(plan: Plan, modules: Iterable[str]) -> bool:
-    """Whether each kind of layer is adapted in every block, and none of its name elsewhere is not, so that short names say it all
-    (servers prefer them)."""
+def target_names(plan: Plan, adapted: Any) -> list[str]:
+    """PEFT's `target_modules`: short names, which servers prefer, where each kind of layer is adapted in every block and no other module
+    of the model is named alike; else full ones."""
     kinds: dict[str, set[int]] = {}
     for name, layer in plan.layers.items():
         kinds.setdefault(name.rsplit(".", 1)[-1], set()).add(layer.block)
-    alone = all(name in plan.layers for name in modules if name.rsplit(".", 1)[-1] in kinds)
-    return alone and all(len(blocks) == plan.blocks for blocks in kinds.values())
+    alike = [name for name, _ in adapted.get_base_model().named_modules() if name.rsplit(".", 1)[-1] in kinds]
+    everywhere = all(len(blocks) == plan.blocks for blocks in kinds.values())
+    return sorted(kinds) if everywhere and set(alike) <= set(plan.layers) else list(plan.layers)
 
 
 def check(adapted: Any, folder: Path, batch: dict[str, Tensor]) -> tuple[float, float]:

@@ -21,7 +21,7 @@ from farss.errors import FarssError, FolderError
 from farss.merging import write_model
 from farss.methods import METHODS
 from farss.models import base_fingerprint, holds_packed, is_transposed, load_model, load_tokenizer, tokenizer_fingerprint
-from farss.portable import Exported, portable, write_adapter, write_facts
+from farss.portable import Exported, portable, target_names, write_adapter, write_facts
 
 PREFIX = "base_model.model."
 
@@ -98,7 +98,7 @@ def write_prepared(adapted: Any, plan: Plan, tokenizer: Any, folder: Path | str,
             "base_fingerprint": base_fingerprint(adapted),
             "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         }
-        write_json(unfinished / "prepared.json", facts | {"template": template})
+        write_json(unfinished / "prepared.json", facts | {"template": template, "target_modules": target_names(plan, adapted)})
         write_text(unfinished / "README.md", GUIDE.format(source=source, folder=folder))
     return folder
 
@@ -141,7 +141,7 @@ def convert(prepared: Path | str, trained: Path | str, out: Path | str, rank: in
     changes = {name: _change(name, plan.layers[name].scaling, start, end, trained) for name in plan.layers}
     made = portable(changes.items(), rank, energy)
     with whole_folder(out) as unfinished:
-        write_adapter(unfinished, made.state, plan, facts["base"], made.rank)
+        write_adapter(unfinished, made.state, facts.get("target_modules") or list(plan.layers), facts["base"], made.rank)
         difference = _compare(prepared / "base", trained, facts["base"], unfinished)
         exported = Exported(out, made.rank, made.lost, difference)
         hashes = facts["base_fingerprint"], facts["tokenizer_fingerprint"]

@@ -25,6 +25,7 @@ RESPONSES = ("completion", "response", "output", "answer")
 CHATS = ("messages", "conversation")
 BESIDE = ("input", "context")
 _BETWEEN_QUOTES = re.compile(r"(?<=['\"])\s+(?=['\"])")
+_HALF = re.compile("[\ud800-\udfff]")
 KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 
 
@@ -282,6 +283,6 @@ def cell(row: dict[str, Any], column: str, number: int) -> str:
         raise DataError(f"row {number}: column {column!r} holds a {type(value).__name__}, not a text: name another column")
     if value is None or not value.strip():
         raise DataError(f"row {number} has nothing in column {column!r}: fill it or remove the row")
-    if any("\ud800" <= character <= "\udfff" for character in value):
+    if _HALF.search(value):
         raise DataError(f"row {number}: column {column!r} holds half of a character (a surrogate without its pair): mend the row")
     return value

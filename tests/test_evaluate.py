@@ -398,7 +398,8 @@ def test_logits_stay_below_their_bound():
         ("she has 7 left, 3 gone", "#### 3", 1), ("#### 1,234.50", "1234.5", 1), ("$18", "18.00", 1), ("-3", "3", 0),
         ("The answer is: 5 and then 6", "5", 1), ("The answer is: none, 5 apples", "5", 1), ("no idea", "5", 0), ("", "5", 0),
         ("The answer is: 1/2", "0.5", 1), ("1/0", "5", 0), ("#### \n The answer is:", "5", 0), ("0.1", ".1", 1),
-        ("#### Step 2: so it is 12", "12", 1), ("#### -5", "-5", 1), ("it is − 7", "-7", 1), ("- 5 apples", "5", 1), ("20-25", "25", 1),
+        ("#### Step 2: so it is 12", "12", 1), ("#### -5", "-5", 1), ("it is − 7", "-7", 1), ("so\n  - 5 apples", "5", 1),
+        ("20-25", "25", 1),
         ("-$3", "-3", 1), ("9" * 5000, "9", 0),
     ],
 )  # fmt: skip
@@ -433,6 +434,7 @@ def test_texts():
         0,
     ]
     assert [contains(answer, ["Vitamin A"]) for answer in ("vitamin C", "Vitamin A is one", "it is vitamin A")] == [0, 1, 1]
+    assert contains("It is Serie A", ["the Serie A"]) == 1
     assert contains("king of France", ["the king of the France"]) == contains("the king of the France", ["king of France"]) == 1
     assert contains("It was the Beatles band", ["beatles"]) == 1
     assert contains("beetlesque", ["beetles", "the"]) == 0

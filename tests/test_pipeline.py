@@ -245,7 +245,7 @@ def test_full_fine_tuning_that_cannot_fit_is_found_before_anything_is_done(confi
 def test_a_start_that_cannot_be_prepared_is_refused_before_anything_is_looked_at(config):
     for method, message in (
         ("full", "trains the model itself"),
-        ("dora", "rules of its own"),
+        ("dora", "no plain LoRA"),
         ("farss-plus", "takes nothing out of the base"),
     ):
         run = Run(override(config, [f"plan.method={method}"]))

@@ -37,13 +37,16 @@ def write_table(
         chosen: of those, the chosen ones; T of the first seed is relative to the full fine-tuning among them, where there is any.
         missing: how many runs are not complete.
     """
-    folder, only = Path(config.out), the_rest(config)
+    folder, only, asks = Path(config.out), the_rest(config), config.evaluate.asks
     named = [(name, one) for name, group in groups.items() for one in group]
     references = [*chosen.values(), *(one for _, one in named)]
     fulls = {seed: full_folder(config, [one for one in references if one.seed == seed]) for seed in seeds(config)}
     rows = [_row(name, one, fulls[seed], only) for seed in seeds(config) for name, one in named if one.seed == seed]
+    shown = {one.run.path for _, one in named}
+    for one in (one for group in tried.values() for one in group if asks and one.run.path not in shown):
+        one.run.summarise(fulls[one.seed], only)
     entries = {name: [Entry(one.run.path, fulls[one.seed]) for one in group] for name, group in groups.items()}
-    base = mean_scores(folder / "base", only) if config.evaluate.asks else {}
+    base = mean_scores(folder / "base", only) if asks else {}
     found = standings(folder / "base", entries, config.evaluate.resamples, config.seed, only) if base else {}
     comparison = {
         "rows": rows,
@@ -52,7 +55,7 @@ def write_table(
         "differences": differences(found) if set(groups) <= set(tried) else [],  # one learning rate of a method is no rival of another
         "frontier": _frontier(config, tried, chosen, fulls[seeds(config)[0]], only),
         "missing": missing,
-        "notes": [*notes, *(note for note in (rows[0]["notes"] if rows else []) if all(note in row["notes"] for row in rows))],
+        "notes": [*notes, *(note for note in (rows[0]["notes"] if len(rows) > 1 else []) if all(note in row["notes"] for row in rows))],
     }
     write_json(folder / "comparison.json", comparison)
     write_text(folder / "comparison.md", comparison_markdown(comparison))

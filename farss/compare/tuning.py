@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from farss.artifacts import Kind
 from farss.compare.entrants import Entrant
 from farss.config import Config
 from farss.errors import ConfigError, FarssError
@@ -56,7 +57,7 @@ def choose(config: Config, tried: dict[str, list[Entrant]]) -> tuple[dict[str, E
     assert full is not None  # `check_tuning`
     everyone = [one for group in tried.values() for one in group]
     known = _held_out_estimates(config, {one.run.path.name: one.run.path for one in everyone}, full)
-    reference = _held_out_estimates(config, {"": full}, None)[""]  # apart: it may have been asked the task alone
+    reference = _held_out_estimates(config, {"": full}, None, ("task",))[""]
     measure, values = measured(known, reference["learned"].value if "learned" in reference else 0.0)
     for label, group in tried.items():
         if label not in found:
@@ -68,7 +69,9 @@ def best_full(config: Config, tried: dict[str, list[Entrant]]) -> dict[str, Entr
     """Of each label that is full fine-tuning, the entrant that learned most of the task by the held-out questions."""
     groups = {label: _by_rate(group) for label, group in tried.items() if group and group[0].method == "full"}
     folders = {one.run.path.name: one.run.path for group in groups.values() for one in group}
-    learned = {name: each["learned"].value for name, each in _held_out_estimates(config, folders, None).items() if "learned" in each}
+    learned = {
+        name: each["learned"].value for name, each in _held_out_estimates(config, folders, None, ("task",)).items() if "learned" in each
+    }
     only = held_out(config.compare.held_out)
 
     def learning(one: Entrant) -> tuple[float, float]:
@@ -82,10 +85,12 @@ def _by_rate(entrants: list[Entrant]) -> list[Entrant]:
     return sorted(entrants, key=lambda one: one.factor or 1.0)
 
 
-def _held_out_estimates(config: Config, folders: dict[str, Path], full: Path | None) -> dict[str, dict[str, Estimate]]:
+def _held_out_estimates(
+    config: Config, folders: dict[str, Path], full: Path | None, kinds: Sequence[Kind] = ("knowledge", "task")
+) -> dict[str, dict[str, Estimate]]:
     entries = {name: [Entry(folder, full)] for name, folder in folders.items()}
     only = held_out(config.compare.held_out)
-    known = standings(Path(config.out) / "base", entries, config.evaluate.resamples, config.seed, only)
+    known = standings(Path(config.out) / "base", entries, config.evaluate.resamples, config.seed, only, kinds)
     return {name: standing.estimates for name, standing in known.items()}
 
 

@@ -19,18 +19,19 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _LEADING = re.compile(r"\b(a|an|the)\b(?=\s+\w)")
 _PUNCTUATION = str.maketrans("", "", string.punctuation + "‘’´“”")
 _MARK = re.compile(r"(?:####|[Tt]he (?:final )?answer is:?)")
-_SIGN = r"(?<![\w)])(?:[-+−](?!\s)|(?<!^)[-+−]\s)"  # not the dash of "20-25", nor that of a list
-_NUMBER = re.compile(rf"(?:{_SIGN})?\$?\s?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?", re.MULTILINE)
-_NUMBER_MARK = re.compile(rf"####(?=[\s:]*{_NUMBER.pattern})|[Tt]he (?:final )?answer is:?", re.MULTILINE)  # "#### Step 2" is a heading
+_LISTED = re.compile(r"^\s*[-+−]\s+", re.MULTILINE)
+_NUMBER = re.compile(r"(?:(?<![\w)])[-+−]\s?)?\$?\s?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?")  # the dash of "20-25" is no sign
+_NUMBER_MARK = re.compile(rf"####(?=[\s:]*{_NUMBER.pattern})|[Tt]he (?:final )?answer is:?")  # "#### Step 2" is a heading
 
 
 def normalise(text: str) -> str:
     """Lower case, without punctuation, articles and extra white space (the rule of NQ-open and of lm_eval)."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+    return " ".join(_ARTICLES.sub(" ", _plain(text.lower())).split())
 
 
 def final_number(text: str) -> Fraction | None:
     """The number behind the last `####` or `The answer is:`, else the last number in the text; None without one."""
+    text = _LISTED.sub("", text)
     marks = list(_NUMBER_MARK.finditer(text))
     if marks:
         found = _NUMBER.search(text, marks[-1].end())
@@ -62,9 +63,10 @@ def _holds(answer: str, accepted: str) -> bool:
     not in "A cat"."""
     if not normalise(accepted):
         choice = re.escape(_plain(accepted).strip())
-        return bool(choice and re.search(rf"(?<!\w){choice}(?=\s*(?:[{re.escape(string.punctuation)}]|$))", answer))
+        return bool(choice and re.search(rf"(?<!\w){choice}(?=\s*(?:[{re.escape(string.punctuation)}]|$))", answer, re.MULTILINE))
     kept, found = _plain(accepted.lower()), _plain(answer.lower())
-    return _within(kept, found) or _within(_LEADING.sub(" ", kept), _ARTICLES.sub(" ", found))
+    bare = _LEADING.sub(" ", kept)
+    return _within(bare, found) or _within(bare, _ARTICLES.sub(" ", found))
 
 
 def _within(part: str, whole: str) -> bool:
@@ -78,7 +80,7 @@ def _plain(text: str) -> str:
 
 def _words(text: str) -> str:
     """The normalised text; where nothing is left of it, with its articles ("A." as a choice), or as it is ("+")."""
-    return normalise(text) or " ".join(text.lower().translate(_PUNCTUATION).split()) or " ".join(text.lower().split())
+    return normalise(text) or " ".join(_plain(text.lower()).split()) or " ".join(text.lower().split())
 
 
 def number(answer: str, answers: Sequence[str]) -> float:

@@ -45,7 +45,12 @@ class Standing:
 
 
 def standings(
-    base: Path, methods: Mapping[str, Sequence[Entry]], resamples: int, seed: int, only: Only | None = None
+    base: Path,
+    methods: Mapping[str, Sequence[Entry]],
+    resamples: int,
+    seed: int,
+    only: Only | None = None,
+    kinds: Sequence[Kind] = ("knowledge", "task"),
 ) -> dict[str, Standing]:
     """K, T and KT of every method from the per-question records of its runs.
 
@@ -53,6 +58,7 @@ def standings(
         base: folder of the untouched model's scores.
         methods: the runs of each method, one a seed.
         only: which questions count; None: all.
+        kinds: of questions; K and `kept` come from knowledge, T and `learned` from the task.
 
     Raises:
         FolderError: scores are missing, or runs answered different questions.
@@ -64,8 +70,8 @@ def standings(
     generator = np.random.default_rng(seed + 1)
     chance = {method: _chance(len(entries), resamples, generator) for method, entries in methods.items()}
     found: dict[str, dict[str, Array]] = {method: {} for method in methods}
-    kinds: tuple[tuple[Kind, str, str], ...] = (("knowledge", "K", "kept"), ("task", "T", "learned"))
-    for kind, letter, nats in kinds:
+    for kind in kinds:
+        letter, nats = ("K", "kept") if kind == "knowledge" else ("T", "learned")
         folders = [*(own if letter == "K" else with_full)]  # K needs no full fine-tuning, which may have been asked the task alone
         place = {folder: index for index, folder in enumerate(folders)}
         outcomes = _outcomes([read[folder] for folder in folders], kind, only)

@@ -119,12 +119,12 @@ def check_options(options: TrainConfig, device: torch.device) -> None:
     from transformers import SchedulerType, get_scheduler
     from transformers.integrations import get_available_reporting_integrations  # type: ignore[attr-defined]
 
-    schedulers = [entry.value for entry in SchedulerType if entry != SchedulerType.REDUCE_ON_PLATEAU]  # which looks at an evaluation
+    schedulers = [entry.value for entry in SchedulerType if entry.value not in ("reduce_lr_on_plateau", "greedy")]  # look at evaluations
     if options.scheduler not in schedulers:
         raise ConfigError(f"train.scheduler={options.scheduler!r}: {nearest(options.scheduler, schedulers)}")
     try:
         get_scheduler(options.scheduler, torch.optim.SGD([torch.zeros(1)]), num_warmup_steps=1, num_training_steps=10)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(
             f"train.scheduler={options.scheduler!r} needs options of its own ({error}): choose another, such as linear or cosine"
         ) from error
