@@ -36,7 +36,6 @@ from torch import Tensor
 
 from farss.adapter import START, TRAINED, lora_layers
 from farss.artifacts import Plan, Survey, read_json, write_json, write_tensors
-from farss.cli import bars
 from farss.config import Config
 from farss.configfile import override
 from farss.data import batches, calibration_batches, collate
@@ -46,8 +45,10 @@ from farss.jobs import do_all
 from farss.maths.directions import select
 from farss.maths.moments import Moment, kept_rows
 from farss.methods import METHODS, Regime
-from farss.models import fingerprint, layer_shapes, load_model, target_layers
+from farss.models import fingerprint, layer_shapes, load_model
 from farss.pipeline import Run
+from farss.progress import bars
+from farss.structure import target_layers
 from farss.survey import survey
 from farss.survey.places import moved
 from farss.versions import versions

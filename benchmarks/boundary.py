@@ -20,7 +20,6 @@ from common import environment, percent, run_config, table, write_section
 
 from farss.artifacts import questions
 from farss.boundary import Boundary
-from farss.cli import bars
 from farss.config import Config
 from farss.configfile import override, to_dict
 from farss.evaluate import Summary
@@ -29,6 +28,7 @@ from farss.jobs import Tell, do_all
 from farss.maths.metrics import Array, balance, balances, bootstrap, interval, mean_ratios
 from farss.models import layer_shapes
 from farss.pipeline import Run
+from farss.progress import bars
 from farss.search import candidates
 from farss.train import TrainResult
 from farss.versions import versions

@@ -22,7 +22,7 @@ from farss.config import Base
 from farss.errors import FarssError, ModelError
 from farss.methods import METHODS, Regime
 from farss.methods.base import Start
-from farss.models import ORIGINAL, check_readable, is_packed, is_transposed, keep_gradients, shape_of
+from farss.structure import ORIGINAL, check_readable, is_packed, is_transposed, keep_gradients, shape_of
 
 TRAINED = "trained"
 """Name of the adapter that trains. It is not PEFT's `default`, so that a checkpoint of somebody's trainer lies in

@@ -7,22 +7,22 @@ import io
 import logging
 import shutil
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from farss.config import Config
 from farss.configfile import commented, load, override
 from farss.errors import FarssError, UsageError
+from farss.progress import bars, console
 
 app = typer.Typer(
     help="Fine-tune a language model on your data without losing what it knew.",
@@ -30,7 +30,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console()
 errors = Console(stderr=True)
 
 TUNE = [0.25, 0.5, 1, 2]
@@ -53,86 +52,11 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except FarssError as error:
-        errors.print(f"[bold red]farss:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        errors.print(f"[bold red]farss:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         errors.print("farss: stopped; the same command continues where it was")
         sys.exit(130)
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
-
-
-# --- progress --------------------------------------------------------------------------------------------------------
-
-
-class Bars:
-    """One progress bar a step, with the time left."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-        self.tasks: dict[str, TaskID] = {}
-
-    def tell(self, step: str, done: int, total: int, line: str) -> None:
-        """Show that `done` of `total` parts of a step are done."""
-        if step not in self.tasks:
-            self.tasks[step] = self.progress.add_task(step, total=total, line="")
-        self.progress.update(self.tasks[step], completed=done, total=total, line=_escape(line))
-
-
-@contextmanager
-def bars() -> Iterator[Callable[[str, int, int, str], None]]:
-    """Progress bars on a terminal; a line for each finished step elsewhere; nothing in any process but the first."""
-    from farss import processes
-
-    if processes.rank():
-        yield lambda step, done, total, line: None
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("[dim]{task.fields[line]}"),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        yield Bars(progress).tell if console.is_terminal else LogLines().tell
-
-
-class LogLines:
-    """Progress for log files: a line when a step starts, at every tenth of it, and when it is done."""
-
-    def __init__(self) -> None:
-        self.shown: dict[str, int] = {}
-        self.begun: dict[str, tuple[float, int]] = {}
-        self.last: dict[str, int] = {}
-
-    def tell(self, step: str, done: int, total: int, line: str) -> None:
-        """Print a line if the step has come a tenth further."""
-        if done < self.last.get(step, 0):  # a step may count several things, one after the other
-            del self.begun[step]
-        self.last[step] = done
-        start, first = self.begun.get(step, (0.0, done))
-        if done == first:  # preparations do not count
-            start = time.monotonic()
-            self.begun[step] = (start, first)
-        tenth = 10 * done // max(total, 1)
-        if self.shown.get(step) == tenth:
-            return
-        self.shown[step] = tenth
-        parts = [f"{step}: {done} of {total}", *([_escape(line)] if line else [])]
-        if first < done < total:
-            parts.append(f"{_duration((time.monotonic() - start) / (done - first) * (total - done))} left")
-        console.print(", ".join(parts), highlight=False, soft_wrap=True)
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
@@ -240,7 +164,7 @@ def _show_boundary(found: Any) -> None:
 
     if found.candidates:
         console.print(boundary_table(found))
-        console.print(f"[dim]K: {_escape(found.knowledge)}\nT: {_escape(found.task)}", highlight=False, soft_wrap=True)
+        console.print(f"[dim]K: {escape(found.knowledge)}\nT: {escape(found.task)}", highlight=False, soft_wrap=True)
     for note in found.notes:
         console.print(note, highlight=False, soft_wrap=True)
 
@@ -482,7 +406,7 @@ def _facts(folder: Path) -> None:
 
 def _tell(notes: Iterable[str]) -> None:
     for note in notes:
-        console.print(f"[dim]{_escape(note)}", highlight=False, soft_wrap=True)
+        console.print(f"[dim]{escape(note)}", highlight=False, soft_wrap=True)
 
 
 def _handed_over(folder: Path) -> Path:
@@ -496,7 +420,7 @@ def _handed_over(folder: Path) -> Path:
 
 def _where(places: dict[str, Path]) -> None:
     width = max(map(len, places))
-    lines = [f"[bold]{name:<{width}}[/]  {_escape(_short(path))}" for name, path in places.items()]
+    lines = [f"[bold]{name:<{width}}[/]  {escape(_short(path))}" for name, path in places.items()]
     if shutil.get_terminal_size().columns < 60 or not console.is_terminal:
         console.print("\n".join(lines), highlight=False, soft_wrap=True)
     else:

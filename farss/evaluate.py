@@ -176,12 +176,9 @@ def _ask_and_write(benchmark: Benchmark, live: Any, config: Config, manager: Any
     logged = _run(benchmark, live, config, manager)
     records: list[Record] = []
     for each in logged:
-        whole = benchmark.drawn is not None  # a task of lm_eval may have longer ones than fit, and HFLM cuts them
-        records += _with_gold(
-            live.gold if whole else live.loglikelihood,
-            each,
-            records_of(each, main_metric(each), f"{each.name}/" if len(logged) > 1 else ""),
-        )
+        found = records_of(each, main_metric(each), f"{each.name}/" if len(logged) > 1 else "")
+        # lm_eval's tasks may have right answers that do not fit, and HFLM cuts their prompts
+        records += _with_gold(live.gold if benchmark.drawn else live.loglikelihood, each, found)
     if benchmark.drawn is not None:
         for record in records:
             record["id"] = benchmark.drawn.asked[record["id"]]["id"]

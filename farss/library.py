@@ -20,10 +20,11 @@ from farss.config import Base, CalibrationConfig, DataConfig, PlanConfig
 from farss.data import Row, Tokenized, calibration_batches, collate, load_examples, plain_rows, tokenize_rows, unlearnt
 from farss.errors import ConfigError, FarssError
 from farss.methods import Reading
-from farss.models import find_blocks, fingerprint, target_layers
+from farss.models import fingerprint
 from farss.plan import check_plan, make_plan, make_plan_without_survey, method_of, survey_cap
 from farss.portable import Exported
 from farss.portable import export as export_adapter
+from farss.structure import find_blocks, target_layers
 from farss.survey import LENGTH, Progress, own_text, read_layers, survey
 
 CHECK_ROWS = 4

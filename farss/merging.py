@@ -14,8 +14,9 @@ from torch import Tensor
 from farss.adapter import changed_weight
 from farss.artifacts import Plan, read_json, whole_folder, write_tensors
 from farss.errors import FarssError
-from farss.models import base_weights, holds_packed, is_transposed, local_folder
+from farss.models import local_folder
 from farss.portable import in_float32, logits
+from farss.structure import base_weights, holds_packed, is_transposed
 
 Change = Callable[[str, Tensor], Tensor]
 """(name of a weight, its value) -> its new value."""

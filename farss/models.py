@@ -1,18 +1,13 @@
-"""The only door to model loading, and the only place that knows block names, fused layers and Conv1D."""
+"""The only door to model loading: where a model lies, on which device and in which precision it is loaded, and which one it is."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
-import inspect
 import json
 import logging
-import math
 import os
 import platform
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +16,8 @@ from torch import Tensor, nn
 
 from farss.artifacts import Layer
 from farss.config import ModelConfig
-from farss.errors import ConfigError, ModelError, nearest
+from farss.errors import ConfigError, ModelError
+from farss.structure import base_weights, find_blocks, keep_gradients, target_layers
 
 
 def device_of(config: ModelConfig) -> torch.device:
@@ -203,247 +199,6 @@ def check_path(path: str) -> None:
 
 def _first_sentence(error: BaseException) -> str:
     return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-
-
-# --- structure -------------------------------------------------------------------------------------------------------
-
-
-def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Find the list of blocks: the outermost `ModuleList` with the most weights in linear layers.
-
-    Returns:
-        Its full name (such as `model.layers`) and the list.
-
-    Raises:
-        ModelError: there is none, or the model has an encoder and a decoder.
-    """
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise ModelError("encoder-decoder models are not supported: use a decoder-only or an encoder-only model")
-    sizes = {
-        name: sum(math.prod(shape_of(module)) for module in modules.modules() if is_linear(module))
-        for name, modules in model.named_modules()
-        if isinstance(modules, nn.ModuleList)
-    }
-    if not sizes or not max(sizes.values()):
-        raise ModelError(f"{type(model).__name__} has no list of blocks with linear layers: nothing can be adapted")
-    best = max(sizes, key=lambda name: (sizes[name], -len(name)))
-    return best, model.get_submodule(best)  # type: ignore[return-value]
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module computes `y = W h (+ b)` with a two-dimensional weight."""
-    return isinstance(module, nn.Linear) or is_transposed(module)
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """Whether a linear layer stores `W^T` (GPT-2's Conv1D)."""
-    return type(module).__name__ == "Conv1D"
-
-
-def is_packed(module: nn.Module) -> bool:
-    """Whether a linear layer's weight is quantised."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    return not _unscaled(weight) or weight.dim() != 2 or type(weight) not in (Tensor, nn.Parameter)
-
-
-def _unscaled(weight: Tensor) -> bool:
-    """Whether each entry is a number by itself: 8-bit floats are multiplied by scales that lie beside them."""
-    return weight.is_floating_point() and weight.element_size() > 1
-
-
-def holds_packed(model: nn.Module) -> bool:
-    """Whether some of a model's weights are quantised."""
-    return not all(_unscaled(parameter) for parameter in model.parameters())
-
-
-def shape_of(module: nn.Module) -> tuple[int, int]:
-    """(m, n) of `W [m, n]`, packed or not."""
-    if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    return weight.shape[1], weight.shape[0]
-
-
-def weight_of(module: nn.Module) -> Tensor:
-    """The weight as `W [m, n]`: Conv1D (GPT-2) stores its transpose, and 4-bit weights are dequantised.
-
-    Raises:
-        ModelError: the weight is packed in a format that is not understood.
-    """
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    if not weight.numel() or weight.is_meta:
-        raise ModelError(
-            f"a {type(module).__name__} of {shape_of(module)} holds no weights in this process (sharded by ZeRO-3 or FSDP, or not "
-            "loaded): prepare the model before it is sharded"
-        )
-    if not is_packed(module):
-        return weight.T if is_transposed(module) else weight
-    if type(module).__name__ == "Linear4bit":
-        from bitsandbytes.functional import dequantize_4bit
-
-        return dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[attr-defined]
-    if type(weight.data) is not Tensor and callable(getattr(weight, "dequantize", None)) and weight.is_floating_point():
-        return weight.dequantize()  # torchao's tensors; a plain tensor's method knows nothing of scales that lie beside it, as FP8's do
-    raise ModelError(
-        f"a {type(module).__name__} holds packed weights ({weight.dtype}, shape {tuple(weight.shape)}) that cannot be read: "
-        "load the model unquantised, or in bitsandbytes' 4-bit format (model.quantization=nf4)"
-    )
-
-
-def check_readable(model: nn.Module, names: Iterable[str]) -> None:
-    """Find out before a training that weights are packed in a format from which no adapter could be exported and checked.
-
-    Raises:
-        ModelError: as `weight_of` does.
-    """
-    packed = {type(module): module for name in names if is_packed(module := model.get_submodule(name))}
-    for module in packed.values():
-        weight_of(module)
-
-
-def keep_gradients(model: nn.Module) -> None:
-    """Keep bitsandbytes from rearranging 4-bit weights for inference on a CPU, and undo where it has.
-
-    It does so in the first forward pass without gradients, and from then on no gradient comes back through the layer.
-    """
-    for module in model.modules():
-        if type(module).__name__ == "Linear4bit":
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-            weight: Any = module.weight
-            if getattr(weight.quant_state, "packing_format_for_cpu", False):
-                from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
-
-                weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
-
-
-def target_layers(model: nn.Module, targets: list[str] | None = None) -> dict[str, Layer]:
-    """Every linear layer inside the blocks that PEFT can adapt, or those whose name ends in one of `targets`, by full module name.
-
-    Raises:
-        ConfigError: a name in `targets` matches no such layer.
-    """
-    linear = _linear_layers(model)
-    taken = _taken_for_experts(model, linear)
-    found = {name: layer for name, layer in linear.items() if name not in taken}
-    if not targets:
-        return found
-    suffixes = {name.rsplit(".", 1)[-1] for name in found}
-    for target in targets:
-        if any(_matches(name, target) for name in taken):
-            raise ConfigError(f"model.targets: PEFT takes {target!r} of this model for an expert's, which is not adapted: leave it out")
-        if not any(_matches(name, target) for name in found):
-            raise ConfigError(f"model.targets: no linear layer is called {target!r}: {nearest(target, suffixes)}")
-    return {name: layer for name, layer in found.items() if any(_matches(name, target) for target in targets)}
-
-
-def _linear_layers(model: nn.Module) -> dict[str, Layer]:
-    """Every linear layer inside the blocks, by full module name."""
-    prefix, blocks = find_blocks(model)
-    found: dict[str, Layer] = {}
-    for index, block in enumerate(blocks):
-        for inner, module in block.named_modules():
-            if is_linear(module):
-                name = ".".join(filter(None, (prefix, str(index), inner)))
-                found[name] = Layer(name, index, shape_of(module), float("nan"))
-    return found
-
-
-def _taken_for_experts(model: nn.Module, linear: dict[str, Layer]) -> list[str]:
-    """Linear layers that PEFT cannot adapt. In some mixtures (DeepSeek, GLM) it takes every layer with the name of an expert's, in
-    dense blocks and in shared experts too, for the experts in one parameter, which are not adapted; whoever loads the adapter has
-    that PEFT as well."""
-    if not _in_one_parameter(model):
-        return []
-    from peft import LoraConfig
-
-    try:
-        from peft.utils import transformers_weight_conversion as conversion
-    except ImportError:  # before PEFT 0.19 names are what they are
-        return []
-    config = LoraConfig(target_modules=list(linear))
-    conversion.convert_peft_config_for_transformers(config, model=model, conversions=None)
-    return [name for name in linear if name not in (config.target_modules or ())]
-
-
-def left_out(model: nn.Module) -> list[str]:
-    """What is never adapted inside the blocks: the experts of a mixture, where they are one three-dimensional parameter, and layers
-    that PEFT takes for them.
-
-    Returns:
-        One sentence a kind of parameter; empty for most models.
-    """
-    lines = [
-        f"Not adapted: {kind} in {count} blocks, {shape[0]} experts in one parameter of shape {shape}."
-        for kind, (count, shape) in _in_one_parameter(model).items()
-    ]
-    prefix, _ = find_blocks(model)
-    taken = _taken_for_experts(model, _linear_layers(model))
-    kinds = Counter(name.removeprefix(f"{prefix}.").partition(".")[2] for name in taken)
-    return lines + [f"Not adapted: {kind} in {count} blocks, which PEFT takes for an expert's." for kind, count in kinds.items()]
-
-
-def _in_one_parameter(model: nn.Module) -> dict[str, tuple[int, tuple[int, ...]]]:
-    """Three-dimensional parameters inside the blocks: kind -> in how many blocks, and their shape."""
-    prefix, _ = find_blocks(model)
-    found: dict[str, tuple[int, tuple[int, ...]]] = {}
-    for name, parameter in model.named_parameters():
-        if name.startswith(f"{prefix}.") and parameter.dim() == 3:
-            kind = name.removeprefix(f"{prefix}.").partition(".")[2]
-            found[kind] = (found.get(kind, (0,))[0] + 1, tuple(parameter.shape))
-    return found
-
-
-def _matches(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
-
-
-def accepts(model: Any, argument: str) -> bool:
-    """Whether the forward of a model, or of the model in a `PeftModel`, takes an argument of this name."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return argument in inspect.signature(base.forward).parameters
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while, on compact rows; every module's own mode is restored."""
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with compact_head(model):
-            yield
-    finally:
-        for module, mode in training:
-            module.training = mode
-
-
-@contextmanager
-def compact_head(model: Any) -> Iterator[None]:
-    """Give the output layer contiguous rows.
-
-    Where only the last positions of each row are kept, they are a view with gaps. On CPUs torch multiplies such a view by a copy of
-    the whole output weight for each row. For the last 20 of 80 positions of 40 rows on Gemma 3 270M: 8.0 s instead of 3.5 s in
-    float32, 54 s instead of 0.9 s in bfloat16.
-    """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    hook = None if head is None else head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
-    try:
-        yield
-    finally:
-        if hook is not None:
-            hook.remove()
-
-
-ORIGINAL = "farss_original"
-"""Attribute of a linear layer that holds its own weight while a residual stands in its place."""
-
-
-def base_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a base model without what PEFT and we put into it."""
-    state = {name.replace(".base_layer.", "."): tensor for name, tensor in model.state_dict().items() if "lora_" not in name}
-    for name, module in model.named_modules():
-        if hasattr(module, ORIGINAL):
-            state[f"{name.removesuffix('.base_layer')}.weight"] = getattr(module, ORIGINAL)
-    return state
 
 
 def base_fingerprint(model: Any) -> str:

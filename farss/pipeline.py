@@ -40,22 +40,13 @@ from farss.jobs import Tell
 from farss.llamacpp import write_gguf
 from farss.merging import merge, merged_difference
 from farss.methods import Regime
-from farss.models import (
-    check_room,
-    computing_dtype,
-    device_of,
-    empty_model,
-    left_out,
-    load_model,
-    loaded_dtype,
-    quiet,
-    stored_dtype,
-)
+from farss.models import check_room, computing_dtype, device_of, empty_model, load_model, loaded_dtype, quiet, stored_dtype
 from farss.plan import check_plan, make_plan, make_plan_without_survey, method_of, require_boundary
 from farss.portable import export, load_adapter, step_zero
 from farss.prepared import check_method, write_prepared
 from farss.recovery import knowledge_alone, recover, recovery_rows
 from farss.report import write_report
+from farss.structure import left_out
 from farss.surveys import Surveys, check_fingerprint
 from farss.tasks.course import Course, prepare_course
 from farss.train import TrainResult, check_options, products, restore, train, training_steps

@@ -20,7 +20,8 @@ from farss.artifacts import Plan, read_json, whole_folder, write_json, write_ten
 from farss.card import write_card
 from farss.errors import FarssError, FolderError
 from farss.maths.compress import compress
-from farss.models import base_fingerprint, evaluating, find_blocks, is_linear, is_packed, tokenizer_fingerprint, weight_of
+from farss.models import base_fingerprint, tokenizer_fingerprint
+from farss.structure import evaluating, find_blocks, is_linear, is_packed, weight_of
 from farss.survey.places import outside, placed, placed_in_turn
 
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

@@ -20,8 +20,9 @@ from farss.config import ModelConfig
 from farss.errors import FarssError, FolderError
 from farss.merging import write_model
 from farss.methods import METHODS
-from farss.models import base_fingerprint, holds_packed, is_transposed, load_model, load_tokenizer, tokenizer_fingerprint
+from farss.models import base_fingerprint, load_model, load_tokenizer, tokenizer_fingerprint
 from farss.portable import Exported, portable, target_names, write_adapter, write_facts
+from farss.structure import holds_packed, is_transposed
 
 PREFIX = "base_model.model."
 

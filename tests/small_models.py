@@ -6,7 +6,7 @@ import torch
 import transformers
 
 from farss import world
-from farss.models import find_blocks, target_layers
+from farss.structure import find_blocks, target_layers
 
 VOCABULARY = 97
 MIXTURE = {

@@ -9,8 +9,8 @@ from farss.config import PlanConfig
 from farss.data import batches, collate
 from farss.errors import FarssError
 from farss.maths.directions import decompose
-from farss.models import find_blocks, target_layers, weight_of
 from farss.plan import make_plan, make_plan_without_survey
+from farss.structure import find_blocks, target_layers, weight_of
 from farss.survey import survey
 
 CONFIG = PlanConfig(boundary=2, rank=8, r_min=1, r_avg=4, r_max=6, alpha=16.0)

@@ -10,7 +10,7 @@ from small_models import save_small
 from test_boundary import settings
 from typer.testing import CliRunner
 
-from farss import cli, world
+from farss import world
 from farss.cli import app
 from farss.config import Config
 from farss.configfile import from_dict
@@ -107,17 +107,3 @@ def test_report_draws_from_artifacts_alone_and_opens_the_page(tmp_path, monkeypa
     assert "no browser" not in CliRunner().invoke(app, ["report", str(tmp_path), "--open"]).output
     assert opened == [(tmp_path / "report.html").as_uri()]
     assert "no browser was found" in CliRunner().invoke(app, ["report", str(tmp_path), "--open"]).output
-
-
-def test_the_time_left_is_that_of_what_is_counted_now(monkeypatch):
-    """An evaluation counts the questions of one benchmark after the other."""
-    clock, shown = iter(range(0, 10_000, 100)), []
-    monkeypatch.setattr(cli.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(cli.console, "print", lambda text, **_: shown.append(text))
-    lines = cli.LogLines()
-    for done in (10, 100):
-        lines.tell("evaluate", done, 200, "facts")
-    for done in (5, 20, 50):  # another benchmark, whose first count is smaller
-        lines.tell("evaluate", done, 100, "seals")
-    assert shown[1] == "evaluate: 100 of 200, facts, 111 s left"
-    assert shown[-1] == "evaluate: 50 of 100, seals, 4 min left"

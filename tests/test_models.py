@@ -11,7 +11,7 @@ from farss import models
 from farss.config import ModelConfig, TrainConfig
 from farss.data import batches, collate
 from farss.methods import METHODS
-from farss.models import computing_dtype, evaluating, fingerprint, load_model, multiplies_in
+from farss.models import computing_dtype, fingerprint, load_model, multiplies_in
 from farss.survey import read_layers, survey
 from farss.train import products
 
@@ -127,16 +127,3 @@ def test_a_survey_goes_on_where_another_kind_of_machine_left_it(tmp_path, monkey
     found = survey(narrow, as_batches(), tmp_path / "moved", cap=4)
     for name in found.layers:
         torch.testing.assert_close(found.directions(name).scores, expected.directions(name).scores, rtol=0.1, atol=0)
-
-
-def test_the_output_layer_gets_contiguous_rows_while_a_model_is_evaluated():
-    model, contiguous = small("gemma3").train(), []
-    model.get_output_embeddings().register_forward_hook(lambda module, args, output: contiguous.append(args[0].is_contiguous()))
-    ids = torch.ones(2, 5, dtype=torch.int64)
-    with evaluating(model):
-        assert not model.training
-        inside = model(ids, logits_to_keep=2).logits
-    assert model.training
-    outside = model.eval()(ids, logits_to_keep=2).logits
-    assert contiguous == [True, False]
-    torch.testing.assert_close(inside, outside, rtol=0, atol=1e-12)

@@ -14,8 +14,8 @@ from farss.maths.directions import select
 from farss.maths.ranks import paper_ranks
 from farss.methods.farss import shallow_ranks
 from farss.methods.uniform import uniform_parameters
-from farss.models import find_blocks, target_layers
 from farss.plan import check_exact, check_plan, make_plan, make_plan_without_survey, survey_cap
+from farss.structure import find_blocks, target_layers
 from farss.survey import survey
 
 BASE = PlanConfig(boundary=2, rank=8, r_min=1, r_avg=4, r_max=6)

@@ -17,10 +17,10 @@ from farss.adapter import START, TRAINED, adapter_change, attach
 from farss.artifacts import LayerPlan, Plan
 from farss.config import PlanConfig
 from farss.data import collate
-from farss.errors import FarssError, FolderError, ModelError
+from farss.errors import FarssError, FolderError
 from farss.maths.compress import compress
 from farss.merging import holds_layers, merge, write_model
-from farss.models import base_fingerprint, fingerprint, holds_packed, is_packed, local_folder, weight_of
+from farss.models import base_fingerprint, fingerprint, local_folder
 from farss.plan import make_plan
 from farss.portable import SERVED_RANKS, export, in_float32, load_adapter
 from farss.survey import survey
@@ -196,17 +196,6 @@ def test_only_the_files_that_are_loaded_are_merged(tmp_path):
     assert torch.equal(load_file(target / "model.safetensors")["a.weight"], torch.ones(2, 2))
     save_file({"a.weight": torch.zeros(2, 2).to(torch.float8_e4m3fn)}, source / "model.safetensors")
     assert not holds_layers(source, plan)  # its numbers mean nothing without their scales
-
-
-def test_eight_bit_floats_are_packed():
-    layer = torch.nn.Linear(2, 2)
-    assert not is_packed(layer)
-    assert not holds_packed(layer)
-    layer.weight = torch.nn.Parameter(layer.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
-    assert is_packed(layer)
-    assert holds_packed(layer)
-    with pytest.raises(ModelError, match=r"packed weights \(torch.float8_e4m3fn"):  # their scales lie beside them
-        weight_of(layer)
 
 
 def test_one_layers_change_is_held_at_a_time():

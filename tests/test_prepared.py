@@ -10,10 +10,11 @@ from farss import world
 from farss.adapter import attach
 from farss.config import PlanConfig
 from farss.errors import FarssError, FolderError
-from farss.models import base_fingerprint, find_blocks, target_layers
+from farss.models import base_fingerprint
 from farss.plan import make_plan_without_survey
 from farss.portable import load_adapter
 from farss.prepared import convert, write_prepared
+from farss.structure import find_blocks, target_layers
 
 
 @pytest.fixture

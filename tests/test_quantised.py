@@ -16,10 +16,11 @@ from farss.configfile import from_dict
 from farss.data import Tokenized
 from farss.errors import FarssError, ModelError
 from farss.merging import merge
-from farss.models import base_fingerprint, base_weights, keep_gradients, load_model, target_layers, weight_of
+from farss.models import base_fingerprint, load_model
 from farss.plan import make_plan
 from farss.portable import export
 from farss.prepared import write_prepared
+from farss.structure import base_weights, keep_gradients, target_layers, weight_of
 from farss.survey import survey
 from farss.train import train
 

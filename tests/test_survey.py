@@ -19,7 +19,7 @@ from farss.errors import ConfigError, FarssError, FolderError, ModelError, Numer
 from farss.maths.directions import decompose, direction_scores, select
 from farss.maths.fisher import quadratic_form
 from farss.methods import METHODS
-from farss.models import left_out, target_layers, weight_of
+from farss.structure import left_out, target_layers, weight_of
 from farss.survey import read_layers, survey
 from farss.survey.passage import enter, sampled, through
 from farss.survey.sweep import shallow_end

@@ -69,9 +69,8 @@ def best_full(config: Config, tried: dict[str, list[Entrant]]) -> dict[str, Entr
     """Of each label that is full fine-tuning, the entrant that learned most of the task by the held-out questions."""
     groups = {label: _by_rate(group) for label, group in tried.items() if group and group[0].method == "full"}
     folders = {one.run.path.name: one.run.path for group in groups.values() for one in group}
-    learned = {
-        name: each["learned"].value for name, each in _held_out_estimates(config, folders, None, ("task",)).items() if "learned" in each
-    }
+    known = _held_out_estimates(config, folders, None, ("task",))
+    learned = {name: each["learned"].value for name, each in known.items() if "learned" in each}
     only = held_out(config.compare.held_out)
 
     def learning(one: Entrant) -> tuple[float, float]:

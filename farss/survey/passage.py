@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from farss.errors import ModelError, NumericalError
-from farss.models import accepts
+from farss.structure import accepts
 
 Batch = dict[str, Tensor]
 

@@ -22,8 +22,8 @@ from farss.artifacts import Layer, Survey, fingerprint, write_json
 from farss.maths.fisher import output_energy
 from farss.maths.moments import Covariance, Moment
 from farss.memory import freed_memory_kept, peak_gib
-from farss.models import find_blocks, keep_gradients, target_layers
 from farss.models import fingerprint as model_fingerprint
+from farss.structure import find_blocks, keep_gradients, target_layers
 from farss.survey.against import Against, Read
 from farss.survey.kept import INPUT, Kept
 from farss.survey.passage import Batch, check_finite, check_passage, enter, through

@@ -24,7 +24,7 @@ from farss.errors import ModelError, NumericalError
 from farss.maths.directions import Decomposition, decompose, direction_scores, ends, far_rows, overlap, select
 from farss.maths.fisher import importance
 from farss.maths.moments import Moment, energies, kept_rows
-from farss.models import weight_of
+from farss.structure import weight_of
 
 
 @dataclass

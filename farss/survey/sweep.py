@@ -26,9 +26,9 @@ from farss.artifacts import Layer, Survey, fingerprint, write_json
 from farss.errors import FarssError
 from farss.maths.directions import decompose
 from farss.memory import freed_memory_kept, peak_gib, used_gib
-from farss.models import find_blocks, keep_gradients, target_layers
 from farss.models import fingerprint as model_fingerprint
 from farss.search import shallow_end
+from farss.structure import find_blocks, keep_gradients, target_layers
 from farss.survey.kept import GRADIENT, INPUT, KINDS, Kept, check_space
 from farss.survey.passage import Batch, Passage, check_finite, check_passage, counted, enter, output_gradient, through, uniform_draws
 from farss.survey.places import computing_device, frozen, moved, outside, placed, placed_in_turn, tensors_of

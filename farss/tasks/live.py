@@ -14,7 +14,7 @@ import torch
 
 from farss.errors import ConfigError, FarssError, ModelError
 from farss.memory import give_back_if_scarce
-from farss.models import accepts, evaluating
+from farss.structure import accepts, evaluating
 from farss.tasks.prefix import Prefix, shared_prefix
 from farss.tasks.text import rows_that_fit
 

@@ -12,10 +12,10 @@ from farss.config import PlanConfig
 from farss.errors import FarssError
 from farss.methods.corda import damped
 from farss.methods.farss_plus import read
-from farss.models import target_layers
 from farss.plan import make_plan, survey_cap
 from farss.portable import export
 from farss.prepared import write_prepared
+from farss.structure import target_layers
 from farss.survey import read_layers
 
 CONFIG = PlanConfig(method="farss-plus", rank=6)

@@ -15,8 +15,8 @@ from farss.methods import METHODS, Reading
 from farss.methods.adalora import EXTRA
 from farss.methods.eva import share_out
 from farss.methods.uniform import uniform_parameters
-from farss.models import find_blocks, target_layers
 from farss.plan import make_plan, make_plan_without_survey, survey_cap
+from farss.structure import find_blocks, target_layers
 from farss.survey import read_layers, survey
 
 CONFIG = PlanConfig(boundary=2, rank=6, r_min=1, r_avg=4, r_max=5, match_params="lora")

@@ -18,9 +18,9 @@ from farss.adapter import START, TRAINED, attach, lora_layers, start_of
 from farss.config import PlanConfig
 from farss.data import unlearnt
 from farss.methods import METHODS
-from farss.models import target_layers, weight_of
 from farss.plan import make_plan, survey_cap
 from farss.portable import export
+from farss.structure import target_layers, weight_of
 from farss.survey import own_text, read_layers
 
 CONFIG = PlanConfig(rank=6)

@@ -19,10 +19,10 @@ from farss.errors import FarssError
 from farss.merging import with_change
 from farss.methods import METHODS
 from farss.methods.singular import read
-from farss.models import find_blocks, is_transposed, target_layers, weight_of
 from farss.plan import make_plan, make_plan_without_survey
 from farss.portable import export
 from farss.prepared import write_prepared
+from farss.structure import find_blocks, is_transposed, target_layers, weight_of
 from farss.survey import read_layers
 from farss.train import restore, train
 

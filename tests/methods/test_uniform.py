@@ -12,8 +12,8 @@ from farss.adapter import START, TRAINED, attach, lora_layers, start_of
 from farss.config import PlanConfig
 from farss.errors import ConfigError
 from farss.methods.singular import read
-from farss.models import target_layers, weight_of
 from farss.plan import make_plan, make_plan_without_survey
+from farss.structure import target_layers, weight_of
 from farss.survey import read_layers, survey
 
 CONFIG = PlanConfig(boundary=2, rank=6, r_min=1, r_avg=4, r_max=5)

@@ -1,0 +1,32 @@
+"""Where blocks, layers and weights lie in a model."""
+
+import pytest
+import torch
+from small_models import small
+
+from farss.errors import ModelError
+from farss.structure import evaluating, holds_packed, is_packed, weight_of
+
+
+def test_eight_bit_floats_are_packed():
+    layer = torch.nn.Linear(2, 2)
+    assert not is_packed(layer)
+    assert not holds_packed(layer)
+    layer.weight = torch.nn.Parameter(layer.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    assert is_packed(layer)
+    assert holds_packed(layer)
+    with pytest.raises(ModelError, match=r"packed weights \(torch.float8_e4m3fn"):  # their scales lie beside them
+        weight_of(layer)
+
+
+def test_the_output_layer_gets_contiguous_rows_while_a_model_is_evaluated():
+    model, contiguous = small("gemma3").train(), []
+    model.get_output_embeddings().register_forward_hook(lambda module, args, output: contiguous.append(args[0].is_contiguous()))
+    ids = torch.ones(2, 5, dtype=torch.int64)
+    with evaluating(model):
+        assert not model.training
+        inside = model(ids, logits_to_keep=2).logits
+    assert model.training
+    outside = model.eval()(ids, logits_to_keep=2).logits
+    assert contiguous == [True, False]
+    torch.testing.assert_close(inside, outside, rtol=0, atol=1e-12)
