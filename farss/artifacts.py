@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -360,3 +360,8 @@ def questions(folder: Path, name: str) -> list[dict[str, Any]]:
         raise FolderError(f"there is no {path}: run `farss evaluate` first")
     # Not splitlines(): answers may hold characters that it takes for line ends.
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def held_out(share: float) -> Callable[[str], bool]:
+    """Whether a question is held out to choose learning rates, by its id."""
+    return lambda key: int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) < share * 2**32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import io
 import logging
@@ -46,9 +47,10 @@ def main() -> None:
     """Entry point: user errors become one sentence and an exit code, everything else is our bug and shows itself."""
     warnings.filterwarnings("ignore")
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    codecs.register_error("farss", _spelt)
     for stream in (sys.stdout, sys.stderr):  # redirected on Windows, they take no "■"
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors="farss")
     try:
         app(standalone_mode=True)
     except FarssError as error:
@@ -57,6 +59,16 @@ def main() -> None:
     except KeyboardInterrupt:
         errors.print("farss: stopped; the same command continues where it was")
         sys.exit(130)
+
+
+SPELT = dict(zip("−–■░▒▓█", "--#.:+#", strict=True))
+"""Characters for those that an encoding does not have."""
+
+
+def _spelt(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(SPELT.get(character, "?") for character in error.object[error.start : error.end]), error.end
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
@@ -369,7 +381,7 @@ def _run_comparison(config: Config) -> None:
         folder = compare(config, tell)
     _facts(folder)
     places = {"table": folder / "comparison.md", "report": folder / "report.html"}
-    rows = read_json(folder / "comparison.json")["rows"]
+    rows = read_json(folder / "comparison.json")["rows"] if config.compare.keep == "all" else []
     places |= {f"{row['method']} (seed {row['seed']})": _handed_over(folder / row["folder"]) for row in rows}
     _where(places)
 

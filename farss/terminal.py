@@ -27,6 +27,8 @@ STYLES = {"least": "yellow", "most": "blue", None: "white"}
 SHADES = "░▒▓█"
 SPARKS = "▁▂▃▄▅▆▇█"
 LABEL_WIDTH = 20
+ACROSS = 6
+"""Benchmarks side by side."""
 ONLY_REPORTED = ("learning_rate", "peak_memory_init_gib", "peak_memory_gib")
 """Columns for which a terminal has no room; what is said of learning rates stands in a comparison's notes."""
 
@@ -70,8 +72,10 @@ class RankMap:
         return Text(str(layer.rank).rjust(width) if width > 1 else shade, style=STYLES[layer.side])
 
     def _key(self, width: int) -> Text:
-        sides = {layer.side for layer in self.plan.layers.values()}
-        key = Text("  ").join(Text(f"■ {words}", style=STYLES[side]) for side, words in SIDES.items() if side in sides)
+        blocks = {side: [layer.block for layer in self.plan.layers.values() if layer.side == side] for side in SIDES}
+        where = {side: f"{min(some)}" if min(some) == max(some) else f"{min(some)} to {max(some)}" for side, some in blocks.items() if some}
+        words = {side: f"{SIDES[side]}{f', blocks {at}' if len(where) > 1 else ''}" for side, at in where.items()}
+        key = Text("  ").join(Text(f"■ {text}", style=STYLES[side]) for side, text in words.items())
         if width == 1:
             key.append(f"  {SHADES} rank up to {self.highest}", style="dim")
         return key
@@ -191,8 +195,8 @@ def comparison_table(comparison: dict[str, Any]) -> Group:
     benchmarks = [place for place, key in enumerate(keys) if key.startswith("benchmarks.") or key in NATS]
     balance = [place for place, key in enumerate(keys) if place not in benchmarks and key not in ONLY_REPORTED]
     parts: list[Any] = [_methods_table(comparison, balance)]
-    if benchmarks:
-        parts += ["", _methods_table(comparison, benchmarks, before=True)]
+    for first in range(0, len(benchmarks), ACROSS):
+        parts += ["", _methods_table(comparison, benchmarks[first : first + ACROSS], before=True)]
     if METRICS[0] in gaps(comparison):
         parts += ["", _gap_table(comparison)]
     return Group(*parts)

@@ -1,5 +1,6 @@
 """Fixtures shared by the tests, and an environment in which nothing asks a network."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -10,6 +11,13 @@ import torch
 from small_models import ARCHITECTURES, small
 
 torch.set_num_threads(1)  # tiny products: more threads only wait for each other
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _what_is_there_stays():
+    """Every training collects garbage; without this it goes through the libraries' half a million objects each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=ARCHITECTURES)

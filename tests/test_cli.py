@@ -1,5 +1,6 @@
 """Words to calls, user errors to one sentence and an exit code."""
 
+import codecs
 import json
 import subprocess
 import sys
@@ -10,13 +11,16 @@ from small_models import save_small
 from test_boundary import settings
 from typer.testing import CliRunner
 
-from farss import world
+from farss import cli, world
 from farss.cli import app
 from farss.config import Config
 from farss.configfile import from_dict
 from farss.methods import METHODS
 
-COMMANDS = ["demo", "config", "run", "survey", "plan", "train", "evaluate", "export", "report", "compare", "methods", "gemma", "boundary"]
+COMMANDS = [
+    *("demo", "config", "run", "survey", "plan", "train", "evaluate", "export", "report", "compare", "methods", "gemma"),
+    *("boundary", "prepare", "convert"),
+]
 
 
 def farss(*arguments, cwd=None):
@@ -55,14 +59,29 @@ def test_methods_lists_them_all():
         (["boundary", "run.yaml", f"model.path={world.MODEL}"], 2, "something to measure forgetting on"),
     ],
 )
-def test_one_sentence_and_an_exit_code(tmp_path, arguments, code, message):
+def test_one_sentence_and_an_exit_code(tmp_path, monkeypatch, capsys, arguments, code, message):
     (tmp_path / "run.yaml").write_text(f"data: {{train: '{world.TASK_TRAIN}', limit: 20}}\nplan: {{rank: 16}}\n")
-    result = farss(*arguments, cwd=tmp_path)
-    assert result.returncode == code
-    assert message in " ".join(result.stderr.split())
-    assert result.stderr.startswith("farss: ")
-    assert "Traceback" not in result.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["farss", *arguments])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    shown = capsys.readouterr().err
+    assert left.value.code == code
+    assert message in " ".join(shown.split())
+    assert shown.startswith("farss: ")
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+
+
+def test_the_command_itself(tmp_path):
+    result = farss("run", "missing.yaml", cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("farss: there is no configuration file missing.yaml")
+    assert "Traceback" not in result.stderr
+
+
+def test_characters_that_an_encoding_does_not_have_are_spelt():
+    codecs.register_error("farss", cli._spelt)
+    assert "−2.4 ■ ░█ é 字".encode("cp1252", errors="farss") == "-2.4 # .# é ?".encode("cp1252")
 
 
 def test_importing_loads_nothing_heavy():

@@ -44,6 +44,7 @@ def settings(model_folder, out):
                 {"name": "seals", "data": str(world.TASK_TEST), "question": "instruction", "answers": "output", "limit": 6, "max_tokens": 2}
             ],
             "text": str(world.TEXT),
+            "text_rows": 20,
             "resamples": 100,
         },
         "out": str(out),
@@ -111,6 +112,7 @@ def test_the_promised_content_of_survey_and_plan(done):
         assert planned["alpha"] == planned["rank"]
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_finished_run_is_not_done_again(done):
     files = [path for path in done.path.rglob("*") if path.is_file() and path.parent.name != "figures"]
     before = {path: path.stat().st_mtime_ns for path in files}
@@ -189,6 +191,7 @@ def test_comparison_shares_survey_and_base(model_folder, tmp_path, monkeypatch):
     assert (folder / "full-seed0" / "model" / "model.safetensors").is_file()
 
 
+@pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize(
     ("method", "changes", "reading"),
     [
@@ -216,6 +219,7 @@ def test_every_kind_of_method_goes_the_whole_way(config, method, changes, readin
     assert (run.path / "plan.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_general_text_alone_is_measured_too(config):
     run = Run(override(config, ["evaluate.knowledge=[]", "evaluate.task=[]"]))
     run.all()
@@ -271,6 +275,7 @@ def killed(*_, **__):
     raise KeyboardInterrupt
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_finished_run_holds_to_the_knowledge_it_looked_at(config):
     config = override(config, ["plan.method=lora-null", f"calibration.knowledge={world.KNOWLEDGE}"])
     Run(config).all()
@@ -279,18 +284,24 @@ def test_a_finished_run_holds_to_the_knowledge_it_looked_at(config):
             Run(override(config, [change])).claim()
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_answers_are_those_of_the_form_that_is_handed_over(config):
     """A compressed adapter's answers are not those of the whole model that is merged afterwards."""
     config = override(config, ["plan.method=lora", "train.learning_rate=0.02", "export.rank=1"])
     Run(config).all()
-    compressed = (Path(config.out) / "scores.json").read_text()
+    compressed = asked(config)
     merged = override(config, ["export.to=merged"])
     assert not Run(merged).complete
     Run(merged).all()
     assert Run(merged).complete
-    assert (Path(config.out) / "scores.json").read_text() != compressed
+    assert asked(config) != compressed
 
 
+def asked(config):
+    return json.loads((Path(config.out) / "scores.json").read_text())["meta"]["weights"]
+
+
+@pytest.mark.usefixtures("no_figures")
 def test_what_changes_no_answer_asks_nothing_again(config):
     config = override(config, ["plan.method=lora", "evaluate.recovery=1"])
     Run(config).all()
@@ -298,6 +309,7 @@ def test_what_changes_no_answer_asks_nothing_again(config):
     assert not Run(override(config, ["evaluate.recovery=2"])).complete
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_compressed_adapter_is_what_is_asked(config):
     def scored(*changes):
         run = Run(override(config, ["plan.method=lora", "train.learning_rate=0.02", *changes]))

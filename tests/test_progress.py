@@ -1,5 +1,10 @@
 """How far a step is, and how long the rest takes."""
 
+import io
+
+from rich.console import Console
+from rich.progress import Progress
+
 from farss import progress
 
 
@@ -15,3 +20,18 @@ def test_the_time_left_is_that_of_what_is_counted_now(monkeypatch):
         lines.tell("evaluate", done, 100, "seals")
     assert shown[1] == "evaluate: 100 of 200, facts, 111 s left"
     assert shown[-1] == "evaluate: 50 of 100, seals, 4 min left"
+
+
+def test_what_is_done_leaves_the_bars():
+    """A comparison has more steps than a screen has lines."""
+    screen = Console(file=io.StringIO(), force_terminal=True, width=80)
+    with Progress(console=screen, auto_refresh=False) as shown:
+        bars = progress.Bars(shown)
+        for step in ("survey", "train"):
+            bars.tell(step, 1, 2, "")
+        bars.tell("survey", 2, 2, "")
+        bars.tell("survey", 2, 2, "")
+        assert [task.visible for task in shown.tasks] == [False, True]
+        bars.tell("survey", 1, 2, "")  # it counts something else now
+        assert [task.visible for task in shown.tasks] == [True, True]
+    assert screen.file.getvalue().count("survey: 2 of 2, 0 s") == 1

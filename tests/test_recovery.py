@@ -1,10 +1,10 @@
 """Knowledge asked once more after a few steps of question answering: on other questions, the same for every model."""
 
-import dataclasses
 import json
 from pathlib import Path
 
 import pytest
+from small_models import save_small
 from test_pipeline import settings
 
 from farss import world
@@ -71,7 +71,9 @@ def test_a_comparison_recovers_the_base_once(values):
     assert "K recovered %" in (folder / "comparison.md").read_text()
 
 
-def test_a_recovery_of_other_steps_begins_anew(values):
+@pytest.mark.usefixtures("no_figures")
+def test_a_recovery_of_other_steps_begins_anew(values, tmp_path):
+    values["model"] = {"path": str(save_small("llama-gqa", tmp_path / "model"))}
     values["plan"] = {"method": "lora", "rank": 4}
     Run(config := from_dict(values)).all()
     run = Run(override(config, [f"evaluate.recovery={config.evaluate.recovery + 1}"]))
@@ -102,14 +104,3 @@ def test_the_same_questions_are_asked_again(values):
     again = knowledge_alone(config).evaluate
     assert (again.knowledge, again.other, again.limit) == (config.evaluate.knowledge, config.evaluate.other, 7)
     assert (again.task, again.text) == ([], None)
-
-
-def test_nothing_is_recovered_unless_it_is_asked_for(values):
-    config = from_dict(values)
-    config = dataclasses.replace(
-        config, evaluate=dataclasses.replace(config.evaluate, recovery=0), plan=dataclasses.replace(config.plan, method="lora")
-    )
-    run = Run(config)
-    run.all()
-    assert not (run.path / "recovered").exists()
-    assert json.loads((run.path / "summary.json").read_text())["recovered"] is None

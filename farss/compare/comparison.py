@@ -47,7 +47,8 @@ def compare(config: Config, tell: Tell) -> Path:
     _run_all(everyone)
     chosen, measure = choose(config, tried)
     final = [Entrant(label, chosen[label].factor, seed, config, loaded, tell) for seed in seeds(config) for label in labels]
-    _run_all(final)
+    done = {entrant.run.path for entrant in everyone}
+    _run_all([entrant for entrant in final if entrant.run.path not in done])
     groups = {label: [one for one in final if one.label == label] for label in labels}
     write_table(config, groups, tried, chosen, notes_of(config, chosen, measure))
     for entrant in {one.run.path: one for one in [*final, *everyone]}.values():
@@ -120,6 +121,8 @@ def _is_finished(config: Config) -> bool:
 
 def _run_all(entrants: list[Entrant]) -> None:
     """Every run, as many at a time as `compare.jobs` says; what they share is made before."""
+    if not entrants:
+        return
     config, tell = entrants[0].config, entrants[0].tell
     if config.compare.jobs > 1:
         _share_all(entrants)

@@ -133,8 +133,8 @@ def _equals(curves: dict[str, list[dict[str, Any]]], learned: str, kept: str) ->
 
 
 def _point(entrant: Entrant, standing: Standing, is_chosen: bool) -> dict[str, Any]:
-    rate = entrant.run.config.train.learning_rate
-    return {"learning_rate": rate, "chosen": is_chosen, **{name: asdict(x) for name, x in standing.estimates.items()}}
+    named = {"learning_rate": entrant.run.config.train.learning_rate, "folder": entrant.run.path.name, "chosen": is_chosen}
+    return named | {name: asdict(x) for name, x in standing.estimates.items()}
 
 
 def levels(curves: list[list[float]]) -> list[float]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from farss.artifacts import Kind
+from farss.artifacts import Kind, held_out
 from farss.compare.entrants import Entrant
 from farss.config import Config
 from farss.errors import ConfigError, FarssError
@@ -27,11 +26,6 @@ def check_tuning(config: Config) -> None:
         raise ConfigError("compare.tune chooses by KT, which needs full fine-tuning: add full to compare.methods")
     if not (config.evaluate.knowledge and config.evaluate.task):
         raise ConfigError("compare.tune chooses by KT: name questions in evaluate.knowledge and evaluate.task")
-
-
-def held_out(share: float) -> Callable[[str], bool]:
-    """Whether a question is held out to choose learning rates, by its id."""
-    return lambda key: int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) < share * 2**32
 
 
 def the_rest(config: Config) -> Callable[[str], bool] | None:

@@ -188,7 +188,8 @@ def _legend(canvas: Any, plots: Any, layout: dict[str, Any]) -> None:
     found = [plot.get_legend_handles_labels() for plot in plots]
     handles, labels = ([entry for part in found for entry in part[place]] for place in (0, 1))
     if layout.get("showlegend", len(labels) > 1) and labels:
-        canvas.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 8), frameon=False, fontsize=9)
+        beside = max(1, min(8, len(labels), 900 // (60 + 7 * max(map(len, labels)))))  # of 960 pixels
+        canvas.legend(handles, labels, loc="outside upper center", ncols=beside, frameon=False, fontsize=9)
 
 
 # --- traces ----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from farss.artifacts import Plan, Survey, questions, read_json
+from farss.artifacts import Plan, Survey, held_out, questions, read_json
 from farss.errors import FolderError
 
 
@@ -46,20 +46,25 @@ class Run:
         """The boundary of the plan or, before there is one, of the search."""
         return self.plan.boundary if self.plan else self.boundary.get("chosen")
 
-    @property
-    def adapter_bytes(self) -> int:
-        """Size of the adapter's files; 0 when there is none."""
-        return sum(path.stat().st_size for path in (self.folder / "adapter").rglob("*") if path.is_file())
+    def weight_bytes(self, form: str) -> int:
+        """Size of the weights of the `adapter` or the whole `model`; 0 when there are none, or when they were deleted."""
+        return sum(path.stat().st_size for path in (self.folder / form).glob("*.safetensors"))
 
     def record(self, step: str) -> dict[str, Any]:
         """What a step that looked at the model left: seconds, peak memory; empty where there is nothing."""
         return _json(self.place / "steps" / f"{step}.json")
 
     def answers(self) -> dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
-        """Per benchmark, the outcomes before and after; only those that were asked both times."""
+        """Per benchmark, the outcomes before and after, of what was asked both times and counts in a comparison's table."""
         before, after = self.shared / "base" / "scores", self.folder / "scores"
         names = sorted({path.stem for path in before.glob("*.jsonl")} & {path.stem for path in after.glob("*.jsonl")})
-        return {name: (questions(before, name), questions(after, name)) for name in names}
+        options = _values(self.comparison).get("compare") or {}
+        chooses = held_out(options["held_out"]) if options.get("tune") else lambda key: False
+
+        def rows(folder: Path, name: str) -> list[dict[str, Any]]:
+            return [row for row in questions(folder, name) if not chooses(str(row["id"]))]
+
+        return {name: (rows(before, name), rows(after, name)) for name in names}
 
 
 @dataclass(frozen=True)

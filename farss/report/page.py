@@ -192,8 +192,9 @@ def plan_figures(runs: dict[str, Run], about: Run) -> dict[str, Figure]:
     survey = story.seen(about)  # directions of methods without it are numbered by another decomposition
     if survey:
         drawn["importance"] = figures.importance_figure(survey, about.first_deep)
-        drawn["energy"] = figures.energy_figure(survey, about.first_deep)
-        drawn["spectrum"] = figures.spectrum_figure(survey, about.plan)
+        if all(survey.block_file(layer.block).is_file() for layer in survey.layers.values()):  # a folder may be copied without them
+            drawn["energy"] = figures.energy_figure(survey, about.first_deep)
+            drawn["spectrum"] = figures.spectrum_figure(survey, about.plan)
     return drawn
 
 
@@ -212,8 +213,16 @@ def comparison_tables(comparison: Comparison) -> dict[str, Any]:
         "base": tables.base_cells(table) if table.get("base") else [],
         "methods": tables.cells(table),
         "gaps": {metric: (tables.gap_heads(metric), rows) for metric, rows in tables.gaps(table).items()},
+        "tried": _tried(comparison),
         "runs": runs if len(runs) > len(tables.methods(table)) or any(run["page"] for run in runs) else [],
     }
+
+
+def _tried(comparison: Comparison) -> list[str]:
+    """The folders of runs at learning rates that were not chosen, which have pages too."""
+    curves = ((comparison.table.get("frontier") or {}).get("curves") or {}).values()
+    folders = [point.get("folder") for curve in curves for point in curve]
+    return [name for name in folders if name and name not in comparison.names and (comparison.folder / name / "report.html").is_file()]
 
 
 def example_groups(runs: dict[str, Run]) -> dict[str, list[examples.Group]]:

@@ -82,9 +82,12 @@ def _frontier_lines(method: str, points: list[dict[str, Any]], place: int, axes:
         found = line(method, pairs, place, f"{label(method)}, learning rate %{{customdata}}<br>{values}")  # type: ignore[arg-type]
         return {**found, "customdata": [f"{point['learning_rate']:g}" for point in some], "legendgroup": label(method)}
 
-    mark = drawn([point for point in points if point.get("chosen")])
-    symbol = {"size": 13, "symbol": SYMBOLS[place % len(SYMBOLS)]}
-    return [drawn(points), {**mark, "mode": "markers", "marker": {**mark["marker"], **symbol}, "showlegend": False}]
+    chosen = [point for point in points if point.get("chosen")]
+    mark, colour = drawn(chosen), f"theme:c{place % 8 + 1}"
+    named = (("error_x", axes.kept), ("error_y", axes.learned))
+    spread = {side: bars([point[name] for point in chosen], colour, axes.factor) for side, name in named}
+    large = {"size": 13, "symbol": symbol(place)}
+    return [drawn(points), {**mark, "mode": "markers", "marker": {**mark["marker"], **large}, **spread, "showlegend": False}]
 
 
 def _span(values: list[dict[str, Any]], factor: float = 100) -> list[float]:
@@ -136,15 +139,20 @@ def _method_dots(method: str, rows: list[dict[str, Any]], place: int) -> Trace:
         "error_x": bars(kept, colour),
         "error_y": bars(learned, colour),
         "customdata": [label(text) for text in words],
-        "marker": {"color": colour, "size": 12, "symbol": SYMBOLS[place % 8]},
+        "marker": {"color": colour, "size": 12, "symbol": symbol(place)},
         "hovertemplate": f"{label(method)}, %{{customdata}}<br>K %{{x:.1f}} %, T %{{y:.1f}} %<extra></extra>",
     }
 
 
-def bars(values: list[dict[str, Any]], colour: str) -> dict[str, Any]:
-    """Error bars of the 95 % intervals; none where a run has no interval."""
-    ends = [("high", 1), ("low", -1)]
-    up, down = ([_reach(entry, end, sign) for entry in values] for end, sign in ends)
+def symbol(place: int) -> str:
+    """The mark of a method: with the eight colours, another pair for each of 64."""
+    return SYMBOLS[(place + place // 8) % 8]
+
+
+def bars(values: list[dict[str, Any]], colour: str, factor: float = 100) -> dict[str, Any]:
+    """Error bars of the 95 % intervals, times a factor; none where a run has no interval."""
+    ends = [("high", factor), ("low", -factor)]
+    up, down = ([_reach(entry, end, signed) for entry in values] for end, signed in ends)
     return {
         "type": "data",
         "symmetric": False,
@@ -156,9 +164,9 @@ def bars(values: list[dict[str, Any]], colour: str) -> dict[str, Any]:
     }
 
 
-def _reach(entry: dict[str, Any], end: str, sign: int) -> float | None:
+def _reach(entry: dict[str, Any], end: str, factor: float) -> float | None:
     known = is_number(entry.get("value")) and is_number(entry.get(end))
-    return significant(max(0.0, 100 * sign * (entry[end] - entry["value"]))) if known else None
+    return significant(max(0.0, factor * (entry[end] - entry["value"]))) if known else None
 
 
 def benchmarks_figure(table: dict[str, Any]) -> Figure | None:
@@ -202,7 +210,7 @@ def _benchmark_dots(name: str, values: dict[str, Value], names: list[str], shift
         "y": [row + shift for row, _ in found],
         **({"error_x": bars(spans, colour)} if any(is_number(span["low"]) for span in spans) else {}),
         "customdata": [label(names[row]) for row, _ in found],
-        "marker": {"color": colour, "size": 10, "symbol": "circle-open" if place < 0 else SYMBOLS[place % 8]},
+        "marker": {"color": colour, "size": 10, "symbol": "circle-open" if place < 0 else symbol(place)},
         "hovertemplate": f"{label(name)}, %{{customdata}}: %{{x:.1f}} %<extra></extra>",
     }
 

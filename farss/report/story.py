@@ -64,6 +64,8 @@ def headline(run: Run) -> list[str]:
 
 
 def _opening(run: Run) -> str:
+    if not run.train and run.shared == run.folder and (compared := (run.settings.get("compare") or {}).get("methods")):
+        return f"{cut(', '.join(map(str, compared)), 200)}: the comparison of these on {title(run)}{_data(run)} has no complete run yet."
     method = run.plan.method if run.plan else (run.settings.get("plan") or {}).get("method")
     by = f" with {cut(str(method), 80)}" if method else ""
     if run.train:
@@ -223,7 +225,8 @@ def tiles(summary: dict[str, Any]) -> list[Tile]:
 def comparison_headline(comparison: Comparison) -> list[str]:
     """Which methods were compared, and which has the best balance."""
     table = comparison.table
-    groups, runs = labels(table), len(table.get("rows", []))
+    points = [point for curve in ((table.get("frontier") or {}).get("curves") or {}).values() for point in curve]
+    groups, runs = labels(table), len({each.get("folder") for each in [*table.get("rows", []), *points]})
     what = f"{title(comparison.common)}{_data(comparison.common)}"
     left = table.get("missing", 0)
     missing = f"; {left} more {'is' if left == 1 else 'are'} to come" if left else ""
@@ -299,7 +302,11 @@ def costs(run: Run) -> list[tuple[str, str]]:
         ("Final loss", plain(train.get("loss"), 4), train.get("loss")),
         ("Peak memory", gib(train.get("peak_memory_gib")), train.get("peak_memory_gib")),
         ("Trained parameters", compact(train.get("parameters")), train.get("parameters")),
-        ("Adapter size", gib(run.adapter_bytes / 2**30), run.adapter_bytes or None),
+        *(
+            (f"{form.capitalize()} size", gib(size / 2**30), size or None)
+            for form in ("adapter", "model")
+            for size in [run.weight_bytes(form)]
+        ),
     ]
     return [(name, text) for name, text, known in rows if known is not None]
 

@@ -182,7 +182,9 @@ def _detail(entry: Value, column: Column) -> str:
         return ""
     if entry.deviation is not None:
         return f"± {column.form(entry.deviation).lstrip('+')}"
-    return interval(entry.low, entry.high) if column.form is points else ""
+    if column.form is points or entry.low is None or entry.high is None:
+        return interval(entry.low, entry.high)
+    return f"{column.form(entry.low)} to {column.form(entry.high)}"
 
 
 def comparison_markdown(comparison: dict[str, Any]) -> str:

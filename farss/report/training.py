@@ -32,6 +32,7 @@ def loss_figure(logs: list[Log]) -> Figure | None:
     data = [_loss_line(log, points, methods.index(log.method)) for log in logs if (points := _curve(log.entries, "loss"))]
     if not data:
         return None
+    data = _once(data)
     layout: dict[str, Any] = {
         "height": 400,
         "showlegend": len(data) > 1,
@@ -58,6 +59,14 @@ def _loss_line(log: Log, points: list[tuple[Any, float | None]], place: int) -> 
     return {**drawn, "mode": "lines", "legendgroup": label(log.method)}
 
 
+def _once(lines: list[Trace]) -> list[Trace]:
+    """One entry of the legend a method, whatever the number of its seeds, which have one colour anyway."""
+    first = {trace["legendgroup"]: place for place, trace in reversed([*enumerate(lines)])}
+    if len(first) == len(lines):
+        return lines
+    return [{**trace, "name": (of := trace["legendgroup"]), "showlegend": first[of] == place} for place, trace in enumerate(lines)]
+
+
 def _curve(log: list[dict[str, Any]], key: str) -> list[tuple[Any, float | None]]:
     found = [(entry.get("step"), significant(entry.get(key), 5)) for entry in log if is_number(entry.get(key))]
     return thinned(found, CURVE_POINTS)
@@ -81,7 +90,7 @@ def course_figure(logs: list[Log]) -> Figure | None:
         return Figure("course", title, [Choice("", data, layout)])
     methods = list(dict.fromkeys(log.method for log in logs))
     choices = [
-        Choice(_title(kind, name), [_course_line(log, kind, name, log.name, methods.index(log.method)) for log in logs], layout)
+        Choice(_title(kind, name), _once([_course_line(log, kind, name, log.name, methods.index(log.method)) for log in logs]), layout)
         for kind, name in sets
     ]
     return Figure("course", title, choices, "Set")

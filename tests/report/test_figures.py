@@ -134,3 +134,7 @@ def test_the_frontier_has_a_line_for_each_method_and_a_mark_on_the_chosen_rate()
     assert (curve["x"], curve["y"], curve["customdata"]) == ([80, 50], [90, 100], ["0.0001", "0.0002"])
     assert (mark["x"], mark["y"], mark["mode"]) == ([80], [90], "markers")
     assert results.frontier_figure(None) is None
+
+
+def test_many_methods_are_told_apart():
+    assert len({(place % 8, results.symbol(place)) for place in range(64)}) == 64

@@ -412,3 +412,20 @@ def test_differences_stand_on_the_page_with_their_p_values(comparison_folder: Pa
     assert rows == [["+1.2", "−2.0 to +4.2", "0.031"], ["+2.0", "+1.0 to +3.0", "0.031"]], "KT first"
     assert len(page.scripts) == 3
     assert not [tag for tag, _ in page.tags if tag == "img"]
+
+
+def test_a_folder_without_the_statistics_tensors_has_a_page(run_folder: Path) -> None:
+    assert "Energy concentration" in write_report(run_folder).read_text(encoding="utf-8")
+    for file in (run_folder / "survey").glob("block-*.safetensors"):
+        file.unlink()
+    page = write_report(run_folder).read_text(encoding="utf-8")
+    assert "Fisher importance by depth" in page
+    assert "Energy concentration" not in page
+
+
+def test_a_comparison_without_a_complete_run_says_so(tmp_path: Path) -> None:
+    options = {"model": {"path": "a/b"}, "plan": {"method": "farss"}, "compare": {"methods": ["lora", "full"]}}
+    (tmp_path / "config.yaml").write_text(json.dumps(options), encoding="utf-8")
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "lora, full: the comparison of these on" in page
+    assert "has no complete run yet" in page

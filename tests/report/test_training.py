@@ -24,10 +24,11 @@ def test_several_runs_are_compared_set_by_set():
     assert [choice.label for choice in figure.choices] == ["facts (knowledge)", "intents (task)", "general text"]
     first = figure.choices[0].data
     assert [(trace["name"], trace["legendgroup"], trace["y"]) for trace in first] == [
-        ("lora-seed0", "lora", [-2.0, -2.5]),
-        ("lora-seed1", "lora", [-2.0]),
-        ("farss-seed0", "farss", []),
+        ("lora", "lora", [-2.0, -2.5]),
+        ("lora", "lora", [-2.0]),
+        ("farss", "farss", []),
     ]
+    assert [trace["showlegend"] for trace in first] == [True, False, True]
     assert first[0]["line"]["color"] == first[1]["line"]["color"] != first[2]["line"]["color"]
 
 
