@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from farss.artifacts import Layer
 from farss.maths.ranks import BUDGETS, exact_ranks, matched_rank, paper_ranks
+from farss.methods.uniform import uniform_parameters
 
 importances = st.lists(st.floats(1e-6, 1.0), min_size=1, max_size=40)
 both = pytest.mark.parametrize("budget", sorted(BUDGETS))
@@ -90,7 +92,8 @@ def test_parameter_counts_of_the_paper():
             "u": (mlp, hidden),
             "d": (hidden, mlp),
         }
-        return blocks * sum(rank * sum(shapes[name]) for name in names)
+        layers = {f"{block}.{name}": Layer(name, block, shapes[name], 0.0) for block in range(blocks) for name in names}
+        return uniform_parameters(layers, rank)
 
     assert round(count(32, 4096, 11008, 4096, 128) / 1e6) == 320
     assert round(count(32, 4096, 14336, 1024, 128) / 1e6) == 336

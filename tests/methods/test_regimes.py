@@ -225,7 +225,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(method, tmp_path):
 def test_the_penalty_is_added_once_a_step_and_is_not_in_the_logged_loss(method, tmp_path):
     found = {}
     for micro in (4, 2):
-        adapted, _, regime = attached(method, whole_model().float(), tmp_path / "weights")
+        adapted, _, regime = attached(method, whole_model().float(), tmp_path / "weights", kasa_gamma=1.0)
         config = options(max_steps=4, micro_batch_size=micro, dropout=0.0)
         result = train(adapted, tokenizer(), rows_to_learn(16), config, tmp_path / str(micro), regime=regime)
         found[micro] = (weights(adapted), result.log[0]["loss"])
@@ -233,7 +233,7 @@ def test_the_penalty_is_added_once_a_step_and_is_not_in_the_logged_loss(method, 
     assert found[4][1] == pytest.approx(found[2][1], rel=1e-4)
     plain, _, _ = attached("lora", whole_model().float())
     first = train(plain, tokenizer(), rows_to_learn(16), options(max_steps=1, dropout=0.0), tmp_path / "plain").log[0]["loss"]
-    adapted, _, regime = attached(method, whole_model().float(), tmp_path / "weights")
+    adapted, _, regime = attached(method, whole_model().float(), tmp_path / "weights", kasa_gamma=1.0)
     config = options(max_steps=1, dropout=0.0)
     own = train(adapted, tokenizer(), rows_to_learn(16), config, tmp_path / "own", regime=regime).log[0]["loss"]
     assert own == pytest.approx(first, rel=0.02)  # both start at the base (KaSA: nearly)
