@@ -73,8 +73,7 @@ class Inputs:
         """Read all of it, so that a bad file is found before hours of training."""
         _ = self.tokenizer, self.examples, self.knowledge
         self._once(_check_questions, self.config.evaluate)
-        own = any(label.partition("@")[0] == "full" for label in self.common_config.compare.methods)  # is taken first
-        if self.common_config.evaluate.full_scores and not own:
+        if self.common_config.evaluate.full_scores:
             self._once(check_reference, self.common_config)
         if self.config.evaluate.recovery:
             recovery_rows(self.common_config, self.tokenizer)

@@ -79,6 +79,8 @@ def configured(config: Config, label: str) -> Config:
     values = to_dict(config)
     for key, value in {"plan.method": label.partition("@")[0], **config.compare.settings.get(label, {})}.items():
         set_key(values, key, value)
+    if any(other.partition("@")[0] == "full" for other in config.compare.methods):
+        values["evaluate"]["full_scores"] = None  # T is relative to the comparison's own full fine-tuning
     return resolve(from_dict(values | {"compare": {}}))
 
 

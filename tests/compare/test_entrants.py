@@ -9,7 +9,7 @@ from farss import pipeline
 from farss.artifacts import Survey
 from farss.boundary import Boundary
 from farss.compare import compare
-from farss.compare.entrants import Entrant
+from farss.compare.entrants import Entrant, configured
 from farss.compare.table import notes_of
 from farss.configfile import from_dict
 from farss.errors import ConfigError
@@ -77,3 +77,10 @@ def test_a_variant_is_never_the_plain_method(values, methods, settings, message)
     with pytest.raises(ConfigError, match=message):
         compare(from_dict(values), silent)
     assert not (pathlib.Path(values["out"])).exists()
+
+
+def test_a_comparisons_own_full_fine_tuning_is_the_reference(values):
+    values["evaluate"]["full_scores"] = "elsewhere"
+    for methods, reference in ((["lora", "full@slow"], None), (["lora"], "elsewhere")):
+        config = from_dict(values | {"compare": {"methods": methods}})
+        assert configured(config, "lora").evaluate.full_scores == reference
