@@ -35,18 +35,14 @@ class Surveys:
     beside: list[PlanConfig] = field(default_factory=list)
     """Plans of other runs, for which they shall be wide enough."""
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """What a survey depends on."""
-        return options_of(self.inputs.common_config, SURVEY_KEYS)
-
     def steps(self, needs: str | Reading) -> dict[str, dict[str, Any]]:
         """What is made for a method, in its order, by the names of the steps, with what each depends on."""
-        if not isinstance(needs, Reading):
-            return {"survey": self.options} if needs == "survey" else {}
         config = self.inputs.common_config
-        writes = {"own_text": options_of(config, READING_KEYS["knowledge"])} if not config.calibration.knowledge else {}
-        return {**(writes if "knowledge" in needs.texts else {}), needs.name: options_of(config, READING_KEYS[needs.of])}
+        if not isinstance(needs, Reading):
+            return {"survey": options_of(config, SURVEY_KEYS)} if needs == "survey" else {}
+        writes = "knowledge" in needs.texts and not config.calibration.knowledge
+        keys = {**({"own_text": READING_KEYS["knowledge"]} if writes else {}), needs.name: READING_KEYS[needs.of]}
+        return {step: options_of(config, its) for step, its in keys.items()}
 
     def wanted(self) -> Survey | None:
         """What the method looks at; None: nothing."""
@@ -58,7 +54,8 @@ class Surveys:
     def survey(self) -> Survey:
         """`survey/`: the statistics and decompositions."""
         config, place = self.inputs.common_config, self.place.path / "survey"
-        if self.place.is_done("survey", self.options) and place.is_dir():
+        options = self.steps("survey")["survey"]
+        if self.place.is_done("survey", options) and place.is_dir():
             return self._wide_enough(place)
         cap, device = self._cap(*self.beside), device_of(config.model)
         parts = calibration_batches(
@@ -70,7 +67,7 @@ class Surveys:
         )
         reset_peak(device)
         model = self.base_model()
-        with self.place.step("survey", self.options) as facts:
+        with self.place.step("survey", options) as facts:
             result = survey(
                 *(model, parts, place, cap, config.model.targets, config.calibration.fisher, config.seed, self._meta(model)),
                 lambda done, total, line: self.tell("survey", done, total, line),

@@ -220,8 +220,7 @@ def comparison_tables(comparison: Comparison) -> dict[str, Any]:
 
 def _tried(comparison: Comparison) -> list[str]:
     """The folders of runs at learning rates that were not chosen, which have pages too."""
-    curves = ((comparison.table.get("frontier") or {}).get("curves") or {}).values()
-    folders = [point.get("folder") for curve in curves for point in curve]
+    folders = [point.get("folder") for point in tables.frontier_points(comparison.table)]
     return [name for name in folders if name and name not in comparison.names and (comparison.folder / name / "report.html").is_file()]
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from farss.artifacts import KINDS, LayerPlan, Plan, Survey
 from farss.methods import METHODS
 from farss.report.folder import Comparison, Run
-from farss.report.tables import METRICS, Value, labels, rivals, standing
+from farss.report.tables import METRICS, Value, frontier_points, labels, rivals, standing
 from farss.report.words import (
     SPACE,
     compact,
@@ -225,8 +225,7 @@ def tiles(summary: dict[str, Any]) -> list[Tile]:
 def comparison_headline(comparison: Comparison) -> list[str]:
     """Which methods were compared, and which has the best balance."""
     table = comparison.table
-    points = [point for curve in ((table.get("frontier") or {}).get("curves") or {}).values() for point in curve]
-    groups, runs = labels(table), len({each.get("folder") for each in [*table.get("rows", []), *points]})
+    groups, runs = labels(table), len({each.get("folder") for each in [*table.get("rows", []), *frontier_points(table)]})
     what = f"{title(comparison.common)}{_data(comparison.common)}"
     left = table.get("missing", 0)
     missing = f"; {left} more {'is' if left == 1 else 'are'} to come" if left else ""

@@ -151,6 +151,12 @@ def standing(comparison: dict[str, Any], method: str, key: str) -> Value:
     return Value(entry["value"], entry["low"], entry["high"]) if entry else value(methods(comparison)[method], key)
 
 
+def frontier_points(comparison: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every run of a tuned comparison's frontier, chosen or not; empty where no learning rate was tuned."""
+    curves = (comparison.get("frontier") or {}).get("curves") or {}
+    return [point for curve in curves.values() for point in curve]
+
+
 def base_cells(comparison: dict[str, Any]) -> list[Cell]:
     """The untouched model's row, in the order of `columns`: it has benchmark scores only."""
     base = comparison.get("base") or {}
