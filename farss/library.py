@@ -217,7 +217,7 @@ def _read(
     texts = processes.shared([in_batches(text) for text in needs.texts] if processes.rank() == 0 else None)
     if processes.rank() == 0 or len(texts) == 2:
         meta = {"model": fingerprint(model)}
-        read_layers(model, place, needs.read, cap, texts, targets, meta, on_progress, answers=needs.answers)
+        read_layers(model, place, needs.read, cap, texts, targets, meta, on_progress, over=needs.over)
     processes.wait()
     return Survey.load(place)
 

@@ -90,7 +90,7 @@ class Surveys:
             result = read_layers(
                 *(model, place, wanted.read, cap, texts, config.model.targets, self._meta(model)),
                 lambda done, total, line: self.tell(wanted.name, done, total, line),
-                *(device, wanted.answers),
+                *(device, wanted.over),
             )
             facts |= _costs(result)
         return result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 
@@ -23,8 +23,8 @@ class Moment:
         self.total: Tensor | None = None
         self.count = 0
 
-    def add(self, rows: Tensor) -> None:
-        """Add rows `[t, d]`."""
+    def add(self, rows: Tensor, lengths: Sequence[int] = ()) -> None:
+        """Add rows `[t, d]`; `lengths`: how many of them each example has."""
         if self.through is None:
             with _bfloat16_units(rows.dtype == torch.bfloat16 and self.dtype == torch.float32):
                 square = squared(rows.to(self.dtype))
@@ -43,7 +43,7 @@ class Moment:
 class Covariance(Moment):
     """Running mean of `(x - E x)(x - E x)^T [d, d]` over rows `x [d]`."""
 
-    def add(self, rows: Tensor) -> None:
+    def add(self, rows: Tensor, lengths: Sequence[int] = ()) -> None:
         """Add rows `[t, d]`."""
         if not rows.shape[0]:
             return
@@ -60,6 +60,18 @@ class Covariance(Moment):
         """[d, d]"""
         around, offset = super().mean, self.offset / self.count
         return around - torch.outer(offset, offset)
+
+
+class ExampleMoment(Moment):
+    """Running mean over examples of `sum x x^T [d, d]` over an example's rows `x [d]`, divided by the example's largest entry: the
+    covariance of CorDA, as its authors and PEFT compute it."""
+
+    def add(self, rows: Tensor, lengths: Sequence[int] = ()) -> None:
+        """Add rows `[t, d]` of examples with these lengths."""
+        examples = rows.to(self.dtype).split([*lengths])
+        largest = [example.max().abs() for example in examples]
+        super().add(torch.cat([example / size if size else example for example, size in zip(examples, largest, strict=True)]))
+        self.count += len(examples) - rows.shape[0]
 
 
 def energies(moment: Tensor, basis: Tensor) -> Tensor:

@@ -38,8 +38,8 @@ class Reading:
     """(weight [m, n], how many directions at an end, *moments [n, n]) -> `artifacts.layer_tensors`; a moment for each of the `texts`."""
     reach: int = 1
     """How many times its average rank a layer may get."""
-    answers: bool = False
-    """Only the tokens that are learnt count, and the moment is their covariance."""
+    over: Literal["tokens", "answers", "examples"] = "tokens"
+    """What the moment is taken over: all real tokens; the tokens that are learnt, whose covariance it is; or examples (CorDA's)."""
 
     @property
     def texts(self) -> tuple[str, ...]:

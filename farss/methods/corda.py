@@ -51,12 +51,12 @@ CORDA_IPM = Method(
     title="CorDA, instruction-previewed (Yang et al., NeurIPS 2024)",
     changes="one rank in every layer, starting from the directions that the task's activations use most",
     plan=partial(uniform_plan, side="most"),
-    needs=Reading("corda-task", "task", read),
+    needs=Reading("corda-task", "task", read, over="examples"),
 )
 CORDA_KPM = Method(
     name="corda-kpm",
     title="CorDA, knowledge-preserved (Yang et al., NeurIPS 2024)",
     changes="one rank in every layer, starting from the directions that knowledge text uses least",
     plan=partial(uniform_plan, side="least"),
-    needs=Reading("corda-knowledge", "knowledge", read),
+    needs=Reading("corda-knowledge", "knowledge", read, over="examples"),
 )

@@ -64,6 +64,6 @@ EVA = Method(
     title="EVA (Paischer et al. 2024)",
     changes="ranks by explained variance, starting from the principal components of the activations on answers",
     plan=plan,
-    needs=Reading("eva-answers", "task", read, reach=RHO, answers=True),
+    needs=Reading("eva-answers", "task", read, reach=RHO, over="answers"),
     start=from_directions,
 )

@@ -1,5 +1,5 @@
-"""What methods other than FARSS look at before they are planned: the weights alone, the second moment of the activations
-(for EVA their covariance), or those of the task and of knowledge text.
+"""What methods other than FARSS look at before they are planned: the weights alone, a moment of the activations, or the second moments
+of the task and of knowledge text.
 
 It is written like a survey, so that a plan and an adapter are made from it in the same way: directions with a score each,
 and the vectors of those that can be chosen. What a direction is, a method's `read` decides. Activations of one text are collected
@@ -13,14 +13,14 @@ import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from farss.artifacts import Layer, Survey, fingerprint, write_json
 from farss.maths.fisher import output_energy
-from farss.maths.moments import Covariance, Moment
+from farss.maths.moments import Covariance, ExampleMoment, Moment
 from farss.memory import freed_memory_kept, peak_gib
 from farss.models import fingerprint as model_fingerprint
 from farss.structure import find_blocks, keep_gradients, target_layers
@@ -31,6 +31,9 @@ from farss.survey.places import computing_device, frozen, moved, outside, placed
 from farss.survey.record import PROGRESS, begin, finish, mark_file, same_survey, write_block
 from farss.survey.statistics import finite_moment, finite_weight, recording_inputs, sums_of
 from farss.survey.sweep import Progress, carry_out, real_tokens, silent
+
+Over = Literal["tokens", "answers", "examples"]
+KINDS: dict[Over, type[Moment]] = {"tokens": Moment, "answers": Covariance, "examples": ExampleMoment}
 
 
 def read_layers(
@@ -43,7 +46,7 @@ def read_layers(
     meta: dict[str, Any] | None = None,
     on_progress: Progress | None = None,
     device: torch.device | None = None,
-    answers: bool = False,
+    over: Over = "tokens",
 ) -> Survey:
     """Read every target layer, one block after the other; a killed reading goes on at its block, to the same bytes.
 
@@ -54,8 +57,8 @@ def read_layers(
         texts: whose activations are collected, each in batches as in `survey`. Without any the weights alone are read. Of two, the
             task's and that of knowledge, the first is looked at with the gradients behind them (see `farss.survey.against`).
         device: compute here, one block at a time; None: where the model is.
-        answers: only the tokens that are learnt count, and `read` gets their covariance, as EVA does; else the second
-            moment of all real tokens.
+        over: what `read` gets: the second moment over the real `tokens`, the covariance of the `answers` (the tokens that are learnt; EVA),
+            or CorDA's mean over `examples`.
 
     Raises:
         NumericalError: a weight or an activation is NaN or infinite; the layer is named.
@@ -66,31 +69,38 @@ def read_layers(
     layers, (_, blocks) = target_layers(model, targets), find_blocks(model)
     batches: list[Batch] = [*itertools.chain(*texts)]
     looked_at = [f"{read.__module__}.{read.__qualname__}", model_fingerprint(model), list(layers), real_tokens(batches)]
-    key = fingerprint([*looked_at, "answers"] if answers else looked_at)
+    key = fingerprint(looked_at if over == "tokens" else [*looked_at, over])
     if len(texts) == 2:
         make = partial(Against, read=read, knowledge=texts[1])
         return carry_out(make, model, layers, texts[0], folder, cap, key, meta or {}, on_progress, device)
     if (folder / "survey.json").is_file():
         return same_survey(Survey.load(folder), key, cap)
     before, started = begin(folder, key, cap), time.monotonic()
-    place, kind = computing_device(model, device), Covariance if answers else Moment
-    if batches and answers:
+    place = computing_device(model, device)
+    if batches and over == "answers":
         batches = [{**batch, "counted": (batch["labels"] != -100).long()} for batch in batches]
     with frozen(model), freed_memory_kept(place):
-        walk = _moments(model, blocks, layers, batches, folder, place, kind) if batches else _alone(blocks, layers, folder, place)
+        walk = _moments(model, blocks, layers, batches, folder, place, KINDS[over]) if batches else _alone(blocks, layers, folder, place)
         for index, moments in walk:
-            found, worth = {}, {}
-            for name, layer in layers.items():
-                if layer.block == index:
-                    weight = finite_weight(layer, model.get_submodule(name))
-                    known = [finite_moment(name, "activations", moments[name].mean)] if moments else []
-                    found[name], worth[name] = read(weight, cap, *known), output_energy(weight, *known)
-            write_block(folder, index, found, {"importance": worth, "overlap": None})
+            _read_block(folder, index, {name: layer for name, layer in layers.items() if layer.block == index}, model, read, cap, moments)
+            del moments  # or they lie beside those of the next block
             before["seconds"], started = before["seconds"] + time.monotonic() - started, time.monotonic()
             write_json(folder / PROGRESS, before)
             tell(index + 1, len(blocks), f"block {index}")
     facts = {"key": key, "seconds": round(before["seconds"], 1), "peak_memory_gib": round(peak_gib(place), 2)}
     return finish(folder, layers, len(blocks), cap, batches, {**(meta or {}), **facts})
+
+
+def _read_block(
+    folder: Path, index: int, inside: dict[str, Layer], model: nn.Module, read: Read, cap: int, moments: dict[str, Moment]
+) -> None:
+    """Read the layers inside a block, and write what is kept of them."""
+    found, worth = {}, {}
+    for name, layer in inside.items():
+        weight = finite_weight(layer, model.get_submodule(name))
+        known = [finite_moment(name, "activations", moments[name].mean)] if moments else []
+        found[name], worth[name] = read(weight, cap, *known), output_energy(weight, *known)
+    write_block(folder, index, found, {"importance": worth, "overlap": None})
 
 
 def _undone(layers: dict[str, Layer], folder: Path) -> list[int]:

@@ -9,7 +9,7 @@ singular vectors as well.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -131,10 +131,11 @@ def _record(known: Statistics, mask: Tensor, seen: dict[int, tuple[Tensor, Momen
 def recording_inputs(modules: dict[str, nn.Module], moments: dict[str, Moment], mask: Tensor) -> Iterator[None]:
     """While active, every forward pass through the layers adds their inputs to the moments."""
     seen: dict[int, tuple[Tensor, Moment]] = {}
+    lengths = mask.sum(1).tolist()
 
     def hook(name: str) -> Any:
         def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            moments[name] = add_once(args[0], real_rows(name, args[0], mask), moments[name], seen)
+            moments[name] = add_once(args[0], real_rows(name, args[0], mask), moments[name], seen, lengths)
 
         return record
 
@@ -168,17 +169,18 @@ def recording_pull(modules: dict[str, nn.Module], moments: dict[str, Moment], ma
             one.remove()
 
 
-def add_once(x: Tensor, rows: Tensor, moment: Moment, seen: dict[int, tuple[Tensor, Moment]]) -> Moment:
+def add_once(x: Tensor, rows: Tensor, moment: Moment, seen: dict[int, tuple[Tensor, Moment]], lengths: Sequence[int] = ()) -> Moment:
     """Add a layer's input to its moment. Layers that read the same input share one, which is returned.
 
     Args:
         x: the input, [b, t, d].
         rows: its real tokens, [kept, d].
         seen: the inputs of this forward pass and their moments, by the input's `id`.
+        lengths: how many of the rows each example has.
     """
     if id(x) in seen and seen[id(x)][0] is x:
         return seen[id(x)][1]
-    moment.add(rows)
+    moment.add(rows, lengths)
     seen[id(x)] = (x, moment)
     return moment
 

@@ -31,7 +31,7 @@ def planner(config, model, folder):
     batches = collated(examples())
     if isinstance(needs, Reading):
         texts = [batches] * len(needs.texts)
-        known = read_layers(model, folder, needs.read, survey_cap(config, *shapes(model)), texts, answers=needs.answers)
+        known = read_layers(model, folder, needs.read, survey_cap(config, *shapes(model)), texts, over=needs.over)
     else:
         known = survey(model, batches, folder, survey_cap(config, *shapes(model)))
     return known, lambda wanted: make_plan(wanted, known)

@@ -1,13 +1,15 @@
 """The law of each method that starts from activations or from the weights' QR decomposition."""
 
 import dataclasses
+import gc
 import re
 from collections import Counter
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from peft.tuners.lora.corda import collect_eigens_for_layer
+from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.eva import get_eva_state_dict
 from small_models import examples, shapes, small
 from test_adapter import logits
@@ -17,6 +19,7 @@ from test_survey import collated
 from farss.adapter import START, TRAINED, attach, lora_layers, start_of
 from farss.config import PlanConfig
 from farss.data import unlearnt
+from farss.maths.moments import Moment
 from farss.methods import METHODS
 from farss.plan import make_plan, survey_cap
 from farss.portable import export
@@ -30,7 +33,7 @@ READINGS = ["olora", "corda-ipm", "corda-kpm", "lora-null", "eva", "farss-plus"]
 def planned(method, model, folder, batches=None):
     config = dataclasses.replace(CONFIG, method=method)
     needs = METHODS[method].needs
-    known = read_layers(model, folder, needs.read, survey_cap(config, *shapes(model)), [batches] * len(needs.texts), answers=needs.answers)
+    known = read_layers(model, folder, needs.read, survey_cap(config, *shapes(model)), [batches] * len(needs.texts), over=needs.over)
     return known, make_plan(config, known)
 
 
@@ -59,27 +62,44 @@ def test_olora_is_pefts(kind, tmp_path):
         if kind == "gpt2":  # PEFT decomposes the transpose that Conv1D stores; ours must rebuild the layer's own weight
             weight = weight_of(model.get_submodule(name)).double()
             q, r = torch.linalg.qr(weight)
-            expected = q[:, :6] @ r[:6]
+            their_b, their_a = q[:, :6], r[:6]
         else:
             module = theirs.base_model.model.get_submodule(name)
-            expected = module.lora_B["default"].weight.detach() @ module.lora_A["default"].weight.detach()
+            their_b, their_a = (side["default"].weight.detach() for side in (module.lora_B, module.lora_A))
         b, a = start_of(plan, known, name).trained
-        torch.testing.assert_close((b @ a).float(), expected.float(), rtol=1e-3, atol=1e-4)
+        signs = (b * their_b).sum(0).sign()
+        torch.testing.assert_close((b * signs).float(), their_b.float(), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close((a * signs[:, None]).float(), their_a.float(), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(("method", "end"), [("corda-ipm", slice(None, 6)), ("corda-kpm", slice(-6, None))])
-def test_corda_is_pefts_with_the_same_covariance(method, end, tmp_path):
-    model, batches = small("llama-gqa"), collated(examples())
+@pytest.mark.parametrize("method", ["corda-ipm", "corda-kpm"])
+def test_corda_is_pefts(method, tmp_path):
+    model, batches = small("llama-gqa").float(), collated(examples())
     known, plan = planned(method, model, tmp_path, batches)
-    for name in [*plan.layers][:7]:
-        linear = model.get_submodule(name)
-        rows = inputs_of(model, name, batches)
-        linear.covariance_matrix = rows.T @ rows / rows.shape[0]
-        theirs = collect_eigens_for_layer(linear, LoraConfig(r=6))
-        u, s, v = theirs.U_WC[:, end].double(), theirs.S_WC[end].double(), theirs.V_WC[:, end].double()
-        b, a = start_of(plan, known, name).trained
-        expected = (u * s) @ v.T
-        assert torch.dist(plan.layers[name].scaling * b @ a, expected) <= 2e-3 * expected.norm()
+    theirs = get_peft_model(model, corda_of_peft(method.removeprefix("corda-"), model, batches, [*plan.layers]))
+    for name in plan.layers:
+        b, a = (x.double() for x in start_of(plan, known, name).trained)
+        module = theirs.base_model.model.get_submodule(name)
+        their_b, their_a = (side["default"].weight.detach().double() for side in (module.lora_B, module.lora_A))
+        expected = their_b @ their_a
+        assert torch.dist(b @ a, expected) <= 2e-3 * expected.norm()
+        torch.testing.assert_close(b.norm(dim=0), their_b.norm(dim=0), rtol=2e-3, atol=1e-6)  # the product is the same for any balance
+        torch.testing.assert_close(a.norm(dim=1), their_a.norm(dim=1), rtol=2e-3, atol=1e-6)
+
+
+def corda_of_peft(kind, model, batches, layers):
+    """PEFT's CorDA, whose covariances are those of the same examples, one at a time and without padding."""
+
+    @torch.no_grad()
+    def run():
+        for batch in batches:
+            for tokens, mask in zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True):
+                model(tokens[mask][None])
+
+    chosen = CordaConfig(corda_method=kind)
+    config = LoraConfig(r=6, lora_alpha=6, target_modules=layers, init_lora_weights="corda", corda_config=chosen)
+    preprocess_corda(model, config, run)
+    return config
 
 
 def test_corda_factors_rebuild_the_weight(tmp_path):
@@ -202,11 +222,23 @@ def test_a_killed_reading_goes_on_to_the_same_bytes(method, tmp_path):
     assert {file.name for file in (tmp_path / "one").iterdir()} == {file.name for file in (tmp_path / "two").iterdir()}
 
 
-@pytest.mark.parametrize("answers", [False, True])
-def test_batches_do_not_matter(answers, tmp_path):
+def test_one_blocks_moments_exist_at_a_time(tmp_path):
+    model, most = small("llama"), []
+
+    def note(module, args):
+        most.append(sum(isinstance(thing, Moment) and thing.total is not None for thing in gc.get_objects()))
+
+    for block in model.model.layers:
+        block.mlp.down_proj.register_forward_pre_hook(note)
+    planned("lora-null", model, tmp_path, collated(examples(), 2))
+    assert max(most) == 4  # of q, k and v; of o; of gate and up; of down
+
+
+@pytest.mark.parametrize("over", ["tokens", "answers", "examples"])
+def test_batches_do_not_matter(over, tmp_path):
     rows = examples()
-    one = read_layers(small("qwen3"), tmp_path / "one", METHODS["eva"].needs.read, 6, [collated(rows, 1)], answers=answers)
-    two = read_layers(small("qwen3"), tmp_path / "two", METHODS["eva"].needs.read, 6, [collated(rows, 6, "left")], answers=answers)
+    one = read_layers(small("qwen3"), tmp_path / "one", METHODS["eva"].needs.read, 6, [collated(rows, 1)], over=over)
+    two = read_layers(small("qwen3"), tmp_path / "two", METHODS["eva"].needs.read, 6, [collated(rows, 6, "left")], over=over)
     for name in one.layers:
         torch.testing.assert_close(one.directions(name).lam, two.directions(name).lam, rtol=1e-5, atol=1e-8)
         assert one.layers[name].importance == pytest.approx(two.layers[name].importance, rel=1e-6)
