@@ -132,7 +132,7 @@ def survey(config: ConfigFile, overrides: Overrides = None) -> None:
 
     with processes.joined():
         first = processes.rank() == 0
-        with _single(config, overrides, several=True, shared=True) as one:
+        with _single(config, overrides, several=True, shared=True, trains=False) as one:
             found = one.survey()
     if not first:
         return
@@ -147,7 +147,7 @@ def plan(config: ConfigFile, overrides: Overrides = None) -> None:
     """Choose ranks and directions."""
     from farss.terminal import rank_map
 
-    with _single(config, overrides) as one:
+    with _single(config, overrides, trains=False) as one:
         made = one.plan()
     console.print(rank_map(made))
     for note in made.notes:
@@ -310,13 +310,16 @@ def _update_table(folder: Path) -> None:
 
 
 @contextmanager
-def _single(config: Path, overrides: list[str] | None, several: bool = False, shared: bool = False, alone: bool = False) -> Iterator[Any]:
+def _single(
+    config: Path, overrides: list[str] | None, several: bool = False, shared: bool = False, alone: bool = False, trains: bool = True
+) -> Iterator[Any]:
     """A run of one step, with its progress bars.
 
     Args:
         several: the step may run in several processes.
         shared: it may be done for a comparison, before all of its runs.
         alone: it may not be done for one run of a comparison.
+        trains: see `Run.claim`.
     """
     from farss.compare import plans_of, run_within
     from farss.pipeline import Run
@@ -334,10 +337,10 @@ def _single(config: Path, overrides: list[str] | None, several: bool = False, sh
             raise _belongs(within)
         one = within or Run(values, tell=tell, beside=plans_of(values))
         if values.compare.methods and (one.path / "config.yaml").is_file():
-            one.check_inputs()  # the comparison's configuration stays as it is
+            one.check_inputs(trains)  # the comparison's configuration stays as it is
             one.check_unchanged()
         else:
-            one.claim()
+            one.claim(trains)
         yield one
 
 

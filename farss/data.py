@@ -228,7 +228,10 @@ def _encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
         for part in batches(texts, 1000):
             result += tokenizer(part, add_special_tokens=False)["input_ids"]
     finally:
-        os.environ["TOKENIZERS_PARALLELISM"] = before or "false"
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
     return result
 
 

@@ -18,7 +18,7 @@ from farss.errors import ConfigError, FarssError, FolderError
 from farss.memory import fits, freed_memory_kept
 from farss.models import fingerprint as weights_fingerprint
 from farss.rows import example_rows, question_rows, text_rows
-from farss.tasks.grading import STEPS
+from farss.tasks.grading import GRADING, STEPS
 from farss.tasks.live import Progress, asking, live_model, prompt_tokenizer, require_harness
 from farss.tasks.names import task_manager
 from farss.tasks.questions import Drawn, draw, prompt_of, task_settings
@@ -135,6 +135,7 @@ def _benchmark(kind: Kind, entry: str | QuestionSet, config: Config, identity: d
         "entry": asked,
         "limit": config.evaluate.limit if isinstance(entry, str) else None,
         "template": config.data.template,
+        "grading": GRADING,
         "identity": identity,
     }
     return Benchmark(kind, name, entry, drawn, fingerprint(depends))

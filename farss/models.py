@@ -90,7 +90,8 @@ def check_room(config: ModelConfig, whole: bool) -> None:
     import psutil
 
     device = device_of(config)
-    if config.quantization != "none" or not (whole or device.type == "cuda"):
+    small = config.quantization != "none" or _stored_quantised(config)  # what those take is not known before they are loaded
+    if not whole and (small or device.type != "cuda"):
         return
     on_gpu = device.type == "cuda"
     there = torch.cuda.get_device_properties(device).total_memory if on_gpu else psutil.virtual_memory().total
@@ -151,6 +152,13 @@ def _dtype(config: ModelConfig, device: torch.device, as_stored: bool) -> torch.
 def is_quantised(model: Any) -> bool:
     """Whether transformers loaded a model in a quantised format; such a model stays where it was put."""
     return getattr(model, "hf_quantizer", None) is not None
+
+
+def _stored_quantised(config: ModelConfig) -> bool:
+    """Whether a model's files are quantised already."""
+    from transformers import AutoConfig
+
+    return getattr(_from_pretrained(AutoConfig, config), "quantization_config", None) is not None
 
 
 def _four_bits(dtype: torch.dtype) -> Any:

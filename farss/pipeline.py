@@ -49,6 +49,7 @@ from farss.report import write_report
 from farss.structure import left_out
 from farss.surveys import Surveys, check_fingerprint
 from farss.tasks.course import Course, prepare_course
+from farss.tasks.grading import GRADING
 from farss.train import TrainResult, check_options, products, restore, train, training_steps
 from farss.versions import versions
 
@@ -137,21 +138,26 @@ class Run:
         """What a search for the boundary compares, on what, and what it costs."""
         return prepare_search(self.common_config, self.inputs.common_examples, self.inputs.tokenizer, self.inputs.shapes[1])
 
-    def claim(self) -> None:
-        """Check the inputs and make the folder ours. Nothing is written before all of it is known to be usable."""
-        self.check_inputs()
+    def claim(self, trains: bool = True) -> None:
+        """Check the inputs and make the folder ours. Nothing is written before all of it is known to be usable.
+
+        Args:
+            trains: more is to come than the survey and the plan, which need no room for a whole model on a GPU.
+        """
+        self.check_inputs(trains)
         self.check_unchanged()
         self.folder.claim(self.config, versions())
 
-    def check_inputs(self) -> None:
+    def check_inputs(self, trains: bool = True) -> None:
         """Read the tokenizer, the data and every question file, and plan what can be planned without a survey."""
+        if trains and self.folder.record("train") is None:
+            self._check_handover()
+            check_options(self.config.train, device_of(self.config.model))
+            check_room(self.config.model, whole=self.config.plan.method == "full")
         if any(self.folder.record(step) for step in STEPS):
             return  # they were usable when the run began
-        self._check_handover()
         self.inputs.check()
         layers, blocks = self.inputs.shapes
-        check_options(self.config.train, device_of(self.config.model))
-        check_room(self.config.model, whole=self.config.plan.method == "full")
         for boundary in self.search_setting.schedule.candidates if self.searches else [self.config.plan.boundary]:
             check_plan(replace(self.config.plan, boundary=boundary), layers, blocks, self.config.calibration.svd)
 
@@ -163,6 +169,8 @@ class Run:
         """
         config = self.config
         residual = config.adapter.base == "residual" and self.method.takes_out and config.export.to != "merged"
+        if residual and config.model.quantization != "none":
+            raise ConfigError("adapter.base='residual' takes the start out of weights that are quantised: set adapter.base=untouched")
         if residual and config.model.quantization == "none" and (dtype := loaded_dtype(config.model)) != torch.float32:
             raise ConfigError(
                 f"adapter.base='residual' rounds the weights without their start to {str(dtype).removeprefix('torch.')}, and no adapter "
@@ -412,7 +420,7 @@ class Run:
 
     def evaluate_base(self) -> Scores:
         """`base/`: the untouched model's scores."""
-        options = options_of(self.common_config, BASE_KEYS)
+        options = self._asked(BASE_KEYS)
         if not self.common.is_done("evaluate-base", options, redo=True):
             with self.common.step("evaluate-base", options):
                 self._ask(load_model(self.config.model), self.common.path / "base", "base")
@@ -428,9 +436,15 @@ class Run:
         if save:
             summary.save(self.path / "summary.json")
             for target in (self.path / "adapter", self.path / "model"):
-                if (target / "farss.json").is_file():
+                if (target / "farss.json").is_file() and self._is_what_was_asked:
                     write_card(target, dataclasses.asdict(summary), self._command)
         return summary
+
+    @property
+    def _is_what_was_asked(self) -> bool:
+        """Whether what is handed over is what was asked, and not the same compressed otherwise."""
+        exported, asked = (self.folder.record(step) or {} for step in ("export", "evaluate"))
+        return all((exported.get("options") or {}).get(key) == (asked.get("options") or {}).get(key) for key in COMPRESSED_KEYS)
 
     def report(self) -> Path:
         """`report.html`, drawn from what the folder holds."""
@@ -487,11 +501,15 @@ class Run:
     @property
     def _evaluate_options(self) -> dict[str, Any]:
         compressed = dict.fromkeys(COMPRESSED_KEYS) if self._whole else options_of(self.config, COMPRESSED_KEYS)
-        return options_of(self.common_config, EVALUATE_KEYS) | compressed
+        return self._asked(EVALUATE_KEYS) | compressed
 
     def _recover_options(self, keys: tuple[str, ...]) -> dict[str, Any]:
         """`keys`: on which the model depends that is loaded."""
-        return options_of(self.common_config, RECOVERY_KEYS) | options_of(self.config, keys)
+        return self._asked(RECOVERY_KEYS) | options_of(self.config, keys)
+
+    def _asked(self, keys: tuple[str, ...]) -> dict[str, Any]:
+        """What answers depend on: these options, and how they are graded."""
+        return options_of(self.common_config, keys) | {"grading": GRADING}
 
     def drop_weights(self) -> None:
         """Delete the trained weights in every form; what was measured of them stays, and the run counts as done."""

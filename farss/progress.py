@@ -25,6 +25,8 @@ class Bars:
         if step not in self.tasks:
             self.tasks[step] = self.progress.add_task(step, total=total, line="")
         task = self.progress.tasks[self.progress.task_ids.index(self.tasks[step])]
+        if done < task.completed:  # a step may count several things, one after the other
+            task.start_time = self.progress.get_time()
         if done >= total and task.visible:  # a line above the bars: those of many steps would not fit on a screen
             self.progress.console.print(f"{escape(step)}: {total} of {total}, {_duration(task.elapsed or 0.0)}", highlight=False)
         self.progress.update(self.tasks[step], completed=done, total=total, line=escape(line), visible=done < total)

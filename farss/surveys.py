@@ -17,7 +17,7 @@ from farss.errors import FolderError
 from farss.folder import READING_KEYS, SURVEY_KEYS, Folder, options_of
 from farss.inputs import Inputs
 from farss.jobs import Tell
-from farss.memory import reset_peak
+from farss.memory import peak_gib, reset_peak
 from farss.methods import Reading
 from farss.models import device_of, fingerprint, load_model, tokenizer_fingerprint
 from farss.plan import method_of, survey_cap
@@ -105,13 +105,14 @@ class Surveys:
         if not (self.place.is_done("own_text", options) and path.is_file()):
             length = min(LENGTH, config.data.max_length)
             with self.place.step("own_text", options) as facts:
-                begun = time.monotonic()
+                begun, device = time.monotonic(), device_of(config.model)
+                reset_peak(device)
                 writer = load_model(config.model)  # on the GPU, where there is one
                 ids = own_text(writer, tokenizer, count, length, config.seed, lambda done, total: self.tell("own text", done, total, ""))
                 texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
                 rows = [json.dumps({"text": text, "tokens": row}, ensure_ascii=False) for text, row in zip(texts, ids, strict=True)]
                 write_text(path, "\n".join(rows) + "\n")
-                facts |= {"seconds": round(time.monotonic() - begun, 1)}
+                facts |= {"seconds": round(time.monotonic() - begun, 1), "peak_memory_gib": round(peak_gib(device), 2)}
         return unlearnt([json.loads(line)["tokens"] for line in path.read_text(encoding="utf-8").strip().split("\n")])
 
     def _batches(self, text: str) -> list[dict[str, torch.Tensor]]:

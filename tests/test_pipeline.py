@@ -145,6 +145,18 @@ def test_training_can_be_rebuilt_in_another_process(done):
     assert live is fresh.trained()
 
 
+def test_a_card_has_the_scores_of_its_own_adapter_alone(config):
+    run = Run(config)
+    run.all()
+    card = run.path / "adapter" / "README.md"
+    assert "| facts |" in card.read_text()
+    Run(override(config, ["export.rank=2"])).export()
+    Run(config).evaluate()  # of the exact one, which was asked before
+    assert "| facts |" not in card.read_text()
+    Run(override(config, ["export.rank=2"])).evaluate()
+    assert "| facts |" in card.read_text()
+
+
 def test_replanning_needs_no_new_survey(config):
     run = Run(config)
     run.claim()
@@ -243,7 +255,35 @@ def test_full_fine_tuning_that_cannot_fit_is_found_before_anything_is_done(confi
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=2**18))
     with pytest.raises(ConfigError, match=r"full fine-tuning needs 0 GiB for [\d,]+ weights \(16 bytes each\), and the machine"):
         Run(config).check_inputs()
+    with pytest.raises(ConfigError, match="full fine-tuning needs"):  # trains in float32 whatever the others load
+        Run(override(config, ["model.quantization=nf4"])).check_inputs()
     Run(override(config, ["plan.method=lora"])).check_inputs()  # whose weights may stay in their files
+
+
+def test_a_survey_asks_for_no_room_for_a_whole_model(config, monkeypatch):
+    """It walks the blocks one at a time, and on any GPU: a model may be larger than it, and torchrun's second process has the second."""
+    monkeypatch.setattr("farss.pipeline.device_of", lambda options: torch.device("cuda:1"))
+    monkeypatch.setattr("farss.models.device_of", lambda options: torch.device("cuda:0"))
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(total_memory=2**10))
+    Run(config).claim(trains=False)
+    with pytest.raises(ConfigError, match="set CUDA_VISIBLE_DEVICES=1"):
+        Run(config).check_inputs()
+    monkeypatch.setattr("farss.pipeline.device_of", lambda options: torch.device("cuda:0"))
+    with pytest.raises(ConfigError, match=r"the model needs 0 GiB .* and the GPU has 0: set model.quantization=nf4"):
+        Run(config).check_inputs()
+    stored = Path(config.model.path) / "config.json"
+    before = stored.read_text()
+    try:  # what such files take is not known before they are loaded
+        stored.write_text(json.dumps(json.loads(before) | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}))
+        Run(config).check_inputs()
+    finally:
+        stored.write_text(before)
+
+
+def test_a_residual_base_of_quantised_weights_is_found_before_anything_is_done(config):
+    with pytest.raises(ConfigError, match=r"adapter.base='residual' takes the start out of weights that are quantised"):
+        Run(override(config, ["adapter.base=residual", "model.quantization=nf4"])).all()
+    assert not Path(config.out).exists()
 
 
 def test_a_start_that_cannot_be_prepared_is_refused_before_anything_is_looked_at(config):

@@ -79,9 +79,14 @@ def configured(config: Config, label: str) -> Config:
     values = to_dict(config)
     for key, value in {"plan.method": label.partition("@")[0], **config.compare.settings.get(label, {})}.items():
         set_key(values, key, value)
-    if any(other.partition("@")[0] == "full" for other in config.compare.methods):
-        values["evaluate"]["full_scores"] = None  # T is relative to the comparison's own full fine-tuning
+    if has_own_full(config):
+        values["evaluate"]["full_scores"] = None
     return resolve(from_dict(values | {"compare": {}}))
+
+
+def has_own_full(config: Config) -> bool:
+    """Whether full fine-tuning takes part: T is relative to it, whatever `evaluate.full_scores` names."""
+    return any(label.partition("@")[0] == "full" for label in config.compare.methods)
 
 
 def plans_of(config: Config) -> list[PlanConfig]:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from farss.artifacts import Plan, write_json, write_text
 from farss.boundary import Boundary
 from farss.compare.entrants import Entrant, seeds
-from farss.compare.tuning import full_folder, the_rest
+from farss.compare.tuning import full_folder, right_answers, the_rest
 from farss.config import Config
-from farss.evaluate import Entry, Standing, Summary, differences, mean_scores, standings
-from farss.maths.frontier import area, kept_at, learned_at
+from farss.evaluate import Entry, Estimate, Standing, Summary, differences, mean_scores, standings
+from farss.maths.frontier import Point, area, kept_at, learned_at
+from farss.maths.metrics import Array, interval
 from farss.report import comparison_csv, comparison_markdown
 from farss.train import TrainResult
 
@@ -45,21 +49,41 @@ def write_table(
     shown = {one.run.path for _, one in named}
     for one in (one for group in tried.values() for one in group if asks and one.run.path not in shown):
         one.run.summarise(fulls[one.seed], only)
-    entries = {name: [Entry(one.run.path, fulls[one.seed]) for one in group] for name, group in groups.items()}
+    entries = {name: [Entry(one.run.path, fulls[one.seed], one.seed) for one in group] for name, group in groups.items()}
     base = mean_scores(folder / "base", only) if asks else {}
     found = standings(folder / "base", entries, config.evaluate.resamples, config.seed, only) if base else {}
+    gaps = differences(found) if set(groups) <= set(tried) else []  # one learning rate of a method is no rival of another
     comparison = {
         "rows": rows,
         "base": base,
         "methods": {name: {letter: asdict(x) for letter, x in standing.estimates.items()} for name, standing in found.items()},
-        "differences": differences(found) if set(groups) <= set(tried) else [],  # one learning rate of a method is no rival of another
+        "differences": gaps,
         "frontier": _frontier(config, tried, chosen, fulls[seeds(config)[0]], only),
         "missing": missing,
-        "notes": [*notes, *(note for note in (rows[0]["notes"] if len(rows) > 1 else []) if all(note in row["notes"] for row in rows))],
+        "notes": [*notes, *_notes_of_rows(rows), *_how_sure(config, gaps)],
     }
     write_json(folder / "comparison.json", comparison)
     write_text(folder / "comparison.md", comparison_markdown(comparison))
     write_text(folder / "comparison.csv", comparison_csv(comparison))
+
+
+def _notes_of_rows(rows: list[dict[str, Any]]) -> list[str]:
+    """The notes of the runs, each once: those of all, and those of some behind their methods' names."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        for note in row["notes"]:
+            found.setdefault(note, []).append(row["method"].partition(" ")[0])
+    everyone = {row["method"].partition(" ")[0] for row in rows}
+    return [note if set(of) == everyone else f"{', '.join(dict.fromkeys(of))}: {note}" for note, of in found.items()]
+
+
+def _how_sure(config: Config, gaps: list[dict[str, Any]]) -> list[str]:
+    """What intervals and p-values hold, and what they leave out."""
+    if not config.evaluate.asks:
+        return []
+    one = "One seed: the intervals say what other questions might have given, and nothing of another training."
+    notes = [one] if len(seeds(config)) == 1 else []
+    return [*notes, "p-values hold for all methods at once, whichever pair is looked at; intervals for one at a time."] if gaps else notes
 
 
 def _row(name: str, entrant: Entrant, full: Path | None, only: Callable[[str], bool] | None) -> dict[str, Any]:
@@ -109,27 +133,41 @@ def _frontier(
     curves = {
         label: [_point(one, known[one.run.path.name], one is chosen.get(label)) for one in group] for label, group in tried.items() if group
     }
-    return {"curves": curves, "scores": _equals(curves, "T", "K"), "likelihoods": _equals(curves, "learned", "kept")}
+    found = {label: [known[one.run.path.name] for one in group] for label, group in tried.items() if group}
+    return {"curves": curves, "scores": equals(found, "T", "K"), "likelihoods": equals(found, "learned", "kept")}
 
 
-def _equals(curves: dict[str, list[dict[str, Any]]], learned: str, kept: str) -> dict[str, Any]:
-    """What each curve says where methods are equal, by two of its metrics."""
+def equals(curves: dict[str, list[Standing]], learned: str, kept: str) -> dict[str, Any]:
+    """What each curve says where methods are equal, by two of its metrics: each value with its 95 % interval over the questions.
+
+    Full fine-tuning, whose T begins where that of others ends, has no part in where that is.
+    """
     pairs = {
-        label: [(p[learned]["value"], p[kept]["value"]) for p in curve if {learned, kept} <= set(p)] for label, curve in curves.items()
+        label: [
+            [(one.estimates[metric].value, *one.draws[metric]) for metric in (learned, kept)]
+            for one in curve
+            if {learned, kept} <= set(one.estimates)
+        ]
+        for label, curve in curves.items()
     }
-    at, of = (levels([[pair[axis] for pair in points] for points in pairs.values() if points]) for axis in (0, 1))
-    return {
-        "learned": at,
-        "kept": of,
-        "methods": {
-            label: {
-                "kept at learned": [kept_at(points, t) for t in at],
-                "learned at kept": [learned_at(points, k) for k in of],
-                "area": area(points, at[0], at[-1]) if at else None,
-            }
-            for label, points in pairs.items()
-        },
+    points = {label: np.array(own).transpose(2, 0, 1) for label, own in pairs.items() if own}  # [1 + resamples, runs, 2]
+    rivals = [own[0] for label, own in points.items() if label.partition("@")[0] != "full"] or [own[0] for own in points.values()]
+    at, of = (levels([own[:, axis].tolist() for own in rivals]) for axis in (0, 1))
+    ways: dict[str, list[Callable[[list[Point]], float | None]]] = {
+        "kept at learned": [partial(kept_at, t=t) for t in at],
+        "learned at kept": [partial(learned_at, k=k) for k in of],
+        "area": [partial(area, low=at[0], high=at[-1])] if at else [],
     }
+    methods = {label: {name: [_over_draws(points.get(label), way) for way in own] for name, own in ways.items()} for label in curves}
+    return {"learned": at, "kept": of, "methods": methods}
+
+
+def _over_draws(points: Array | None, way: Callable[[list[Point]], float | None]) -> dict[str, float] | None:
+    """A value that is read off a curve, and its interval over the resamples in which the curve comes so far; None where it does not."""
+    if points is None:
+        return None
+    value, *drawn = (way([*map(tuple, one)]) if np.isfinite(one).all() else None for one in points.tolist())
+    return asdict(Estimate(value, *interval([each for each in drawn if each is not None]))) if value is not None else None
 
 
 def _point(entrant: Entrant, standing: Standing, is_chosen: bool) -> dict[str, Any]:
@@ -138,16 +176,22 @@ def _point(entrant: Entrant, standing: Standing, is_chosen: bool) -> dict[str, A
 
 
 def levels(curves: list[list[float]]) -> list[float]:
-    """Levels that the curves span, evenly; none where there is no such range. A method that never comes so far has no value
-    there, and does not take the others' away."""
-    left = sorted(curves, key=max)
-    while left:
-        low, high = max(map(min, left)), max(left[0])
-        if high > low:
-            shares = [step / (LEVELS - 1) for step in range(LEVELS)]
-            return [low * (1 - share) + high * share for share in shares]  # at the ends exactly these: a curve ends there
-        left = left[1:] if len(left) > 2 else []
-    return []
+    """Levels of the range that most of the curves span, evenly; none where no two overlap. A method that never comes so far, or
+    begins beyond, does not take the others' range away."""
+    ranges = [(min(curve), max(curve)) for curve in curves]
+    spans = [(low, high) for low, _ in ranges for _, high in ranges if low < high]
+    if not spans:
+        return []
+
+    def spanned(span: tuple[float, float]) -> tuple[int, float]:
+        low, high = span
+        return sum(first <= low and high <= last for first, last in ranges), high - low
+
+    low, high = max(spans, key=spanned)
+    if spanned((low, high))[0] < min(2, len(curves)):
+        return []
+    shares = [step / (LEVELS - 1) for step in range(LEVELS)]
+    return [low * (1 - share) + high * share for share in shares]  # at the ends exactly these: a curve ends there
 
 
 def notes_of(config: Config, chosen: dict[str, Entrant], measure: str) -> list[str]:
@@ -161,7 +205,20 @@ def notes_of(config: Config, chosen: dict[str, Entrant], measure: str) -> list[s
     rates = ", ".join(f"{label} {one.run.config.train.learning_rate:g}" for label, one in chosen.items())
     tried = ", ".join(f"{factor:g}" for factor in config.compare.tune)
     return [
-        f"Learning rates, each chosen by {measure} on {config.compare.held_out:.0%} of the questions, which the table leaves out, "
-        f"among {tried} times its own: {rates}.",
+        f"Learning rates, each chosen by {measure} on {config.compare.held_out:.0%} of the questions, which the table leaves out (the "
+        f"untouched model answers {right_answers(config)} of those about knowledge), among {tried} times its own: {rates}.",
+        *_at_the_edge(config, chosen),
         *notes,
+    ]
+
+
+def _at_the_edge(config: Config, chosen: dict[str, Entrant]) -> list[str]:
+    """Whose best learning rate is the smallest or the largest that was tried."""
+    ends = {"smallest": min(config.compare.tune), "largest": max(config.compare.tune)}
+    found = {end: [label for label, one in chosen.items() if one.factor == factor] for end, factor in ends.items()}
+    beyond = {"smallest": "a smaller one", "largest": "a larger one"}
+    return [
+        f"The {end} rate that was tried is the best of {', '.join(labels)}: {beyond[end]} might be better still."
+        for end, labels in found.items()
+        if labels
     ]

@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from farss.artifacts import Kind, held_out
-from farss.compare.entrants import Entrant
+from farss.compare.entrants import Entrant, has_own_full
 from farss.config import Config
 from farss.errors import ConfigError, FarssError
 from farss.evaluate import Entry, Estimate, standings, task_score
 from farss.maths.metrics import balance
+from farss.tasks.summary import outcomes_of, read_scores
 
 
 def check_tuning(config: Config) -> None:
@@ -22,7 +23,7 @@ def check_tuning(config: Config) -> None:
     """
     if not config.compare.tune:
         return
-    if not config.evaluate.full_scores and "full" not in config.compare.methods:
+    if not config.evaluate.full_scores and not has_own_full(config):
         raise ConfigError("compare.tune chooses by KT, which needs full fine-tuning: add full to compare.methods")
     if not (config.evaluate.knowledge and config.evaluate.task):
         raise ConfigError("compare.tune chooses by KT: name questions in evaluate.knowledge and evaluate.task")
@@ -113,7 +114,14 @@ def measured(known: dict[str, dict[str, Estimate]], reach: float) -> tuple[str, 
     return "log-likelihoods (too few are solved for KT)", {name: value(each) for name, each in known.items()}
 
 
+def right_answers(config: Config) -> int:
+    """How many of the held-out knowledge questions the untouched model answers: by K of these the learning rates are chosen."""
+    run, only = read_scores(Path(config.out) / "base"), held_out(config.compare.held_out)
+    return round(sum(float(outcomes_of(name, "knowledge", [run], only).scores.sum()) for name in run[0].knowledge))
+
+
 def full_folder(config: Config, entrants: list[Entrant]) -> Path | None:
-    """The reference of T: the full fine-tuning run among these, or the file that the configuration names."""
+    """The reference of T: the full fine-tuning run among these, or the file that the configuration of a comparison without one names."""
     run = next((entrant.run.path for entrant in entrants if entrant.method == "full"), None)
-    return run or (Path(config.evaluate.full_scores) if config.evaluate.full_scores else None)
+    named = None if has_own_full(config) else config.evaluate.full_scores
+    return run or (Path(named) if named else None)

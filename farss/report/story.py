@@ -24,6 +24,7 @@ from farss.report.words import (
     signed,
 )
 
+SIGNIFICANT = 0.05
 NO_PACKAGES = ("farss", "python", "machine", "date", "command")
 MEANINGS = {
     "KT": "balance of kept and learned",
@@ -225,7 +226,8 @@ def tiles(summary: dict[str, Any]) -> list[Tile]:
 def comparison_headline(comparison: Comparison) -> list[str]:
     """Which methods were compared, and which has the best balance."""
     table = comparison.table
-    groups, runs = labels(table), len({each.get("folder") for each in [*table.get("rows", []), *frontier_points(table)]})
+    groups, folders = labels(table), {each.get("folder") for each in [*table.get("rows", []), *frontier_points(table)]}
+    runs = len(folders - {None})
     what = f"{title(comparison.common)}{_data(comparison.common)}"
     left = table.get("missing", 0)
     missing = f"; {left} more {'is' if left == 1 else 'are'} to come" if left else ""
@@ -241,17 +243,17 @@ def comparison_headline(comparison: Comparison) -> list[str]:
 
 
 def _best(table: dict[str, Any], found: dict[str, Value]) -> list[str]:
-    """The method with the highest KT, and those from which it cannot be told apart: by the paired difference where there is
-    one, else by whether they lie in its interval."""
+    """The method with the highest KT, and those from which it cannot be told apart: by the p-value of the paired difference where there
+    is one, else by whether they lie in its interval."""
     *others, name = sorted(found, key=lambda method: found[method].mean or 0.0)
     best = found[name]
     verb = "has the highest balance of kept and learned" if others else "has the balance"
     sentences = [f"{cut(name, 80)} {verb}, KT {percent(best.mean)}{_spread(best)}."]
     rows = [row for row in table.get("differences") or [] if row.get("metric") == "KT" and row.get("against") == name]
-    paired = {row.get("method"): row.get("high") for row in rows}
-    level = [cut(other, 80) for other in others if other in paired and not (is_number(paired[other]) and paired[other] < 0)]
+    paired = {row.get("method"): row.get("p_value") for row in rows}
+    level = [cut(other, 80) for other in others if other in paired and not (is_number(paired[other]) and paired[other] < SIGNIFICANT)]
     if level:
-        doubt = f"on the same questions, the 95{SPACE}% interval of the difference holds zero"
+        doubt = f"of {count(len(others) + 1, 'method')} that are alike, one would lead as far in 5{SPACE}% of all comparisons or more"
         sentences.append(f"Its lead over {' and '.join(level)} is no result: {doubt}.")
     unpaired = [other for other in others if other not in paired]
     near = [cut(other, 80) for other in unpaired if best.lowest is not None and (found[other].mean or 0.0) >= best.lowest]

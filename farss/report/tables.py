@@ -266,8 +266,14 @@ def _equals_markdown(found: dict[str, Any], kept: str, learned: str, unit: str, 
     heads = ["Method", *heads, *(f"{learned} at {kept} {form(level)} {unit}" for level in found["kept"]), f"Area ({unit})"]
     lines = [_line(heads), _line(["---", *("---:" for _ in heads[1:])])]
     for method, entry in found["methods"].items():
-        lines.append(_line([method, *map(form, [*entry["kept at learned"], *entry["learned at kept"], entry["area"]])]))
+        found_there = [*entry["kept at learned"], *entry["learned at kept"], *entry["area"]]
+        lines.append(_line([method, *(_read_off(value, form) for value in found_there)]))
     return "\n".join(lines)
+
+
+def _read_off(found: dict[str, float] | None, form: Callable[[Any], str]) -> str:
+    """A value that is read off a curve, with its interval."""
+    return f"{form(found['value'])} ({form(found['low'])} to {form(found['high'])})" if found else NOTHING
 
 
 def _line(texts: list[str], keep: bool = False) -> str:

@@ -12,6 +12,8 @@ from typing import Any
 
 from farss.data import prompt_text
 
+GRADING = 2
+"""Goes up when an answer is graded by other rules: what was graded by the old ones is asked again, not put beside the new."""
 STEPS = " Let's think step by step."
 """What the authors put behind the training prompt for GSM8K and MATH."""
 
@@ -21,7 +23,7 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation + "‘’´“”")
 _MARK = re.compile(r"(?:####|[Tt]he (?:final )?answer is:?)")
 _LISTED = re.compile(r"^\s*[-+−]\s+", re.MULTILINE)
 _NUMBER = re.compile(r"(?:(?<![\w)])[-+−]\s?)?\$?\s?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?")  # the dash of "20-25" is no sign
-_NUMBER_MARK = re.compile(rf"####(?=[\s:]*{_NUMBER.pattern})|[Tt]he (?:final )?answer is:?")  # "#### Step 2" is a heading
+_NUMBER_MARK = re.compile(r"####(?=\W*\d)|[Tt]he (?:final )?answer is:?")  # "#### Step 2" is a heading
 
 
 def normalise(text: str) -> str:

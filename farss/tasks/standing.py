@@ -5,6 +5,8 @@ questions became than they were before. They say something where a model solves 
 
 One bootstrap for all: every resample draws questions, the same for every model. Where a method has several seeds, the chance of the
 seeds is added: Student's t times the standard error over them. (Two or three seeds drawn with replacement would spread far too little.)
+It is drawn for all methods with the same seeds at once, since what one seed does to several methods, by its rows and their order, is no
+difference between them: their difference then spreads as that of their pairs.
 """
 
 from __future__ import annotations
@@ -12,13 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from farss.artifacts import KINDS, Kind
-from farss.maths.metrics import Array, balance, balances, bootstrap, interval, p_value
+from farss.maths.metrics import Array, balance, balances, bootstrap, interval, simultaneous_p_values
 from farss.tasks.summary import Estimate, Outcomes, outcomes_of, read_scores
 
 METRICS = ("K", "T", "KT", "kept", "learned")
@@ -32,6 +35,8 @@ class Entry:
 
     folder: Path
     full: Path | None
+    seed: int = 0
+    """Runs of one seed saw the same rows in the same order."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Standing:
     estimates: dict[str, Estimate]
     """Of `METRICS`: the mean over the seeds with a 95 % interval over questions and seeds; what has no value is left out."""
     draws: dict[str, Array]
-    """The resamples behind them, [resamples]."""
+    """The resamples behind them, [resamples]; a ratio's may be below 0."""
 
 
 def standings(
@@ -68,7 +73,8 @@ def standings(
     with_full = own | dict.fromkeys(entry.full for entry in everyone if entry.full)
     read = {folder: read_scores(folder) for folder in with_full}
     generator = np.random.default_rng(seed + 1)
-    chance = {method: _chance(len(entries), resamples, generator) for method, entries in methods.items()}
+    of_method = {method: tuple(entry.seed for entry in entries) for method, entries in methods.items()}
+    chance = {own: _chance(len(own), resamples, generator) for own in dict.fromkeys(of_method.values())}
     found: dict[str, dict[str, Array]] = {method: {} for method in methods}
     for kind in kinds:
         letter, nats = ("K", "kept") if kind == "knowledge" else ("T", "learned")
@@ -86,7 +92,7 @@ def standings(
                 found[method][letter] = np.mean(ratios, axis=0)
             if changes:
                 found[method][nats] = np.mean([each[:, places] for each in changes], axis=0)
-    return {method: _standing(letters, chance[method]) for method, letters in found.items()}
+    return {method: _standing(letters, chance[of_method[method]]) for method, letters in found.items()}
 
 
 def _outcomes(runs: list[Any], kind: Kind, only: Only | None) -> list[Outcomes]:
@@ -108,8 +114,13 @@ def _means(outcomes: list[Array], resamples: int, seed: int) -> list[Array]:
 
 
 def _chance(seeds: int, resamples: int, generator: np.random.Generator) -> Array:
-    """`[resamples]`: by how many standard deviations over the seeds their mean may be off; nothing is known of a single seed."""
-    return generator.standard_t(seeds - 1, resamples) / math.sqrt(seeds) if seeds > 1 else np.zeros(resamples)
+    """`[resamples, seeds]`: weights with which the seeds' deviations from their mean say how far that may be off, a multivariate Student's
+    t. The sum for one metric spreads as `t std / sqrt(seeds)`, and so does that for the difference of two. Nothing is known of a single
+    seed."""
+    if seeds == 1:
+        return np.zeros((resamples, 1))
+    normal = generator.standard_normal((resamples, seeds))
+    return normal / np.sqrt(generator.chisquare(seeds - 1, (resamples, 1)) * seeds)
 
 
 def _standing(metrics: dict[str, Array], chance: Array) -> Standing:
@@ -125,11 +136,10 @@ def _standing(metrics: dict[str, Array], chance: Array) -> Standing:
     if {"K", "T"} <= set(known):
         values["KT"], draws["KT"] = balance(values["K"], values["T"]), balances(draws["K"], draws["T"])
         known["KT"] = balances(known["K"], known["T"])
-    if chance.any():
-        draws = {metric: each + chance * known[metric][0].std(ddof=1) for metric, each in draws.items()}
-    for ratio in {"K", "T", "KT"} & set(draws):
-        draws[ratio] = draws[ratio].clip(min=0)
-    return Standing({metric: Estimate(values[metric], *interval(each)) for metric, each in draws.items()}, draws)
+    draws = {metric: each + chance @ (known[metric][0] - known[metric][0].mean()) for metric, each in draws.items()}
+    lowest = {metric: -math.inf if metric in ("kept", "learned") else 0.0 for metric in draws}
+    estimates = {metric: Estimate(values[metric], *interval(each.clip(min=lowest[metric]))) for metric, each in draws.items()}
+    return Standing(estimates, draws)
 
 
 def mean_scores(folder: Path, only: Only | None = None, kinds: Sequence[Kind] = KINDS) -> dict[str, float]:
@@ -150,20 +160,34 @@ def task_score(folder: Path, only: Only | None = None) -> float:
 def differences(found: dict[str, Standing], reference: str = "lora") -> list[dict[str, Any]]:
     """Every metric of every method against `reference` and against the best other method.
 
+    The p-values hold for all methods at once: those against `reference` for as many as are compared with it, those against the best
+    other for every pair there is, since the data say which is the best.
+
     Returns:
         `{method, against, metric, value, low, high, p_value}` each; full fine-tuning, the reference of T, is no rival.
     """
     rows = []
     rivals = {method: standing for method, standing in found.items() if method.partition("@")[0] != "full"}
-    for method, own in rivals.items():
-        for metric in METRICS:
-            others = {name: other for name, other in rivals.items() if name != method and metric in other.estimates}
-            if metric not in own.estimates or not others:
-                continue
-            best = max(others, key=lambda name: others[name].estimates[metric].value)
-            for against in dict.fromkeys([*([reference] if reference in others else []), best]):
-                gap = own.draws[metric] - others[against].draws[metric]
-                value = own.estimates[metric].value - others[against].estimates[metric].value
-                estimate = Estimate(value, *interval(gap))
-                rows.append({"method": method, "against": against, "metric": metric, **asdict(estimate), "p_value": p_value(gap)})
-    return rows
+    for metric in METRICS:
+        known = [method for method, standing in rivals.items() if metric in standing.estimates]
+        values = {method: rivals[method].estimates[metric].value for method in known}
+        with_reference = [(method, reference) for method in known if reference in known and method != reference]
+        for_reference, for_best = (_p_values(rivals, metric, pairs) for pairs in (with_reference, [*combinations(known, 2)]))
+        for method in known:
+            others = [name for name in known if name != method]
+            best = max(others, key=values.__getitem__, default=method)
+            for against in dict.fromkeys([*([reference] if reference in others else []), *([best] if others else [])]):
+                gap = rivals[method].draws[metric] - rivals[against].draws[metric]
+                p = (for_best if against == best else for_reference)[frozenset((method, against))]
+                estimate = Estimate(values[method] - values[against], *interval(gap))
+                rows.append({"method": method, "against": against, "metric": metric, **asdict(estimate), "p_value": p})
+    return sorted(rows, key=lambda row: [*rivals].index(row["method"]))
+
+
+def _p_values(found: dict[str, Standing], metric: str, pairs: Sequence[tuple[str, str]]) -> dict[frozenset[str], float]:
+    """The p-value of every pair, for all of these at once."""
+    if not pairs:
+        return {}
+    gaps = np.stack([found[one].draws[metric] - found[other].draws[metric] for one, other in pairs], axis=1)
+    values = np.array([found[one].estimates[metric].value - found[other].estimates[metric].value for one, other in pairs])
+    return {frozenset(pair): float(p) for pair, p in zip(pairs, simultaneous_p_values(gaps, values), strict=True)}

@@ -1,9 +1,11 @@
 """Several methods side by side: what they share, who is ahead, and what a killed comparison goes on from."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 from comparisons import read
+from transformers import Trainer
 
 from farss import surveys
 from farss.artifacts import Survey, write_json
@@ -35,7 +37,9 @@ def test_methods_and_seeds_have_intervals_and_differences(values):
             assert estimate["low"] <= estimate["value"] + 1e-12
             assert estimate["high"] >= estimate["value"] - 1e-12
     pairs = {(row["method"], row["against"], row["metric"]) for row in comparison["differences"]}
-    assert all("full" not in pair for pair in pairs)
+    known = [metric for metric in ("K", "T", "KT", "kept", "learned") if metric in comparison["methods"]["lora"]]
+    assert pairs == {(one, other, metric) for one, other in (("lora", "farss"), ("farss", "lora")) for metric in known}
+    assert {"kept", "learned"} <= set(known)
     assert comparison["frontier"] is None
 
 
@@ -89,6 +93,23 @@ def test_without_questions_there_is_still_a_table_of_costs(unasked):
     assert all(row["seconds_train"] > 0 for row in comparison["rows"])
     assert comparison["rows"][1]["peak_memory_init_gib"] > 0
     assert comparison["differences"] == []
+
+
+def test_all_see_the_same_rows_in_the_same_order(unasked, monkeypatch):
+    seen, own = {}, Trainer.training_step
+
+    def step(self, model, inputs, *rest):
+        seen.setdefault(Path(self.args.output_dir).parent.name, []).append(inputs["input_ids"].tolist())
+        return own(self, model, inputs, *rest)
+
+    monkeypatch.setattr(Trainer, "training_step", step)
+    unasked["compare"] = {"methods": ["full", "lora", "pissa"], "seeds": [0, 1]}
+    compare(from_dict(unasked), silent)
+    for seed in (0, 1):
+        full, *others = (seen[f"{method}-seed{seed}"] for method in ("full", "lora", "pissa"))
+        assert len(full) > 1
+        assert others == [full, full]
+    assert seen["full-seed0"] != seen["full-seed1"]
 
 
 def test_one_survey_is_wide_enough_for_all(unasked):

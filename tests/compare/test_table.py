@@ -2,9 +2,11 @@
 
 import random
 
+import numpy as np
 import pytest
 
-from farss.compare.table import levels
+from farss.compare.table import equals, levels
+from farss.evaluate import Estimate, Standing
 from farss.maths.frontier import kept_at
 
 pytestmark = pytest.mark.usefixtures("no_figures")
@@ -15,6 +17,43 @@ def test_a_method_that_stays_behind_takes_no_level_from_the_others():
     assert levels([[0.5, 0.9], [0.4, 0.8], [0.0, 0.1]]) == pytest.approx([0.5, 0.65, 0.8])
     assert levels([[0.5, 0.9], [0.0, 0.1]]) == []
     assert levels([]) == []
+
+
+def test_nor_does_one_that_begins_beyond():
+    assert levels([[0.97, 1.0], [0.5, 0.9], [0.4, 0.85]]) == pytest.approx([0.5, 0.675, 0.85])
+    assert levels([[0.97, 1.0], [0.9, 0.98], [0.4, 0.85], [0.3, 0.8], [0.2, 0.7]]) == pytest.approx([0.4, 0.55, 0.7])
+
+
+def standing_of(t, k, spread=0.0):
+    generator = np.random.default_rng(0)
+    draws = {"T": t + spread * generator.normal(size=400), "K": k + spread * generator.normal(size=400)}
+    return Standing({name: Estimate(value, value, value) for name, value in (("T", t), ("K", k))}, draws)
+
+
+def test_full_fine_tuning_does_not_say_where_the_others_are_compared():
+    rivals = {"lora": [standing_of(0.4, 1.0), standing_of(0.9, 0.5)], "farss": [standing_of(0.3, 1.0), standing_of(0.8, 0.6)]}
+    high = {"full": [standing_of(0.85, 1.0), standing_of(1.0, 0.1)]}
+    found, alone = equals(high | rivals, "T", "K"), equals(rivals, "T", "K")
+    assert found["learned"] == alone["learned"] == pytest.approx([0.4, 0.6, 0.8])
+    assert {label: found["methods"][label] for label in rivals} == alone["methods"]
+    assert [value["value"] for value in found["methods"]["full"]["kept at learned"]] == pytest.approx([1.0, 1.0, 1.0])
+    assert equals(high, "T", "K")["learned"] == pytest.approx([0.85, 0.925, 1.0])
+
+
+def test_what_is_read_off_a_curve_has_the_interval_of_its_draws():
+    curve = [standing_of(0.4, 1.0), standing_of(0.9, 0.5)]
+    exact = equals({"lora": curve}, "T", "K")["methods"]["lora"]
+    for value in [*exact["kept at learned"], *exact["area"]]:
+        assert value["low"] == pytest.approx(value["value"]) == value["high"]
+    noisy = equals({"lora": [standing_of(0.4, 1.0, 0.01), standing_of(0.9, 0.5, 0.01)]}, "T", "K")["methods"]["lora"]
+    middle = noisy["kept at learned"][1]
+    assert middle["value"] == pytest.approx(0.75)
+    assert 0.01 < middle["high"] - middle["low"] < 0.12
+    assert middle["low"] < 0.75 < middle["high"]
+    assert equals({"lora": curve, "farss": [standing_of(0.4, 1.0), standing_of(0.6, 0.9)]}, "T", "K")["methods"]["farss"]["area"][0]
+    short = equals({"lora": curve, "dora": curve, "farss": [standing_of(0.1, 1.0), standing_of(0.2, 0.9)]}, "T", "K")["methods"]["farss"]
+    assert short["kept at learned"] == [None, None, None]
+    assert short["area"] == [None]
 
 
 def test_the_highest_level_is_the_end_of_a_curve():

@@ -236,13 +236,15 @@ def write_variant(folder: Path, name: str, examples: int = 64) -> Path:
     return folder / name
 
 
-def write_standings(folder: Path, kt: dict[str, tuple[float, float, float]], gaps: list[tuple[str, str, str, float, float, float]]) -> None:
+def write_standings(
+    folder: Path, kt: dict[str, tuple[float, float, float]], gaps: list[tuple[str, str, str, float, float, float]], p: float = 0.0314
+) -> None:
     """KT of some methods over questions and seeds as (value, low, high), and paired differences as (metric, method, against,
     value, low, high)."""
     parts = ("value", "low", "high")
     methods = {method: {"KT": dict(zip(parts, numbers, strict=True))} for method, numbers in kt.items()}
     keys = ("metric", "method", "against", *parts)
-    differences = [dict(zip(keys, gap, strict=True)) | {"p_value": 0.0314} for gap in gaps]
+    differences = [dict(zip(keys, gap, strict=True)) | {"p_value": p} for gap in gaps]
     rewrite(folder / "comparison.json", lambda values: values.update(methods=methods, differences=differences))
 
 
