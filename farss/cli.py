@@ -286,7 +286,7 @@ def report(
 
 @app.command()
 def gemma(folder: Annotated[Path, typer.Argument(help="New folder for the model.")]) -> None:
-    """Write Gemma 3 270M (from the packages of the extra [gemma]) as an ordinary model folder."""
+    """Write Gemma 3 270M (from the packages of the extra `gemma`) as an ordinary model folder."""
     from farss.gemma import convert
     from farss.models import quiet
 

@@ -46,7 +46,8 @@ class DataConfig:
     response: str | None = None
     """Column with the answer; null: found by itself (completion, response, output, answer, ...)."""
     template: str = "alpaca"
-    """alpaca, chat (the model's own chat template), plain (as it is), or your own text with {instruction} in it."""
+    """alpaca, chat (the model's own chat template), plain (as it is), or your own text with {instruction} in it. A space stands between
+    prompt and answer, unless your own text ends in white space."""
     max_length: int = 512
     """Longest example in tokens; the end is cut off, and an example of which no answer is left is not used (you are told)."""
     limit: int | None = None

@@ -55,6 +55,11 @@ def prompt_text(template: str, instruction: str, tokenizer: Any = None) -> str:
     return (ALPACA if template == "alpaca" else template).replace("{instruction}", instruction)
 
 
+def separator(template: str) -> str:
+    """What stands between a prompt and its answer: a space, or nothing more where a template of the user's own ends in white space."""
+    return "" if template[-1:].isspace() else " "
+
+
 def answer_border(tokenizer: Any) -> str:
     """What a chat template writes between its invitation to answer and the answer, such as the empty thoughts of Qwen3: trained
     models have seen it there, so it belongs to what they are asked with. A space at its end belongs to the answer. Empty where
@@ -108,7 +113,7 @@ def _pair_stages(instruction: str, answer: str, number: int, config: DataConfig,
         messages = [{"role": "user", "content": instruction}, {"role": "assistant", "content": answer}]
         return _chat_stages(messages, number, config, tokenizer)
     start = prompt_text(config.template, instruction)
-    return [start, f"{start} {answer}"]
+    return [start, f"{start}{separator(config.template)}{answer}"]
 
 
 def _chat_stages(messages: Any, number: int, config: DataConfig, tokenizer: Any) -> list[str]:

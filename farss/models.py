@@ -33,7 +33,7 @@ def device_of(config: ModelConfig) -> torch.device:
 def multiplies_in(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a device has units for matrix products in this precision.
 
-    A CPU without them goes through 16-bit products three to several hundred times slower than through float32 ones.
+    A CPU without them goes through 16-bit products slower than through float32 ones (three times, where it has AVX-512: docs/results.md).
     """
     if device.type == "cuda" and dtype == torch.bfloat16:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))

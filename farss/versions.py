@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -17,6 +18,8 @@ from farss.models import device_of, multiplies_in
 def versions() -> dict[str, str]:
     """Versions of what a result depends on, the machine, and the commit where there is one."""
     found = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "trl")}
+    with suppress(importlib.metadata.PackageNotFoundError):  # of the extra `eval`
+        found["lm_eval"] = importlib.metadata.version("lm_eval")
     found["farss"] = _own_version()
     found["python"] = platform.python_version()
     found["machine"] = f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads" + (

@@ -74,6 +74,15 @@ def test_only_the_answer_and_one_eos_are_learnt_after_one_bos(pairs: str, templa
     assert tokenized.tokens == sum(len(row["input_ids"]) for row in tokenized.rows)
 
 
+def test_a_template_that_ends_in_white_space_brings_it_itself(pairs: str) -> None:
+    """As other trainers' Alpaca does, which ends in a line break."""
+    tokenizer, template = byte_tokenizer(), "Q: {instruction}\nA:\n"
+    row = data.load_examples(DataConfig(train=pairs, template=template), tokenizer, seed=0).rows[3]
+    assert text(tokenizer, row) == "<s>Q: q3\nA:\na3</s>"
+    assert learnt(tokenizer, row) == "a3</s>"
+    assert prompt_of(QuestionSet(name="x", data="x"), "task", template, tokenizer).delimiter == ""
+
+
 def test_the_alpaca_prompt_is_the_papers() -> None:
     assert data.prompt_text("alpaca", "Add {1}.") == (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n"

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import yaml
 
+from farss.configfile import from_dict
+from farss.data import ALPACA
+
 DOCS = Path(__file__).parent.parent / "docs"
 
 # Fields of axolotl's AxolotlInputConfig (src/axolotl/utils/schemas: model, peft, datasets, training, config; July 2026).
@@ -22,7 +25,8 @@ LLAMA_FACTORY = {
 
 def test_configurations_for_other_trainers_have_their_keys():
     blocks = re.findall(r"```yaml\n(.*?)```", (DOCS / "trainers.md").read_text(), re.DOTALL)
-    axolotl, factory = (yaml.safe_load(block) for block in blocks)
+    ours, axolotl, factory = (yaml.safe_load(block) for block in blocks)
+    assert from_dict(ours).data.template == f"{ALPACA}\n"
     assert axolotl.keys() <= AXOLOTL
     assert factory.keys() <= LLAMA_FACTORY
     assert axolotl["base_model"] == factory["model_name_or_path"] == "runs/mine/prepared/base"

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from farss.artifacts import Kind
 from farss.config import QuestionSet
-from farss.data import answer_border, prompt_text
+from farss.data import answer_border, prompt_text, separator
 from farss.errors import ConfigError, DataError
 from farss.tasks.grading import METRICS, final_number
 
@@ -107,8 +107,8 @@ def prompt_of(entry: QuestionSet, kind: Kind, template: str, tokenizer: Any) -> 
                 f"question set {entry.name!r}: fewshot={entry.fewshot} cannot be shown in a chat: set fewshot: 0, or give a prompt"
             )
         # An answer in the training format may have several lines; the model ends it with its end-of-sequence token.
-        # Between a template and an answer stands what stands there in training: a space, or the end of a chat template's border.
-        delimiter = " "
+        # Between a template and an answer stands what stands there in training, also the end of a chat template's border.
+        delimiter = separator(template)
         if template == "chat":
             border = answer_border(tokenizer) if tokenizer else ""
             delimiter = border[len(border.rstrip(" ")) :]
