@@ -147,7 +147,8 @@ def plan(config: ConfigFile, overrides: Overrides = None) -> None:
     """Choose ranks and directions."""
     from farss.terminal import rank_map
 
-    with _single(config, overrides, trains=False) as one:
+    searches = load(config, overrides or ()).plan.boundary == "auto"  # by training
+    with _single(config, overrides, trains=searches) as one:
         made = one.plan()
     console.print(rank_map(made))
     for note in made.notes:

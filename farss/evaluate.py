@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from farss.artifacts import KINDS, Kind, Scores, TaskScore, fingerprint, questions, read_json, write_json, write_text
 from farss.config import Config, QuestionSet
 from farss.configfile import to_dict
-from farss.data import choose, prompt_text
+from farss.data import choose, prompt_text, separator
 from farss.errors import ConfigError, FarssError, FolderError
 from farss.memory import fits, freed_memory_kept
 from farss.models import fingerprint as weights_fingerprint
@@ -135,10 +135,16 @@ def _benchmark(kind: Kind, entry: str | QuestionSet, config: Config, identity: d
         "entry": asked,
         "limit": config.evaluate.limit if isinstance(entry, str) else None,
         "template": config.data.template,
-        "grading": GRADING,
         "identity": identity,
+        **grading([entry]),
     }
     return Benchmark(kind, name, entry, drawn, fingerprint(depends))
+
+
+def grading(entries: Sequence[str | QuestionSet]) -> dict[str, int]:
+    """By which rules these are graded; nothing where equal texts alone are right."""
+    read = any(entry.metric != "exact_match" if isinstance(entry, QuestionSet) else entry.startswith("farss_") for entry in entries)
+    return {"grading": GRADING} if read else {}
 
 
 def check_reference(config: Config) -> None:
@@ -255,7 +261,7 @@ def _load(benchmark: Benchmark, tokenizer: Any, config: Config, manager: Any) ->
 
 
 def _training_prompt(template: str, tokenizer: Any) -> Callable[[dict[str, Any]], str]:
-    steps = STEPS.lstrip() if template == "chat" else STEPS
+    steps = STEPS.lstrip() if template == "chat" or not separator(template) else STEPS
     return lambda doc: prompt_text(template, doc["question"] if "question" in doc else doc["problem"], tokenizer) + steps
 
 

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 
 from farss.adapter import attach
-from farss.artifacts import Plan, Scores, Survey, write_json
+from farss.artifacts import KINDS, Plan, Scores, Survey, write_json
 from farss.boundary import Boundary, Prober, Setting, find
 from farss.boundary import prepare as prepare_search
 from farss.card import write_card
 from farss.config import Config, PlanConfig
 from farss.data import collate
 from farss.errors import ConfigError, FolderError
-from farss.evaluate import Summary, evaluate, summarise
+from farss.evaluate import Summary, evaluate, grading, summarise
 from farss.folder import (
     BASE_KEYS,
     BOUNDARY_KEYS,
@@ -49,7 +49,6 @@ from farss.report import write_report
 from farss.structure import left_out
 from farss.surveys import Surveys, check_fingerprint
 from farss.tasks.course import Course, prepare_course
-from farss.tasks.grading import GRADING
 from farss.train import TrainResult, check_options, products, restore, train, training_steps
 from farss.versions import versions
 
@@ -436,15 +435,15 @@ class Run:
         if save:
             summary.save(self.path / "summary.json")
             for target in (self.path / "adapter", self.path / "model"):
-                if (target / "farss.json").is_file() and self._is_what_was_asked:
+                if (target / "farss.json").is_file() and self._was_asked(target):
                     write_card(target, dataclasses.asdict(summary), self._command)
         return summary
 
-    @property
-    def _is_what_was_asked(self) -> bool:
-        """Whether what is handed over is what was asked, and not the same compressed otherwise."""
-        exported, asked = (self.folder.record(step) or {} for step in ("export", "evaluate"))
-        return all((exported.get("options") or {}).get(key) == (asked.get("options") or {}).get(key) for key in COMPRESSED_KEYS)
+    def _was_asked(self, target: Path) -> bool:
+        """Whether this is what was asked, and not an adapter that is compressed otherwise."""
+        exported, asked = ((self.folder.record(step) or {}).get("options") or {} for step in ("export", "evaluate"))
+        same = exported.get("export.to") != "merged" and all(exported.get(key) == asked.get(key) for key in COMPRESSED_KEYS)
+        return same or target.name == "model"
 
     def report(self) -> Path:
         """`report.html`, drawn from what the folder holds."""
@@ -509,7 +508,8 @@ class Run:
 
     def _asked(self, keys: tuple[str, ...]) -> dict[str, Any]:
         """What answers depend on: these options, and how they are graded."""
-        return options_of(self.common_config, keys) | {"grading": GRADING}
+        entries = [entry for kind in KINDS for entry in getattr(self.common_config.evaluate, kind)]
+        return options_of(self.common_config, keys) | grading(entries)
 
     def drop_weights(self) -> None:
         """Delete the trained weights in every form; what was measured of them stays, and the run counts as done."""

@@ -19,7 +19,7 @@ from farss.inputs import Inputs
 from farss.jobs import Tell
 from farss.memory import peak_gib, reset_peak
 from farss.methods import Reading
-from farss.models import device_of, fingerprint, load_model, tokenizer_fingerprint
+from farss.models import check_room, device_of, fingerprint, load_model, tokenizer_fingerprint
 from farss.plan import method_of, survey_cap
 from farss.survey import LENGTH, own_text, read_layers, survey
 
@@ -42,7 +42,9 @@ class Surveys:
             return {"survey": options_of(config, SURVEY_KEYS)} if needs == "survey" else {}
         writes = "knowledge" in needs.texts and not config.calibration.knowledge
         keys = {**({"own_text": READING_KEYS["knowledge"]} if writes else {}), needs.name: READING_KEYS[needs.of]}
-        return {step: options_of(config, its) for step, its in keys.items()}
+        found = {step: options_of(config, its) for step, its in keys.items()}
+        found[needs.name] |= {"over": needs.over} if needs.over == "examples" else {}  # there were CorDA's covariances without
+        return found
 
     def wanted(self) -> Survey | None:
         """What the method looks at; None: nothing."""
@@ -104,6 +106,7 @@ class Surveys:
         path, options = self.place.path / "own_text.jsonl", options_of(config, READING_KEYS["knowledge"])
         if not (self.place.is_done("own_text", options) and path.is_file()):
             length = min(LENGTH, config.data.max_length)
+            check_room(config.model, whole=False)  # the model writes where it lies as a whole
             with self.place.step("own_text", options) as facts:
                 begun, device = time.monotonic(), device_of(config.model)
                 reset_peak(device)

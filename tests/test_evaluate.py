@@ -1,5 +1,6 @@
 """Questions to small models that were taught a few answers: what they know must be what they score."""
 
+import dataclasses
 import importlib.util
 import json
 import logging
@@ -16,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from farss.artifacts import questions
 from farss.config import Config, DataConfig, EvaluateConfig, QuestionSet
 from farss.errors import ConfigError, DataError, FarssError, FolderError
-from farss.evaluate import Summary, check_reference, evaluate, summarise
+from farss.evaluate import Summary, _training_prompt, check_reference, evaluate, summarise
 from farss.tasks import prefix
 from farss.tasks.grading import contains, exact_match, final_number, normalise, number, same_mathematics
 from farss.tasks.questions import draw
@@ -137,6 +138,19 @@ def test_gold_loglikelihood_is_that_of_torch(model, tokenizer, files, tmp_path):
     evaluate(model, tokenizer, asking([QuestionSet("mixed", files["mixed"], fewshot=2)]), tmp_path)
     for record in questions(tmp_path / "scores", "mixed")[::3]:
         prompt, whole = (tokenizer(text).input_ids for text in (record["prompt"], f"{record['prompt']} {record['gold'][0]}"))
+        logits = model(torch.tensor([whole])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        direct = logits.gather(1, torch.tensor(whole[len(prompt) :])[:, None]).sum().item()
+        assert record["gold_loglikelihood"] == pytest.approx(direct, abs=1e-9)
+
+
+def test_a_right_answer_begins_where_its_prompt_ends(model, tokenizer, files, tmp_path):
+    """Training does not learn the line break at the end of a template, so it is no part of the answer."""
+    config = asking(task=[QuestionSet("steps", files["steps"])])
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, template="Q: {instruction}\nA:\n"))
+    evaluate(model, tokenizer, config, tmp_path)
+    for record in questions(tmp_path / "scores", "steps"):
+        assert record["prompt"].endswith("\nA:\n")
+        prompt, whole = (tokenizer(text).input_ids for text in (record["prompt"], record["prompt"] + record["gold"][0]))
         logits = model(torch.tensor([whole])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
         direct = logits.gather(1, torch.tensor(whole[len(prompt) :])[:, None]).sum().item()
         assert record["gold_loglikelihood"] == pytest.approx(direct, abs=1e-9)
@@ -372,6 +386,7 @@ def test_the_shipped_tasks_use_the_training_prompt(hub, model, tokenizer, tmp_pa
     assert records[0]["prompt"].startswith("Do ")
     assert records[0]["prompt"].endswith("\nR: Let's think step by step.")
     assert all("farss_math_" in r["id"] for r in questions(tmp_path / "scores", "farss_math"))
+    assert _training_prompt("{instruction}\nA:\n", tokenizer)({"question": "2 + 2?"}) == "2 + 2?\nA:\nLet's think step by step."
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,10 @@ def test_a_card_has_the_scores_of_its_own_adapter_alone(config):
     assert "| facts |" not in card.read_text()
     Run(override(config, ["export.rank=2"])).evaluate()
     assert "| facts |" in card.read_text()
+    merged = Run(override(config, ["export.to=merged", "export.rank=2"]))
+    merged.export()
+    merged.evaluate()
+    assert "| facts |" in (run.path / "model" / "README.md").read_text()  # to which a compression says nothing
 
 
 def test_replanning_needs_no_new_survey(config):

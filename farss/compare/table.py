@@ -83,7 +83,8 @@ def _how_sure(config: Config, gaps: list[dict[str, Any]]) -> list[str]:
         return []
     one = "One seed: the intervals say what other questions might have given, and nothing of another training."
     notes = [one] if len(seeds(config)) == 1 else []
-    return [*notes, "p-values hold for all methods at once, whichever pair is looked at; intervals for one at a time."] if gaps else notes
+    many = "p-values hold for all methods at once, in each column by itself; the intervals are those of one difference alone."
+    return [*notes, many] if gaps else notes
 
 
 def _row(name: str, entrant: Entrant, full: Path | None, only: Callable[[str], bool] | None) -> dict[str, Any]:
@@ -176,20 +177,15 @@ def _point(entrant: Entrant, standing: Standing, is_chosen: bool) -> dict[str, A
 
 
 def levels(curves: list[list[float]]) -> list[float]:
-    """Levels of the range that most of the curves span, evenly; none where no two overlap. A method that never comes so far, or
-    begins beyond, does not take the others' range away."""
+    """Levels of a range that many of the curves span, evenly: that with the largest product of its width and their number; none where no
+    two overlap. A method that never comes so far, or begins beyond, does not take the others' range away."""
     ranges = [(min(curve), max(curve)) for curve in curves]
     spans = [(low, high) for low, _ in ranges for _, high in ranges if low < high]
-    if not spans:
+    numbers = {(low, high): sum(first <= low and high <= last for first, last in ranges) for low, high in spans}
+    shared = [span for span in spans if numbers[span] >= min(2, len(curves))]
+    if not shared:
         return []
-
-    def spanned(span: tuple[float, float]) -> tuple[int, float]:
-        low, high = span
-        return sum(first <= low and high <= last for first, last in ranges), high - low
-
-    low, high = max(spans, key=spanned)
-    if spanned((low, high))[0] < min(2, len(curves)):
-        return []
+    low, high = max(shared, key=lambda span: numbers[span] * (span[1] - span[0]))
     shares = [step / (LEVELS - 1) for step in range(LEVELS)]
     return [low * (1 - share) + high * share for share in shares]  # at the ends exactly these: a curve ends there
 

@@ -150,12 +150,15 @@ def simultaneous_p_values(gaps: Array, values: Array) -> Array:
         `[differences]`
     """
     off = np.abs(gaps - values)
-    off = np.where(np.isfinite(off), off, 0.0)  # draws without a value
-    scale = np.quantile(off, 0.95, axis=0)
-    scale = np.where(scale > 0, scale, np.inf)  # of two that are the same
-    largest = (off / scale).max(axis=1, keepdims=True)
-    shares: Array = ((largest >= np.abs(values) / scale).sum(axis=0) + 1) / (len(gaps) + 1)  # a p-value is never 0, as below
-    return shares
+    off = off[np.isfinite(off).any(axis=1)]
+    off = np.where(np.isfinite(off), off, np.nan)  # draws without a value
+    scale = np.nanquantile(off, 0.95, axis=0)
+    certain = scale == 0  # the same in every draw
+    scale = np.where(certain, 1.0, scale)
+    largest = np.nanmax(np.where(certain, 0.0, off / scale), axis=1, keepdims=True)
+    observed = np.where(certain & (values != 0), np.inf, np.abs(values) / scale)
+    shares: Array = ((largest >= observed).sum(axis=0) + 1) / (len(off) + 1)  # a p-value is never 0, as below
+    return np.minimum(1.0, shares)
 
 
 def p_value(draws: Array) -> float:

@@ -68,7 +68,7 @@ class ExampleMoment(Moment):
 
     def add(self, rows: Tensor, lengths: Sequence[int] = ()) -> None:
         """Add rows `[t, d]` of examples with these lengths."""
-        examples = rows.to(self.dtype).split([*lengths])
+        examples = rows.to(self.dtype).split([length for length in lengths if length])
         largest = [example.max().abs() for example in examples]
         super().add(torch.cat([example / size if size else example for example, size in zip(examples, largest, strict=True)]))
         self.count += len(examples) - rows.shape[0]

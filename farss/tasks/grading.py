@@ -13,7 +13,8 @@ from typing import Any
 from farss.data import prompt_text
 
 GRADING = 2
-"""Goes up when an answer is graded by other rules: what was graded by the old ones is asked again, not put beside the new."""
+"""Goes up when a number, or what an answer holds, is read by other rules: a run folder's answers are then asked for again, so that none
+that were graded by the old rules stand beside the new."""
 STEPS = " Let's think step by step."
 """What the authors put behind the training prompt for GSM8K and MATH."""
 

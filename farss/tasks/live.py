@@ -213,6 +213,16 @@ class Asking(Base):
         finally:
             self.whole = False
 
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """The tokens of a prompt and an answer. A right answer begins where its prompt ends, as in training, which does not learn the line
+        break at the end of a template; HFLM would count that to the answer."""
+        if not self.whole:
+            pair: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)
+            return pair
+        prompt, both = self.tok_encode(context), self.tok_encode(context + continuation)
+        kept = both[: len(prompt)] == prompt
+        return prompt, both[len(prompt) :] if kept else self.tok_encode(continuation, add_special_tokens=False)
+
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Log-likelihoods of answers to prompts, and whether each is the greedy answer."""
         self.total = max(self.total, self.done + len(requests))

@@ -5,8 +5,8 @@ questions became than they were before. They say something where a model solves 
 
 One bootstrap for all: every resample draws questions, the same for every model. Where a method has several seeds, the chance of the
 seeds is added: Student's t times the standard error over them. (Two or three seeds drawn with replacement would spread far too little.)
-It is drawn for all methods with the same seeds at once, since what one seed does to several methods, by its rows and their order, is no
-difference between them: their difference then spreads as that of their pairs.
+Two methods with the same seeds are compared in pairs, since what a seed does to both, by its rows and their order, is no difference
+between them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ class Standing:
     estimates: dict[str, Estimate]
     """Of `METRICS`: the mean over the seeds with a 95 % interval over questions and seeds; what has no value is left out."""
     draws: dict[str, Array]
-    """The resamples behind them, [resamples]; a ratio's may be below 0."""
+    """The resamples of the questions behind them, [resamples], which hold nothing of the chance of the seeds."""
+    of_seed: dict[str, dict[int, float]]
+    """The value of each seed."""
 
 
 def standings(
@@ -73,8 +75,6 @@ def standings(
     with_full = own | dict.fromkeys(entry.full for entry in everyone if entry.full)
     read = {folder: read_scores(folder) for folder in with_full}
     generator = np.random.default_rng(seed + 1)
-    of_method = {method: tuple(entry.seed for entry in entries) for method, entries in methods.items()}
-    chance = {own: _chance(len(own), resamples, generator) for own in dict.fromkeys(of_method.values())}
     found: dict[str, dict[str, Array]] = {method: {} for method in methods}
     for kind in kinds:
         letter, nats = ("K", "kept") if kind == "knowledge" else ("T", "learned")
@@ -92,7 +92,7 @@ def standings(
                 found[method][letter] = np.mean(ratios, axis=0)
             if changes:
                 found[method][nats] = np.mean([each[:, places] for each in changes], axis=0)
-    return {method: _standing(letters, chance[of_method[method]]) for method, letters in found.items()}
+    return {method: _standing(letters, [entry.seed for entry in methods[method]], generator) for method, letters in found.items()}
 
 
 def _outcomes(runs: list[Any], kind: Kind, only: Only | None) -> list[Outcomes]:
@@ -113,22 +113,20 @@ def _means(outcomes: list[Array], resamples: int, seed: int) -> list[Array]:
     return [np.vstack([each.mean(axis=1), draws]) for each, draws in zip(outcomes, drawn, strict=True)]
 
 
-def _chance(seeds: int, resamples: int, generator: np.random.Generator) -> Array:
-    """`[resamples, seeds]`: weights with which the seeds' deviations from their mean say how far that may be off, a multivariate Student's
-    t. The sum for one metric spreads as `t std / sqrt(seeds)`, and so does that for the difference of two. Nothing is known of a single
-    seed."""
-    if seeds == 1:
-        return np.zeros((resamples, 1))
-    normal = generator.standard_normal((resamples, seeds))
-    return normal / np.sqrt(generator.chisquare(seeds - 1, (resamples, 1)) * seeds)
+def _chance(values: Array, resamples: int, generator: np.random.Generator) -> Array:
+    """`[resamples]`: by how much the mean over the seeds, `values`, may be off; nothing is known of a single seed."""
+    count = len(values)
+    if count == 1:
+        return np.zeros(resamples)
+    off: Array = generator.standard_t(count - 1, resamples) * values.std(ddof=1) / math.sqrt(count)
+    return off
 
 
-def _standing(metrics: dict[str, Array], chance: Array) -> Standing:
+def _standing(metrics: dict[str, Array], seeds: Sequence[int], generator: np.random.Generator) -> Standing:
     """The means over the seeds.
 
     Args:
         metrics: for each metric `[1 + resamples, seeds]`: the value of each seed, and its resamples.
-        chance: from `_chance`.
     """
     known = {metric: each for metric, each in metrics.items() if np.isfinite(each[0]).all()}
     values = {metric: float(each[0].mean()) for metric, each in known.items()}
@@ -136,10 +134,13 @@ def _standing(metrics: dict[str, Array], chance: Array) -> Standing:
     if {"K", "T"} <= set(known):
         values["KT"], draws["KT"] = balance(values["K"], values["T"]), balances(draws["K"], draws["T"])
         known["KT"] = balances(known["K"], known["T"])
-    draws = {metric: each + chance @ (known[metric][0] - known[metric][0].mean()) for metric, each in draws.items()}
-    lowest = {metric: -math.inf if metric in ("kept", "learned") else 0.0 for metric in draws}
-    estimates = {metric: Estimate(values[metric], *interval(each.clip(min=lowest[metric]))) for metric, each in draws.items()}
-    return Standing(estimates, draws)
+    estimates = {}
+    for metric, drawn in draws.items():
+        spread = drawn + _chance(known[metric][0], len(drawn), generator)
+        ends = interval(spread if metric in ("kept", "learned") else spread.clip(min=0))
+        estimates[metric] = Estimate(values[metric], *ends)
+    of_seed = {metric: dict(zip(seeds, each[0].tolist(), strict=True)) for metric, each in known.items()}
+    return Standing(estimates, draws, of_seed)
 
 
 def mean_scores(folder: Path, only: Only | None = None, kinds: Sequence[Kind] = KINDS) -> dict[str, float]:
@@ -168,26 +169,39 @@ def differences(found: dict[str, Standing], reference: str = "lora") -> list[dic
     """
     rows = []
     rivals = {method: standing for method, standing in found.items() if method.partition("@")[0] != "full"}
+    generator = np.random.default_rng(0)
     for metric in METRICS:
         known = [method for method, standing in rivals.items() if metric in standing.estimates]
         values = {method: rivals[method].estimates[metric].value for method in known}
-        with_reference = [(method, reference) for method in known if reference in known and method != reference]
-        for_reference, for_best = (_p_values(rivals, metric, pairs) for pairs in (with_reference, [*combinations(known, 2)]))
+        gaps = {pair: _gap(rivals[pair[0]], rivals[pair[1]], metric, generator) for pair in combinations(known, 2)}
+        for_best = _p_values(gaps, values)
+        for_reference = _p_values({pair: gap for pair, gap in gaps.items() if reference in pair}, values)
         for method in known:
             others = [name for name in known if name != method]
             best = max(others, key=values.__getitem__, default=method)
             for against in dict.fromkeys([*([reference] if reference in others else []), *([best] if others else [])]):
-                gap = rivals[method].draws[metric] - rivals[against].draws[metric]
-                p = (for_best if against == best else for_reference)[frozenset((method, against))]
+                pair = (method, against) if (method, against) in gaps else (against, method)
+                gap = gaps[pair] if pair[0] == method else -gaps[pair]
+                p = (for_best if against == best else for_reference)[pair]
                 estimate = Estimate(values[method] - values[against], *interval(gap))
                 rows.append({"method": method, "against": against, "metric": metric, **asdict(estimate), "p_value": p})
     return sorted(rows, key=lambda row: [*rivals].index(row["method"]))
 
 
-def _p_values(found: dict[str, Standing], metric: str, pairs: Sequence[tuple[str, str]]) -> dict[frozenset[str], float]:
+def _gap(one: Standing, other: Standing, metric: str, generator: np.random.Generator) -> Array:
+    """Resamples of the difference of two methods: of the questions, and of the seeds, in pairs where they are the same."""
+    gap = one.draws[metric] - other.draws[metric]
+    first, second = one.of_seed[metric], other.of_seed[metric]
+    if first.keys() == second.keys():
+        return gap + _chance(np.array([first[seed] - second[seed] for seed in first]), len(gap), generator)
+    for each in (first, second):
+        gap = gap + _chance(np.array([*each.values()]), len(gap), generator)
+    return gap
+
+
+def _p_values(gaps: dict[tuple[str, str], Array], values: dict[str, float]) -> dict[tuple[str, str], float]:
     """The p-value of every pair, for all of these at once."""
-    if not pairs:
+    if not gaps:
         return {}
-    gaps = np.stack([found[one].draws[metric] - found[other].draws[metric] for one, other in pairs], axis=1)
-    values = np.array([found[one].estimates[metric].value - found[other].estimates[metric].value for one, other in pairs])
-    return {frozenset(pair): float(p) for pair, p in zip(pairs, simultaneous_p_values(gaps, values), strict=True)}
+    observed = np.array([values[one] - values[other] for one, other in gaps])
+    return dict(zip(gaps, simultaneous_p_values(np.stack([*gaps.values()], axis=1), observed).tolist(), strict=True))

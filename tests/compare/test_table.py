@@ -22,12 +22,13 @@ def test_a_method_that_stays_behind_takes_no_level_from_the_others():
 def test_nor_does_one_that_begins_beyond():
     assert levels([[0.97, 1.0], [0.5, 0.9], [0.4, 0.85]]) == pytest.approx([0.5, 0.675, 0.85])
     assert levels([[0.97, 1.0], [0.9, 0.98], [0.4, 0.85], [0.3, 0.8], [0.2, 0.7]]) == pytest.approx([0.4, 0.55, 0.7])
+    assert levels([[0.84, 1.0], [0.5, 0.9], [0.4, 0.85]]) == pytest.approx([0.5, 0.675, 0.85])  # and not the sliver that all three share
 
 
 def standing_of(t, k, spread=0.0):
     generator = np.random.default_rng(0)
     draws = {"T": t + spread * generator.normal(size=400), "K": k + spread * generator.normal(size=400)}
-    return Standing({name: Estimate(value, value, value) for name, value in (("T", t), ("K", k))}, draws)
+    return Standing({name: Estimate(value, value, value) for name, value in (("T", t), ("K", k))}, draws, {})
 
 
 def test_full_fine_tuning_does_not_say_where_the_others_are_compared():

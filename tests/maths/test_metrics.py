@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 
 from farss.errors import FarssError
-from farss.maths.metrics import balance, balances, bootstrap, interval, knowledge_kept, mean_ratios, paired_difference, task_learned
+from farss.maths.metrics import (
+    balance,
+    balances,
+    bootstrap,
+    interval,
+    knowledge_kept,
+    mean_ratios,
+    paired_difference,
+    simultaneous_p_values,
+    task_learned,
+)
 
 PAPER = json.loads((Path(__file__).parent / "paper_tables.json").read_text())
 MISPRINTS = {tuple(line[:4]): line[4:] for line in PAPER["misprints"]}
@@ -137,6 +147,27 @@ def test_pairing_makes_the_interval_narrower_than_two_separate_ones():
     paired = paired_difference(after, before)
     shuffled = paired_difference(generator.permutation(after), before)
     assert paired.high - paired.low < 0.5 * (shuffled.high - shuffled.low)
+
+
+def test_p_values_of_many_differences_hold_at_once():
+    generator = np.random.default_rng(0)
+    first, tries = 0, 300
+    for _ in range(tries):
+        values = generator.normal(size=20)
+        gaps = values + generator.normal(size=(500, 20))
+        first += simultaneous_p_values(gaps, values).min() < 0.05
+    assert 0.02 < first / tries < 0.08
+    one = simultaneous_p_values(generator.normal(2.2, 1.0, (4000, 1)), np.array([2.2]))
+    assert one[0] == pytest.approx(0.028, abs=0.01)  # of one alone, the usual one
+
+
+def test_p_values_where_draws_have_no_value_or_do_not_differ():
+    generator = np.random.default_rng(0)
+    gap = generator.normal(2.0, 1.0, (2000, 1))
+    some = np.where(generator.random((2000, 1)) < 0.6, np.nan, gap)
+    assert simultaneous_p_values(some, np.array([2.0]))[0] == pytest.approx(simultaneous_p_values(gap, np.array([2.0]))[0], abs=0.02)
+    certain = np.concatenate([np.full((2000, 1), 1.0), np.zeros((2000, 1)), gap], axis=1)  # one that always differs, one that never does
+    assert simultaneous_p_values(certain, np.array([1.0, 0.0, 2.0])) == pytest.approx([1 / 2001, 1.0, 0.05], abs=0.02)
 
 
 def test_different_lengths_are_refused():

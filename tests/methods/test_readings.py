@@ -19,7 +19,7 @@ from test_survey import collated
 from farss.adapter import START, TRAINED, attach, lora_layers, start_of
 from farss.config import PlanConfig
 from farss.data import unlearnt
-from farss.maths.moments import Moment
+from farss.maths.moments import ExampleMoment, Moment
 from farss.methods import METHODS
 from farss.plan import make_plan, survey_cap
 from farss.portable import export
@@ -220,6 +220,14 @@ def test_a_killed_reading_goes_on_to_the_same_bytes(method, tmp_path):
     for file in (tmp_path / "two").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "one" / file.name).read_bytes()
     assert {file.name for file in (tmp_path / "one").iterdir()} == {file.name for file in (tmp_path / "two").iterdir()}
+
+
+def test_an_example_without_tokens_is_none():
+    rows = torch.randn(3, 4)
+    one, two = ExampleMoment(torch.float64), ExampleMoment(torch.float64)
+    one.add(rows, [3])
+    two.add(rows, [0, 3, 0])
+    torch.testing.assert_close(one.mean, two.mean)
 
 
 def test_one_blocks_moments_exist_at_a_time(tmp_path):
