@@ -13,7 +13,7 @@ from farss.compare.tuning import held_out, measured, the_rest
 from farss.configfile import from_dict, override
 from farss.errors import ConfigError, FarssError
 from farss.evaluate import Estimate
-from farss.pipeline import silent
+from farss.pipeline import Run, silent
 from farss.report import comparison_markdown
 
 pytestmark = pytest.mark.usefixtures("no_figures")
@@ -42,6 +42,32 @@ def test_learning_rates_are_chosen_on_questions_that_the_table_leaves_out(values
     text = comparison_markdown(comparison)
     assert "Learning rate | KT %" in text
     assert "(chosen)" in text
+
+
+def test_learning_rates_are_chosen_by_kt_where_it_has_a_value(values, tmp_path):
+    """On questions whose right answers are what the untouched model says: whoever changes it least is best."""
+    run = Run(from_dict(values | {"out": str(tmp_path / "before")}))
+    run.claim()
+    run.evaluate_base()
+    for kind in ("knowledge", "task"):
+        (entry,) = values["evaluate"][kind]
+        asked = questions(run.path / "base" / "scores", entry["name"])
+        rows = [{"question": row["prompt"], "answers": row["answer"]} for row in asked if row["answer"].strip()]
+        told = tmp_path / f"{entry['name']}.jsonl"
+        told.write_text("\n".join(map(json.dumps, rows)))
+        values["evaluate"][kind] = [
+            {"name": entry["name"], "data": str(told), "prompt": "{question}", "metric": "contains", "max_tokens": 2}
+        ]
+    values["compare"] = {"methods": ["full", "lora"], "tune": [1e-4, 100], "held_out": 0.5}
+    found = read(compare(from_dict(values), silent))
+    assert found["base"] == {"facts": 1.0, "seals": 1.0}
+    curves = found["frontier"]["curves"].values()
+    assert all([point["chosen"] for point in curve] == [True, False] for curve in curves)
+    assert all([point["KT"]["value"] for point in curve] == [pytest.approx(1.0), pytest.approx(0.0, abs=0.5)] for curve in curves)
+    assert {row["method"]: row["KT"]["value"] for row in found["rows"]} == {"full": 1.0, "lora": 1.0}
+    notes = "\n".join(found["notes"])
+    assert "each chosen by KT on 50% of the questions" in notes
+    assert "The smallest rate that was tried is the best of full, lora: a smaller one might be better still." in notes
 
 
 def test_the_untouched_model_is_scored_on_the_same_questions(values):
