@@ -181,7 +181,7 @@ def differences(found: dict[str, Standing], reference: str = "lora") -> list[dic
             best = max(others, key=values.__getitem__, default=method)
             for against in dict.fromkeys([*([reference] if reference in others else []), *([best] if others else [])]):
                 pair = (method, against) if (method, against) in gaps else (against, method)
-                gap = gaps[pair] if pair[0] == method else -gaps[pair]
+                gap = gaps[pair] if pair[0] == method else 0.0 - gaps[pair]  # not -0.0, where nothing differs
                 p = (for_best if against == best else for_reference)[pair]
                 estimate = Estimate(values[method] - values[against], *interval(gap))
                 rows.append({"method": method, "against": against, "metric": metric, **asdict(estimate), "p_value": p})
