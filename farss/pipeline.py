@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from farss.adapter import attach
-from farss.artifacts import KINDS, Plan, Scores, Survey, write_json
+from farss.artifacts import Plan, Scores, Survey, write_json
 from farss.boundary import Boundary, Prober, Setting, find
 from farss.boundary import prepare as prepare_search
 from farss.card import write_card
@@ -508,8 +508,7 @@ class Run:
 
     def _asked(self, keys: tuple[str, ...]) -> dict[str, Any]:
         """What answers depend on: these options, and how they are graded."""
-        entries = [entry for kind in KINDS for entry in getattr(self.common_config.evaluate, kind)]
-        return options_of(self.common_config, keys) | grading(entries)
+        return options_of(self.common_config, keys) | grading(self.common_config.evaluate.asked)
 
     def drop_weights(self) -> None:
         """Delete the trained weights in every form; what was measured of them stays, and the run counts as done."""

@@ -17,7 +17,7 @@ from farss.compare.tuning import full_folder, right_answers, the_rest
 from farss.config import Config
 from farss.evaluate import Entry, Estimate, Standing, Summary, differences, mean_scores, standings
 from farss.maths.frontier import Point, area, kept_at, learned_at
-from farss.maths.metrics import Array, interval
+from farss.maths.metrics import interval
 from farss.report import comparison_csv, comparison_markdown
 from farss.train import TrainResult
 
@@ -159,15 +159,17 @@ def equals(curves: dict[str, list[Standing]], learned: str, kept: str) -> dict[s
         "learned at kept": [partial(learned_at, k=k) for k in of],
         "area": [partial(area, low=at[0], high=at[-1])] if at else [],
     }
-    methods = {label: {name: [_over_draws(points.get(label), way) for way in own] for name, own in ways.items()} for label in curves}
+    draws = {label: [[*map(tuple, one.tolist())] for one in own if np.isfinite(one).all()] for label, own in points.items()}
+    methods = {label: {name: [_over_draws(draws.get(label), way) for way in own] for name, own in ways.items()} for label in curves}
     return {"learned": at, "kept": of, "methods": methods}
 
 
-def _over_draws(points: Array | None, way: Callable[[list[Point]], float | None]) -> dict[str, float] | None:
-    """A value that is read off a curve, and its interval over the resamples in which the curve comes so far; None where it does not."""
-    if points is None:
+def _over_draws(draws: list[list[Point]] | None, way: Callable[[list[Point]], float | None]) -> dict[str, float] | None:
+    """A value that is read off a curve, the first of these, and its interval over the resamples, the others, in which the curve comes so
+    far; None where it does not."""
+    if draws is None:
         return None
-    value, *drawn = (way([*map(tuple, one)]) if np.isfinite(one).all() else None for one in points.tolist())
+    value, *drawn = map(way, draws)
     return asdict(Estimate(value, *interval([each for each in drawn if each is not None]))) if value is not None else None
 
 
@@ -210,11 +212,8 @@ def notes_of(config: Config, chosen: dict[str, Entrant], measure: str) -> list[s
 
 def _at_the_edge(config: Config, chosen: dict[str, Entrant]) -> list[str]:
     """Whose best learning rate is the smallest or the largest that was tried."""
-    ends = {"smallest": min(config.compare.tune), "largest": max(config.compare.tune)}
-    found = {end: [label for label, one in chosen.items() if one.factor == factor] for end, factor in ends.items()}
-    beyond = {"smallest": "a smaller one", "largest": "a larger one"}
-    return [
-        f"The {end} rate that was tried is the best of {', '.join(labels)}: {beyond[end]} might be better still."
-        for end, labels in found.items()
-        if labels
-    ]
+    notes = []
+    for end, beyond, factor in (("smallest", "smaller", min(config.compare.tune)), ("largest", "larger", max(config.compare.tune))):
+        labels = ", ".join(label for label, one in chosen.items() if one.factor == factor)
+        notes += [f"The {end} rate that was tried is the best of {labels}: a {beyond} one might be better still."] if labels else []
+    return notes
