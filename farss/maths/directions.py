@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from farss.maths.moments import squared
+from farss.maths.moments import add_square, mirrored
 
 WEAK = {torch.float64: 1e-3, torch.float32: 3e-3}
 """Directions below this share of the largest singular value are weak. They are decomposed once more by themselves: the
@@ -127,8 +127,8 @@ def _gram(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """`R^T R [k, k]` of `R [d, k]`."""
     total = torch.zeros(rows.shape[1], rows.shape[1], dtype=dtype, device=rows.device)
     for _, part in _chunks(rows, dtype):
-        total += squared(part)
-    return total
+        add_square(total, part)
+    return mirrored(total)
 
 
 def direction_scores(sigma: Tensor, lam: Tensor, gam: Tensor) -> Tensor:

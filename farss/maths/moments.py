@@ -21,23 +21,24 @@ class Moment:
         self.dtype = dtype
         self.through = through
         self.total: Tensor | None = None
+        """[w, w], of which the upper half is kept."""
         self.count = 0
 
     def add(self, rows: Tensor, lengths: Sequence[int] = ()) -> None:
         """Add rows `[t, d]`; `lengths`: how many of them each example has."""
-        if self.through is None:
-            with _bfloat16_units(rows.dtype == torch.bfloat16 and self.dtype == torch.float32):
-                square = squared(rows.to(self.dtype))
-        else:
-            square = squared(product(rows, self.through, self.dtype))
-        self.total = square if self.total is None else self.total.add_(square)
+        rows_are_exact = self.through is None and rows.dtype == torch.bfloat16 and self.dtype == torch.float32
+        rows = rows.to(self.dtype) if self.through is None else product(rows, self.through, self.dtype)
+        if self.total is None:
+            self.total = rows.new_zeros(rows.shape[1], rows.shape[1])
+        with _bfloat16_units(rows_are_exact):
+            add_square(self.total, rows)
         self.count += rows.shape[0]
 
     @property
     def mean(self) -> Tensor:
         """[w, w]"""
         assert self.total is not None
-        return self.total / self.count
+        return mirrored(self.total) / self.count
 
 
 class Covariance(Moment):
@@ -80,15 +81,21 @@ def energies(moment: Tensor, basis: Tensor) -> Tensor:
     return (basis * (moment @ basis)).sum(0)
 
 
-def squared(rows: Tensor) -> Tensor:
-    """`x^T x [d, d]` of rows `[t, d]`: the upper half in strips, then mirrored."""
-    size = rows.shape[1]
-    result = rows.new_empty(size, size)
-    edges = [size * strip // STRIPS for strip in range(STRIPS + 1)]
-    for start, end in pairwise(edges):
-        torch.mm(rows[:, start:end].T, rows[:, start:], out=result[start:end, start:])
-        result[end:, start:end] = result[start:end, end:].T
-    return result
+def add_square(total: Tensor, rows: Tensor) -> None:
+    """Add `x^T x` of rows `[t, d]` to the upper half of `[d, d]`, in strips, where it lies."""
+    for start, end in _strips(total):
+        total[start:end, start:].addmm_(rows[:, start:end].T, rows[:, start:])
+
+
+def mirrored(total: Tensor) -> Tensor:
+    """`[d, d]` with its upper half in its lower, where it lies."""
+    for start, end in _strips(total):
+        total[end:, start:end] = total[start:end, end:].T
+    return total
+
+
+def _strips(total: Tensor) -> Iterator[tuple[int, int]]:
+    return pairwise(len(total) * strip // STRIPS for strip in range(STRIPS + 1))
 
 
 def product(rows: Tensor, matrix: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from farss.maths.directions import decompose, direction_scores, factors, overlap, select
 from farss.maths.fisher import importance, quadratic_form
-from farss.maths.moments import Covariance, Moment, energies, product, squared
+from farss.maths.moments import Covariance, Moment, energies, product
 
 
 def psd(size, seed):
@@ -174,7 +174,17 @@ def test_products_of_bfloat16_values_are_those_of_float32():
     exact = x.double() @ y.double()
     torch.testing.assert_close(product(x, y, torch.float32).double(), exact, rtol=0, atol=2e-6 * 64)
     assert torch.get_float32_matmul_precision() == "highest"
-    torch.testing.assert_close(squared(x.float()).double(), x.double().T @ x.double(), rtol=0, atol=2e-6 * 64)
+    moment = Moment()
+    moment.add(x)
+    torch.testing.assert_close(moment.mean.double(), x.double().T @ x.double() / 50, rtol=0, atol=2e-6 * 64)
+
+
+def test_a_moment_can_be_read_on_the_way():
+    rows, moment = matrix(31, 9), Moment(torch.float64)
+    for some in rows.split(10):
+        moment.add(some)
+        seen = rows[: moment.count]
+        torch.testing.assert_close(moment.mean, seen.T @ seen / len(seen))
 
 
 def test_a_direction_that_the_weight_does_not_have_can_be_trained():
