@@ -10,6 +10,7 @@ from torch import Tensor
 
 from farss.artifacts import LayerPlan, Plan, layer_tensors
 from farss.config import PlanConfig
+from farss.maths.eigenpairs import largest_pairs
 from farss.methods.base import Context, Method, Reading, from_directions
 from farss.methods.uniform import chosen_rank, layer_alpha
 
@@ -19,11 +20,11 @@ RHO = 2
 
 def read(weight: Tensor, cap: int, moment: Tensor) -> dict[str, Tensor]:
     """The principal components of the inputs; a component's score is its share of their variance, 0 where there is none."""
-    energy, vectors = torch.linalg.eigh(moment.double())
-    count, whole = min(weight.shape), energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)
-    share, vectors = (energy / whole).flip(0)[:count].clamp_min(0), vectors.flip(1)[:, : min(cap, count)]
-    ones, size = torch.ones(count), vectors.shape[1]
-    return layer_tensors(ones, share, ones.clone(), torch.arange(size), weight.new_zeros(weight.shape[0], size), vectors)
+    moment, count = moment.double(), min(cap, *weight.shape)
+    energy, vectors = largest_pairs(lambda x: moment @ x, moment, count)
+    share = energy.clamp_min(0) / moment.trace().clamp_min(torch.finfo(energy.dtype).tiny)
+    ones = torch.ones(count)
+    return layer_tensors(ones, share, ones.clone(), torch.arange(count), weight.new_zeros(weight.shape[0], count), vectors)
 
 
 def plan(config: PlanConfig, context: Context) -> Plan:
@@ -31,7 +32,7 @@ def plan(config: PlanConfig, context: Context) -> Plan:
     without any is left as it is."""
     survey = context.survey
     assert survey is not None
-    shares = {name: survey.directions(name).lam[: survey.cap].tolist() for name in survey.layers}
+    shares = {name: survey.directions(name).lam.tolist() for name in survey.layers}
 
     def parameters(rank: int) -> int:
         return sum(own * sum(context.layers[name].shape) for name, own in share_out(shares, rank).items())

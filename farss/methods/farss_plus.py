@@ -12,6 +12,7 @@ from torch import Tensor
 
 from farss.artifacts import Plan, layer_tensors
 from farss.config import PlanConfig
+from farss.maths.eigenpairs import largest_pairs
 from farss.methods.base import Context, Method, Reading, from_directions
 from farss.methods.corda import damped
 from farss.methods.uniform import uniform_plan
@@ -20,15 +21,18 @@ from farss.methods.uniform import uniform_plan
 def read(weight: Tensor, cap: int, task: Tensor, knowledge: Tensor) -> dict[str, Tensor]:
     """The vectors `a [n]` with the largest `a^T T a` of those with `a^T K a = 1`: the generalised eigenvectors `T a = lambda K a` of the
     two moments, K damped as CorDA damps it. A direction's score is its lambda."""
-    factor = damped(knowledge.double())[1]
-    whitened = torch.linalg.solve_triangular(factor, task.double(), upper=False)
-    whitened = torch.linalg.solve_triangular(factor, whitened.T, upper=False)
-    pull, vectors = torch.linalg.eigh((whitened + whitened.T) / 2)
-    count = min(weight.shape)  # no adapter has a larger rank
-    pull, vectors = pull.flip(0)[:count].clamp_min(0), vectors.flip(1)[:, : min(cap, count)]
+    task, factor = task.double(), damped(knowledge.double())[1]
+
+    def times(x: Tensor) -> Tensor:
+        pulled = task @ torch.linalg.solve_triangular(factor.T, x, upper=True)
+        whitened: Tensor = torch.linalg.solve_triangular(factor, pulled, upper=False)
+        return whitened
+
+    count = min(cap, *weight.shape)  # no adapter has a larger rank
+    pull, vectors = largest_pairs(times, task, count)
     v = torch.linalg.solve_triangular(factor.T, vectors, upper=True)
-    ones, size = torch.ones(count), v.shape[1]
-    return layer_tensors(ones, pull, ones.clone(), torch.arange(size), weight.new_zeros(weight.shape[0], size), v)
+    ones = torch.ones(count)
+    return layer_tensors(ones, pull.clamp_min(0), ones.clone(), torch.arange(count), weight.new_zeros(weight.shape[0], count), v)
 
 
 def plan(config: PlanConfig, context: Context) -> Plan:

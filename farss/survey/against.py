@@ -79,8 +79,10 @@ class Against(Sweep):
             for place, (name, layer) in enumerate(inside.items()):
                 check_counts(name, task[name], [task[name]], self.tokens)
                 check_counts(name, knowledge[name], [knowledge[name]], tokens)
+                pulled, seen = task.pop(name), knowledge.pop(name)  # of a wide layer each is gigabytes
                 if place % processes.size() == processes.rank():
-                    weight, pull = finite_weight(layer, modules[name]), finite_moment(name, "gradients", task[name].mean)
-                    energy = finite_moment(name, "activations", knowledge[name].mean)
+                    weight, pull = finite_weight(layer, modules[name]), finite_moment(name, "gradients", pulled.mean)
+                    energy = finite_moment(name, "activations", seen.mean)
+                    del pulled, seen
                     found[name] = Readout(output_energy(weight, pull), self.read(weight, self.cap, pull, energy))
         return gradients, found

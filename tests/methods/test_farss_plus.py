@@ -74,14 +74,16 @@ def test_directions_are_the_generalised_eigenvectors_of_brute_force(kind, tmp_pa
         torch.testing.assert_close(pulls, values[:rank], rtol=1e-4, atol=0)
 
 
-def test_no_other_directions_at_the_price_pull_more():
+@pytest.mark.parametrize("size", [20, 200], ids=["all directions", "a few of many"])
+def test_no_other_directions_at_the_price_pull_more(size):
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(3, 50, 20, generator=generator, dtype=torch.float64)
+    rows = torch.randn(2, 3 * size, size, generator=generator, dtype=torch.float64)
     task, knowledge = rows[0].T @ rows[0], rows[1].T @ rows[1]
-    a = read(torch.zeros(30, 20), 6, task, knowledge)["v"].T.double()
+    a = read(torch.zeros(size + 10, size), 6, task, knowledge)["v"].T.double()
     priced, factor = damped(knowledge)
     best = (a @ task @ a.T).trace()
-    for other in torch.randn(100, 20, 6, generator=generator, dtype=torch.float64):
+    assert best == pytest.approx(torch.linalg.eigvals(torch.linalg.solve(priced, task)).real.topk(6).values.sum().item(), rel=1e-6)
+    for other in torch.randn(100, size, 6, generator=generator, dtype=torch.float64):
         same_price = torch.linalg.solve_triangular(factor.T, torch.linalg.qr(other).Q, upper=True).T
         torch.testing.assert_close(same_price @ priced @ same_price.T, torch.eye(6).double(), rtol=0, atol=1e-9)
         assert (same_price @ task @ same_price.T).trace() < best
