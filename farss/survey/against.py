@@ -17,6 +17,7 @@ from farss import processes
 from farss.artifacts import Layer
 from farss.maths.fisher import output_energy
 from farss.maths.moments import Moment
+from farss.memory import give_back_if_scarce
 from farss.survey.kept import KNOWLEDGE
 from farss.survey.passage import Batch, Passage, counted, through
 from farss.survey.statistics import (
@@ -84,5 +85,6 @@ class Against(Sweep):
                     weight, pull = finite_weight(layer, modules[name]), finite_moment(name, "gradients", pulled.mean)
                     energy = finite_moment(name, "activations", seen.mean)
                     del pulled, seen
+                    give_back_if_scarce(self.device)
                     found[name] = Readout(output_energy(weight, pull), self.read(weight, self.cap, pull, energy))
         return gradients, found

@@ -21,7 +21,7 @@ from torch import nn
 from farss.artifacts import Layer, Survey, fingerprint, write_json
 from farss.maths.fisher import output_energy
 from farss.maths.moments import Covariance, ExampleMoment, Moment
-from farss.memory import freed_memory_kept, peak_gib
+from farss.memory import freed_memory_kept, give_back_if_scarce, peak_gib
 from farss.models import fingerprint as model_fingerprint
 from farss.structure import find_blocks, keep_gradients, target_layers
 from farss.survey.against import Against, Read
@@ -99,6 +99,7 @@ def _read_block(
     for name, layer in inside.items():
         weight = finite_weight(layer, model.get_submodule(name))
         known = [finite_moment(name, "activations", moments[name].mean)] if moments else []
+        give_back_if_scarce(weight.device)
         found[name], worth[name] = read(weight, cap, *known), output_energy(weight, *known)
     write_block(folder, index, found, {"importance": worth, "overlap": None})
 
