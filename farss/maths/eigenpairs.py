@@ -37,8 +37,12 @@ def largest_pairs(times: Callable[[Tensor], Tensor], like: Tensor, count: int) -
     size = like.shape[0]
     if size >= FEW * count and (found := _search(times, like, count)) is not None:
         return found
-    whole = times(torch.eye(size, dtype=like.dtype, device=like.device))
-    values, vectors = torch.linalg.eigh((whole + whole.T) / 2)
+    return _first(times(torch.eye(size, dtype=like.dtype, device=like.device)), count)
+
+
+def _first(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The same, by decomposing all of a matrix that is symmetric but for rounding."""
+    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
     return values.flip(0)[:count], vectors.flip(1)[:, :count]
 
 
@@ -56,9 +60,7 @@ def _search(times: Callable[[Tensor], Tensor], like: Tensor, count: int) -> tupl
         block = image
         if blocks < EARLIEST or blocks % 2:
             continue
-        inside = basis.T @ images
-        values, turn = torch.linalg.eigh((inside + inside.T) / 2)
-        values, turn = values.flip(0)[:count], turn.flip(1)[:, :count]
+        values, turn = _first(basis.T @ images, count)
         vectors = basis @ turn
         residuals = (images @ turn - vectors * values).norm(dim=0)
         if (residuals <= CLOSE * values.clamp_min(SMALL * values[0])).all():

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from farss.artifacts import Layer, Plan, Survey
+from farss.artifacts import Layer, Plan, Survey, layer_tensors
 from farss.config import PlanConfig
 from farss.maths.directions import factors
 
@@ -65,6 +65,13 @@ def balanced(u: Tensor, sigma: Tensor, v: Tensor, scaling: float) -> Start:
 def from_directions(u: Tensor, sigma: Tensor, v: Tensor, scaling: float) -> Start:
     """`A = V^T` and `B = 0`: the base stays whole."""
     return Start((torch.zeros_like(u), v.T), None)
+
+
+def of_the_inputs(weight: Tensor, scores: Tensor, v: Tensor) -> dict[str, Tensor]:
+    """What is kept of a layer for `from_directions`: directions of its inputs `v [n, c]` and their scores `[c]`, descending."""
+    count = len(scores)
+    ones = torch.ones(count)
+    return layer_tensors(ones, scores, ones.clone(), torch.arange(count), weight.new_zeros(weight.shape[0], count), v)
 
 
 class Regime:

@@ -8,10 +8,10 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from farss.artifacts import LayerPlan, Plan, layer_tensors
+from farss.artifacts import LayerPlan, Plan
 from farss.config import PlanConfig
 from farss.maths.eigenpairs import largest_pairs
-from farss.methods.base import Context, Method, Reading, from_directions
+from farss.methods.base import Context, Method, Reading, from_directions, of_the_inputs
 from farss.methods.uniform import chosen_rank, layer_alpha
 
 RHO = 2
@@ -20,11 +20,10 @@ RHO = 2
 
 def read(weight: Tensor, cap: int, moment: Tensor) -> dict[str, Tensor]:
     """The principal components of the inputs; a component's score is its share of their variance, 0 where there is none."""
-    moment, count = moment.double(), min(cap, *weight.shape)
-    energy, vectors = largest_pairs(lambda x: moment @ x, moment, count)
+    moment = moment.double()
+    energy, vectors = largest_pairs(lambda x: moment @ x, moment, min(cap, *weight.shape))
     share = energy.clamp_min(0) / moment.trace().clamp_min(torch.finfo(energy.dtype).tiny)
-    ones = torch.ones(count)
-    return layer_tensors(ones, share, ones.clone(), torch.arange(count), weight.new_zeros(weight.shape[0], count), vectors)
+    return of_the_inputs(weight, share, vectors)
 
 
 def plan(config: PlanConfig, context: Context) -> Plan:

@@ -10,10 +10,10 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from farss.artifacts import Plan, layer_tensors
+from farss.artifacts import Plan
 from farss.config import PlanConfig
 from farss.maths.eigenpairs import largest_pairs
-from farss.methods.base import Context, Method, Reading, from_directions
+from farss.methods.base import Context, Method, Reading, from_directions, of_the_inputs
 from farss.methods.corda import damped
 from farss.methods.uniform import uniform_plan
 
@@ -28,11 +28,8 @@ def read(weight: Tensor, cap: int, task: Tensor, knowledge: Tensor) -> dict[str,
         whitened: Tensor = torch.linalg.solve_triangular(factor, pulled, upper=False)
         return whitened
 
-    count = min(cap, *weight.shape)  # no adapter has a larger rank
-    pull, vectors = largest_pairs(times, task, count)
-    v = torch.linalg.solve_triangular(factor.T, vectors, upper=True)
-    ones = torch.ones(count)
-    return layer_tensors(ones, pull.clamp_min(0), ones.clone(), torch.arange(count), weight.new_zeros(weight.shape[0], count), v)
+    pull, vectors = largest_pairs(times, task, min(cap, *weight.shape))  # no adapter has a larger rank
+    return of_the_inputs(weight, pull.clamp_min(0), torch.linalg.solve_triangular(factor.T, vectors, upper=True))
 
 
 def plan(config: PlanConfig, context: Context) -> Plan:

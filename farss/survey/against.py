@@ -78,9 +78,9 @@ class Against(Sweep):
         found = {}
         with self.timed("directions"):
             for place, (name, layer) in enumerate(inside.items()):
-                check_counts(name, task[name], [task[name]], self.tokens)
-                check_counts(name, knowledge[name], [knowledge[name]], tokens)
                 pulled, seen = task.pop(name), knowledge.pop(name)  # of a wide layer each is gigabytes
+                check_counts(name, pulled, [pulled], self.tokens)
+                check_counts(name, seen, [seen], tokens)
                 if place % processes.size() == processes.rank():
                     weight, pull = finite_weight(layer, modules[name]), finite_moment(name, "gradients", pulled.mean)
                     energy = finite_moment(name, "activations", seen.mean)
