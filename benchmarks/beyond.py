@@ -268,7 +268,7 @@ def main() -> None:
         do_all(run_one, [(config, folder, each, seed) for seed in seeds for each in [*given.variants, "full"]], given.jobs, tell)
         runs = {each: [variant(config, folder, each, seed, tell) for seed in seeds] for each in names}
     entries = {each: [Entry(one.path, full.path) for one, full in zip(group, runs["full"], strict=True)] for each, group in runs.items()}
-    found = standings(folder / "base", entries, config.evaluate.resamples, config.seed, None)
+    found = standings(folder / "base", entries, config)
     rows = [row(each, group[0], found[each]) for each, group in runs.items()]
     command = shlex.join(["python", "benchmarks/beyond.py", *sys.argv[1:]])
     write_section(f"{given.title}-{name}-seed{config.seed}", f"`{command}`\n\n{table(rows)}\n\n({environment()})", "beyond.md")

@@ -75,7 +75,8 @@ def _measured(summary: dict[str, Any]) -> list[str]:
     for name in ("K", "T", "KT"):
         if summary.get(name):
             estimate = summary[name]
-            lines.append(f"- {name}: {estimate['value']:.1%} (95 % interval {estimate['low']:.1%} to {estimate['high']:.1%})")
+            by = ", by likelihood" if name != "K" and summary.get("learned_by") == "likelihood" else ""
+            lines.append(f"- {name}{by}: {estimate['value']:.1%} (95 % interval {estimate['low']:.1%} to {estimate['high']:.1%})")
     if summary.get("forgetting") is not None:
         lines.append(f"- loss on general text: {summary['forgetting']:+.3f} nats a token")
     return lines

@@ -284,6 +284,9 @@ class EvaluateConfig:
     """While training, look this many times at how likely a few of the answers are (at most 5 % of its cost); 0: never."""
     full_scores: str | None = None
     """scores.json of a full fine-tuning run, the reference of T (eq. 37); null: in a comparison its run of full, elsewhere no T."""
+    learned_by: Literal["score", "likelihood"] = "score"
+    """What T is made of: the scores on the task or, for free text and where hardly a question is solved, how much likelier (nats)
+    the right answers became. Either is relative to full fine-tuning."""
     batch_size: int = 16
     """Prompts per forward pass."""
     limit: int | None = None

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from farss.errors import ConfigError, FarssError
-from farss.maths.metrics import Array, balance, balances, bootstrap, interval, mean_ratios
+from farss.maths.metrics import Array, balance, balances, bootstrap, interval, mean_ratios, ratios
 
 BASE = 0
 """The column of the base model; the candidates follow."""
@@ -236,9 +236,7 @@ def score(
 def _learned(means: Array, place: int, best: int) -> Array:
     """The fall of the loss, relative to the best candidate's, of every resample `[resamples]`; 0 where it rose."""
     gains = means - means[:, [BASE]]  # [resamples, models]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        shares: Array = np.where(gains[:, best] > 0, np.maximum(gains[:, place], 0) / gains[:, best], np.nan)
-    return shares
+    return ratios(gains[:, place], gains[:, best])
 
 
 def _margin(order: Sequence[Candidate], scored: Sequence[Candidate], draws: Array) -> tuple[float, float, float]:

@@ -51,11 +51,12 @@ def write_table(
         one.run.summarise(fulls[one.seed], only)
     entries = {name: [Entry(one.run.path, fulls[one.seed], one.seed) for one in group] for name, group in groups.items()}
     base = mean_scores(folder / "base", only) if asks else {}
-    found = standings(folder / "base", entries, config.evaluate.resamples, config.seed, only) if base else {}
+    found = standings(folder / "base", entries, config, only) if base else {}
     gaps = differences(found) if set(groups) <= set(tried) else []  # one learning rate of a method is no rival of another
     comparison = {
         "rows": rows,
         "base": base,
+        "learned_by": config.evaluate.learned_by,
         "methods": {name: {letter: asdict(x) for letter, x in standing.estimates.items()} for name, standing in found.items()},
         "differences": gaps,
         "frontier": _frontier(config, tried, chosen, fulls[seeds(config)[0]], only),
@@ -130,7 +131,7 @@ def _frontier(
     if not config.compare.tune:
         return None
     runs = {one.run.path.name: [Entry(one.run.path, full)] for group in tried.values() for one in group}
-    known = standings(Path(config.out) / "base", runs, config.evaluate.resamples, config.seed, only)
+    known = standings(Path(config.out) / "base", runs, config, only)
     curves = {
         label: [_point(one, known[one.run.path.name], one is chosen.get(label)) for one in group] for label, group in tried.items() if group
     }

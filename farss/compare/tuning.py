@@ -38,8 +38,8 @@ def the_rest(config: Config) -> Callable[[str], bool] | None:
 
 
 def choose(config: Config, tried: dict[str, list[Entrant]]) -> tuple[dict[str, Entrant], str]:
-    """The entrant of each label that is best on the held-out questions, and by what: by KT, and full fine-tuning by its task
-    score alone (of equal ones by the likelihood of the answers), since the others are measured by it. Of equal ones the smaller
+    """The entrant of each label that is best on the held-out questions, and by what: by KT, and full fine-tuning by what it
+    learned alone (of equal scores by the likelihood of the answers), since the others are measured by it. Of equal ones the smaller
     learning rate.
 
     Raises:
@@ -69,7 +69,8 @@ def best_full(config: Config, tried: dict[str, list[Entrant]]) -> dict[str, Entr
     only = held_out(config.compare.held_out)
 
     def learning(one: Entrant) -> tuple[float, float]:
-        return task_score(one.run.path, only), learned.get(one.run.path.name, 0.0)
+        score, gain = task_score(one.run.path, only), learned.get(one.run.path.name, 0.0)
+        return (gain, score) if config.evaluate.learned_by == "likelihood" else (score, gain)
 
     return {label: max(group, key=learning) for label, group in groups.items()}
 
@@ -84,7 +85,7 @@ def _held_out_estimates(
 ) -> dict[str, dict[str, Estimate]]:
     entries = {name: [Entry(folder, full)] for name, folder in folders.items()}
     only = held_out(config.compare.held_out)
-    known = standings(Path(config.out) / "base", entries, config.evaluate.resamples, config.seed, only, kinds)
+    known = standings(Path(config.out) / "base", entries, config, only, kinds)
     return {name: standing.estimates for name, standing in known.items()}
 
 

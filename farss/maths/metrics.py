@@ -26,7 +26,7 @@ def knowledge_kept(after: Mapping[str, float], before: Mapping[str, float]) -> f
 
 
 def task_learned(scores: Mapping[str, float], full: Mapping[str, float]) -> float:
-    """T (eq. 37): the mean over task benchmarks of the score / full fine-tuning's score.
+    """T (eq. 37): the mean over task benchmarks of the score / full fine-tuning's score. For scores may stand what was gained, in nats.
 
     Raises:
         FarssError: a benchmark is missing on one side, or full fine-tuning scores 0 on it.
@@ -45,9 +45,17 @@ def _mean_ratio(scores: Mapping[str, float], reference: Mapping[str, float], who
         what = f"{missing[0]!r} was asked only once" if missing else "there is no benchmark"
         raise FarssError(f"{what}: a ratio to {who} needs the same benchmarks on both sides")
     for name, value in reference.items():
-        if value == 0:
-            raise FarssError(f"{who} scores 0 on {name!r}, so a ratio to it means nothing: leave {name!r} out, or ask more")
-    return sum(scores[name] / reference[name] for name in scores) / len(scores)
+        if value <= 0:
+            raise FarssError(f"{who} scores {value:.3g} on {name!r}, so a ratio to it means nothing: leave {name!r} out, or ask more")
+    return float(np.mean([ratios(scores[name], reference[name]) for name in scores]))
+
+
+def ratios(tops: ArrayLike, bottoms: ArrayLike) -> Array:
+    """`tops / bottoms`; 0 where something was lost and not gained, NaN where the reference is not above 0."""
+    above, below = np.asarray(tops, dtype=np.float64), np.asarray(bottoms, dtype=np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shares: Array = np.where(below > 0, np.maximum(above, 0.0) / below, np.nan)
+    return shares
 
 
 # --- uncertainty -----------------------------------------------------------------------------------------------------
@@ -93,7 +101,7 @@ def interval(draws: ArrayLike) -> tuple[float, float]:
 
 
 def mean_ratios(means: Sequence[Array], top: int, bottom: int) -> Array:
-    """K or T of every resample: the mean over benchmarks of column `top` / column `bottom`; NaN where that is 0 / 0.
+    """K or T of every resample: the mean over benchmarks of column `top` / column `bottom`; NaN where one has no value.
 
     Args:
         means: for each benchmark `[resamples, models]`, from `bootstrap`.
@@ -101,9 +109,8 @@ def mean_ratios(means: Sequence[Array], top: int, bottom: int) -> Array:
     Returns:
         `[resamples]`.
     """
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratios: Array = np.mean([each[:, top] / each[:, bottom] for each in means], axis=0)
-    return ratios
+    shares: Array = np.mean([ratios(each[:, top], each[:, bottom]) for each in means], axis=0)
+    return shares
 
 
 def balances(k: Array, t: Array) -> Array:

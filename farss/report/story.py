@@ -187,7 +187,8 @@ def _outcome(summary: dict[str, Any], who: str = "It") -> list[str]:
     if is_number(kept.get("value")):
         words.append(f"kept {percent(kept['value'])} of the knowledge it had (K{_between(kept)})")
     if is_number(learned.get("value")):
-        words.append(f"reached {percent(learned['value'])} of full fine-tuning's score on the task (T{_between(learned)})")
+        of = "gain of likelihood" if summary.get("learned_by") == "likelihood" else "score"
+        words.append(f"reached {percent(learned['value'])} of full fine-tuning's {of} on the task (T{_between(learned)})")
     end = f"; together KT is {percent(balance['value'])}" if is_number(balance.get("value")) else ""
     return [f"{cut(who, 80)} {' and '.join(words)}{end}."] if words else []
 
@@ -238,7 +239,8 @@ def comparison_headline(comparison: Comparison) -> list[str]:
     told = [row for row in table.get("rows", []) if main and row.get("folder") == main.folder.name] if len(groups) > 1 else []
     name = told[0]["method"] if told else ""
     entries = {letter: standing(table, name, letter) for letter in ("K", "T") if name}
-    found_of_it = {letter: {"value": entry.mean, "low": entry.low, "high": entry.high} for letter, entry in entries.items()}
+    found_of_it: dict[str, Any] = {letter: {"value": entry.mean, "low": entry.low, "high": entry.high} for letter, entry in entries.items()}
+    found_of_it["learned_by"] = table.get("learned_by")
     return [*sentences, *_outcome(found_of_it, name)]
 
 

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from farss.artifacts import KINDS, Kind
-from farss.maths.metrics import Array, balance, balances, bootstrap, interval, simultaneous_p_values
+from farss.config import Config
+from farss.maths.metrics import Array, balance, balances, bootstrap, interval, ratios, simultaneous_p_values
 from farss.tasks.summary import Estimate, Outcomes, outcomes_of, read_scores
 
 METRICS = ("K", "T", "KT", "kept", "learned")
@@ -54,8 +55,7 @@ class Standing:
 def standings(
     base: Path,
     methods: Mapping[str, Sequence[Entry]],
-    resamples: int,
-    seed: int,
+    config: Config,
     only: Only | None = None,
     kinds: Sequence[Kind] = ("knowledge", "task"),
 ) -> dict[str, Standing]:
@@ -74,6 +74,7 @@ def standings(
     own = dict.fromkeys([base, *(entry.folder for entry in everyone)])
     with_full = own | dict.fromkeys(entry.full for entry in everyone if entry.full)
     read = {folder: read_scores(folder) for folder in with_full}
+    resamples, seed = config.evaluate.resamples, config.seed
     generator = np.random.default_rng(seed + 1)
     found: dict[str, dict[str, Array]] = {method: {} for method in methods}
     for kind in kinds:
@@ -82,14 +83,15 @@ def standings(
         place = {folder: index for index, folder in enumerate(folders)}
         outcomes = _outcomes([read[folder] for folder in folders], kind, only)
         scores = _means([each.scores for each in outcomes], resamples, seed)
-        changes = _means([gold for each in outcomes if (gold := _changes(each.gold)).size], resamples, seed)
+        changes = _means([gains for each in outcomes if (gains := each.gains).size], resamples, seed)
+        marks = scores
+        if letter == "T" and config.evaluate.learned_by == "likelihood":
+            marks = changes if len(changes) == len(scores) else []  # as in `summarise`: every benchmark or none
         for method, group in methods.items():
             places = [place[entry.folder] for entry in group]
-            if scores and (letter == "K" or all(entry.full is not None for entry in group)):
+            if marks and (letter == "K" or all(entry.full is not None for entry in group)):
                 below = [0 if letter == "K" or entry.full is None else place[entry.full] for entry in group]
-                with np.errstate(divide="ignore", invalid="ignore"):  # what has no value is left out below
-                    ratios = [each[:, places] / each[:, below] for each in scores]
-                found[method][letter] = np.mean(ratios, axis=0)
+                found[method][letter] = np.mean([ratios(each[:, places], each[:, below]) for each in marks], axis=0)
             if changes:
                 found[method][nats] = np.mean([each[:, places] for each in changes], axis=0)
     return {method: _standing(letters, [entry.seed for entry in methods[method]], generator) for method, letters in found.items()}
@@ -99,12 +101,6 @@ def _outcomes(runs: list[Any], kind: Kind, only: Only | None) -> list[Outcomes]:
     """Each benchmark of a kind that every run was asked."""
     names = [name for name in getattr(runs[0][0], kind) if all(name in getattr(run[0], kind) for run in runs)]
     return [outcomes_of(name, kind, runs, only) for name in names]
-
-
-def _changes(gold: Array) -> Array:
-    """`[models, questions]`: how much likelier the right answer is than before, where every model has a likelihood."""
-    known: Array = gold[:, np.isfinite(gold).all(axis=0)]
-    return known - known[:1]
 
 
 def _means(outcomes: list[Array], resamples: int, seed: int) -> list[Array]:

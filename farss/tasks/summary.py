@@ -75,7 +75,8 @@ class Summary:
     K: Estimate | None
     """Knowledge kept (eq. 36); None when nothing was asked or the base model scores 0 somewhere: see `notes`."""
     T: Estimate | None
-    """Task learned, relative to full fine-tuning (eq. 37); None without its scores: see `notes`."""
+    """Task learned, relative to full fine-tuning (eq. 37), by scores or by likelihoods: see `learned_by`. None without its scores:
+    see `notes`."""
     KT: Estimate | None
     """Harmonic mean of K and T (eq. 38)."""
     forgetting: float | None
@@ -87,6 +88,8 @@ class Summary:
     recovered: Estimate | None = None
     """K after a few steps of question answering, relative to the base after the same: what is missing here is lost and not
     only masked. None where it was not asked."""
+    learned_by: str = "score"
+    """What T is made of (`evaluate.learned_by`)."""
 
     def save(self, path: Path) -> None:
         """Write `summary.json`."""
@@ -124,6 +127,17 @@ class Outcomes:
     """`[models, questions]`, in the order of the runs: before, after and, where it was asked, full fine-tuning."""
     gold: Array
     """`[models, questions]` gold log-likelihoods; NaN where there is none."""
+
+    @property
+    def known(self) -> Array:
+        """`gold` of the questions where every model has one."""
+        found: Array = self.gold[:, np.isfinite(self.gold).all(axis=0)]
+        return found
+
+    @property
+    def gains(self) -> Array:
+        """How much likelier (nats) the right answers of these are than before."""
+        return self.known - self.known[:1]
 
 
 def read_scores(folder: Path) -> tuple[Scores, Path]:
@@ -184,14 +198,14 @@ def summarise(before: Path, after: Path, full: Path | None, config: Config, only
     draws = bootstrap([each.scores for each in outcomes], resamples, seed)
     notes = _unpaired(runs[0][0], runs[1][0])
     k, k_draws = _kept(outcomes, draws, notes)
-    t, t_draws = _learned(outcomes, draws, full is not None, notes)
+    t, t_draws = _learned(outcomes, draws, full is not None, config, notes)
     kt = None
     if k is not None and t is not None and k_draws is not None and t_draws is not None:
         kt = Estimate(balance(k.value, t.value), *interval(balances(k_draws, t_draws)))
     losses = (runs[0][0].text_loss, runs[1][0].text_loss)
     forgetting = losses[1] - losses[0] if losses[0] is not None and losses[1] is not None else None
     lines = [_line(each, drawn, resamples, seed) for each, drawn in zip(outcomes, draws, strict=True)]
-    return Summary(k, t, kt, forgetting, lines, resamples, seed, notes)
+    return Summary(k, t, kt, forgetting, lines, resamples, seed, notes, learned_by=config.evaluate.learned_by)
 
 
 def _beside(
@@ -217,45 +231,63 @@ def _unpaired(before: Scores, after: Scores) -> list[str]:
 
 def _kept(outcomes: list[Outcomes], draws: list[Array], notes: list[str]) -> tuple[Estimate | None, Array | None]:
     """K and its draws; None and a note where it has no value."""
-    chosen = [place for place, each in enumerate(outcomes) if each.kind == "knowledge"]
-    if not chosen:
+    marks, drawn = _of_kind("knowledge", outcomes, draws)
+    if not marks:
         return None, None
-    return _ratio(outcomes, draws, chosen, BEFORE, "K", knowledge_kept, notes)
+    return _ratio(marks, drawn, BEFORE, "K", knowledge_kept, notes)
 
 
-def _learned(outcomes: list[Outcomes], draws: list[Array], has_full: bool, notes: list[str]) -> tuple[Estimate | None, Array | None]:
+def _learned(
+    outcomes: list[Outcomes], draws: list[Array], has_full: bool, config: Config, notes: list[str]
+) -> tuple[Estimate | None, Array | None]:
     """T and its draws; None and a note where it has no value."""
-    tasks = [place for place, each in enumerate(outcomes) if each.kind == "task"]
-    if not tasks:
+    marks, drawn = _of_kind("task", outcomes, draws)
+    if not marks:
         return None, None
     if not has_full:
         notes.append("T is not computed: it is relative to full fine-tuning, name its scores in evaluate.full_scores.")
         return None, None
-    lacking = [outcomes[place].score.name for place in tasks if len(outcomes[place].scores) <= FULL]
+    lacking = [name for name, each in marks.items() if len(each) <= FULL]
     if lacking:
         notes.append(f"T is not computed: the full fine-tuning run was not asked {lacking[0]!r}.")
         return None, None
-    return _ratio(outcomes, draws, tasks, FULL, "T", task_learned, notes)
+    if config.evaluate.learned_by == "likelihood":
+        marks = {each.score.name: each.gains for each in outcomes if each.kind == "task"}
+        silent = [name for name, each in marks.items() if not each.size or each[FULL].mean() <= 0]
+        if silent:
+            notes.append(
+                f"T is not computed: full fine-tuning made the right answers of {silent[0]!r} no likelier, or they have no likelihood."
+            )
+            return None, None
+        drawn = bootstrap([*marks.values()], config.evaluate.resamples, config.seed)
+        notes.append(
+            "T says how much likelier right answers became, against full fine-tuning (evaluate.learned_by), and not how many are given."
+        )
+    return _ratio(marks, drawn, FULL, "T", task_learned, notes)
+
+
+def _of_kind(kind: Kind, outcomes: list[Outcomes], draws: list[Array]) -> tuple[dict[str, Array], list[Array]]:
+    """The scores of the benchmarks of a kind, and their draws."""
+    chosen = [(each, drawn) for each, drawn in zip(outcomes, draws, strict=True) if each.kind == kind]
+    return {each.score.name: each.scores for each, _ in chosen}, [drawn for _, drawn in chosen]
 
 
 def _ratio(
-    outcomes: list[Outcomes],
+    marks: dict[str, Array],
     draws: list[Array],
-    chosen: list[int],
     bottom: int,
     letter: str,
     metric: Callable[[dict[str, float], dict[str, float]], float],
     notes: list[str],
 ) -> tuple[Estimate | None, Array | None]:
-    tops = {outcomes[place].score.name: float(outcomes[place].scores[AFTER].mean()) for place in chosen}
-    bottoms = {outcomes[place].score.name: float(outcomes[place].scores[bottom].mean()) for place in chosen}
+    tops, bottoms = ({name: float(each[model].mean()) for name, each in marks.items()} for model in (AFTER, bottom))
     try:
         value = metric(tops, bottoms)
     except FarssError as error:
         notes.append(f"{letter} is not computed: {error}.")
         return None, None
     # Resamples in which a reference happens to score 0 have no ratio; the interval is that of the others.
-    drawn = mean_ratios([draws[place] for place in chosen], AFTER, bottom)
+    drawn = mean_ratios(draws, AFTER, bottom)
     return Estimate(value, *interval(drawn)), drawn
 
 
@@ -263,9 +295,8 @@ def _line(each: Outcomes, drawn: Array, resamples: int, seed: int) -> BenchmarkS
     ends = [interval(drawn[:, place]) for place in range(len(each.scores))]
     has_full = len(each.scores) > FULL
     change = paired_difference(each.scores[AFTER], each.scores[BEFORE], resamples, seed)
-    known = np.isfinite(each.gold).all(axis=0)
-    gold = each.gold[:, known]
-    gold_change = paired_difference(gold[AFTER], gold[BEFORE], resamples, seed) if known.any() else None
+    gold = each.known
+    gold_change = paired_difference(gold[AFTER], gold[BEFORE], resamples, seed) if gold.size else None
     return BenchmarkSummary(
         name=each.score.name,
         kind=each.kind,
@@ -283,7 +314,7 @@ def _line(each: Outcomes, drawn: Array, resamples: int, seed: int) -> BenchmarkS
         full_high=ends[FULL][1] if has_full else None,
         change=Estimate(change.mean, change.low, change.high),
         p_value=change.p_value,
-        gold_before=float(gold[BEFORE].mean()) if known.any() else None,
-        gold_after=float(gold[AFTER].mean()) if known.any() else None,
+        gold_before=float(gold[BEFORE].mean()) if gold.size else None,
+        gold_after=float(gold[AFTER].mean()) if gold.size else None,
         gold_change=Estimate(*gold_change[:3]) if gold_change is not None else None,
     )

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from farss.artifacts import Scores, TaskScore
-from farss.config import Config
-from farss.maths.metrics import bootstrap
+from farss.config import Config, EvaluateConfig
+from farss.maths.metrics import balance, bootstrap
 from farss.tasks.standing import Entry, _standing, differences, mean_scores, standings
 from farss.tasks.summary import summarise
 
@@ -47,6 +47,10 @@ def asked(tmp_path):
     return write
 
 
+def drawing(resamples, **options):
+    return Config(evaluate=EvaluateConfig(resamples=resamples, **options))
+
+
 def mean(folder, name, key):
     return np.mean([json.loads(line)[key] for line in (folder / "scores" / f"{name}.jsonl").read_text().splitlines()])
 
@@ -56,7 +60,7 @@ def runs(asked):
     base = asked("base", 0, facts=0.6, places=0.4, intents=0.1)
     full = asked("full", 1, facts=0.3, places=0.2, intents=0.9)
     groups = {
-        name: [Entry(asked(f"{name}{seed}", 10 * place + seed, facts=kept, places=kept, intents=0.8), full) for seed in range(2)]
+        name: [Entry(asked(f"{name}{seed}", 10 * place + seed, facts=kept, places=kept, intents=0.8), full, seed) for seed in range(2)]
         for place, (name, kept) in enumerate({"lora": 0.3, "farss": 0.6}.items(), 1)
     }
     return base, full, groups
@@ -64,7 +68,7 @@ def runs(asked):
 
 def test_values_are_means_over_benchmarks_and_seeds(runs):
     base, full, groups = runs
-    found = standings(base, groups, 200, 0)
+    found = standings(base, groups, drawing(200))
     for name, group in groups.items():
         folders = [entry.folder for entry in group]
         ratios = [mean(each, task, "score") / mean(base, task, "score") for each in folders for task in ("facts", "places")]
@@ -140,30 +144,66 @@ def test_methods_with_other_seeds_are_compared_all_the_same():
 def test_one_seed_has_the_chance_of_the_questions_alone(runs):
     base, _, groups = runs
     one = {"lora": groups["lora"][:1]}
-    estimate = standings(base, one, 400, 0)["lora"].estimates["kept"]
+    estimate = standings(base, one, drawing(400))["lora"].estimates["kept"]
     summary = [line for line in summarise(base, groups["lora"][0].folder, None, Config()).benchmarks if line.kind == "knowledge"]
     spread = np.mean([line.gold_change.high - line.gold_change.low for line in summary]) / np.sqrt(2)
     assert estimate.high - estimate.low == pytest.approx(spread, rel=0.3)
 
 
+def test_t_may_be_made_of_likelihoods(runs):
+    """The share of what full fine-tuning gained in nats, with K as it is; the same as a run's own summary says."""
+    base, full, groups = runs
+    config, scored = drawing(200, learned_by="likelihood"), standings(base, groups, drawing(200))
+    gain = mean(full, "intents", "gold_loglikelihood") - mean(base, "intents", "gold_loglikelihood")
+    for name, standing in standings(base, groups, config).items():
+        found = standing.estimates
+        assert found["T"].value == pytest.approx(found["learned"].value / gain)
+        assert found["K"] == scored[name].estimates["K"]
+        assert found["KT"].value == pytest.approx(balance(found["K"].value, found["T"].value))
+        for entry in groups[name]:
+            summary = summarise(base, entry.folder, entry.full, config)
+            assert summary.T.value == pytest.approx(standing.of_seed["T"][entry.seed])
+            assert summary.T.low < summary.T.value < summary.T.high
+            assert summary.learned_by == "likelihood"
+            assert "evaluate.learned_by" in summary.notes[0]
+
+
+def test_no_t_where_full_fine_tuning_gained_nothing(runs):
+    base, _, groups = runs
+    config = drawing(200, learned_by="likelihood")
+    alike = {"lora": [Entry(groups["lora"][0].folder, base)]}
+    assert set(standings(base, alike, config)["lora"].estimates) == {"K", "kept", "learned"}
+    summary = summarise(base, groups["lora"][0].folder, base, config)
+    assert summary.T is summary.KT is None
+    assert "full fine-tuning made the right answers of 'intents' no likelier" in summary.notes[0]
+
+
+def test_who_lost_likelihood_learned_nothing(asked):
+    base, full = asked("base", 0, intents=0.4), asked("full", 1, intents=0.9)
+    worse = {"lora": [Entry(asked("worse", 2, intents=0.0), full)]}
+    found = standings(base, worse, drawing(200, learned_by="likelihood"))["lora"].estimates
+    assert found["learned"].value < 0
+    assert (found["T"].value, found["KT"].value) == (0.0, 0.0)
+
+
 def test_nats_need_no_full_fine_tuning(runs):
     base, _, groups = runs
     alone = {name: [Entry(entry.folder, None) for entry in group] for name, group in groups.items()}
-    assert {name: set(standing.estimates) for name, standing in standings(base, alone, 200, 0).items()} == {
+    assert {name: set(standing.estimates) for name, standing in standings(base, alone, drawing(200)).items()} == {
         name: {"K", "kept", "learned"} for name in groups
     }
 
 
 def test_k_is_there_where_full_fine_tuning_was_asked_the_task_alone(runs):
     base, full, groups = runs
-    expected = standings(base, groups, 200, 0)
+    expected = standings(base, groups, drawing(200))
     Scores({}, Scores.load(full / "scores.json").task).save(full / "scores.json")
-    assert standings(base, groups, 200, 0)["lora"].estimates == expected["lora"].estimates
+    assert standings(base, groups, drawing(200))["lora"].estimates == expected["lora"].estimates
 
 
 def test_some_questions_alone_may_count(runs):
     base, _, groups = runs
-    few = standings(base, groups, 200, 0, lambda key: int(key) < 10)["lora"].estimates["kept"].value
+    few = standings(base, groups, drawing(200), lambda key: int(key) < 10)["lora"].estimates["kept"].value
     rows = {}
     for folder in (base, *(entry.folder for entry in groups["lora"])):
         for task in ("facts", "places"):
@@ -184,7 +224,7 @@ def test_scores_are_those_of_the_questions_that_count(runs):
 
 def test_differences_are_paired(runs):
     base, _, groups = runs
-    found = standings(base, groups, 400, 0)
+    found = standings(base, groups, drawing(400))
     rows = {(row["method"], row["metric"]): row for row in differences(found)}
     assert set(rows) == {(name, metric) for name in groups for metric in ("K", "T", "KT", "kept", "learned")}
     row = rows["farss", "kept"]
@@ -192,5 +232,5 @@ def test_differences_are_paired(runs):
     assert row["low"] < row["value"] < row["high"]
     assert rows["lora", "kept"]["value"] == pytest.approx(-row["value"])
     same = {"one": groups["lora"], "two": groups["lora"]}
-    equal = {row["metric"]: row for row in differences(standings(base, same, 400, 0), reference="one") if row["method"] == "two"}
+    equal = {row["metric"]: row for row in differences(standings(base, same, drawing(400)), reference="one") if row["method"] == "two"}
     assert all(row["value"] == pytest.approx(0) and row["low"] <= 0 <= row["high"] for row in equal.values())
