@@ -22,22 +22,21 @@ SHAPES = {
     "70b": {"blocks": 2, "hidden": 8192, "mlp": 28672, "heads": 64, "kv_heads": 8, "vocabulary": 32000},
 }
 EXAMPLES = 64
-COMMANDS = {"farss": "survey", "farss-plus": "plan"}
-"""What looks at the model for a method."""
+METHODS = ["farss", "farss-plus"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("--svd", choices=["exact", "fast"], default="exact")
-    parser.add_argument("--method", choices=COMMANDS, default="farss")
+    parser.add_argument("--method", choices=METHODS, default="farss")
     options = parser.parse_args()
     data, folder = data_file("gsm8k/train.jsonl.gz"), WORK / f"large-{options.shape}-{options.method}-{options.svd}"
     folder.mkdir(parents=True, exist_ok=True)
     model = make_model(WORK / f"llama-{options.shape}", data, **SHAPES[options.shape])
     run = run_file(folder, model, data, examples=EXAMPLES, svd=options.svd)
     told = [f"plan.method={options.method}", f"calibration.knowledge={data_file('wikitext2/valid.jsonl.gz')}"]
-    found = measured([sys.executable, "-m", "farss", COMMANDS[options.method], str(run), *told], folder / "survey.log")
+    found = measured([sys.executable, "-m", "farss", "survey", str(run), *told], folder / "survey.log")
     (file,) = (folder / "run").glob("*/survey.json")
     survey = json.loads(file.read_text())
     rows = [

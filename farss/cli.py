@@ -126,20 +126,29 @@ def compare(
 
 @app.command()
 def survey(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Estimate the Fisher statistics and decompose the weights; under torchrun, in several processes."""
+    """Collect what the method looks at before it is planned; under torchrun, in several processes.
+
+    For FARSS, and for a comparison, these are the Fisher statistics and the weights' decompositions.
+    """
     from farss import processes
+    from farss.plan import method_of
     from farss.terminal import extremes_table, importance_table, survey_facts
 
+    wanted = load(config, overrides or ())
+    needs = "survey" if wanted.compare.methods else method_of(wanted.plan).needs
+    if needs == "nothing":
+        raise UsageError(f"plan.method={wanted.plan.method} looks at nothing before it is planned, so there is nothing to survey")
     with processes.joined():
         first = processes.rank() == 0
         with _single(config, overrides, several=True, shared=True, trains=False) as one:
-            found = one.survey()
+            found = one.survey() if needs == "survey" else one.surveys.reading(needs)
     if not first:
         return
-    console.print(importance_table(found))
-    console.print(extremes_table(found))
+    if needs == "survey":
+        console.print(importance_table(found))
+        console.print(extremes_table(found))
     console.print(survey_facts(found), highlight=False)
-    _where({"survey": one.place.path / "survey"})
+    _where({"survey": found.folder})
 
 
 @app.command()

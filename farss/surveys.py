@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
+from farss import processes
 from farss.artifacts import Survey, write_text
 from farss.config import PlanConfig
 from farss.data import Row, calibration_batches, choose, plain_rows, unlearnt
-from farss.errors import FolderError
+from farss.errors import FolderError, UsageError
 from farss.folder import READING_KEYS, SURVEY_KEYS, Folder, options_of
 from farss.inputs import Inputs
 from farss.jobs import Tell
@@ -79,7 +80,13 @@ class Surveys:
         return result
 
     def reading(self, wanted: Reading) -> Survey:
-        """`<its name>/`: what a method other than FARSS looks at."""
+        """`<its name>/`: what a method other than FARSS looks at.
+
+        Raises:
+            UsageError: one of several processes was to look at what one looks at alone.
+        """
+        if processes.size() > 1 and wanted.of != "both":
+            raise UsageError(f"{wanted.name} is read in one process: start this command without torchrun")
         config, place = self.inputs.common_config, self.place.path / wanted.name
         options, device = self.steps(wanted)[wanted.name], device_of(config.model)
         if self.place.is_done(wanted.name, options) and place.is_dir():
@@ -104,19 +111,25 @@ class Surveys:
         if config.calibration.knowledge:
             return plain_rows(choose(self.inputs.knowledge, count, config.seed), tokenizer, config.data.max_length)
         path, options = self.place.path / "own_text.jsonl", options_of(config, READING_KEYS["knowledge"])
-        if not (self.place.is_done("own_text", options) and path.is_file()):
-            length = min(LENGTH, config.data.max_length)
-            check_room(config.model, whole=False)  # the model writes where it lies as a whole
-            with self.place.step("own_text", options) as facts:
-                begun, device = time.monotonic(), device_of(config.model)
-                reset_peak(device)
-                writer = load_model(config.model)  # on the GPU, where there is one
-                ids = own_text(writer, tokenizer, count, length, config.seed, lambda done, total: self.tell("own text", done, total, ""))
-                texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-                rows = [json.dumps({"text": text, "tokens": row}, ensure_ascii=False) for text, row in zip(texts, ids, strict=True)]
-                write_text(path, "\n".join(rows) + "\n")
-                facts |= {"seconds": round(time.monotonic() - begun, 1), "peak_memory_gib": round(peak_gib(device), 2)}
+        written = self.place.is_done("own_text", options) and path.is_file()
+        if processes.rank() == 0 and not written:  # the others wait, for all read what this one has written
+            self._write_own_text(path, options)
+        processes.wait()
         return unlearnt([json.loads(line)["tokens"] for line in path.read_text(encoding="utf-8").strip().split("\n")])
+
+    def _write_own_text(self, path: Path, options: dict[str, Any]) -> None:
+        config, tokenizer = self.inputs.common_config, self.inputs.tokenizer
+        count, length = config.calibration.examples, min(LENGTH, config.data.max_length)
+        check_room(config.model, whole=False)  # the model writes where it lies as a whole
+        with self.place.step("own_text", options) as facts:
+            begun, device = time.monotonic(), device_of(config.model)
+            reset_peak(device)
+            writer = load_model(config.model)  # on the GPU, where there is one
+            ids = own_text(writer, tokenizer, count, length, config.seed, lambda done, total: self.tell("own text", done, total, ""))
+            texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+            rows = [json.dumps({"text": text, "tokens": row}, ensure_ascii=False) for text, row in zip(texts, ids, strict=True)]
+            write_text(path, "\n".join(rows) + "\n")
+            facts |= {"seconds": round(time.monotonic() - begun, 1), "peak_memory_gib": round(peak_gib(device), 2)}
 
     def _batches(self, text: str) -> list[dict[str, torch.Tensor]]:
         """The examples of the task, or of knowledge, that a reading looks at."""

@@ -56,6 +56,7 @@ def test_methods_lists_them_all():
         (["report", "run.yaml", "out=nowhere"], 2, "nowhere"),
         (["report", ".", "out=nowhere"], 2, "a folder has no options to override"),
         (["boundary", "run.yaml", "plan.method=lora"], 2, "treats all blocks alike"),
+        (["survey", "run.yaml", "plan.method=lora"], 2, "plan.method=lora looks at nothing before it is planned"),
         (["boundary", "run.yaml", f"model.path={world.MODEL}"], 2, "something to measure forgetting on"),
     ],
 )

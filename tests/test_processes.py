@@ -1,5 +1,6 @@
 """Several processes find what one finds."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,6 +8,8 @@ import textwrap
 
 import pytest
 import torch
+from small_models import save_small
+from test_pipeline import settings
 
 from farss.artifacts import Survey
 
@@ -53,6 +56,26 @@ def test_two_processes_find_what_one_finds(what, tmp_path):
         for expected, actual in ((known.sigma, found.sigma), (known.lam, found.lam), (known.gam, found.gam)):
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-12)
         assert found.scores.argsort(stable=True).tolist() == known.scores.argsort(stable=True).tolist()
+
+
+def test_the_survey_of_farss_plus_is_shared_and_that_of_one_text_is_not(tmp_path):
+    """The first process writes the knowledge text, of which each takes its share."""
+    values = settings(save_small("llama-gqa", tmp_path / "model"), tmp_path / "run")
+    (tmp_path / "run.yaml").write_text(json.dumps(values))
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "farss", "survey", str(tmp_path / "run.yaml")]
+
+    def survey(*overrides):
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.run([sys.executable, "-m", *launcher, *overrides], check=False, capture_output=True, text=True, env=environment)
+
+    result = survey("plan.method=farss-plus")
+    assert result.returncode == 0, result.stderr
+    assert Survey.load(tmp_path / "run" / "task-against-knowledge").meta["processes"] == 2
+    assert len((tmp_path / "run" / "own_text.jsonl").read_text().splitlines()) == 8
+    assert json.loads((tmp_path / "run" / "steps" / "own_text.json").read_text())["done"]
+    refused = survey("plan.method=corda-kpm", f"out={tmp_path / 'other'}")
+    assert refused.returncode != 0
+    assert "corda-knowledge is read in one process: start this command without torchrun" in refused.stderr
 
 
 @pytest.mark.parametrize("options", [{"batch_size": 6}, {"what": "both texts", "knowledge": 7}])
