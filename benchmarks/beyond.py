@@ -13,7 +13,8 @@ A variant is a method, behind each `+` a change to it, and behind `@` a factor o
 - `decay:MU` the same with multiples of the identity of the same trace, which know nothing of knowledge: the control;
 - `ratio` chooses the directions with the largest (deep) and smallest (shallow) quotient of task score and knowledge score;
 - `aside` chooses the shallow directions by the smallest *knowledge* score;
-- `contrast` (of LoRA) starts A from FARSS-plus's directions; `contrast:SCALE` times SCALE;
+- `contrast` (of LoRA) starts A from FARSS-plus's directions; `contrast:task` and `contrast:knowledge` from those that it would choose if it
+  knew only one of the two, the other being a multiple of the identity: the controls;
 - `frozen` leaves A as it starts.
 
 Finished runs are not done again. The knowledge text is `calibration.knowledge`, or what the base writes by itself.
@@ -55,10 +56,32 @@ from farss.versions import versions
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 """By layer: `A [n, n]` and `G [m, m]`."""
-PLUS = METHODS["farss-plus"].needs
 THIN = 64
 """Eigenvalues that a thin penalty keeps."""
 VARIANTS = ["farss", "farss@0.5", "farss+stay:1", "farss+decay:1", "farss+ratio", "farss+aside", "lora", "lora+stay:1"]
+
+
+def task_alone(weight: Tensor, cap: int, task: Tensor, knowledge: Tensor) -> dict[str, Tensor]:
+    """FARSS-plus's directions, were knowledge text alike in all directions."""
+    return PLUS.read(weight, cap, task, alike(knowledge))
+
+
+def knowledge_alone(weight: Tensor, cap: int, task: Tensor, knowledge: Tensor) -> dict[str, Tensor]:
+    """The same, if the task pulled alike in all directions."""
+    return PLUS.read(weight, cap, alike(task), knowledge)
+
+
+def alike(moment: Tensor) -> Tensor:
+    """A multiple of the identity with the same trace."""
+    return moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+
+
+PLUS = METHODS["farss-plus"].needs
+CONTRASTS = {
+    "": PLUS,
+    "task": replace(PLUS, name="task-alone", read=task_alone),
+    "knowledge": replace(PLUS, name="knowledge-alone", read=knowledge_alone),
+}
 
 
 def moments(model: Any, names: list[str], rows: list[dict[str, Any]], size: int, pad: int) -> Factors:
@@ -195,12 +218,12 @@ class Variant(Run):
         for kind in ("stay", "thin", "diagonal", "decay"):
             if kind in self.changes:
                 self._regime = Stay(kind, float(self.changes[kind]), self._factors, plan)
-        chosen = self.surveys.reading(PLUS) if "contrast" in self.changes else None
+        chosen = self.surveys.reading(CONTRASTS[self.changes["contrast"]]) if "contrast" in self.changes else None
         for name, module in lora_layers(adapted, plan).items() if plan.layers else ():
             first = module.lora_A[TRAINED].weight
             if chosen:
                 with torch.no_grad():
-                    first.copy_(chosen.vectors(name, [*range(plan.layers[name].rank)])[1].T * float(self.changes["contrast"] or 1))
+                    first.copy_(chosen.vectors(name, [*range(plan.layers[name].rank)])[1].T)
             if "frozen" in self.changes:
                 first.register_hook(torch.zeros_like)  # AdamW without weight decay leaves it
         return adapted
@@ -228,7 +251,7 @@ def share(run: Variant) -> None:
     run.before_plan()
     run.plan()  # with the surveys of both texts, where directions are chosen by them
     if "contrast" in run.changes:
-        run.surveys.reading(PLUS)
+        run.surveys.reading(CONTRASTS[run.changes["contrast"]])
     if {"stay", "thin", "diagonal", "decay"} & set(run.changes):
         _ = run._factors
 

@@ -341,11 +341,17 @@ class Scores:
 
     @classmethod
     def load(cls, path: Path) -> Scores:
-        """Read `scores.json`."""
+        """Read `scores.json`.
+
+        Raises:
+            FolderError: it is another file.
+        """
         values = read_json(path)
-        for kind in KINDS:
-            values[kind] = {name: TaskScore(**entry) for name, entry in values.get(kind, {}).items()}
-        return cls(**values)
+        try:
+            kinds = {kind: {name: TaskScore(**entry) for name, entry in values.get(kind, {}).items()} for kind in KINDS}
+            return cls(**{**values, **kinds})
+        except (AttributeError, TypeError) as error:
+            raise FolderError(f"{path} holds no scores: name a scores.json, or the folder of one") from error
 
     @property
     def all(self) -> dict[str, TaskScore]:

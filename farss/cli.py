@@ -281,11 +281,12 @@ def report(
     """Draw report.html and its figures again from what the folder holds; of a comparison that is not finished, with a table so far."""
     import webbrowser
 
+    from farss.folder import run_folder
     from farss.report import write_report
 
     if overrides and folder.is_dir():
         raise UsageError(f"{folder} is a folder, and a folder has no options to override: give its config.yaml instead")
-    place = Path(load(folder, overrides or ()).out) if folder.is_file() else folder
+    place = run_folder(load(folder, overrides or ())) if folder.is_file() else folder
     _update_table(place)
     page = write_report(place)
     _facts(place)
@@ -331,7 +332,7 @@ def _single(
         alone: it may not be done for one run of a comparison.
         trains: see `Run.claim`.
     """
-    from farss.compare import plans_of, run_within
+    from farss.compare import check_labels, plans_of, run_within
     from farss.pipeline import Run
 
     if not several:
@@ -341,6 +342,7 @@ def _single(
         raise UsageError(
             f"{config} compares methods, and this is a step of a single run: use `farss compare`, or add compare.methods=[] and another out"
         )
+    check_labels(values)
     with bars() as tell:
         within = run_within(values, tell)
         if within and alone:

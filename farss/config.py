@@ -13,6 +13,10 @@ def _check(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def _check_seed(key: str, seed: int) -> None:
+    _check(0 <= seed < 2**32, f"{key} is {seed}: give a number from 0 to {2**32 - 1}")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The model that is fine-tuned."""
@@ -367,6 +371,8 @@ class CompareConfig:
         for name, values in (("methods", self.methods), ("seeds", self.seeds), ("tune", self.tune)):
             twice = [value for place, value in enumerate(values) if value in values[:place]]
             _check(not twice, f"compare.{name} holds {twice[0] if twice else ''} twice: give each once")
+        for seed in self.seeds:
+            _check_seed("compare.seeds", seed)
         _check(0 < self.held_out < 1, f"compare.held_out={self.held_out}: give a share above 0 and below 1")
 
 
@@ -388,3 +394,6 @@ class Config:
     """Seed of every random choice."""
     out: str = "run"
     """The run folder."""
+
+    def __post_init__(self) -> None:
+        _check_seed("seed", self.seed)

@@ -15,8 +15,8 @@ from typing import Any
 from farss import processes
 from farss.artifacts import KINDS, disk_cure, read_json, write_json, write_text
 from farss.config import Config, QuestionSet
-from farss.configfile import dump, from_dict, to_dict
-from farss.errors import ConfigError, FolderError
+from farss.configfile import dump, from_dict, load, to_dict
+from farss.errors import ConfigError, FarssError, FolderError
 
 SURVEY_KEYS = (
     "model.path",
@@ -67,13 +67,15 @@ BOUNDARY_KEYS = (
     *("boundary", "evaluate.knowledge", "evaluate.text", "evaluate.resamples"),
 )
 EXPORT_KEYS = ("export",)
+LOADED_KEYS = ("model.path", "model.dtype", "model.quantization")
+"""Of the untouched model, as it is loaded to be asked."""
 COMPRESSED_KEYS = ("export.rank", "export.energy")
 EVALUATE_KEYS = (
     *("evaluate.knowledge", "evaluate.task", "evaluate.other", "evaluate.text", "evaluate.text_rows", "evaluate.limit"),
     *("evaluate.run_generated_code", "seed", "data.template"),
 )
 RECOVERY_KEYS = (*EVALUATE_KEYS, "evaluate.recovery", "data.max_length")
-BASE_KEYS = ("model.path", "model.dtype", "model.quantization", "data.max_length", *EVALUATE_KEYS)
+BASE_KEYS = (*LOADED_KEYS, "data.max_length", *EVALUATE_KEYS)
 """Of what the untouched model answers."""
 
 
@@ -88,12 +90,13 @@ class Folder:
         """Make the folder ours, or check that it is, and write `config.yaml`.
 
         Raises:
-            FolderError: it exists and is not a run folder, or cannot be made.
+            FolderError: it exists and is not a run folder, or is one of the other kind, or cannot be made.
         """
         if self.path.exists() and not self.path.is_dir():
             raise FolderError(f"out={str(self.path)!r} is a file: choose another folder")
         if self.path.exists() and any(self.path.iterdir()) and not (self.path / "config.yaml").is_file():
             raise FolderError(f"out={str(self.path)!r} is not empty and is no run folder: choose another one")
+        self._check_kind(config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -105,6 +108,18 @@ class Folder:
         heading = "".join(f"# {name} {version}\n" for name, version in versions.items())
         write_text(self.path / "config.yaml", heading + dump(config))
         write_json(self.path / "versions.json", versions)
+
+    def _check_kind(self, config: Config) -> None:
+        """Refuse a single run in a comparison's folder, whose configuration would be lost, and a comparison over a run that was trained."""
+        try:
+            compares = bool(load(self.path / "config.yaml").compare.methods)
+        except FarssError:
+            return  # there is none, or it is not ours to judge
+        if compares and not config.compare.methods:
+            cure = f"choose another out, or go on with it by `farss compare {self.path / 'config.yaml'}`"
+            raise FolderError(f"out={str(self.path)!r} holds a comparison, and this is a single run: {cure}")
+        if config.compare.methods and not compares and self.record("train"):
+            raise FolderError(f"out={str(self.path)!r} holds a single run, and this is a comparison: choose another out")
 
     def record(self, step: str) -> dict[str, Any] | None:
         """The record of a step, or None where it has not begun."""
@@ -215,7 +230,7 @@ def resolve(config: Config) -> Config:
     """Expand `${VARIABLES}` in every path and make the paths that exist absolute, so that a run can be replayed from
     anywhere."""
     values = to_dict(config)
-    values["out"] = str(Path(_expand("out", config.out)).absolute())
+    values["out"] = str(run_folder(config))
     for section, name in PATHS:
         values[section][name] = _resolve(f"{section}.{name}", values[section][name])
     for kind in KINDS:
@@ -224,6 +239,11 @@ def resolve(config: Config) -> Config:
             _resolve(f"evaluate.{kind}[{index}]", entry) if isinstance(entry, dict) else entry for index, entry in enumerate(entries)
         ]
     return from_dict(values)
+
+
+def run_folder(config: Config) -> Path:
+    """The folder that a configuration names."""
+    return Path(_expand("out", config.out)).absolute()
 
 
 def _resolve(key: str, path: Any) -> Any:

@@ -28,6 +28,7 @@ from farss.folder import (
     COMPRESSED_KEYS,
     EVALUATE_KEYS,
     EXPORT_KEYS,
+    LOADED_KEYS,
     PLAN_KEYS,
     RECOVERY_KEYS,
     TRAIN_KEYS,
@@ -195,7 +196,7 @@ class Run:
             self.place.is_done(step, options)
         if self.searches and self._may_replan:
             self.place.is_done(self._boundary_step, self._boundary_options)
-        self.folder.is_done("plan", self._plan_options, redo=self._may_replan)
+        _ = self._is_planned
         self._is_trained()
 
     @property
@@ -236,6 +237,10 @@ class Run:
         """A plan costs seconds: it is made again as long as nothing was trained from it."""
         begun = self.folder.record("train")
         return begun is None or not (begun["done"] or any((self.path / "checkpoints").glob("checkpoint-*")))
+
+    @property
+    def _is_planned(self) -> bool:
+        return self.folder.is_done("plan", self._plan_options, redo=self._may_replan)
 
     def _is_trained(self) -> bool:
         done = (self.folder.record("train") or {"done": True})["done"]
@@ -279,7 +284,7 @@ class Run:
     def plan(self) -> Plan:
         """`plan.json`: ranks and directions. Made again when its options change and nothing was trained from it."""
         options = self._plan_options
-        if self.folder.is_done("plan", options, redo=self._may_replan):
+        if self._is_planned:
             return Plan.load(self.path / "plan.json")
         config, known, notes = self.config.plan, self.statistics(), []
         if self.searches:
@@ -382,8 +387,7 @@ class Run:
 
     def recover_base(self) -> None:
         """`base-recovered/`: the untouched model after the steps of `recover`."""
-        keys = ("model.path", "model.dtype", "model.quantization")
-        self._recover("recover-base", self.common, "base-recovered", lambda: load_model(self.config.model), keys)
+        self._recover("recover-base", self.common, "base-recovered", lambda: load_model(self.config.model), LOADED_KEYS)
 
     def recover(self) -> None:
         """`recovered/`: knowledge asked once more, after a few steps of question answering."""
@@ -397,18 +401,28 @@ class Run:
         config, target, options = self.common_config, place.path / name, self._recover_options(keys)
         if place.is_done(step, options, redo=True):
             return False
+        self._free()
+        # first: where its weights are deleted, or there are too few questions, what was measured stays
+        rows, model = recovery_rows(config, self.inputs.tokenizer), load()
         if (place.record(step) or {"options": options})["options"] != options:
             shutil.rmtree(target / "checkpoints", ignore_errors=True)  # of other steps, or of another model
-        self._free()
         with place.step(step, options):
-            rows = recovery_rows(config, self.inputs.tokenizer)
-            model = recover(load(), self.inputs.tokenizer, rows, config, target, lambda done, total, loss: self.tell(step, done, total, ""))
+            model = recover(model, self.inputs.tokenizer, rows, config, target, lambda done, total, loss: self.tell(step, done, total, ""))
             self._ask(model, target, step, knowledge_alone(config))
         return True
+
+    @property
+    def _is_recovered(self) -> bool:
+        """Whether this model and the untouched one were asked once more, as it is configured now."""
+        steps = ((self.common, "recover-base", LOADED_KEYS), (self.folder, "recover", EXPORT_KEYS))
+        wanted = bool(self.config.evaluate.recovery)
+        return wanted and all(place.is_done(step, self._recover_options(keys), redo=True) for place, step, keys in steps)
 
     def _as_handed_over(self) -> Any:
         """The result as its user loads it."""
         target = self.export()
+        if not any(target.glob("*.safetensors")):
+            raise FolderError(f"the weights in {target} are deleted (compare.keep=scores): what needs them takes another out")
         if target.name == "model":
             return load_model(replace(self.config.model, path=str(target), quantization="none"))
         return load_adapter(load_model(self.config.model), target)
@@ -428,10 +442,10 @@ class Run:
     def summarise(self, full_scores: str | Path | None, only: Callable[[str], bool] | None = None, save: bool = True) -> Summary:
         """`summary.json`: K, T and KT from the stored scores, of all questions or those whose id `only` takes."""
         full = Path(full_scores) if full_scores else None
-        summary = summarise(self.common.path / "base", self.path, full, self.config, only)
-        pair = self.common.path / "base-recovered", self.path / "recovered"
-        if self.config.evaluate.recovery and all((place / "scores.json").is_file() for place in pair):
-            summary = replace(summary, recovered=summarise(*pair, None, self.config, only).K)
+        summary = summarise(self.common.path / "base", self.path, full, self.common_config, only)
+        if self._is_recovered:
+            pair = self.common.path / "base-recovered", self.path / "recovered"
+            summary = replace(summary, recovered=summarise(*pair, None, self.common_config, only).K)
         if save:
             summary.save(self.path / "summary.json")
             for target in (self.path / "adapter", self.path / "model"):
@@ -465,7 +479,7 @@ class Run:
     def source(self) -> tuple[str, str, str] | None:
         """Where its statistics will lie, what they look at and their name; None: it has a plan already, or needs none."""
         needs = self.method.needs
-        if needs == "nothing" or self.folder.record("plan") is not None:
+        if needs == "nothing" or self._is_planned:
             return None
         name, of = (needs, needs) if isinstance(needs, str) else (needs.name, "knowledge" if "knowledge" in needs.texts else needs.name)
         return str(self.place.path), of, name
@@ -474,7 +488,7 @@ class Run:
         """What other runs of a comparison may share: the base's answers, statistics, a boundary."""
         self.claim()
         self.base()  # first: one model in memory at a time, and a question that cannot be asked is found early
-        if self.folder.record("plan") is None:
+        if not self._is_planned:
             self.statistics()
             if self.searches:
                 self.boundary()
@@ -492,7 +506,8 @@ class Run:
     @property
     def complete(self) -> bool:
         """Whether all of that is done, as it is configured now."""
-        steps = {"export": options_of(self.config, EXPORT_KEYS)}
+        trained = {key: value for key, value in self._train_options.items() if key not in self._products}  # those may be another machine's
+        steps = {"train": trained, "export": options_of(self.config, EXPORT_KEYS)}
         steps |= {"evaluate": self._evaluate_options} if self.config.evaluate.asks else {}
         steps |= {"recover": self._recover_options(EXPORT_KEYS)} if self.config.evaluate.recovery else {}
         return all(self.folder.is_done(step, options, redo=True) for step, options in steps.items())

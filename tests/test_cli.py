@@ -57,6 +57,10 @@ def test_methods_lists_them_all():
         (["report", ".", "out=nowhere"], 2, "a folder has no options to override"),
         (["boundary", "run.yaml", "plan.method=lora"], 2, "treats all blocks alike"),
         (["survey", "run.yaml", "plan.method=lora"], 2, "plan.method=lora looks at nothing before it is planned"),
+        (["survey", "run.yaml", "compare.methods=[lora, farss]", "compare.settings={lora: }"], 2, "write its options as"),
+        (["survey", "run.yaml", "compare.methods=[farss@a/b]"], 2, "give a method, or a method, @ and a word of letters"),
+        (["run", "run.yaml", "seed=-1"], 2, "seed is -1: give a number from 0 to 4294967295"),
+        (["compare", "run.yaml", "--seeds", "4294967296"], 2, "compare.seeds is 4294967296"),
         (["boundary", "run.yaml", f"model.path={world.MODEL}"], 2, "something to measure forgetting on"),
     ],
 )

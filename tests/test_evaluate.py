@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from farss.artifacts import questions
+from farss.artifacts import Scores, questions
 from farss.config import Config, DataConfig, EvaluateConfig, QuestionSet
 from farss.errors import ConfigError, DataError, FarssError, FolderError
 from farss.evaluate import Summary, _training_prompt, check_reference, evaluate, summarise
@@ -580,6 +580,13 @@ def test_full_fine_tuning_that_was_asked_another_task_is_refused_at_the_start(th
         asks = replace(named, task=[QuestionSet(task, files["steps"], limit=2)])
         with pytest.raises(FolderError, match=message):
             check_reference(replace(config, evaluate=asks))
+
+
+@pytest.mark.parametrize("text", ["[]", '{"rows": []}', '{"knowledge": {"facts": {"K": 1}}}'])
+def test_another_file_than_scores_is_refused(tmp_path, text):
+    (tmp_path / "comparison.json").write_text(text)
+    with pytest.raises(FolderError, match=r"comparison.json holds no scores: name a scores.json"):
+        Scores.load(tmp_path / "comparison.json")
 
 
 def test_a_base_that_knows_nothing_has_no_k(three):

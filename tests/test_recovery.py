@@ -11,7 +11,7 @@ from farss import world
 from farss.artifacts import questions
 from farss.compare import compare
 from farss.configfile import from_dict, override
-from farss.errors import ConfigError
+from farss.errors import ConfigError, FolderError
 from farss.models import load_model, load_tokenizer
 from farss.pipeline import Run
 from farss.recovery import BATCH, knowledge_alone, recover, recovery_rows
@@ -79,6 +79,34 @@ def test_a_recovery_of_other_steps_begins_anew(values, tmp_path):
     run = Run(override(config, [f"evaluate.recovery={config.evaluate.recovery + 1}"]))
     run.all()
     assert run.folder.record("recover")["options"]["evaluate.recovery"] == config.evaluate.recovery + 1
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_other_questions_are_recovered_on_both_sides_or_on_none(values):
+    def recovered():
+        return json.loads((Path(values["out"]) / "summary.json").read_text())["recovered"]
+
+    values["plan"] = {"method": "lora", "rank": 4}
+    Run(from_dict(values)).all()
+    assert recovered() is not None
+    values["evaluate"]["knowledge"][0] |= {"limit": 20}
+    Run(from_dict(values)).evaluate()
+    assert recovered() is None  # what came back of the old questions says nothing of these
+    Run(from_dict(values)).all()
+    assert recovered() is not None
+    assert len(questions(Path(values["out"]) / "recovered" / "scores", "facts")) == 20
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_where_the_weights_are_deleted_what_was_recovered_stays(values):
+    values["compare"] = {"methods": ["lora"], "keep": "scores"}
+    folder = compare(from_dict(values), lambda *_: None)
+    before = json.loads((folder / "comparison.json").read_text())["rows"]
+    values["evaluate"]["recovery"] = 1
+    with pytest.raises(FolderError, match=r"the weights in .*adapter are deleted"):
+        compare(from_dict(values), lambda *_: None)
+    values["evaluate"]["recovery"] = 2
+    assert json.loads((compare(from_dict(values), lambda *_: None) / "comparison.json").read_text())["rows"] == before
 
 
 @pytest.mark.parametrize(("batch", "micro", "expected"), [(24, 12, 8), (4, None, 4), (64, None, 16), (16, 1, 1)])

@@ -10,7 +10,7 @@ from typing import Any
 
 from farss.artifacts import read_json
 from farss.compare.entrants import Entrant, Item, check_labels, factors, seeds
-from farss.compare.table import notes_of, write_table
+from farss.compare.table import made_of, notes_of, write_table
 from farss.compare.tuning import best_full, check_tuning, choose
 from farss.config import Config
 from farss.configfile import load
@@ -42,6 +42,7 @@ def compare(config: Config, tell: Tell) -> Path:
     everyone = [entrant for entrants in tried.values() for entrant in entrants]
     for entrant in everyone:
         entrant.run.check_inputs()
+    for entrant in _possible(config, tell, loaded):  # of the other seeds too, whose learning rate may not be known yet
         entrant.run.check_unchanged()
     Folder(config.out).claim(config, versions())
     _run_all(everyone)
@@ -69,7 +70,7 @@ def run_within(config: Config, tell: Tell) -> Run | None:
         whole = resolve(replace(load(folder.parent / "config.yaml"), out=str(folder.parent)))
     except FarssError:
         return None
-    run = next((one.run for one in _possible(whole, tell) if one.run.path == folder), None)
+    run = next((one.run for one in _possible(whole, tell, Loaded()) if one.run.path == folder), None)
     if run is None:
         return None
     if replace(run.config, export=config.export) != config:
@@ -77,9 +78,8 @@ def run_within(config: Config, tell: Tell) -> Run | None:
     return replace(run, config=config)
 
 
-def _possible(config: Config, tell: Tell) -> Iterator[Entrant]:
+def _possible(config: Config, tell: Tell, loaded: Loaded) -> Iterator[Entrant]:
     """Every run that a comparison may make."""
-    loaded = Loaded()
     for each in itertools.product(config.compare.methods, factors(config), seeds(config)):
         yield Entrant(*each, config, loaded, tell)
 
@@ -96,7 +96,7 @@ def write_so_far(config: Config) -> bool:
     if _is_finished(config):
         return False
     labels, (first, *others) = config.compare.methods, seeds(config)
-    done = [one for one in _possible(config, silent) if one.run.complete]
+    done = [one for one in _possible(config, silent, Loaded()) if one.run.complete]
     wanted = len(labels) * (len(factors(config)) + len(others))
     # of the other seeds one learning rate each is wanted, which is not known yet
     found = len({(one.label, one.seed, one.factor if one.seed == first else None) for one in done})
@@ -112,11 +112,12 @@ def write_so_far(config: Config) -> bool:
 
 
 def _is_finished(config: Config) -> bool:
-    """Whether the table is there that `compare` writes at its end."""
+    """Whether the table is there that `compare` writes at its end, with these options."""
     path = Path(config.out) / "comparison.json"
     table: dict[str, Any] = read_json(path) if path.is_file() else {"missing": 1}
     rows = {(row["method"], row["seed"]) for row in table.get("rows", [])}
-    return not table.get("missing") and rows >= set(itertools.product(config.compare.methods, seeds(config)))
+    same = table.get("options", made_of(config)) == made_of(config)
+    return same and not table.get("missing") and rows >= set(itertools.product(config.compare.methods, seeds(config)))
 
 
 def _run_all(entrants: list[Entrant]) -> None:

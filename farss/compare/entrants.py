@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -119,6 +120,8 @@ def check_labels(config: Config) -> None:
     """
     settings = config.compare.settings
     for label in config.compare.methods:
+        if not re.fullmatch(r"[\w-]+(@[\w.+-]+)?", label):
+            raise ConfigError(f"compare.methods names {label!r}: give a method, or a method, @ and a word of letters, digits and - . + _")
         if "@" in label and label not in settings:
             variants = [known for known in settings if "@" in known]
             cure = nearest(label, variants) if variants else "add them"

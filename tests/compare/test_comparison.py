@@ -14,7 +14,7 @@ from farss.compare import compare, run_within, write_so_far
 from farss.configfile import from_dict, load, override
 from farss.errors import ConfigError, FolderError, UsageError
 from farss.methods import METHODS
-from farss.pipeline import silent
+from farss.pipeline import Run, silent
 from farss.report import write_report
 from farss.survey import own_text
 from farss.world.demo import demo_config
@@ -197,3 +197,51 @@ def test_scores_alone_are_enough_to_go_on(values):
     values["evaluate"]["task"][0]["limit"] = 8
     with pytest.raises(FolderError, match=r"the weights that were trained there are deleted"):
         compare(from_dict(values), silent)
+
+
+def test_runs_of_another_training_are_no_part_of_a_table(unasked):
+    """Of a later seed too: it is refused at the start, and not counted before."""
+    unasked["compare"] = {"methods": ["lora"], "seeds": [1]}
+    folder = compare(from_dict(unasked), silent)
+    unasked["compare"]["seeds"] = [0, 1]
+    changed = override(from_dict(unasked), ["train.max_steps=3"])
+    with pytest.raises(FolderError, match=r"lora-seed1.* holds a train made with train.max_steps=2, and now train.max_steps=3"):
+        compare(changed, silent)
+    assert not (folder / "lora-seed0").exists()
+    assert not write_so_far(changed)
+
+
+def test_a_table_of_other_options_is_not_the_finished_one(values):
+    values["compare"] = {"methods": ["lora", "full"], "seeds": [0]}
+    config = from_dict(values)
+    folder = compare(config, silent)
+    assert not write_so_far(override(config, ["compare.jobs=2", "compare.keep=scores"]))
+    assert write_so_far(override(config, ["evaluate.learned_by=likelihood"]))
+    assert read(folder)["learned_by"] == "likelihood"
+
+
+def test_with_one_seed_a_row_has_the_interval_of_its_method(values):
+    values["compare"] = {"methods": ["lora", "full"], "seeds": [5]}
+    table = read(compare(from_dict(values), silent))
+    for row in table["rows"]:
+        for metric in ("K", "T", "KT"):
+            known = table["methods"][row["method"]].get(metric)
+            assert (row[metric] and pytest.approx(row[metric])) == known
+
+
+def test_a_folder_is_a_comparisons_or_a_runs(unasked):
+    """A single run would lose the comparison's configuration, and a comparison's page would hide a single run."""
+    compared = from_dict(unasked | {"compare": {"methods": ["lora"]}})
+    folder = compare(compared, silent)
+    before = (folder / "config.yaml").read_text()
+    with pytest.raises(FolderError, match=r"holds a comparison, and this is a single run: choose another out, or go on with it by"):
+        Run(from_dict(unasked)).claim()
+    assert (folder / "config.yaml").read_text() == before
+    alone = Run(override(from_dict(unasked), ["plan.method=lora", f"out={folder}-alone"]))
+    alone.claim()
+    compare(override(compared, [f"out={folder}-alone"]), silent)  # a survey alone would be shared
+    single = Run(override(from_dict(unasked), ["plan.method=lora", f"out={folder}-single"]))
+    single.claim()
+    single.train()
+    with pytest.raises(FolderError, match=r"holds a single run, and this is a comparison: choose another out"):
+        compare(override(compared, [f"out={folder}-single"]), silent)
