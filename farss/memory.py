@@ -111,13 +111,14 @@ def _glibc() -> Any:
 
 
 @contextmanager
-def fits(count: int, what: str, key: str) -> Iterator[None]:
+def fits(count: int, what: str, key: str, of: int = 0) -> Iterator[None]:
     """Say what filled the GPU's memory, and what can be done.
 
     Args:
         count: how many are computed at a time.
         what: they are.
         key: the option that says how many.
+        of: what it has to divide; 0: anything is allowed.
 
     Raises:
         FarssError: with both.
@@ -125,7 +126,8 @@ def fits(count: int, what: str, key: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        cure = f"set {key}={count // 2}" if count > 1 else "lower data.max_length"
+        fewer = next((each for each in range(count // 2, 0, -1) if of % each == 0), 0)
+        cure = f"set {key}={fewer}" if fewer else "lower data.max_length"
         raise FarssError(
             f"the GPU's memory is full with {count} {what}: {cure}, or fewer compare.jobs where they share it, and run again"
         ) from error

@@ -542,7 +542,7 @@ class Run:
         found = self.statistics()
         if found is not None:
             check_fingerprint(found, model)
-        self._regime = self.method.regime(config.plan) if self.method.regime else None
+        self._regime = self.method.regime(config.plan, plan) if self.method.regime else None
         return attach(model, plan, found, config.train.dropout, config.seed, config.adapter.base, self._regime)
 
     def _free(self) -> None:

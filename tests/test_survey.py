@@ -222,7 +222,34 @@ def test_an_unfinished_survey_of_other_data_is_refused(llama, tmp_path):
         survey(llama, collated(examples()), tmp_path, cap=4, on_progress=stop)
     with pytest.raises(FolderError, match="unfinished survey"):
         survey(llama, collated(examples(seed=1)), tmp_path, cap=4)
+    with pytest.raises(FolderError, match=r"begun with another calibration.batch_size: go on with that, or delete it"):
+        survey(llama, collated(examples(), 1), tmp_path, cap=4)  # what was kept on the way are states of other batches
     assert survey(llama, collated(examples()), tmp_path, cap=4).examples == 6
+
+
+def test_what_follows_the_blocks_sees_no_more_positions_than_it_knows(tmp_path):
+    """All supervised tokens of a batch together are more than a table of 16 positions holds."""
+    model = small("gpt2", max_position_embeddings=16)
+    rows = [{**row, "input_ids": row["input_ids"][:14], "completion_mask": row["completion_mask"][:14]} for row in examples(12)]
+    together, alone = (survey(model, collated(rows, size), tmp_path / str(size), cap=4) for size in (12, 1))
+    for name, layer in together.layers.items():
+        assert layer.importance == pytest.approx(alone.layers[name].importance, rel=1e-9)
+
+
+def test_every_module_has_its_own_mode_back(llama, tmp_path):
+    llama.train()
+    llama.model.layers[1].eval()
+    before = [module.training for module in llama.modules()]
+    survey(llama, collated(examples()), tmp_path, cap=4)
+    assert [module.training for module in llama.modules()] == before
+
+
+def test_blocks_that_are_gone_through_again_are_refused(tmp_path):
+    options = {"embedding_size": 16, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 3}
+    model = transformers.AlbertForSequenceClassification(transformers.AlbertConfig(vocab_size=97, **options)).double()
+    batch = {"input_ids": torch.arange(3, 13)[None], "attention_mask": torch.ones(1, 10, dtype=torch.long), "labels": torch.tensor([1])}
+    with pytest.raises(ModelError, match=r"calls its last block 3 times: this architecture is not supported"):
+        survey(model, [batch], tmp_path, cap=4)
 
 
 def test_sampled_fisher_draws_labels_from_the_model(llama, tmp_path):

@@ -39,17 +39,24 @@ def plan(config: PlanConfig, context: Context) -> Plan:
         layers[name] = dataclasses.replace(layer, rank=rank, alpha=layer_alpha(config, rank, final.rank), beside=rank)
     made = dataclasses.replace(final, layers=layers)
     note = (
-        f"AdaLoRA begins with {EXTRA} times the final rank, {made.parameters:,} trainable parameters, and keeps the best {final.rank} "
-        "per layer on average."
+        f"AdaLoRA begins with {EXTRA} times the final rank, {made.parameters:,} trainable parameters, and keeps the best "
+        f"{average_rank(made)} per layer on average."
     )
     return dataclasses.replace(made, notes=[*made.notes, note])
+
+
+def average_rank(plan: Plan) -> int:
+    """How many triplets a layer keeps on average: the one rank, or the largest that a narrow layer can have."""
+    ranks = [min(plan.rank, *layer.shape) for layer in plan.layers.values()]
+    return round(sum(ranks) / len(ranks))
 
 
 class Pruning(Regime):
     """PEFT's allocator on our modules, and the penalty that keeps the singular vectors orthogonal."""
 
-    def __init__(self, config: PlanConfig) -> None:
+    def __init__(self, config: PlanConfig, plan: Plan) -> None:
         self.allocator: Any = None
+        self.target = average_rank(plan)
 
     def dress(self, layers: list[Any], adapter: str) -> None:
         """Singular values that start at zero between normally distributed vectors, as in PEFT."""
@@ -64,10 +71,9 @@ class Pruning(Regime):
         from peft import AdaLoraConfig
         from peft.tuners.adalora.layer import RankAllocator
 
-        ranks = [layer.lora_A[self.adapter].weight.shape[0] for layer in self.layers]
         self.last = steps - round(END * steps)
         settings = AdaLoraConfig(
-            target_r=round(sum(ranks) / len(ranks) / EXTRA),
+            target_r=self.target,
             total_step=steps,
             tinit=round(BEGIN * steps),
             tfinal=steps - self.last,

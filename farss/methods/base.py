@@ -112,8 +112,8 @@ class Method:
     start: Callable[[Tensor, Tensor, Tensor, float], Start] = balanced
     """(u [m, r], sigma [r], v [n, r], scaling) of a layer's chosen directions -> how its adapter begins. Methods that
     choose no directions start as PEFT's LoRA does."""
-    regime: Callable[[PlanConfig], Regime] | None = None
-    """Makes what happens while it trains; None: nothing beside the loss."""
+    regime: Callable[[PlanConfig, Plan], Regime] | None = None
+    """Makes what happens while it trains with a plan; None: nothing beside the loss."""
     lora_options: dict[str, Any] = field(default_factory=dict)
     """Options of PEFT's `LoraConfig`."""
     plain_lora: bool = True

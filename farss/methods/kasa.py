@@ -41,7 +41,7 @@ def start(u: Tensor, sigma: Tensor, v: Tensor, scaling: float) -> Start:
 class Penalties(Regime):
     """The two losses beside the task's (KaSA, eq. 9-12)."""
 
-    def __init__(self, config: PlanConfig) -> None:
+    def __init__(self, config: PlanConfig, plan: Plan) -> None:
         self.beta, self.gamma = config.kasa_beta, config.kasa_gamma
 
     def dress(self, layers: list[Any], adapter: str) -> None:

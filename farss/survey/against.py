@@ -79,8 +79,8 @@ class Against(Sweep):
         with self.timed("directions"):
             for place, (name, layer) in enumerate(inside.items()):
                 pulled, seen = task.pop(name), knowledge.pop(name)  # of a wide layer each is gigabytes
-                check_counts(name, pulled, [pulled], self.tokens)
-                check_counts(name, seen, [seen], tokens)
+                check_counts(name, "gradient", pulled, self.tokens)
+                check_counts(name, "token", seen, tokens)
                 if place % processes.size() == processes.rank():
                     weight, pull = finite_weight(layer, modules[name]), finite_moment(name, "gradients", pulled.mean)
                     energy = finite_moment(name, "activations", seen.mean)

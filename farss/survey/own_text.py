@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from farss.structure import evaluating
+
 LENGTH = 128
 """Tokens of a text at most."""
 BATCH = 32
@@ -27,28 +29,30 @@ def own_text(
     """
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     found: list[list[int]] = []
-    torch.manual_seed(seed)
-    while len(found) < count:
-        rows = min(BATCH, count - len(found))
-        start = torch.full((rows, 1), first, device=model.device)
-        with torch.no_grad():
-            written = model.generate(
-                input_ids=start,
-                attention_mask=torch.ones_like(start),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                min_p=None,
-                repetition_penalty=1.0,
-                no_repeat_ngram_size=0,
-                max_new_tokens=max(1, length - 1),
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        found += [_until_the_end(row, tokenizer.eos_token_id) for row in written.tolist()]
-        if on_progress:
-            on_progress(len(found), count)
+    # the model's own distribution, in whatever mode the caller has it, and none of the caller's random numbers
+    with evaluating(model), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        while len(found) < count:
+            rows = min(BATCH, count - len(found))
+            start = torch.full((rows, 1), first, device=model.device)
+            with torch.no_grad():
+                written = model.generate(
+                    input_ids=start,
+                    attention_mask=torch.ones_like(start),
+                    do_sample=True,
+                    temperature=1.0,
+                    top_k=0,
+                    top_p=1.0,
+                    min_p=None,
+                    repetition_penalty=1.0,
+                    no_repeat_ngram_size=0,
+                    max_new_tokens=max(1, length - 1),
+                    eos_token_id=tokenizer.eos_token_id,
+                    pad_token_id=tokenizer.pad_token_id,
+                )
+            found += [_until_the_end(row, tokenizer.eos_token_id) for row in written.tolist()]
+            if on_progress:
+                on_progress(len(found), count)
     return found
 
 

@@ -85,16 +85,17 @@ def check_passage(model: nn.Module, blocks: nn.ModuleList, batch: Batch) -> None
     short = _short(batch)
     own: list[Tensor] = []
 
-    def stop(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def note(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         own.append(output[0] if isinstance(output, tuple) else output)
-        raise _Stop
 
-    hook = blocks[-1].register_forward_hook(stop)
+    hook = blocks[-1].register_forward_hook(note)
     try:
-        with torch.no_grad(), contextlib.suppress(_Stop):
+        with torch.no_grad():
             model(**_arguments(model, short))
     finally:
         hook.remove()
+    if len(own) != 1:
+        raise ModelError(f"{type(model).__name__} calls its last block {len(own)} times: this architecture is not supported")
     passage = enter(model, blocks, short)
     hidden = passage.start
     with torch.no_grad():
@@ -162,7 +163,8 @@ def output_gradient(model: nn.Module, blocks: nn.ModuleList, passage: Passage, o
     gradient = torch.zeros_like(output)
     targets = labels[:, 1:]
     places = (targets != -100).nonzero()
-    for rows, positions in (part.T for part in places.split(HEAD_POSITIONS)):
+    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None) or HEAD_POSITIONS  # of a table of positions
+    for rows, positions in (part.T for part in places.split(min(HEAD_POSITIONS, longest))):
         packed = {"input_ids": passage.batch["input_ids"][rows, positions][None]}
         wanted = targets[rows, positions]
         uniforms = passage.uniforms[rows, positions] if passage.uniforms is not None else None

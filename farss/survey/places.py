@@ -59,12 +59,14 @@ def placed_in_turn(parts: Iterable[nn.Module], device: torch.device | None, dtyp
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """The model in `eval()` mode with every parameter frozen; both are put back afterwards."""
-    training, trainable = model.training, [p for p in model.parameters() if p.requires_grad]
+    training = [(module, module.training) for module in model.modules()]
+    trainable = [p for p in model.parameters() if p.requires_grad]
     model.eval().requires_grad_(False)
     try:
         yield
     finally:
-        model.train(training)
+        for module, mode in training:
+            module.training = mode
         for parameter in trainable:
             parameter.requires_grad_(True)
 

@@ -26,10 +26,10 @@ from farss.models import fingerprint as model_fingerprint
 from farss.structure import find_blocks, keep_gradients, target_layers
 from farss.survey.against import Against, Read
 from farss.survey.kept import INPUT, Kept
-from farss.survey.passage import Batch, check_finite, check_passage, enter, through
+from farss.survey.passage import Batch, check_finite, check_passage, counted, enter, through
 from farss.survey.places import computing_device, frozen, moved, outside, placed, placed_in_turn, tensors_of
 from farss.survey.record import PROGRESS, begin, finish, mark_file, same_survey, write_block
-from farss.survey.statistics import finite_moment, finite_weight, recording_inputs, sums_of
+from farss.survey.statistics import check_counts, finite_moment, finite_weight, recording_inputs, sums_of
 from farss.survey.sweep import Progress, carry_out, real_tokens, silent
 
 Over = Literal["tokens", "answers", "examples"]
@@ -75,14 +75,15 @@ def read_layers(
         return carry_out(make, model, layers, texts[0], folder, cap, key, meta or {}, on_progress, device)
     if (folder / "survey.json").is_file():
         return same_survey(Survey.load(folder), key, cap)
-    before, started = begin(folder, key, cap), time.monotonic()
+    before, started = begin(folder, key, cap, batches), time.monotonic()
     place = computing_device(model, device)
     if batches and over == "answers":
         batches = [{**batch, "counted": (batch["labels"] != -100).long()} for batch in batches]
     with frozen(model), freed_memory_kept(place):
         walk = _moments(model, blocks, layers, batches, folder, place, KINDS[over]) if batches else _alone(blocks, layers, folder, place)
         for index, moments in walk:
-            _read_block(folder, index, {name: layer for name, layer in layers.items() if layer.block == index}, model, read, cap, moments)
+            inside = {name: layer for name, layer in layers.items() if layer.block == index}
+            _read_block(folder, index, inside, model, read, cap, moments, _rows(batches, over))
             del moments  # or they lie beside those of the next block
             before["seconds"], started = before["seconds"] + time.monotonic() - started, time.monotonic()
             write_json(folder / PROGRESS, before)
@@ -91,12 +92,20 @@ def read_layers(
     return finish(folder, layers, len(blocks), cap, batches, {**(meta or {}), **facts})
 
 
+def _rows(batches: list[Batch], over: Over) -> int:
+    """How many rows a layer's moment is the mean of."""
+    counts = [counted(batch).sum(1) for batch in batches]
+    return sum(int((count > 0).sum() if over == "examples" else count.sum()) for count in counts)
+
+
 def _read_block(
-    folder: Path, index: int, inside: dict[str, Layer], model: nn.Module, read: Read, cap: int, moments: dict[str, Moment]
+    folder: Path, index: int, inside: dict[str, Layer], model: nn.Module, read: Read, cap: int, moments: dict[str, Moment], rows: int
 ) -> None:
     """Read the layers inside a block, and write what is kept of them."""
     found, worth = {}, {}
     for name, layer in inside.items():
+        if moments:
+            check_counts(name, "token", moments[name], rows)
         weight = finite_weight(layer, model.get_submodule(name))
         known = [finite_moment(name, "activations", moments[name].mean)] if moments else []
         give_back_if_scarce(weight.device)

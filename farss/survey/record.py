@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from farss import processes
-from farss.artifacts import Layer, Survey, read_json, write_json, write_tensors
+from farss.artifacts import Layer, Survey, fingerprint, read_json, write_json, write_tensors
 from farss.errors import FolderError
 from farss.survey.kept import Kept
 from farss.survey.passage import Batch, counted
@@ -32,25 +32,28 @@ def same_survey(found: Survey, key: str, cap: int) -> Survey:
     return found
 
 
-def mark_of(key: str, cap: int) -> dict[str, Any]:
-    """What an unfinished survey is recognised by."""
-    return {"key": key, "cap": cap, "processes": processes.size()}
+def mark_of(key: str, cap: int, batches: list[Batch]) -> dict[str, Any]:
+    """What an unfinished survey is recognised by: states are kept batch by batch, each process its own."""
+    shapes = fingerprint([list(batch["input_ids"].shape) for batch in batches])
+    return {"key": key, "cap": cap, "processes": processes.size(), "batches": shapes}
 
 
-def begin(folder: Path, key: str, cap: int) -> dict[str, Any]:
+def begin(folder: Path, key: str, cap: int, batches: list[Batch]) -> dict[str, Any]:
     """Mark a folder as ours, or check that the unfinished survey in it is this one.
 
     Returns:
         The `seconds` that were spent on it before, in all and by `parts`.
     """
-    mark = mark_of(key, cap)
+    mark = mark_of(key, cap, batches)
     if (folder / PROGRESS).is_file():
         progress = read_json(folder / PROGRESS)
         if {name: progress.get(name) for name in mark} == mark:
             return dict(progress)
-        if (progress["key"], progress["cap"]) == (key, cap):
+        if (progress["key"], progress["cap"]) != (key, cap):
+            raise FolderError(f"{folder} holds an unfinished survey of another model, other data or another rank: delete it")
+        if progress.get("processes") != mark["processes"]:
             raise FolderError(f"{folder} holds a survey that {progress.get('processes')} processes began: go on with as many, or delete it")
-        raise FolderError(f"{folder} holds an unfinished survey of another model, other data or another rank: delete it")
+        raise FolderError(f"{folder} holds a survey that was begun with another calibration.batch_size: go on with that, or delete it")
     fresh = {**mark, "seconds": 0.0, "parts": {}}
     write_json(folder / PROGRESS, fresh)
     return fresh

@@ -222,7 +222,9 @@ def read_out(known: Statistics, cap: int, tokens: int, check: bool) -> Readout:
         check: compare the choice with that of a float64 decomposition.
     """
     assert known.parts is not None
-    check_counts(known.layer.name, known.far if known.tall else known.near, known.moments, tokens)
+    gradients = known.far if known.tall else known.near
+    for moment in known.moments:
+        check_counts(known.layer.name, "gradient" if moment is gradients else "token", moment, tokens)
     worth = _importance(known)
     sigma, lam, gam = _scored(known, known.parts)
     scores = direction_scores(sigma, lam, gam)
@@ -261,17 +263,16 @@ def _scored(known: Statistics, parts: Decomposition) -> tuple[Tensor, Tensor, Te
     return parts.sigma.float(), lam.float(), gam.float()
 
 
-def check_counts(name: str, gradients: Moment, moments: list[Moment], tokens: int) -> None:
-    """Refuse a layer that not every token went through.
+def check_counts(name: str, what: str, moment: Moment, rows: int) -> None:
+    """Refuse a layer that not every token, or its gradient, went through once.
 
     Raises:
         ModelError: with the cure.
     """
-    if not gradients.count:
-        raise ModelError(f"no gradient reaches {name}: leave it out of model.targets")
-    for moment in moments:
-        if moment.count != tokens:
-            raise ModelError(f"{name} saw {moment.count} tokens of {tokens}: leave it out of model.targets")
+    if not moment.count:
+        raise ModelError(f"no {what} reaches {name}: leave it out of model.targets")
+    if moment.count != rows:
+        raise ModelError(f"{name} saw {moment.count} rows of {rows}: leave it out of model.targets")
 
 
 def _overlap(scores: Tensor, exact: Tensor, cap: int) -> dict[str, float]:

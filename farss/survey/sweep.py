@@ -106,7 +106,7 @@ def carry_out(
     if (folder / "survey.json").is_file():
         return same_survey(Survey.load(folder), key, cap)
     check_share(batches)
-    before = processes.shared(begin(folder, key, cap) if processes.rank() == 0 else None)
+    before = processes.shared(begin(folder, key, cap, batches) if processes.rank() == 0 else None)
     started = time.monotonic()
     place = computing_device(model, device)
     sweep = make(model, blocks, layers, folder, cap, place, on_progress or silent)
@@ -117,7 +117,7 @@ def carry_out(
         return {"seconds": seconds, "parts": {name: round(spent, 1) for name, spent in sweep.parts.items()}}
 
     with frozen(model), freed_memory_kept(place):
-        sweep.run(batches, draws, lambda: write_json(folder / PROGRESS, {**mark_of(key, cap), **so_far()}))
+        sweep.run(batches, draws, lambda: write_json(folder / PROGRESS, {**mark_of(key, cap, batches), **so_far()}))
     if processes.rank() == 0:
         facts = {**facts, "key": key, "processes": processes.size(), **so_far(), "peak_memory_gib": round(peak_gib(place), 2)}
         finish(folder, layers, len(blocks), cap, batches, facts)

@@ -198,6 +198,7 @@ def _classes() -> tuple[Any, Any]:
             self.run = run
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            state.save_steps = args.save_steps  # not the checkpoint's: it may change between a kill and going on
             self.run.begin(state.max_steps)
 
         def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

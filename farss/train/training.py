@@ -75,7 +75,8 @@ def train(
             read_weights(model, newest)
             return run.result()
         log.info("continuing from %s", newest)
-    memory = fits(config.train.micro_batch_size or config.train.batch_size, "examples in a forward pass", "train.micro_batch_size")
+    size = config.train.batch_size
+    memory = fits(config.train.micro_batch_size or size, "examples in a forward pass", "train.micro_batch_size", of=size)
     with freed_memory_kept(run.device), unchanged(model), quiet(), faster_steps(run.device), memory:
         trainer = build(model, tokenizer, examples, config, checkpoints, run, [*callbacks, *stop(stop_at)], cycles)
         trainer.train(resume_from_checkpoint=None if newest is None else str(newest))

@@ -43,7 +43,7 @@ def test_a_matched_plan_trains_what_its_note_says_and_no_rank_is_nearer(method, 
     target = uniform_parameters(target_layers(model), 6)
     known, plan_of = planner(config, model, tmp_path)
     plan = plan_of(config)
-    regime = METHODS[method].regime(config) if METHODS[method].regime else None
+    regime = METHODS[method].regime(config, plan) if METHODS[method].regime else None
     adapted = attach(model, plan, known, regime=regime)
     trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
     assert trained == plan.parameters

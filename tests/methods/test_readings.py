@@ -19,6 +19,7 @@ from test_survey import collated
 from farss.adapter import START, TRAINED, attach, lora_layers, start_of
 from farss.config import PlanConfig
 from farss.data import unlearnt
+from farss.errors import ModelError
 from farss.maths.moments import ExampleMoment, Moment
 from farss.methods import METHODS
 from farss.plan import make_plan, survey_cap
@@ -243,6 +244,16 @@ def test_one_blocks_moments_exist_at_a_time(tmp_path):
 
 
 @pytest.mark.parametrize("over", ["tokens", "answers", "examples"])
+@pytest.mark.parametrize(("calls", "message"), [(0, "no token reaches"), (2, r"saw \d+ rows of \d+")])
+def test_a_layer_that_not_every_token_goes_through_once_is_refused(over, calls, message, tmp_path):
+    model = small("llama")
+    forward = model.model.layers[1].mlp.forward
+    model.model.layers[1].mlp.forward = lambda x: sum(forward(x) for _ in range(calls)) + x
+    with pytest.raises(ModelError, match=rf"{message}.*: leave it out of model.targets"):
+        read_layers(model, tmp_path, METHODS["eva"].needs.read, 6, [collated(examples(), 2)], over=over)
+
+
+@pytest.mark.parametrize("over", ["tokens", "answers", "examples"])
 def test_batches_do_not_matter(over, tmp_path):
     rows = examples()
     one = read_layers(small("qwen3"), tmp_path / "one", METHODS["eva"].needs.read, 6, [collated(rows, 1)], over=over)
@@ -264,6 +275,10 @@ def test_own_text_is_the_models_own_and_the_same_every_time():
     assert own_text(model, Words(), 40, 12, 0) == one
     assert len(one) == 40
     assert all(text[0] == 1 and 2 <= len(text) <= 12 and 2 not in text[2:] for text in one)
+    state = torch.random.get_rng_state()
+    assert own_text(model.train(), Words(), 40, 12, 0) == one
+    assert model.training  # whose mode and random numbers are the caller's
+    assert torch.equal(torch.random.get_rng_state(), state)
     rows = unlearnt(one)
     assert all(len(row["input_ids"]) == len(row["completion_mask"]) and not any(row["completion_mask"]) for row in rows)
 

@@ -34,7 +34,7 @@ def attached(method, model, folder=None, **changes):
     config = dataclasses.replace(CONFIG, method=method, **changes)
     known = read_layers(model, folder, read, 8) if METHODS[method].needs != "nothing" else None
     plan = make_plan(config, known) if known else make_plan_without_survey(config, target_layers(model), len(find_blocks(model)[1]))
-    regime = METHODS[method].regime(config) if METHODS[method].regime else None
+    regime = METHODS[method].regime(config, plan) if METHODS[method].regime else None
     return attach(model, plan, known, seed=3, regime=regime), plan, regime
 
 
@@ -149,6 +149,19 @@ def test_kasa_leaves_every_layer_a_component(kind, tmp_path):
 
 
 # --- AdaLoRA ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [6, 12, 16])
+def test_adalora_keeps_what_its_plan_says_of_narrow_layers_too(rank):
+    """Layers of 16 outputs begin with 16 at most, and lose no more for it: the ranks at the end are the plan's."""
+    adapted, plan, regime = attached("adalora", small("llama-gqa").float(), rank=rank)
+    final = [min(rank, *layer.shape) for layer in plan.layers.values()]
+    begun = sum(layer.rank for layer in plan.layers.values())
+    assert min(min(layer.shape) for layer in plan.layers.values()) == 16
+    regime.begin(adapted, 20)
+    kept = round(sum(final) / len(final))
+    assert (regime.allocator.init_bgt, regime.allocator.target_bgt) == (begun, kept * len(final))
+    assert f"keeps the best {kept} per layer on average" in plan.notes[-1]
 
 
 def test_adalora_prunes_as_pefts(tmp_path):

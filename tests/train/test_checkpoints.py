@@ -130,6 +130,14 @@ def test_restore_errors(tmp_path: Path) -> None:
         restore(whole_model(kv_heads=1), tmp_path)
 
 
+def test_checkpoints_come_as_often_as_is_asked_for_now(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        train(whole_model(), tokenizer(), examples(), options(max_steps=6, save_steps=3), tmp_path, callbacks=[Kill(4)])
+    with pytest.raises(Killed):
+        train(whole_model(), tokenizer(), examples(), options(max_steps=6, save_steps=1), tmp_path, callbacks=[Kill(5)])
+    assert (tmp_path / "checkpoints" / "checkpoint-5").is_dir()
+
+
 def test_checkpoints_of_another_training_are_refused(tmp_path: Path) -> None:
     train(whole_model(), tokenizer(), examples(), options(max_steps=2), tmp_path)
     for data, config in [(examples(), options(max_steps=3)), (examples(seed=1), options(max_steps=2))]:
