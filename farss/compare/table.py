@@ -112,7 +112,7 @@ def _row(name: str, entrant: Entrant, full: Path | None, only: Callable[[str], b
         "rank": plan.rank,
         "learning_rate": run.config.train.learning_rate,
         "parameters": trained.parameters,
-        **{key: values[key] for key in ("K", "T", "KT", "recovered", "forgetting")},
+        **{key: values[key] for key in ("K", "T", "KT", "retained", "recovered", "forgetting")},
         **{name: _nats(summary, kind) for kind, name in (("knowledge", "kept"), ("task", "learned"))},
         "seconds_init": sum(record.get("seconds", 0.0) for record in before),
         "seconds_train": trained.seconds,

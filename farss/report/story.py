@@ -30,6 +30,7 @@ MEANINGS = {
     "KT": "balance of kept and learned",
     "K": "kept of the knowledge",
     "T": "learned, against full fine-tuning",
+    "retained": "still right, of what was answered right before",
     "recovered": "K after a few steps of question answering",
 }
 
@@ -201,7 +202,7 @@ def _between(entry: dict[str, Any]) -> str:
 def tiles(summary: dict[str, Any]) -> list[Tile]:
     """K, T, KT and forgetting, as far as they were measured."""
     found = []
-    for name in (*METRICS, "recovered"):
+    for name in (*METRICS, "retained", "recovered"):
         entry = summary.get(name) or {}
         if is_number(entry.get("value")):
             found.append(

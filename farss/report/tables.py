@@ -83,6 +83,7 @@ def columns(comparison: dict[str, Any]) -> list[Column]:
         Column("parameters", "Parameters", compact),
         Column("learning_rate", "Learning rate", plain),
         *(Column(name, f"{name} %", points, 1) for name in METRICS),
+        Column("retained", "Still right %", points, 1),
         Column("recovered", "K recovered %", points, 1),
         Column("forgetting", "Forgetting", signed, -1),
         *(Column(f"benchmarks.{name}", f"{name} %", points, 1) for name in benchmark_names(comparison)),

@@ -25,7 +25,7 @@ from farss.config import Config
 from farss.maths.metrics import Array, balance, balances, bootstrap, interval, ratios, simultaneous_p_values
 from farss.tasks.summary import Estimate, Outcomes, outcomes_of, read_scores
 
-METRICS = ("K", "T", "KT", "kept", "learned")
+METRICS = ("K", "T", "KT", "retained", "kept", "learned")
 Only = Callable[[str], bool]
 """Whether a question, by its id, counts."""
 
@@ -84,6 +84,7 @@ def standings(
         outcomes = _outcomes([read[folder] for folder in folders], kind, only)
         scores = _means([each.scores for each in outcomes], resamples, seed)
         changes = _means([gains for each in outcomes if (gains := each.gains).size], resamples, seed)
+        still = _means([each.still for each in outcomes], resamples, seed) if letter == "K" else []
         marks = scores
         if letter == "T" and config.evaluate.learned_by == "likelihood":
             marks = changes if len(changes) == len(scores) else []  # as in `summarise`: every benchmark or none
@@ -92,6 +93,8 @@ def standings(
             if marks and (letter == "K" or all(entry.full is not None for entry in group)):
                 below = [0 if letter == "K" or entry.full is None else place[entry.full] for entry in group]
                 found[method][letter] = np.mean([ratios(each[:, places], each[:, below]) for each in marks], axis=0)
+            if letter == "K" and scores:
+                found[method]["retained"] = np.mean([ratios(each[:, places], each[:, [0]]) for each in still], axis=0)
             if changes:
                 found[method][nats] = np.mean([each[:, places] for each in changes], axis=0)
     return {method: _standing(letters, [entry.seed for entry in methods[method]], generator) for method, letters in found.items()}

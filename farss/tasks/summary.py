@@ -90,6 +90,9 @@ class Summary:
     only masked. None where it was not asked."""
     learned_by: str = "score"
     """What T is made of (`evaluate.learned_by`)."""
+    retained: Estimate | None = None
+    """Of the knowledge questions that the base model answers right, the share that still are, mean over the benchmarks. K counts
+    what is answered by chance, or in a better form, for what was lost; this does not. None where K has no value."""
 
     def save(self, path: Path) -> None:
         """Write `summary.json`."""
@@ -99,7 +102,7 @@ class Summary:
     def load(cls, path: Path) -> Summary:
         """Read `summary.json`."""
         values = read_json(path)
-        for name in ("K", "T", "KT", "recovered"):
+        for name in ("K", "T", "KT", "recovered", "retained"):
             values[name] = _estimate(values.get(name))
         values["benchmarks"] = [_benchmark(each) for each in values["benchmarks"]]
         return cls(**values)
@@ -127,6 +130,11 @@ class Outcomes:
     """`[models, questions]`, in the order of the runs: before, after and, where it was asked, full fine-tuning."""
     gold: Array
     """`[models, questions]` gold log-likelihoods; NaN where there is none."""
+
+    @property
+    def still(self) -> Array:
+        """`scores`, of what the first model answers right."""
+        return self.scores * self.scores[:1]
 
     @property
     def known(self) -> Array:
@@ -198,6 +206,7 @@ def summarise(before: Path, after: Path, full: Path | None, config: Config, only
     draws = bootstrap([each.scores for each in outcomes], resamples, seed)
     notes = _unpaired(runs[0][0], runs[1][0])
     k, k_draws = _kept(outcomes, draws, notes)
+    retained = _retained(outcomes, resamples, seed) if k is not None else None
     t, t_draws = _learned(outcomes, draws, full is not None, config, notes)
     kt = None
     if k is not None and t is not None and k_draws is not None and t_draws is not None:
@@ -205,7 +214,7 @@ def summarise(before: Path, after: Path, full: Path | None, config: Config, only
     losses = (runs[0][0].text_loss, runs[1][0].text_loss)
     forgetting = losses[1] - losses[0] if losses[0] is not None and losses[1] is not None else None
     lines = [_line(each, drawn, resamples, seed) for each, drawn in zip(outcomes, draws, strict=True)]
-    return Summary(k, t, kt, forgetting, lines, resamples, seed, notes, learned_by=config.evaluate.learned_by)
+    return Summary(k, t, kt, forgetting, lines, resamples, seed, notes, learned_by=config.evaluate.learned_by, retained=retained)
 
 
 def _beside(
@@ -235,6 +244,14 @@ def _kept(outcomes: list[Outcomes], draws: list[Array], notes: list[str]) -> tup
     if not marks:
         return None, None
     return _ratio(marks, drawn, BEFORE, "K", knowledge_kept, notes)
+
+
+def _retained(outcomes: list[Outcomes], resamples: int, seed: int) -> Estimate:
+    """What is still right of the knowledge that was."""
+    still = {each.score.name: each.still for each in outcomes if each.kind == "knowledge"}
+    after, before = ({name: float(each[model].mean()) for name, each in still.items()} for model in (AFTER, BEFORE))
+    drawn = mean_ratios(bootstrap([*still.values()], resamples, seed), AFTER, BEFORE)
+    return Estimate(knowledge_kept(after, before), *interval(drawn))
 
 
 def _learned(

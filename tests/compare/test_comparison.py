@@ -37,7 +37,7 @@ def test_methods_and_seeds_have_intervals_and_differences(values):
             assert estimate["low"] <= estimate["value"] + 1e-12
             assert estimate["high"] >= estimate["value"] - 1e-12
     pairs = {(row["method"], row["against"], row["metric"]) for row in comparison["differences"]}
-    known = [metric for metric in ("K", "T", "KT", "kept", "learned") if metric in comparison["methods"]["lora"]]
+    known = [metric for metric in ("K", "T", "KT", "retained", "kept", "learned") if metric in comparison["methods"]["lora"]]
     assert pairs == {(one, other, metric) for one, other in (("lora", "farss"), ("farss", "lora")) for metric in known}
     assert {"kept", "learned"} <= set(known)
     assert comparison["frontier"] is None
@@ -224,7 +224,7 @@ def test_with_one_seed_a_row_has_the_interval_of_its_method(values):
     values["compare"] = {"methods": ["lora", "full"], "seeds": [5]}
     table = read(compare(from_dict(values), silent))
     for row in table["rows"]:
-        for metric in ("K", "T", "KT"):
+        for metric in ("K", "T", "KT", "retained"):
             known = table["methods"][row["method"]].get(metric)
             assert (row[metric] and pytest.approx(row[metric])) == known
 

@@ -51,6 +51,12 @@ def drawing(resamples, **options):
     return Config(evaluate=EvaluateConfig(resamples=resamples, **options))
 
 
+def both_right(base, after, name):
+    """The share of the questions that both answer right."""
+    pair = [[json.loads(line)["score"] for line in (each / "scores" / f"{name}.jsonl").read_text().splitlines()] for each in (base, after)]
+    return np.mean(np.prod(pair, axis=0))
+
+
 def mean(folder, name, key):
     return np.mean([json.loads(line)[key] for line in (folder / "scores" / f"{name}.jsonl").read_text().splitlines()])
 
@@ -79,11 +85,22 @@ def test_values_are_means_over_benchmarks_and_seeds(runs):
             for task in ("facts", "places")
         ]
         gained = [mean(each, "intents", "gold_loglikelihood") - mean(base, "intents", "gold_loglikelihood") for each in folders]
+        still = [both_right(base, each, task) / mean(base, task, "score") for each in folders for task in ("facts", "places")]
         k, t = np.mean(ratios), np.mean(learned)
-        expected = {"K": k, "T": t, "KT": 2 * k * t / (k + t), "kept": np.mean(nats), "learned": np.mean(gained)}
+        expected = {
+            "K": k,
+            "T": t,
+            "KT": 2 * k * t / (k + t),
+            "retained": np.mean(still),
+            "kept": np.mean(nats),
+            "learned": np.mean(gained),
+        }
         assert {metric: estimate.value for metric, estimate in found[name].estimates.items()} == pytest.approx(expected)
         for estimate in found[name].estimates.values():
             assert estimate.low < estimate.value < estimate.high
+        alone = summarise(base, group[0].folder, full, drawing(200)).retained
+        assert alone.value == pytest.approx(found[name].of_seed["retained"][0])
+        assert alone.low < alone.value < alone.high
 
 
 def test_an_interval_holds_the_chance_of_few_seeds():
@@ -172,7 +189,7 @@ def test_no_t_where_full_fine_tuning_gained_nothing(runs):
     base, _, groups = runs
     config = drawing(200, learned_by="likelihood")
     alike = {"lora": [Entry(groups["lora"][0].folder, base)]}
-    assert set(standings(base, alike, config)["lora"].estimates) == {"K", "kept", "learned"}
+    assert set(standings(base, alike, config)["lora"].estimates) == {"K", "retained", "kept", "learned"}
     summary = summarise(base, groups["lora"][0].folder, base, config)
     assert summary.T is summary.KT is None
     assert "full fine-tuning made the right answers of 'intents' no likelier" in summary.notes[0]
@@ -190,7 +207,7 @@ def test_nats_need_no_full_fine_tuning(runs):
     base, _, groups = runs
     alone = {name: [Entry(entry.folder, None) for entry in group] for name, group in groups.items()}
     assert {name: set(standing.estimates) for name, standing in standings(base, alone, drawing(200)).items()} == {
-        name: {"K", "kept", "learned"} for name in groups
+        name: {"K", "retained", "kept", "learned"} for name in groups
     }
 
 
@@ -226,7 +243,7 @@ def test_differences_are_paired(runs):
     base, _, groups = runs
     found = standings(base, groups, drawing(400))
     rows = {(row["method"], row["metric"]): row for row in differences(found)}
-    assert set(rows) == {(name, metric) for name in groups for metric in ("K", "T", "KT", "kept", "learned")}
+    assert set(rows) == {(name, metric) for name in groups for metric in ("K", "T", "KT", "retained", "kept", "learned")}
     row = rows["farss", "kept"]
     assert row["value"] == pytest.approx(found["farss"].estimates["kept"].value - found["lora"].estimates["kept"].value)
     assert row["low"] < row["value"] < row["high"]
