@@ -1,4 +1,5 @@
-"""FARSS-plus: start A from the inputs on which the task pulls hardest for what knowledge text would notice, and train B alone.
+"""FARSS-plus: fix A to the input directions with the largest ratio of the task's gradient energy to knowledge's activation energy, and train
+B alone.
 
 Ours; docs/method.md derives it and docs/beyond.md says what was measured.
 """
@@ -43,7 +44,7 @@ def plan(config: PlanConfig, context: Context) -> Plan:
 FARSS_PLUS = Method(
     name="farss-plus",
     title="ours (docs/method.md)",
-    changes="B alone, one rank in every layer; A holds the directions that the task pulls most, for what knowledge text uses them",
+    changes="B alone, one rank in every layer; A holds the input directions with the largest ratio of task to knowledge",
     plan=plan,
     needs=Reading("task-against-knowledge", "both", read),
     start=from_directions,
