@@ -31,6 +31,8 @@ ACROSS = 6
 """Benchmarks side by side."""
 ONLY_REPORTED = ("learning_rate", "peak_memory_init_gib", "peak_memory_gib")
 """Columns for which a terminal has no room; what is said of learning rates stands in a comparison's notes."""
+QUESTIONS = ("retained", *NATS)
+"""Columns that say what became of right answers, in a table of their own."""
 
 
 class RankMap:
@@ -192,11 +194,13 @@ def comparison_table(comparison: dict[str, Any]) -> Group:
     The best of each column is bold, the second best underlined. Several tables, so that they fit 80 columns.
     """
     keys = [column.key for column in columns(comparison)]
-    benchmarks = [place for place, key in enumerate(keys) if key.startswith("benchmarks.") or key in NATS]
-    balance = [place for place, key in enumerate(keys) if place not in benchmarks and key not in ONLY_REPORTED]
+    benchmarks = [place for place, key in enumerate(keys) if key.startswith("benchmarks.")]
+    answers = [place for place, key in enumerate(keys) if key in QUESTIONS]
+    balance = [place for place, key in enumerate(keys) if place not in benchmarks + answers and key not in ONLY_REPORTED]
     parts: list[Any] = [_methods_table(comparison, balance)]
     for first in range(0, len(benchmarks), ACROSS):
         parts += ["", _methods_table(comparison, benchmarks[first : first + ACROSS], before=True)]
+    parts += ["", _methods_table(comparison, answers)] if answers else []
     if METRICS[0] in gaps(comparison):
         parts += ["", _gap_table(comparison)]
     return Group(*parts)

@@ -1,5 +1,5 @@
-"""FARSS-plus: fix A to the input directions with the largest ratio of the task's gradient energy to knowledge's activation energy, and train
-B alone.
+"""FARSS-plus: fix A to the input directions with the largest ratio of the task's gradient energy to knowledge's activation energy, and
+train B alone.
 
 Ours; docs/method.md derives it and docs/beyond.md says what was measured.
 """
