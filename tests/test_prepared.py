@@ -17,11 +17,11 @@ from farss.prepared import convert, write_prepared
 from farss.structure import find_blocks, target_layers
 
 
-@pytest.fixture
-def written(tmp_path):
+@pytest.fixture(params=["llama", "gpt2"])  # the second stores its layers transposed
+def written(request, tmp_path):
     """A base on disk and a prepared start of it."""
     tokenizer = AutoTokenizer.from_pretrained(world.MODEL)
-    model, found, plan = surveyed("llama", tmp_path / "survey", torch.float32, vocab_size=len(tokenizer))
+    model, found, plan = surveyed(request.param, tmp_path / "survey", torch.float32, vocab_size=len(tokenizer))
     model.save_pretrained(tmp_path / "original")
     tokenizer.save_pretrained(tmp_path / "original")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "original")

@@ -201,7 +201,7 @@ def test_step_zero_training_and_export(method, tmp_path):
     assert (trained - before).abs().max() > 0.01 * scale
 
 
-@pytest.mark.parametrize("method", ["olora", "lora-null"])
+@pytest.mark.parametrize("method", ["olora", "lora-null", "eva", "corda-ipm"])
 def test_a_killed_reading_goes_on_to_the_same_bytes(method, tmp_path):
     class Stop(Exception):
         pass
@@ -213,10 +213,10 @@ def test_a_killed_reading_goes_on_to_the_same_bytes(method, tmp_path):
     needs, batches = METHODS[method].needs, collated(examples())
     texts = [batches] * len(needs.texts)
     with pytest.raises(Stop):
-        read_layers(small("llama"), tmp_path / "one", needs.read, 6, texts, on_progress=stop)
+        read_layers(small("llama"), tmp_path / "one", needs.read, 6, texts, on_progress=stop, over=needs.over)
     first = (tmp_path / "one" / "block-0000.safetensors").stat().st_mtime_ns
-    read_layers(small("llama"), tmp_path / "one", needs.read, 6, texts)
-    read_layers(small("llama"), tmp_path / "two", needs.read, 6, texts)
+    read_layers(small("llama"), tmp_path / "one", needs.read, 6, texts, over=needs.over)
+    read_layers(small("llama"), tmp_path / "two", needs.read, 6, texts, over=needs.over)
     assert (tmp_path / "one" / "block-0000.safetensors").stat().st_mtime_ns == first
     for file in (tmp_path / "two").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "one" / file.name).read_bytes()
