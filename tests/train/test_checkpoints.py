@@ -138,6 +138,17 @@ def test_checkpoints_come_as_often_as_is_asked_for_now(tmp_path: Path) -> None:
     assert (tmp_path / "checkpoints" / "checkpoint-5").is_dir()
 
 
+def test_less_at_a_time_goes_on_to_the_same_result(tmp_path: Path) -> None:
+    """A training that filled the memory goes on in smaller forward passes."""
+    whole, resumed = whole_model(), whole_model()
+    train(whole, tokenizer(), examples(), options(max_steps=6), tmp_path / "whole")
+    with pytest.raises(Killed):
+        train(whole_model(), tokenizer(), examples(), options(max_steps=6), tmp_path / "less", callbacks=[Kill(2)])
+    train(resumed, tokenizer(), examples(), options(max_steps=6, micro_batch_size=1, gradient_checkpointing=True), tmp_path / "less")
+    assert difference(weights(whole), weights(resumed)) <= 1e-5
+    assert difference(weights(whole), weights(whole_model())) > 1e-2
+
+
 def test_checkpoints_of_another_training_are_refused(tmp_path: Path) -> None:
     train(whole_model(), tokenizer(), examples(), options(max_steps=2), tmp_path)
     for data, config in [(examples(), options(max_steps=3)), (examples(seed=1), options(max_steps=2))]:
