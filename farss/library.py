@@ -15,7 +15,7 @@ from torch import Tensor
 
 from farss import processes
 from farss.adapter import activate, attach
-from farss.artifacts import Plan, Survey
+from farss.artifacts import Plan, Survey, read_json, write_json
 from farss.config import Base, CalibrationConfig, DataConfig, PlanConfig
 from farss.data import Row, Tokenized, calibration_batches, collate, load_examples, plain_rows, tokenize_rows, unlearnt
 from farss.errors import ConfigError, FarssError
@@ -208,7 +208,11 @@ def _read(
             return examples.rows
         if knowledge is not None:
             return plain_rows(list(knowledge), tokenizer, max_length)
-        return unlearnt(own_text(model, tokenizer, calibration.examples, min(LENGTH, max_length), seed))
+        asked = calibration.examples, min(LENGTH, max_length), seed
+        path = place / f"own-text-{'-'.join(map(str, asked))}.json"
+        if not path.is_file():  # kept, for another device or another kernel would write another one when it is prepared again
+            write_json(path, own_text(model, tokenizer, *asked))
+        return unlearnt(read_json(path))
 
     def in_batches(text: str) -> list[dict[str, torch.Tensor]]:
         real = dataclasses.replace(calibration, padding="ignore")

@@ -78,6 +78,14 @@ def test_the_model_keeps_its_survey(tokenizer, rows, tmp_path):
     assert model.farss.survey.examples == 4
 
 
+def test_what_the_model_wrote_is_written_once(tokenizer, rows, tmp_path, monkeypatch):
+    """A start is prepared again to resume a training, perhaps on another device, where it might write something else."""
+    options = {"plan": PLAN, "calibration": farss.CalibrationConfig(examples=4), "method": "farss-plus", "folder": tmp_path / "survey"}
+    first = farss.prepare(base(tokenizer), tokenizer, rows, **options).farss.survey
+    monkeypatch.setattr("farss.library.own_text", lambda *_: pytest.fail("written again"))
+    assert farss.prepare(base(tokenizer), tokenizer, rows, **options).farss.survey == first
+
+
 def test_a_survey_without_a_folder_goes_with_the_model(tokenizer, rows):
     model = farss.prepare(base(tokenizer), tokenizer, rows, plan=PLAN, calibration=farss.CalibrationConfig(examples=4))
     folder = model.farss.survey.folder
