@@ -126,11 +126,12 @@ def compare(
 
 @app.command()
 def survey(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Collect what the method looks at before it is planned; under torchrun, in several processes.
+    """Collect what the method looks at before it is planned; for FARSS and FARSS-plus also in several processes, under torchrun.
 
     For FARSS, and for a comparison, these are the Fisher statistics and the weights' decompositions.
     """
     from farss import processes
+    from farss.methods import Reading
     from farss.plan import method_of
     from farss.terminal import extremes_table, importance_table, survey_facts
 
@@ -138,6 +139,8 @@ def survey(config: ConfigFile, overrides: Overrides = None) -> None:
     needs = "survey" if wanted.compare.methods else method_of(wanted.plan).needs
     if needs == "nothing":
         raise UsageError(f"plan.method={wanted.plan.method} looks at nothing before it is planned, so there is nothing to survey")
+    if processes.started_as_several() and isinstance(needs, Reading) and needs.of != "both":
+        raise UsageError(f"plan.method={wanted.plan.method} is surveyed in one process: start this command without torchrun")
     with processes.joined():
         first = processes.rank() == 0
         with _single(config, overrides, several=True, shared=True, trains=False) as one:
@@ -349,6 +352,7 @@ def _single(
             raise _belongs(within)
         one = within or Run(values, tell=tell, beside=plans_of(values))
         if values.compare.methods and (one.path / "config.yaml").is_file():
+            one.folder.check_kind(values)
             one.check_inputs(trains)  # the comparison's configuration stays as it is
             one.check_unchanged()
         else:

@@ -78,6 +78,12 @@ RECOVERY_KEYS = (*EVALUATE_KEYS, "evaluate.recovery", "data.max_length")
 BASE_KEYS = (*LOADED_KEYS, "data.max_length", *EVALUATE_KEYS)
 """Of what the untouched model answers."""
 
+TABLE_KEYS = (
+    *("model", "data", "calibration", "plan", "boundary", "adapter", "train", "evaluate", "seed"),
+    *("compare.methods", "compare.seeds", "compare.settings", "compare.tune", "compare.held_out"),
+)
+"""Of a comparison's table."""
+
 
 class Folder:
     """A run folder. A step leaves a record of the options it was made with; a step whose record is complete and whose
@@ -96,7 +102,7 @@ class Folder:
             raise FolderError(f"out={str(self.path)!r} is a file: choose another folder")
         if self.path.exists() and any(self.path.iterdir()) and not (self.path / "config.yaml").is_file():
             raise FolderError(f"out={str(self.path)!r} is not empty and is no run folder: choose another one")
-        self._check_kind(config)
+        self.check_kind(config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -109,8 +115,12 @@ class Folder:
         write_text(self.path / "config.yaml", heading + dump(config))
         write_json(self.path / "versions.json", versions)
 
-    def _check_kind(self, config: Config) -> None:
-        """Refuse a single run in a comparison's folder, whose configuration would be lost, and a comparison over a run that was trained."""
+    def check_kind(self, config: Config) -> None:
+        """Refuse a single run in a comparison's folder, whose configuration would be lost, and a comparison over a run that was trained.
+
+        Raises:
+            FolderError: with the cure.
+        """
         try:
             compares = bool(load(self.path / "config.yaml").compare.methods)
         except FarssError:
@@ -162,14 +172,18 @@ class Folder:
         The block may add facts (seconds, sizes) to the dictionary it is given.
         """
         facts: dict[str, Any] = {}
-        path = self.path / "steps" / f"{step}.json"
-        first = processes.rank() == 0
-        if first:
-            write_json(path, {"options": options, "done": False})
+        self.begin(step, options)
         with disk_cure(self.path):
             yield facts
-        if first:
-            write_json(path, {"options": options, "done": True, **facts})
+        self._note(step, {"options": options, "done": True, **facts})
+
+    def begin(self, step: str, options: dict[str, Any]) -> None:
+        """Record that a step is not done with these options."""
+        self._note(step, {"options": options, "done": False})
+
+    def _note(self, step: str, record: dict[str, Any]) -> None:
+        if processes.rank() == 0:
+            write_json(self.path / "steps" / f"{step}.json", record)
 
 
 def options_of(config: Config, keys: tuple[str, ...]) -> dict[str, Any]:

@@ -196,7 +196,7 @@ class Run:
             self.place.is_done(step, options)
         if self.searches and self._may_replan:
             self.place.is_done(self._boundary_step, self._boundary_options)
-        _ = self._is_planned
+        self._is_planned()
         self._is_trained()
 
     @property
@@ -238,7 +238,6 @@ class Run:
         begun = self.folder.record("train")
         return begun is None or not (begun["done"] or any((self.path / "checkpoints").glob("checkpoint-*")))
 
-    @property
     def _is_planned(self) -> bool:
         return self.folder.is_done("plan", self._plan_options, redo=self._may_replan)
 
@@ -284,7 +283,7 @@ class Run:
     def plan(self) -> Plan:
         """`plan.json`: ranks and directions. Made again when its options change and nothing was trained from it."""
         options = self._plan_options
-        if self._is_planned:
+        if self._is_planned():
             return Plan.load(self.path / "plan.json")
         config, known, notes = self.config.plan, self.statistics(), []
         if self.searches:
@@ -479,7 +478,7 @@ class Run:
     def source(self) -> tuple[str, str, str] | None:
         """Where its statistics will lie, what they look at and their name; None: it has a plan already, or needs none."""
         needs = self.method.needs
-        if needs == "nothing" or self._is_planned:
+        if needs == "nothing" or self._is_planned():
             return None
         name, of = (needs, needs) if isinstance(needs, str) else (needs.name, "knowledge" if "knowledge" in needs.texts else needs.name)
         return str(self.place.path), of, name
@@ -488,7 +487,7 @@ class Run:
         """What other runs of a comparison may share: the base's answers, statistics, a boundary."""
         self.claim()
         self.base()  # first: one model in memory at a time, and a question that cannot be asked is found early
-        if not self._is_planned:
+        if not self._is_planned():
             self.statistics()
             if self.searches:
                 self.boundary()

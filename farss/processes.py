@@ -18,20 +18,23 @@ def started_as_several() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def join() -> None:
-    """Join the other processes, if there are any and nobody did yet, each with its own GPU where there are GPUs."""
+def join(timeout: timedelta | None = None) -> None:
+    """Join the other processes, if there are any and nobody did yet, each with its own GPU where there are GPUs.
+
+    Args:
+        timeout: how long one waits for the others; None: torch's default.
+    """
     if not started_as_several() or _several():
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    # One may decompose a layer, or write text, for long while the others wait.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(days=1))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
 
 
 @contextmanager
 def joined() -> Iterator[None]:
     """Be one of several processes for a while, if they were started."""
-    join()
+    join(timedelta(days=1))  # one may decompose a layer, or write text, for long while the others wait
     try:
         yield
     finally:

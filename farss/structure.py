@@ -213,12 +213,18 @@ def accepts(model: Any, argument: str) -> bool:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while, on compact rows; every module's own mode is restored."""
+    """Evaluation mode for a while, on compact rows."""
+    with modes_kept(model), compact_head(model):
+        model.eval()
+        yield
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Give every module its own mode back afterwards."""
     training = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        with compact_head(model):
-            yield
+        yield
     finally:
         for module, mode in training:
             module.training = mode

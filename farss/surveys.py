@@ -14,7 +14,7 @@ from farss import processes
 from farss.artifacts import Survey, write_text
 from farss.config import PlanConfig
 from farss.data import Row, calibration_batches, choose, plain_rows, unlearnt
-from farss.errors import FolderError, UsageError
+from farss.errors import FolderError
 from farss.folder import READING_KEYS, SURVEY_KEYS, Folder, options_of
 from farss.inputs import Inputs
 from farss.jobs import Tell
@@ -80,13 +80,7 @@ class Surveys:
         return result
 
     def reading(self, wanted: Reading) -> Survey:
-        """`<its name>/`: what a method other than FARSS looks at.
-
-        Raises:
-            UsageError: one of several processes was to look at what one looks at alone.
-        """
-        if processes.size() > 1 and wanted.of != "both":
-            raise UsageError(f"{wanted.name} is read in one process: start this command without torchrun")
+        """`<its name>/`: what a method other than FARSS looks at."""
         config, place = self.inputs.common_config, self.place.path / wanted.name
         options, device = self.steps(wanted)[wanted.name], device_of(config.model)
         if self.place.is_done(wanted.name, options) and place.is_dir():

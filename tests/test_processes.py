@@ -75,7 +75,8 @@ def test_the_survey_of_farss_plus_is_shared_and_that_of_one_text_is_not(tmp_path
     assert json.loads((tmp_path / "run" / "steps" / "own_text.json").read_text())["done"]
     refused = survey("plan.method=corda-kpm", f"out={tmp_path / 'other'}")
     assert refused.returncode != 0
-    assert "corda-knowledge is read in one process: start this command without torchrun" in refused.stderr
+    assert "plan.method=corda-kpm is surveyed in one process: start this command without torchrun" in refused.stderr
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("options", [{"batch_size": 6}, {"what": "both texts", "knowledge": 7}])

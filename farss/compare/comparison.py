@@ -10,12 +10,12 @@ from typing import Any
 
 from farss.artifacts import read_json
 from farss.compare.entrants import Entrant, Item, check_labels, factors, seeds
-from farss.compare.table import made_of, notes_of, write_table
+from farss.compare.table import notes_of, write_table
 from farss.compare.tuning import best_full, check_tuning, choose
 from farss.config import Config
 from farss.configfile import load
 from farss.errors import ConfigError, FarssError
-from farss.folder import Folder, resolve
+from farss.folder import TABLE_KEYS, Folder, options_of, resolve
 from farss.inputs import Loaded
 from farss.jobs import Tell, do_all
 from farss.pipeline import Run, silent
@@ -51,7 +51,8 @@ def compare(config: Config, tell: Tell) -> Path:
     done = {entrant.run.path for entrant in everyone}
     _run_all([entrant for entrant in final if entrant.run.path not in done])
     groups = {label: [one for one in final if one.label == label] for label in labels}
-    write_table(config, groups, tried, chosen, notes_of(config, chosen, measure))
+    with Folder(config.out).step("table", options_of(config, TABLE_KEYS)):
+        write_table(config, groups, tried, chosen, notes_of(config, chosen, measure))
     for entrant in {one.run.path: one for one in [*final, *everyone]}.values():
         entrant.run.report()
     return write_report(Path(config.out)).parent
@@ -107,6 +108,7 @@ def write_so_far(config: Config) -> bool:
         groups.setdefault(one.label if one.factor is None else f"{one.label} {one.run.config.train.learning_rate:g}", []).append(one)
     tried = {label: [one for one in done if one.label == label and one.seed == first] for label in labels}
     best = best_full(config, tried) if config.compare.tune else {}
+    Folder(config.out).begin("table", options_of(config, TABLE_KEYS))
     write_table(config, groups, tried, best, [f"So far: {found} of {wanted} runs are complete."], wanted - found)
     return True
 
@@ -116,7 +118,8 @@ def _is_finished(config: Config) -> bool:
     path = Path(config.out) / "comparison.json"
     table: dict[str, Any] = read_json(path) if path.is_file() else {"missing": 1}
     rows = {(row["method"], row["seed"]) for row in table.get("rows", [])}
-    same = table.get("options", made_of(config)) == made_of(config)
+    folder = Folder(config.out)
+    same = folder.record("table") is None or folder.is_done("table", options_of(config, TABLE_KEYS), redo=True)
     return same and not table.get("missing") and rows >= set(itertools.product(config.compare.methods, seeds(config)))
 
 

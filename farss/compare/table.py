@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from farss.artifacts import Plan, fingerprint, write_json, write_text
+from farss.artifacts import Plan, write_json, write_text
 from farss.boundary import Boundary
 from farss.compare.entrants import Entrant, seeds
 from farss.compare.tuning import full_folder, right_answers, the_rest
 from farss.config import Config
-from farss.configfile import to_dict
 from farss.evaluate import Entry, Estimate, Standing, Summary, differences, mean_scores, standings
 from farss.maths.frontier import Point, area, kept_at, learned_at
 from farss.maths.metrics import interval
@@ -55,7 +54,6 @@ def write_table(
     found = standings(folder / "base", entries, config, only) if base else {}
     gaps = differences(found) if set(groups) <= set(tried) else []  # one learning rate of a method is no rival of another
     comparison = {
-        "options": made_of(config),
         "rows": rows,
         "base": base,
         "learned_by": config.evaluate.learned_by,
@@ -68,13 +66,6 @@ def write_table(
     write_json(folder / "comparison.json", comparison)
     write_text(folder / "comparison.md", comparison_markdown(comparison))
     write_text(folder / "comparison.csv", comparison_csv(comparison))
-
-
-def made_of(config: Config) -> str:
-    """Hash of the options that a table may depend on."""
-    values = to_dict(config)
-    del values["out"], values["export"], values["compare"]["jobs"], values["compare"]["keep"]
-    return fingerprint(values)
 
 
 def _notes_of_rows(rows: list[dict[str, Any]]) -> list[str]:

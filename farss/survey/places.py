@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from farss.models import computing_dtype, is_quantised
+from farss.structure import modes_kept
 from farss.survey.passage import Batch
 
 
@@ -59,16 +60,14 @@ def placed_in_turn(parts: Iterable[nn.Module], device: torch.device | None, dtyp
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """The model in `eval()` mode with every parameter frozen; both are put back afterwards."""
-    training = [(module, module.training) for module in model.modules()]
     trainable = [p for p in model.parameters() if p.requires_grad]
-    model.eval().requires_grad_(False)
-    try:
-        yield
-    finally:
-        for module, mode in training:
-            module.training = mode
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+    with modes_kept(model):
+        model.eval().requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in trainable:
+                parameter.requires_grad_(True)
 
 
 def outside(model: nn.Module, parts: Iterable[nn.Module]) -> list[Tensor]:

@@ -32,23 +32,18 @@ def same_survey(found: Survey, key: str, cap: int) -> Survey:
     return found
 
 
-def mark_of(key: str, cap: int, batches: list[Batch]) -> dict[str, Any]:
-    """What an unfinished survey is recognised by: states are kept batch by batch, each process its own."""
-    shapes = fingerprint([list(batch["input_ids"].shape) for batch in batches])
-    return {"key": key, "cap": cap, "processes": processes.size(), "batches": shapes}
-
-
 def begin(folder: Path, key: str, cap: int, batches: list[Batch]) -> dict[str, Any]:
-    """Mark a folder as ours, or check that the unfinished survey in it is this one.
+    """Mark a folder as ours, or check that the unfinished survey in it is this one: states are kept batch by batch, each process its own.
 
     Returns:
-        The `seconds` that were spent on it before, in all and by `parts`.
+        That mark, with the `seconds` that were spent on it before, in all and by `parts`.
     """
-    mark = mark_of(key, cap, batches)
+    shapes = fingerprint([list(batch["input_ids"].shape) for batch in batches])
+    mark = {"key": key, "cap": cap, "processes": processes.size(), "batches": shapes}
     if (folder / PROGRESS).is_file():
-        progress = read_json(folder / PROGRESS)
+        progress = {"batches": shapes, **read_json(folder / PROGRESS)}  # which earlier versions did not note
         if {name: progress.get(name) for name in mark} == mark:
-            return dict(progress)
+            return progress
         if (progress["key"], progress["cap"]) != (key, cap):
             raise FolderError(f"{folder} holds an unfinished survey of another model, other data or another rank: delete it")
         if progress.get("processes") != mark["processes"]:

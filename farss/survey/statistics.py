@@ -272,7 +272,7 @@ def check_counts(name: str, what: str, moment: Moment, rows: int) -> None:
     if not moment.count:
         raise ModelError(f"no {what} reaches {name}: leave it out of model.targets")
     if moment.count != rows:
-        raise ModelError(f"{name} saw {moment.count} rows of {rows}: leave it out of model.targets")
+        raise ModelError(f"{moment.count} {what}s of {rows} went through {name}: leave it out of model.targets")
 
 
 def _overlap(scores: Tensor, exact: Tensor, cap: int) -> dict[str, float]:

@@ -32,7 +32,7 @@ from farss.structure import find_blocks, keep_gradients, target_layers
 from farss.survey.kept import GRADIENT, INPUT, KINDS, Kept, check_space
 from farss.survey.passage import Batch, Passage, check_finite, check_passage, counted, enter, output_gradient, through, uniform_draws
 from farss.survey.places import computing_device, frozen, moved, outside, placed, placed_in_turn, tensors_of
-from farss.survey.record import PROGRESS, begin, finish, mark_of, same_survey, write_block
+from farss.survey.record import PROGRESS, begin, finish, same_survey, write_block
 from farss.survey.statistics import Readout, add_up, finite_weight, read_out, recording, start, summary
 
 Progress = Callable[[int, int, str], None]
@@ -117,7 +117,7 @@ def carry_out(
         return {"seconds": seconds, "parts": {name: round(spent, 1) for name, spent in sweep.parts.items()}}
 
     with frozen(model), freed_memory_kept(place):
-        sweep.run(batches, draws, lambda: write_json(folder / PROGRESS, {**mark_of(key, cap, batches), **so_far()}))
+        sweep.run(batches, draws, lambda: write_json(folder / PROGRESS, {**before, **so_far()}))
     if processes.rank() == 0:
         facts = {**facts, "key": key, "processes": processes.size(), **so_far(), "peak_memory_gib": round(peak_gib(place), 2)}
         finish(folder, layers, len(blocks), cap, batches, facts)

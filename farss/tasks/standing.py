@@ -64,6 +64,7 @@ def standings(
     Args:
         base: folder of the untouched model's scores.
         methods: the runs of each method, one a seed.
+        config: its `seed` and `evaluate` (resamples, and what T is made of).
         only: which questions count; None: all.
         kinds: of questions; K and `kept` come from knowledge, T and `learned` from the task.
 

@@ -206,7 +206,9 @@ def summarise(before: Path, after: Path, full: Path | None, config: Config, only
     draws = bootstrap([each.scores for each in outcomes], resamples, seed)
     notes = _unpaired(runs[0][0], runs[1][0])
     k, k_draws = _kept(outcomes, draws, notes)
-    retained = _retained(outcomes, resamples, seed) if k is not None else None
+    still = {each.score.name: each.still for each in outcomes if each.kind == "knowledge"}
+    drawn_still = bootstrap([*still.values()], resamples, seed)
+    retained = _ratio(still, drawn_still, BEFORE, "retained", knowledge_kept, [])[0] if k is not None else None
     t, t_draws = _learned(outcomes, draws, full is not None, config, notes)
     kt = None
     if k is not None and t is not None and k_draws is not None and t_draws is not None:
@@ -244,14 +246,6 @@ def _kept(outcomes: list[Outcomes], draws: list[Array], notes: list[str]) -> tup
     if not marks:
         return None, None
     return _ratio(marks, drawn, BEFORE, "K", knowledge_kept, notes)
-
-
-def _retained(outcomes: list[Outcomes], resamples: int, seed: int) -> Estimate:
-    """What is still right of the knowledge that was."""
-    still = {each.score.name: each.still for each in outcomes if each.kind == "knowledge"}
-    after, before = ({name: float(each[model].mean()) for name, each in still.items()} for model in (AFTER, BEFORE))
-    drawn = mean_ratios(bootstrap([*still.values()], resamples, seed), AFTER, BEFORE)
-    return Estimate(knowledge_kept(after, before), *interval(drawn))
 
 
 def _learned(

@@ -218,6 +218,8 @@ def test_a_table_of_other_options_is_not_the_finished_one(values):
     assert not write_so_far(override(config, ["compare.jobs=2", "compare.keep=scores"]))
     assert write_so_far(override(config, ["evaluate.learned_by=likelihood"]))
     assert read(folder)["learned_by"] == "likelihood"
+    assert write_so_far(config)  # and that one is not the one that was finished
+    assert read(folder)["learned_by"] == "score"
 
 
 def test_with_one_seed_a_row_has_the_interval_of_its_method(values):
