@@ -79,11 +79,12 @@ def read_layers(
     place = computing_device(model, device)
     if batches and over == "answers":
         batches = [{**batch, "counted": (batch["labels"] != -100).long()} for batch in batches]
+    rows = _rows(batches, over)
     with frozen(model), freed_memory_kept(place):
         walk = _moments(model, blocks, layers, batches, folder, place, KINDS[over]) if batches else _alone(blocks, layers, folder, place)
         for index, moments in walk:
             inside = {name: layer for name, layer in layers.items() if layer.block == index}
-            _read_block(folder, index, inside, model, read, cap, moments, _rows(batches, over))
+            _read_block(folder, index, inside, model, read, cap, moments, rows)
             del moments  # or they lie beside those of the next block
             before["seconds"], started = before["seconds"] + time.monotonic() - started, time.monotonic()
             write_json(folder / PROGRESS, before)
