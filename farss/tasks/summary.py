@@ -203,7 +203,9 @@ def summarise(before: Path, after: Path, full: Path | None, config: Config, only
         if name in getattr(runs[1][0], kind)
     ]
     resamples, seed = config.evaluate.resamples, config.seed
-    draws = bootstrap([each.scores for each in outcomes], resamples, seed)
+    # Each kind anew, as in `standings`: a run's intervals are those of its row in a comparison.
+    of_kinds = [[each.scores for each in outcomes if each.kind == kind] for kind in KINDS]
+    draws = [drawn for scores in of_kinds for drawn in bootstrap(scores, resamples, seed)]
     notes = _unpaired(runs[0][0], runs[1][0])
     k, k_draws = _kept(outcomes, draws, notes)
     still = {each.score.name: each.still for each in outcomes if each.kind == "knowledge"}
