@@ -22,7 +22,7 @@ from farss.config import Base
 from farss.errors import FarssError, ModelError
 from farss.methods import METHODS, Regime
 from farss.methods.base import Start
-from farss.structure import ORIGINAL, check_readable, is_packed, is_transposed, keep_gradients, shape_of
+from farss.structure import ORIGINAL, check_readable, check_unshared, is_packed, is_transposed, keep_gradients, shape_of
 
 TRAINED = "trained"
 """Name of the adapter that trains. It is not PEFT's `default`, so that a checkpoint of somebody's trainer lies in
@@ -55,7 +55,7 @@ def attach(
         A `PeftModel`, or the model itself with every weight trainable for full fine-tuning.
 
     Raises:
-        ModelError: the weights are quantised, and `base` is `residual`.
+        ModelError: the weights are quantised or shared by several layers, and `base` is `residual`.
         FarssError: a planned layer gets no adapter, or the plan has directions and no survey is given.
     """
     from peft import get_peft_model
@@ -151,6 +151,7 @@ def _begin(adapted: Any, plan: Plan, survey: Survey) -> None:
 
 def _take_out(adapted: Any, plan: Plan) -> None:
     """Subtract the frozen adapter's part from every planned weight, in float32 and then rounded; the original stays beside it."""
+    check_unshared(adapted.get_base_model(), plan.layers)
     for name, module in lora_layers(adapted, plan).items():
         layer = module.base_layer
         if is_packed(layer):

@@ -16,7 +16,7 @@ from farss.artifacts import Plan, read_json, whole_folder, write_tensors
 from farss.errors import FarssError
 from farss.models import local_folder
 from farss.portable import in_float32, logits
-from farss.structure import base_weights, holds_packed, is_transposed
+from farss.structure import base_weights, check_unshared, holds_packed, is_transposed
 
 Change = Callable[[str, Tensor], Tensor]
 """(name of a weight, its value) -> its new value."""
@@ -36,6 +36,7 @@ def merge(adapted: Any, plan: Plan, tokenizer: Any, folder: Path | str, dtype: t
 
     Raises:
         FarssError: the base is quantised.
+        ModelError: a changed weight is shared by several layers.
     """
     folder = Path(folder)
     model = adapted.get_base_model() if plan.layers else adapted
@@ -44,6 +45,7 @@ def merge(adapted: Any, plan: Plan, tokenizer: Any, folder: Path | str, dtype: t
             "the adapter was trained on quantised weights, and merged into the unquantised ones it would be another model: "
             "serve the adapter on the quantised base, or train with model.quantization=none"
         )
+    check_unshared(model, plan.layers)
 
     def change(name: str, weight: Tensor) -> Tensor:
         return with_change(adapted, plan, name, weight)

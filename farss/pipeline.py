@@ -47,7 +47,7 @@ from farss.portable import export, load_adapter, step_zero
 from farss.prepared import check_method, write_prepared
 from farss.recovery import knowledge_alone, recover, recovery_rows
 from farss.report import write_report
-from farss.structure import left_out
+from farss.structure import check_unshared, left_out
 from farss.surveys import Surveys, check_fingerprint
 from farss.tasks.course import Course, prepare_course
 from farss.train import TrainResult, check_options, products, restore, train, training_steps
@@ -166,8 +166,12 @@ class Run:
 
         Raises:
             ConfigError: a whole model is wanted of quantised weights, or weights would be rounded where their start is taken out.
+            ModelError: a change shall be written into weights that several layers share.
         """
         config = self.config
+        whole = self._whole and config.plan.method != "full"
+        if whole or (config.adapter.base == "residual" and self.method.takes_out):
+            self._check_unshared()
         residual = config.adapter.base == "residual" and self.method.takes_out and config.export.to != "merged"
         if residual and config.model.quantization != "none":
             raise ConfigError("adapter.base='residual' takes the start out of weights that are quantised: set adapter.base=untouched")
@@ -185,6 +189,9 @@ class Run:
             )
         if config.export.to == "merged":
             raise ConfigError("export.to='merged', but nothing can be merged into quantised weights: set export.to=peft")
+
+    def _check_unshared(self) -> None:
+        check_unshared(empty_model(self.config.model), self.inputs.shapes[0])
 
     def check_unchanged(self) -> None:
         """Refuse a folder that holds results of other options.
@@ -329,6 +336,7 @@ class Run:
     def prepared(self) -> Path:
         """`prepared/`: a start for another trainer."""
         check_method(self.config.plan.method, self.config.model.quantization != "none")
+        self._check_unshared()
         target, plan = self.path / "prepared", self.plan()
         if target.is_dir() and Plan.load(target / "plan.json") != plan:
             raise FolderError(f"{target} was prepared for another plan: delete it, or choose another out")

@@ -22,7 +22,7 @@ from farss.merging import write_model
 from farss.methods import METHODS
 from farss.models import base_fingerprint, load_model, load_tokenizer, tokenizer_fingerprint
 from farss.portable import Exported, portable, target_names, write_adapter, write_facts
-from farss.structure import holds_packed, is_transposed
+from farss.structure import check_unshared, holds_packed, is_transposed
 
 PREFIX = "base_model.model."
 
@@ -67,12 +67,14 @@ def write_prepared(adapted: Any, plan: Plan, tokenizer: Any, folder: Path | str,
 
     Raises:
         FarssError: see `check_method`.
+        ModelError: a weight that shall change is shared by several layers.
         FolderError: the folder exists.
     """
     folder, source = Path(folder), Path(source)
     if folder.exists():
         raise FolderError(f"{folder} exists: give a new folder")
     check_method(plan.method, holds_packed(adapted))
+    check_unshared(adapted.get_base_model(), plan.layers)
     start = _start(adapted, plan)
 
     def residual(name: str, weight: Tensor) -> Tensor:

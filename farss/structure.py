@@ -109,6 +109,24 @@ def check_readable(model: nn.Module, names: Iterable[str]) -> None:
         weight_of(module)
 
 
+def check_unshared(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse to write a change of a layer into a weight that other layers use too (Zamba's blocks), which would change those as well;
+    adapters beside the weights differ from layer to layer.
+
+    Raises:
+        ModelError: with the first such layer.
+    """
+    users: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        users.setdefault(id(parameter), []).append(name.removesuffix(".weight").removesuffix(".base_layer"))
+    for name in names:
+        if others := [user for user in users[id(model.get_submodule(name).weight)] if user != name]:
+            raise ModelError(
+                f"{name} shares its weight with {others[0]}, so no change of it alone can be written into the weights: hand over an "
+                "adapter (export.to=peft, adapter.base=untouched), or name other layers in model.targets"
+            )
+
+
 def keep_gradients(model: nn.Module) -> None:
     """Keep bitsandbytes from rearranging 4-bit weights for inference on a CPU, and undo where it has.
 

@@ -54,6 +54,18 @@ def small(kind: str, **options):
             transformers.DeepseekV3Config,
             {**MIXTURE, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
         ),
+        "zamba2": (
+            transformers.Zamba2Config,
+            {
+                "layers_block_type": ["mamba", "hybrid"] * 2,
+                "num_mem_blocks": 1,
+                "adapter_rank": 2,
+                "mamba_d_state": 8,
+                "mamba_headdim": 16,
+                "mamba_ngroups": 1,
+                "n_mamba_heads": 4,
+            },
+        ),
         "glm4-moe": (transformers.Glm4MoeConfig, {**MIXTURE, "head_dim": 8}),
     }
     config_class, extra = special[kind]

@@ -7,7 +7,7 @@ from small_models import ARCHITECTURES, examples, small
 from farss.adapter import START, TRAINED, adapter_change, attach, lora_layers, untouched_base
 from farss.config import PlanConfig
 from farss.data import batches, collate
-from farss.errors import FarssError
+from farss.errors import FarssError, ModelError
 from farss.maths.directions import decompose
 from farss.plan import make_plan, make_plan_without_survey
 from farss.structure import find_blocks, target_layers, weight_of
@@ -92,6 +92,16 @@ def test_residual_and_untouched_compute_and_train_the_same(kind, tmp_path):
         other = changes[1][name]
         torch.testing.assert_close(left @ right, other[0] @ other[1], rtol=0, atol=1e-6)
     assert max((left @ right).abs().max().item() for left, right in changes[0].values()) > 1e-3
+
+
+def test_no_start_is_taken_out_of_a_weight_that_several_layers_share(tmp_path):
+    model, found, plan = surveyed("llama", tmp_path)
+    first, second = (model.get_submodule(f"model.layers.{block}.mlp.up_proj") for block in (0, 2))
+    second.weight = first.weight
+    before = first.weight.clone()
+    with pytest.raises(ModelError, match=r"layers.0.mlp.up_proj shares its weight with model.layers.2.mlp.up_proj"):
+        attach(model, plan, found, base="residual")
+    assert torch.equal(weight_of(model.get_submodule("model.layers.0.mlp.up_proj.base_layer")), before)
 
 
 def test_both_adapters_are_rounded_alike(tmp_path):

@@ -290,6 +290,16 @@ def test_a_residual_base_of_quantised_weights_is_found_before_anything_is_done(c
     assert not Path(config.out).exists()
 
 
+@pytest.mark.parametrize("changes", [["export.to=merged"], ["plan.method=dora"], ["plan.method=pissa", "adapter.base=residual"]])
+def test_weights_that_layers_share_take_no_change(config, tmp_path, changes):
+    """Every second block of Zamba 2 is the same one."""
+    options = [f"model.path={save_small('zamba2', tmp_path / 'zamba')}", "model.targets=[q_proj,o_proj]", "plan.method=lora"]
+    Run(override(config, options)).check_inputs()
+    with pytest.raises(ModelError, match=r"layers.1.shared_transformer.self_attn.q_proj shares its weight with model.layers.3."):
+        Run(override(config, [*options, *changes])).all()
+    assert not Path(config.out).exists()
+
+
 def test_a_start_that_cannot_be_prepared_is_refused_before_anything_is_looked_at(config):
     for method, message in (
         ("full", "trains the model itself"),

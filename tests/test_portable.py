@@ -17,7 +17,7 @@ from farss.adapter import START, TRAINED, adapter_change, attach
 from farss.artifacts import LayerPlan, Plan
 from farss.config import PlanConfig
 from farss.data import collate
-from farss.errors import FarssError, FolderError
+from farss.errors import FarssError, FolderError, ModelError
 from farss.maths.compress import compress
 from farss.merging import holds_layers, merge, write_model
 from farss.models import base_fingerprint, fingerprint, local_folder
@@ -179,6 +179,16 @@ def test_merged_model_equals_the_trained_one(tmp_path):
         merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / kind / "model").eval()
         expected = logits(adapted)
         assert (logits(merged) - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max().item())
+
+
+def test_no_change_is_written_into_a_weight_that_several_layers_share(tmp_path):
+    """It would change the others too."""
+    adapted, plan = trained("llama", tmp_path)
+    first, second = (adapted.get_submodule(f"base_model.model.model.layers.{block}.mlp.up_proj.base_layer") for block in (0, 2))
+    second.weight = first.weight
+    with pytest.raises(ModelError, match=r"layers.0.mlp.up_proj shares its weight with model.layers.2.mlp.up_proj, .* hand over an"):
+        merge(adapted, plan, None, tmp_path / "model", torch.float32)
+    assert not (tmp_path / "model").exists()
 
 
 def test_only_the_files_that_are_loaded_are_merged(tmp_path):
