@@ -258,7 +258,10 @@ def _learned(
     if not marks:
         return None, None
     if not has_full:
-        notes.append("T is not computed: it is relative to full fine-tuning, name its scores in evaluate.full_scores.")
+        notes.append(
+            "T is not computed: it is relative to full fine-tuning, of which there is no run yet: compare with full, or name its scores in "
+            "evaluate.full_scores."
+        )
         return None, None
     lacking = [name for name, each in marks.items() if len(each) <= FULL]
     if lacking:

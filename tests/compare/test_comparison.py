@@ -45,7 +45,7 @@ def test_methods_and_seeds_have_intervals_and_differences(values):
 
 def has_no_reference(row):
     """Whether there was no full fine-tuning that T of a run is relative to."""
-    return any("name its scores in evaluate.full_scores" in note for note in row["notes"])
+    return any("of which there is no run yet" in note for note in row["notes"])
 
 
 def test_a_comparison_that_is_not_finished_has_a_table_of_what_is(values):
