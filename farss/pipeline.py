@@ -169,10 +169,9 @@ class Run:
             ModelError: a change shall be written into weights that several layers share.
         """
         config = self.config
-        whole = self._whole and config.plan.method != "full"
-        if whole or (config.adapter.base == "residual" and self.method.takes_out):
-            self._check_unshared()
         residual = config.adapter.base == "residual" and self.method.takes_out and config.export.to != "merged"
+        if residual or (self._whole and config.plan.method != "full"):
+            self._check_unshared()
         if residual and config.model.quantization != "none":
             raise ConfigError("adapter.base='residual' takes the start out of weights that are quantised: set adapter.base=untouched")
         if residual and config.model.quantization == "none" and (dtype := loaded_dtype(config.model)) != torch.float32:
