@@ -27,7 +27,7 @@ def run_file(folder: Path, model: Path, base: str) -> Path:
         f"model: {{path: {model.absolute()}}}\n"
         f"data: {{train: {data}, prompt: text, response: category, limit: {16 * STEPS}}}\n"
         "calibration: {examples: 32}\n"
-        "plan: {boundary: 4, rank: 64, r_avg: 25, r_max: 32}\n"
+        "plan: {boundary: 4, rank: 64}\n"
         f"adapter: {{base: {base}}}\n"
         "export: {to: merged}\n"  # an adapter of weights that were rounded would not be exact, and is refused
         f"train: {{max_steps: {STEPS}, logging_steps: 1, gradient_checkpointing: false}}\n"

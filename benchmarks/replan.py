@@ -20,7 +20,7 @@ from farss.config import PlanConfig
 from farss.maths.directions import overlap, select
 from farss.plan import make_plan
 
-BASE = PlanConfig(boundary=4, rank=64, r_avg=25, r_max=32)
+BASE = PlanConfig(boundary=4, rank=64)
 CHANGES = {
     "boundary 5": {"boundary": 5},
     "deep rank 32": {"rank": 32},

@@ -22,7 +22,7 @@ model = farss.prepare(
     model,
     tokenizer,
     rows,
-    plan=farss.PlanConfig(boundary=2, rank=16, r_avg=6, r_max=8),
+    plan=farss.PlanConfig(boundary=2, rank=16),
     data=farss.DataConfig(max_length=96),
     calibration=farss.CalibrationConfig(examples=64),
 )

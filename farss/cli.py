@@ -126,32 +126,39 @@ def compare(
 
 @app.command()
 def survey(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Collect what the method looks at before it is planned; for FARSS and FARSS-plus also in several processes, under torchrun.
+    """Collect what the method, or every method of a comparison, looks at before it is planned.
 
-    For FARSS, and for a comparison, these are the Fisher statistics and the weights' decompositions.
+    For FARSS these are the Fisher statistics and the weights' decompositions. Under torchrun several processes share the work, for
+    FARSS and FARSS-plus; what else a comparison looks at is left to `farss compare` then.
     """
     from farss import processes
-    from farss.methods import Reading
+    from farss.compare import check_labels, plans_of
     from farss.plan import method_of
     from farss.terminal import extremes_table, importance_table, survey_facts
 
     wanted = load(config, overrides or ())
-    needs = "survey" if wanted.compare.methods else method_of(wanted.plan).needs
-    if needs == "nothing":
-        raise UsageError(f"plan.method={wanted.plan.method} looks at nothing before it is planned, so there is nothing to survey")
-    if processes.started_as_several() and isinstance(needs, Reading) and needs.of != "both":
-        raise UsageError(f"plan.method={wanted.plan.method} is surveyed in one process: start this command without torchrun")
+    check_labels(wanted)
+    named = f"compare.methods={wanted.compare.methods}" if wanted.compare.methods else f"plan.method={wanted.plan.method}"
+    plans = plans_of(wanted) or [wanted.plan]
+    needs = [each for each in dict.fromkeys(method_of(plan).needs for plan in plans) if each != "nothing"]
+    if not needs:
+        raise UsageError(f"{named} looks at nothing before it is planned, so there is nothing to survey")
+    if processes.started_as_several():
+        needs = [each for each in needs if isinstance(each, str) or each.of == "both"]
+    if not needs:
+        raise UsageError(f"{named} is surveyed in one process: start this command without torchrun")
     with processes.joined():
         first = processes.rank() == 0
         with _single(config, overrides, several=True, shared=True, trains=False) as one:
-            found = one.survey() if needs == "survey" else one.surveys.reading(needs)
+            made = [one.surveys.of(each) for each in needs]
     if not first:
         return
-    if needs == "survey":
-        console.print(importance_table(found))
-        console.print(extremes_table(found))
-    console.print(survey_facts(found), highlight=False)
-    _where({"survey": found.folder})
+    for each, found in zip(needs, made, strict=True):
+        if each == "survey":
+            console.print(importance_table(found))
+            console.print(extremes_table(found))
+        console.print(survey_facts(found), highlight=False)
+    _where({found.folder.name: found.folder for found in made})
 
 
 @app.command()

@@ -28,7 +28,7 @@ class ModelConfig:
     quantization: Literal["none", "nf4"] = "none"
     """nf4: hold the frozen weights in bitsandbytes' 4-bit format while training, as QLoRA does."""
     device: str = "auto"
-    """auto (a GPU where there is one), cpu, cuda or cuda:1."""
+    """auto (the first visible GPU, where there is one), cpu or cuda; choose another GPU by CUDA_VISIBLE_DEVICES."""
     targets: list[str] = field(default_factory=list)
     """Names of the linear layers to adapt, such as [q_proj, v_proj]; empty: every linear layer in every block."""
     trust_remote_code: bool = False
@@ -144,10 +144,10 @@ class PlanConfig:
     """Rank R of every deep layer, and of every layer in methods without a boundary."""
     r_min: int = 1
     """Smallest rank of a shallow layer."""
-    r_avg: int = 50
-    """Average rank of the shallow layers: their budget is r_avg times their number (eq. 10)."""
-    r_max: int = 64
-    """Largest rank of a shallow layer."""
+    r_avg: int | None = None
+    """Average rank of the shallow layers: their budget is r_avg times their number (eq. 10); null: 50 for each 128 of the rank."""
+    r_max: int | None = None
+    """Largest rank of a shallow layer; null: half of the rank."""
     alpha: float | Literal["uniform", "constant"] = "uniform"
     """A number: the adapter is scaled by alpha / plan.rank in every layer. uniform: the scale is 1. constant: alpha = R in every
     layer whatever its rank, and FARSS's factors without the scale, as the authors' released code does (for comparison only)."""
@@ -167,10 +167,12 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         for name in ("rank", "r_min", "r_avg", "r_max"):
-            _check(getattr(self, name) >= 1, f"plan.{name}={getattr(self, name)}: a rank is 1 or more")
-        _check(self.r_min <= self.r_max, f"plan.r_min={self.r_min} is larger than plan.r_max={self.r_max}: swap them?")
-        _check(self.r_avg <= self.r_max, f"plan.r_avg={self.r_avg} is larger than plan.r_max={self.r_max}: swap them?")
-        _check(self.r_avg >= self.r_min, f"plan.r_avg={self.r_avg} is smaller than plan.r_min={self.r_min}: swap them?")
+            given = getattr(self, name)
+            _check(given is None or given >= 1, f"plan.{name}={given}: a rank is 1 or more")
+        average, largest = self.shallow_budget
+        _check(self.r_min <= largest, f"plan.r_min={self.r_min} is larger than plan.r_max={largest}: swap them?")
+        _check(average <= largest, f"plan.r_avg={average} is larger than plan.r_max={largest}: swap them?")
+        _check(average >= self.r_min, f"plan.r_avg={average} is smaller than plan.r_min={self.r_min}: swap them?")
         if isinstance(self.boundary, int):
             _check(self.boundary >= 1, f"plan.boundary={self.boundary}: give 1 or more, or auto")
         for name in ("kasa_beta", "kasa_gamma"):
@@ -179,6 +181,12 @@ class PlanConfig:
             _check(0 < self.alpha < float("inf"), f"plan.alpha={self.alpha}: give a number above 0")
         if isinstance(self.match_params, int):
             _check(self.match_params >= 1, f"plan.match_params={self.match_params}: give a number of parameters above 0")
+
+    @property
+    def shallow_budget(self) -> tuple[int, int]:
+        """Average and largest rank of the shallow layers: as configured, or the paper's 50 and 64 of 128 (table 8) for any rank."""
+        largest = self.r_max or max(self.r_min, self.rank // 2)
+        return self.r_avg or max(self.r_min, min(round(self.rank * 50 / 128), largest)), largest
 
 
 @dataclass(frozen=True)
@@ -274,7 +282,7 @@ class EvaluateConfig:
     knowledge: list[str | QuestionSet] = field(default_factory=list)
     """Names of lm_eval tasks (triviaqa, nq_open, webqs), or question sets: {name, data, question, answers}."""
     task: list[str | QuestionSet] = field(default_factory=list)
-    """The same for the task. farss_gsm8k asks GSM8K with the training prompt."""
+    """The same for the task. farss_gsm8k and farss_math ask GSM8K and MATH with the training prompt and "Let's think step by step."."""
     other: list[str | QuestionSet] = field(default_factory=list)
     """Asked before and after too, but in neither K nor T: the same knowledge without examples, for instance."""
     text: str | None = None
@@ -285,9 +293,11 @@ class EvaluateConfig:
     """Ask the knowledge once more after this many steps of question answering, on questions of the same files that are not
     asked: what comes back was only masked. 0: do not."""
     looks: int = 8
-    """While training, look this many times at how likely a few of the answers are (at most 5 % of its cost); 0: never."""
+    """While training, look this many times at how likely a few of the answers are; fewer times where that would cost more than 5 % of
+    the training, but at its start and end in any case. 0: never."""
     full_scores: str | None = None
-    """scores.json of a full fine-tuning run, the reference of T (eq. 37); null: in a comparison its run of full, elsewhere no T."""
+    """scores.json of a full fine-tuning run, the reference of T (eq. 37), or of another run where that does not fit; null: in a
+    comparison its run of full, elsewhere no T."""
     learned_by: Literal["score", "likelihood"] = "score"
     """What T is made of: the scores on the task or, for free text and where hardly a question is solved, how much likelier (nats)
     the right answers became. Either is relative to full fine-tuning."""

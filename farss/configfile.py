@@ -199,10 +199,21 @@ def commented(config: Config | None = None) -> str:
             continue
         lines += ["", f"# {(type(value).__doc__ or '').strip()}", f"{entry.name}:"]
         help_texts = field_help(type(value))
+        lines += _question_set("  ") if entry.name == "evaluate" else []
         for inner in dataclasses.fields(value):
             lines += _comment(help_texts[inner.name], "  ")
             lines.append(_line(inner.name, getattr(value, inner.name), "  "))
     return "\n".join(lines) + "\n"
+
+
+def _question_set(indent: str) -> list[str]:
+    """The keys of a question set, as comments."""
+    help_texts = field_help(QuestionSet)
+    lines = _comment("A question set is a file of questions, with these keys:", indent)
+    for key in dataclasses.fields(QuestionSet):
+        default = f" Default: {key.default}." if key.default not in ("", None) else ""
+        lines += _comment(f"  {key.name}: {help_texts[key.name]}{default}", indent)
+    return lines
 
 
 def field_help(cls: type) -> dict[str, str]:

@@ -17,13 +17,14 @@ from farss import processes
 from farss.adapter import activate, attach
 from farss.artifacts import Plan, Survey, read_json, write_json
 from farss.config import Base, CalibrationConfig, DataConfig, PlanConfig
-from farss.data import Row, Tokenized, calibration_batches, collate, load_examples, plain_rows, tokenize_rows, unlearnt
+from farss.data import Row, Tokenized, calibration_batches, choose, collate, load_examples, plain_rows, tokenize_rows, unlearnt
 from farss.errors import ConfigError, FarssError
 from farss.methods import Reading
 from farss.models import fingerprint
 from farss.plan import check_plan, make_plan, make_plan_without_survey, method_of, survey_cap
 from farss.portable import Exported
 from farss.portable import export as export_adapter
+from farss.rows import knowledge_texts
 from farss.structure import find_blocks, target_layers
 from farss.survey import LENGTH, Progress, own_text, read_layers, survey
 
@@ -47,7 +48,7 @@ def prepare(
     tokenizer: Any,
     dataset: Iterable[dict[str, Any]] | str,
     *,
-    method: str = "farss",
+    method: str | None = None,
     data: DataConfig | None = None,
     calibration: CalibrationConfig | None = None,
     plan: PlanConfig | None = None,
@@ -70,15 +71,15 @@ def prepare(
         model: a causal language model from transformers; its own weights are never changed.
         tokenizer: its tokenizer.
         dataset: your training examples: rows (dictionaries, a `datasets.Dataset`) or a file's path.
-        method: any of `farss.METHODS` that trains like a LoRA and becomes a plain one.
+        method: any of `farss.METHODS` that trains like a LoRA and becomes a plain one; None: `plan.method`.
         data: columns, template and `max_length`; the defaults find the usual columns by themselves.
         calibration: how many examples to estimate the statistics on.
-        plan: boundary, ranks, alpha; `plan.method` is overridden by `method`.
+        plan: method, boundary, ranks, alpha.
         targets: names of the linear layers to adapt; None: every one in every block.
         dropout: on the adapter's input.
         base: how the start is taken out of the base, see `farss.adapter.attach`.
         knowledge: texts whose activations CorDA-KPM and LoRA-Null start away from, and that FARSS-plus weighs the task against;
-            None: the model writes its own.
+            None: those of `calibration.knowledge` or, where it names none, texts that the model writes by itself.
         folder: where the survey is kept, so that it can be resumed and used again; None: a temporary folder, deleted with the model.
         seed: of the calibration draw and of random starts.
         on_progress: called with (blocks done, blocks, a line to show).
@@ -94,9 +95,9 @@ def prepare(
             "this model has adapters already: merge them first (model = model.merge_and_unload()), then prepare it; "
             "the new adapter is then for the merged model"
         )
-    _check_method(method)
-    data, calibration = data or DataConfig(), calibration or CalibrationConfig()
-    wanted = dataclasses.replace(plan or PlanConfig(), method=method)
+    plan, data, calibration = plan or PlanConfig(), data or DataConfig(), calibration or CalibrationConfig()
+    wanted = dataclasses.replace(plan, method=method or plan.method)
+    _check_method(wanted)
     layers, blocks = target_layers(model, targets), len(find_blocks(model)[1])
     check_plan(wanted, layers, blocks, calibration.svd)
     if base == "residual":
@@ -110,10 +111,13 @@ def prepare(
     )
     processes.join()
     place = _place(wanted, folder, model)
+    texts = None if knowledge is None else list(knowledge)
+    if texts is None and calibration.knowledge:
+        texts = choose(knowledge_texts(calibration.knowledge), calibration.examples, seed)
     found: Survey | None
     cap = survey_cap(wanted, layers, blocks)
     if isinstance(method_of(wanted).needs, Reading):
-        found = _read(model, tokenizer, examples, wanted, cap, calibration, targets, place, seed, on_progress, knowledge, data.max_length)
+        found = _read(model, tokenizer, examples, wanted, cap, calibration, targets, place, seed, on_progress, texts, data.max_length)
     else:
         found = _look(model, tokenizer, examples.rows, wanted, cap, calibration, targets, place, seed, on_progress, data.max_length)
     made = make_plan(wanted, found) if found is not None else make_plan_without_survey(wanted, layers, blocks)
@@ -123,20 +127,20 @@ def prepare(
     return adapted
 
 
-def _check_method(method: str) -> None:
+def _check_method(wanted: PlanConfig) -> None:
     """Refuse what a user's own training loop cannot do.
 
     Raises:
         ConfigError: there is no such method.
         FarssError: it needs `farss run`; the reason is named.
     """
-    chosen = method_of(dataclasses.replace(PlanConfig(), method=method))
+    chosen = method_of(wanted)
     if chosen.name == "full":
         raise FarssError("method='full' trains the model itself: there is nothing to prepare")
     if chosen.regime is not None:
-        raise FarssError(f"method={method!r} trains by rules of its own, which your trainer does not know: use `farss run`")
+        raise FarssError(f"method={chosen.name!r} trains by rules of its own, which your trainer does not know: use `farss run`")
     if not chosen.plain_lora:
-        raise FarssError(f"method={method!r} cannot be exported as a plain LoRA: use `farss run`, which hands over a merged model")
+        raise FarssError(f"method={chosen.name!r} cannot be exported as a plain LoRA: use `farss run`, which hands over a merged model")
 
 
 def _check_residual(model: Any, wanted: PlanConfig, layers: Iterable[str]) -> None:
@@ -196,7 +200,7 @@ def _read(
     place: Path,
     seed: int,
     on_progress: Progress | None,
-    knowledge: Iterable[str] | None,
+    knowledge: list[str] | None,
     max_length: int,
 ) -> Survey:
     """What another method looks at; the first process does it for all, unless two texts go through a sweep."""
@@ -207,7 +211,7 @@ def _read(
         if text == "task":
             return examples.rows
         if knowledge is not None:
-            return plain_rows(list(knowledge), tokenizer, max_length)
+            return plain_rows(knowledge, tokenizer, max_length)
         asked = calibration.examples, min(LENGTH, max_length), seed
         path = place / f"own-text-{'-'.join(map(str, asked))}.json"
         if not path.is_file():  # kept, for another device or another kernel would write another one when it is prepared again

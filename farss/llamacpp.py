@@ -41,8 +41,7 @@ def write_gguf(adapter: Path | str, config: Any) -> Path:
         import gguf
     except ImportError as error:
         raise FarssError("a GGUF file needs the package gguf: pip install -e '.[gguf]'") from error
-    if config.model_type not in ARCHITECTURES:
-        raise FarssError(f"no GGUF adapter for {config.model_type}: known are {', '.join(ARCHITECTURES)}; export to peft, or merged")
+    check_architecture(config)
     architecture = getattr(gguf.MODEL_ARCH, ARCHITECTURES[config.model_type])
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     folder = Path(adapter)
@@ -63,6 +62,16 @@ def write_gguf(adapter: Path | str, config: Any) -> Path:
         writer.write_tensors_to_file()
         writer.close()
     return folder / FILE
+
+
+def check_architecture(config: Any) -> None:
+    """Refuse a base model of which llama.cpp would not know the adapter's layers.
+
+    Raises:
+        FarssError: with the architectures that are known.
+    """
+    if config.model_type not in ARCHITECTURES:
+        raise FarssError(f"no GGUF adapter for {config.model_type}: known are {', '.join(ARCHITECTURES)}; export to peft, or merged")
 
 
 def _parts(key: str) -> tuple[str, str]:

@@ -38,7 +38,7 @@ from farss.folder import (
 )
 from farss.inputs import Inputs, Loaded
 from farss.jobs import Tell
-from farss.llamacpp import write_gguf
+from farss.llamacpp import check_architecture, write_gguf
 from farss.merging import merge, merged_difference
 from farss.methods import Regime
 from farss.models import check_room, computing_dtype, device_of, empty_model, load_model, loaded_dtype, quiet, stored_dtype
@@ -76,7 +76,7 @@ class Run:
     label: str = ""
     """Its name in a comparison."""
     beside: list[PlanConfig] = field(default_factory=list)
-    """Plans of other runs, for which the shared statistics shall be wide enough."""
+    """Plans of other runs, for which shared statistics shall be wide enough."""
     tell: Tell = silent
     loaded: Loaded = field(default_factory=Loaded, repr=False)
     """What was read already; the runs of a comparison read nothing twice."""
@@ -167,11 +167,14 @@ class Run:
         Raises:
             ConfigError: a whole model is wanted of quantised weights, or weights would be rounded where their start is taken out.
             ModelError: a change shall be written into weights that several layers share.
+            FarssError: llama.cpp does not know the architecture.
         """
         config = self.config
         residual = config.adapter.base == "residual" and self.method.takes_out and config.export.to != "merged"
         if residual or (self._whole and config.plan.method != "full"):
             self._check_unshared()
+        if config.export.to == "gguf" and not self._whole:
+            check_architecture(empty_model(config.model).config)
         if residual and config.model.quantization != "none":
             raise ConfigError("adapter.base='residual' takes the start out of weights that are quantised: set adapter.base=untouched")
         if residual and config.model.quantization == "none" and (dtype := loaded_dtype(config.model)) != torch.float32:
@@ -260,7 +263,7 @@ class Run:
 
     def statistics(self) -> Survey | None:
         """What the method looks at before it is planned."""
-        return self.surveys.wanted()
+        return self.surveys.of(self.method.needs)
 
     def boundary(self) -> Boundary:
         """`boundary.json`: the first deep block, found by short probes; shared by the seeds of a comparison.

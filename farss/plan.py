@@ -82,7 +82,7 @@ def require_boundary(config: PlanConfig) -> None:
 def survey_cap(config: PlanConfig, layers: dict[str, Layer], blocks: int) -> int:
     """How many directions at each end a survey must keep for this plan, from the target layers' shapes."""
     needs = method_of(config).needs
-    widest = max(config.rank, config.r_max)
+    widest = max(config.rank, *config.shallow_budget)
     if config.match_params is not None:
         widest = max(2 * widest, _highest_rank(config, layers, blocks))
     return widest * (needs.reach if isinstance(needs, Reading) else 1)

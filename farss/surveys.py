@@ -34,7 +34,7 @@ class Surveys:
     """Holds `survey/` and other statistics."""
     tell: Tell
     beside: list[PlanConfig] = field(default_factory=list)
-    """Plans of other runs, for which they shall be wide enough."""
+    """Plans of other runs, for those of which that look at the same they shall be wide enough."""
 
     def steps(self, needs: str | Reading) -> dict[str, dict[str, Any]]:
         """What is made for a method, in its order, by the names of the steps, with what each depends on."""
@@ -47,9 +47,8 @@ class Surveys:
         found[needs.name] |= {"over": needs.over} if needs.over == "examples" else {}  # there were CorDA's covariances without
         return found
 
-    def wanted(self) -> Survey | None:
-        """What the method looks at; None: nothing."""
-        needs = method_of(self.inputs.common_config.plan).needs
+    def of(self, needs: str | Reading) -> Survey | None:
+        """What a method looks at, by its `needs`; None: nothing."""
         if isinstance(needs, Reading):
             return self.reading(needs)
         return self.survey() if needs == "survey" else None
@@ -59,8 +58,8 @@ class Surveys:
         config, place = self.inputs.common_config, self.place.path / "survey"
         options = self.steps("survey")["survey"]
         if self.place.is_done("survey", options) and place.is_dir():
-            return self._wide_enough(place)
-        cap, device = self._cap(*self.beside), device_of(config.model)
+            return self._wide_enough(place, "survey")
+        cap, device = self._cap("survey", *self.beside), device_of(config.model)
         parts = calibration_batches(
             self.inputs.common_examples.rows,
             config.calibration,
@@ -84,8 +83,8 @@ class Surveys:
         config, place = self.inputs.common_config, self.place.path / wanted.name
         options, device = self.steps(wanted)[wanted.name], device_of(config.model)
         if self.place.is_done(wanted.name, options) and place.is_dir():
-            return self._wide_enough(place)
-        cap = self._cap(*self.beside)
+            return self._wide_enough(place, wanted)
+        cap = self._cap(wanted, *self.beside)
         texts = [self._batches(text) for text in wanted.texts]
         reset_peak(device)
         model = self.base_model()
@@ -141,12 +140,13 @@ class Surveys:
         path = self.inputs.common_config.model.path
         return {"model": fingerprint(model), "tokenizer": tokenizer_fingerprint(self.inputs.tokenizer), "path": path}
 
-    def _cap(self, *beside: PlanConfig) -> int:
-        """How many directions at each end the statistics hold that our plan and these can be made of."""
-        return max(survey_cap(plan, *self.inputs.shapes) for plan in (self.inputs.common_config.plan, *beside))
+    def _cap(self, needs: str | Reading, *beside: PlanConfig) -> int:
+        """How many directions at each end the statistics hold that our plan, and those of these that look at the same, can be made of."""
+        plans = [plan for plan in (self.inputs.common_config.plan, *beside) if method_of(plan).needs == needs]
+        return max((survey_cap(plan, *self.inputs.shapes) for plan in plans), default=1)
 
-    def _wide_enough(self, place: Path) -> Survey:
-        found, cap = Survey.load(place), self._cap()
+    def _wide_enough(self, place: Path, needs: str | Reading) -> Survey:
+        found, cap = Survey.load(place), self._cap(needs)
         if found.cap < cap and not found.holds_all:
             raise FolderError(
                 f"{found.folder} kept {found.cap} directions at each end, and this plan may need {cap}: "

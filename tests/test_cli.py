@@ -12,6 +12,7 @@ from test_boundary import settings
 from typer.testing import CliRunner
 
 from farss import cli, world
+from farss.artifacts import Survey
 from farss.cli import app
 from farss.config import Config
 from farss.configfile import from_dict
@@ -57,6 +58,7 @@ def test_methods_lists_them_all():
         (["report", ".", "out=nowhere"], 2, "a folder has no options to override"),
         (["boundary", "run.yaml", "plan.method=lora"], 2, "treats all blocks alike"),
         (["survey", "run.yaml", "plan.method=lora"], 2, "plan.method=lora looks at nothing before it is planned"),
+        (["survey", "run.yaml", "compare.methods=[lora, full]"], 2, "compare.methods=['lora', 'full'] looks at nothing before"),
         (["survey", "run.yaml", "compare.methods=[lora, farss]", "compare.settings={lora: }"], 2, "write its options as"),
         (["survey", "run.yaml", "compare.methods=[farss@a/b]"], 2, "give a method, or a method, @ and a word of letters"),
         (["run", "run.yaml", "seed=-1"], 2, "seed is -1: give a number from 0 to 4294967295"),
@@ -117,6 +119,19 @@ def test_a_search_leaves_a_comparisons_configuration_alone(tmp_path):
     result = CliRunner().invoke(app, ["boundary", str(tmp_path / "run.yaml")])
     assert result.exit_code == 0, result.exception
     assert (tmp_path / "run" / "config.yaml").read_text() == before
+
+
+def test_survey_collects_what_every_method_of_a_comparison_looks_at(tmp_path):
+    values = settings(save_small("llama-gqa", tmp_path / "model"), tmp_path / "run")
+    values["plan"] |= {"boundary": 1, "method": "pissa"}
+    values["calibration"]["knowledge"] = str(world.TEXT)
+    values["compare"] = {"methods": ["lora", "farss", "farss@wide", "farss-plus"], "settings": {"farss@wide": {"plan.r_max": 9}}}
+    (tmp_path / "run.yaml").write_text(json.dumps(values))
+    result = CliRunner().invoke(app, ["survey", str(tmp_path / "run.yaml")])
+    assert result.exit_code == 0, result.exception
+    assert {path.name for path in (tmp_path / "run").iterdir() if path.is_dir()} == {"steps", "survey", "task-against-knowledge"}
+    assert Survey.load(tmp_path / "run" / "survey").cap == 9
+    assert Survey.load(tmp_path / "run" / "task-against-knowledge").cap == 8
 
 
 def test_report_draws_from_artifacts_alone_and_opens_the_page(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from farss.compare.entrants import Entrant, check_labels
-from farss.config import Config
+from farss.config import Config, PlanConfig, QuestionSet
 from farss.configfile import all_keys, commented, dump, field_help, from_dict, load, override, to_dict
 from farss.errors import ConfigError
 from farss.inputs import Loaded
@@ -66,6 +66,27 @@ def test_numbers_as_people_write_them():
 
 
 @pytest.mark.parametrize(
+    ("rank", "given", "expected"),
+    [
+        (128, {}, (50, 64)),  # the paper's
+        (64, {}, (25, 32)),
+        (16, {}, (6, 8)),
+        (1, {}, (1, 1)),
+        (128, {"r_max": 20}, (20, 20)),
+        (128, {"r_min": 60}, (60, 64)),
+        (16, {"r_avg": 3}, (3, 8)),
+    ],
+)
+def test_shallow_ranks_follow_the_rank_unless_they_are_given(rank, given, expected):
+    assert PlanConfig(rank=rank, **given).shallow_budget == expected
+
+
+def test_every_key_of_a_question_set_is_printed():
+    printed = commented()
+    assert all(f"  #   {each.name}: " in printed for each in dataclasses.fields(QuestionSet))
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("train.lerning_rate=1", "unknown key 'train.lerning_rate': did you mean 'train.learning_rate'?"),
@@ -120,9 +141,9 @@ def test_options_of_peft_that_do_not_go_with_farss_say_why(key, reason):
 
 def test_further_files_change_options_in_their_order(tmp_path):
     (tmp_path / "more.yaml").write_text("plan: {rank: 32}\nseed: 7\ncompare: {methods: [lora]}\n")
-    found = override(Config(), ["plan.rank=8", str(tmp_path / "more.yaml"), "seed=9"])
+    found = override(Config(), ["plan.rank=8", "plan.boundary=3", str(tmp_path / "more.yaml"), "seed=9"])
     assert (found.plan.rank, found.seed, found.compare.methods) == (32, 9, ["lora"])
-    assert found.plan.r_max == Config().plan.r_max  # the rest of a section stays
+    assert found.plan.boundary == 3  # the rest of a section stays
     with pytest.raises(ConfigError, match="there is no configuration file"):
         override(Config(), [str(tmp_path / "none.yaml")])
     (tmp_path / "bad.yaml").write_text("plan: {rnk: 32}\n")

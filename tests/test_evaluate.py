@@ -560,6 +560,15 @@ def test_summary_without_full_fine_tuning(three):
     assert "evaluate.full_scores" in summary.notes[0]
 
 
+def test_another_reference_than_full_fine_tuning_is_named(three):
+    config, folder = three
+    scores = Scores.load(folder / "full" / "scores.json")
+    replace(scores, meta=scores.meta | {"method": "lora"}).save(folder / "full" / "scores.json")
+    summary = summarise(folder / "base", folder / "after", folder / "full", config)
+    assert summary.T is not None
+    assert "T is relative to the run of lora that evaluate.full_scores names, and not to full fine-tuning." in summary.notes
+
+
 @pytest.mark.parametrize("knowledge", ["none", "fewer"])
 def test_full_fine_tuning_decides_nothing_of_k(three, model, tokenizer, files, knowledge):
     """It may have been asked the task alone, or other questions of knowledge."""

@@ -1,5 +1,6 @@
 """`prepare` and `export` around somebody else's loop."""
 
+import dataclasses
 import gc
 import json
 
@@ -11,6 +12,7 @@ from transformers import AutoTokenizer
 
 import farss
 from farss import world
+from farss.artifacts import Survey
 
 PLAN = farss.PlanConfig(boundary=1, rank=8, r_avg=4, r_max=6)
 
@@ -108,6 +110,20 @@ def test_readings_never_count_padding(tokenizer, rows, tmp_path):
         return found.directions(next(iter(found.layers))).lam
 
     assert torch.equal(moments("ignore"), moments("count"))
+
+
+def test_knowledge_is_given_as_texts_or_named(tokenizer, rows, tmp_path):
+    (tmp_path / "knowledge.jsonl").write_text("\n".join(json.dumps({"text": row["output"]}) for row in rows[:4]))
+    named = farss.CalibrationConfig(examples=4, knowledge=str(tmp_path / "knowledge.jsonl"))
+    plan = dataclasses.replace(PLAN, method="farss-plus")
+    texts = [row["output"] for row in rows[:4]]
+    given = {"calibration": farss.CalibrationConfig(examples=4), "method": "farss-plus", "plan": PLAN, "knowledge": texts}
+    for place, options in (("given", given), ("named", {"calibration": named, "plan": plan})):
+        farss.prepare(base(tokenizer), tokenizer, rows, folder=tmp_path / place, **options)
+        assert not [*(tmp_path / place).glob("own-text*")]
+    first, second = (Survey.load(tmp_path / place) for place in ("given", "named"))
+    for name in first.layers:
+        torch.testing.assert_close(first.directions(name).lam, second.directions(name).lam)
 
 
 def test_weights_from_which_nothing_could_be_exported_are_refused_before_training(tokenizer, rows):

@@ -506,6 +506,13 @@ def test_bad_input_is_refused_before_anything_is_written(config, tmp_path, chang
     assert not (tmp_path / "run").exists()
 
 
+def test_what_llama_cpp_does_not_know_is_refused_before_anything_is_written(config, tmp_path):
+    folder = save_small("gpt2", tmp_path / "gpt2")
+    with pytest.raises(FarssError, match="no GGUF adapter for gpt2"):
+        Run(override(config, ["export.to=gguf", f"model.path={folder}"])).all()
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_folder_that_is_not_ours_is_left_alone(config, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("precious")

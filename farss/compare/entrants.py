@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from farss.config import Config, PlanConfig
 from farss.configfile import from_dict, set_key, to_dict
@@ -59,7 +60,7 @@ class Entrant:
             shared_config=common,
             statistics_folder=None if same else out / self.label,
             label=self.label,
-            beside=[plan for plan in plans_of(self.config) if method_of(plan).needs == needs],
+            beside=plans_of(self.config),
             tell=named,
             loaded=self.loaded,
         )
@@ -78,11 +79,17 @@ class Entrant:
 def configured(config: Config, label: str) -> Config:
     """The options of a label's runs, before their seed and a tuned learning rate: those of what they share."""
     values = to_dict(config)
-    for key, value in {"plan.method": label.partition("@")[0], **config.compare.settings.get(label, {})}.items():
+    for key, value in {"plan.method": label.partition("@")[0], **settings_of(config, label)}.items():
         set_key(values, key, value)
     if has_own_full(config):
         values["evaluate"]["full_scores"] = None
     return resolve(from_dict(values | {"compare": {}}))
+
+
+def settings_of(config: Config, label: str) -> dict[str, Any]:
+    """The options that differ for a label: a variant has those of its method, unless its own say otherwise."""
+    settings = config.compare.settings
+    return settings.get(label.partition("@")[0], {}) | settings.get(label, {})
 
 
 def has_own_full(config: Config) -> bool:
@@ -97,7 +104,7 @@ def plans_of(config: Config) -> list[PlanConfig]:
 
 def _plan(config: Config, label: str) -> PlanConfig:
     """Their plan alone, which is asked for often."""
-    settings = {"plan.method": label.partition("@")[0], **config.compare.settings.get(label, {})}
+    settings = {"plan.method": label.partition("@")[0], **settings_of(config, label)}
     return replace(config.plan, **{key.removeprefix("plan."): value for key, value in settings.items() if key.startswith("plan.")})
 
 
@@ -138,4 +145,5 @@ def check_labels(config: Config) -> None:
                 raise ConfigError(
                     f"compare.settings gives {label!r} its own {key}, but all are compared with one untouched model, asked once"
                 )
+    for label in settings:
         configured(config, label)

@@ -12,7 +12,7 @@ import numpy as np
 
 from farss.artifacts import Plan, write_json, write_text
 from farss.boundary import Boundary
-from farss.compare.entrants import Entrant, seeds
+from farss.compare.entrants import Entrant, seeds, settings_of
 from farss.compare.tuning import full_folder, right_answers, the_rest
 from farss.config import Config
 from farss.evaluate import Entry, Estimate, Standing, Summary, differences, mean_scores, standings
@@ -195,8 +195,8 @@ def levels(curves: list[list[float]]) -> list[float]:
 
 def notes_of(config: Config, chosen: dict[str, Entrant], measure: str) -> list[str]:
     """What a reader must know to judge the table."""
-    settings = config.compare.settings
-    notes = [f"{label}: {', '.join(f'{key}={value}' for key, value in settings[label].items())}" for label in chosen if settings.get(label)]
+    own = {label: settings for label in chosen if (settings := settings_of(config, label))}
+    notes = [f"{label}: {', '.join(f'{key}={value}' for key, value in settings.items())}" for label, settings in own.items()]
     searched = {label: one.run.path / "boundary.json" for label, one in chosen.items()}
     notes += [f"{label}: {Boundary.load(path).sentence}" for label, path in searched.items() if path.is_file()]
     if not config.compare.tune:

@@ -24,7 +24,10 @@ def check_tuning(config: Config) -> None:
     if not config.compare.tune:
         return
     if not config.evaluate.full_scores and not has_own_full(config):
-        raise ConfigError("compare.tune chooses by KT, which needs full fine-tuning: add full to compare.methods")
+        raise ConfigError(
+            "compare.tune chooses by KT, which needs full fine-tuning: add full to compare.methods or, where it does not "
+            "fit, name the scores.json of another run in evaluate.full_scores"
+        )
     if not (config.evaluate.knowledge and config.evaluate.task):
         raise ConfigError("compare.tune chooses by KT: name questions in evaluate.knowledge and evaluate.task")
 

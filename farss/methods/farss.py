@@ -61,12 +61,13 @@ def shallow_ranks(config: PlanConfig, layers: dict[str, Layer], boundary: int, n
         return {}
     # a weight of zeros has no importance and no direction: as the least important one it would take the others' ranks
     told = [layer for layer in shallow if layer.importance != 0] or shallow
-    caps = [min(config.r_max, layer_cap(layer)) for layer in told]
+    average, largest = config.shallow_budget
+    caps = [min(largest, layer_cap(layer)) for layer in told]
     try:
-        ranks = BUDGETS[config.budget]([layer.importance for layer in told], config.r_avg, config.r_min, caps)
+        ranks = BUDGETS[config.budget]([layer.importance for layer in told], average, config.r_min, caps)
     except ValueError as error:
         raise NumericalError(f"no Fisher information reaches the shallow blocks ({error}): check the training data") from error
-    budget = config.r_avg * len(told)
+    budget = average * len(told)
     if sum(ranks) < budget:
         notes.append(f"The shallow layers got {sum(ranks)} of a budget of {budget} ranks: the rest was lost to rounding and clipping.")
     if sum(ranks) > budget:

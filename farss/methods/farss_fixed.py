@@ -12,7 +12,8 @@ from farss.methods.base import Context, Method
 
 def plan(config: PlanConfig, context: Context) -> Plan:
     """Rank `r_avg` in every shallow layer, whatever its importance: the same budget, spread evenly."""
-    return farss.plan(dataclasses.replace(config, r_min=config.r_avg, r_max=config.r_avg), context)
+    average, _ = config.shallow_budget
+    return farss.plan(dataclasses.replace(config, r_min=average, r_avg=average, r_max=average), context)
 
 
 FARSS_FIXED = Method(

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 from farss.config import Config, QuestionSet
 from farss.data import Row
-from farss.tasks.likelihood import FORWARD, affordable, question_tokens, text_tokens, token_loglikelihoods
+from farss.tasks.likelihood import FORWARD, LEAST, affordable, question_tokens, text_tokens, token_loglikelihoods, tokens_of
 
 SHARE = 0.05
-"""What all looks together may cost, as a share of the training's tokens."""
+"""What all looks together may cost, as a share of the training's tokens; more only for two looks at `LEAST` questions of each set."""
 MOST = 200
 """Questions of one set, however long the training is."""
 
@@ -65,9 +65,12 @@ def prepare_course(config: Config, tokenizer: Any, tokens: float) -> Course | No
     count = len(files) + bool(options.text)
     if not options.looks or not count:
         return None
-    room = SHARE * tokens / FORWARD / (options.looks + 1) / count  # tokens of one set at one look
     found = [Watched(kind, entry.name, question_tokens(entry, kind, config, tokenizer, MOST)) for kind, entry in files]  # type: ignore[arg-type]
     if options.text:
         found.append(Watched("text", "general text", text_tokens(config, tokenizer, MOST)))
+    spent = SHARE * tokens / FORWARD  # tokens of all looks
+    fewest = sum(tokens_of(one.rows[:LEAST]) for one in found)  # of one look
+    looks = max(1, min(options.looks, int(spent / fewest) - 1))
+    room = spent / (looks + 1) / count  # tokens of one set at one look
     sets = [one._replace(rows=one.rows[: affordable(one.rows, len(one.rows), room)]) for one in found]
-    return Course(sets, options.looks, options.batch_size, tokenizer.pad_token_id)
+    return Course(sets, looks, options.batch_size, tokenizer.pad_token_id)

@@ -212,6 +212,8 @@ def summarise(before: Path, after: Path, full: Path | None, config: Config, only
     drawn_still = bootstrap([*still.values()], resamples, seed)
     retained = _ratio(still, drawn_still, BEFORE, "retained", knowledge_kept, [])[0] if k is not None else None
     t, t_draws = _learned(outcomes, draws, full is not None, config, notes)
+    if t is not None and (method := reference[0][0].meta.get("method", "full")) != "full":
+        notes.append(f"T is relative to the run of {method} that evaluate.full_scores names, and not to full fine-tuning.")
     kt = None
     if k is not None and t is not None and k_draws is not None and t_draws is not None:
         kt = Estimate(balance(k.value, t.value), *interval(balances(k_draws, t_draws)))

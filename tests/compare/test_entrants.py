@@ -9,7 +9,7 @@ from farss import pipeline
 from farss.artifacts import Survey
 from farss.boundary import Boundary
 from farss.compare import compare
-from farss.compare.entrants import Entrant, configured
+from farss.compare.entrants import Entrant, configured, plans_of
 from farss.compare.table import notes_of
 from farss.configfile import from_dict
 from farss.errors import ConfigError
@@ -33,6 +33,23 @@ def test_a_variant_has_its_own_options_and_its_own_statistics(values):
     notes = read(folder)["notes"]
     assert {"farss@few: calibration.examples=4", "farss@wide: plan.r_max=8"} <= set(notes)
     assert any(note.startswith("farss@wide: The shallow layers got ") for note in notes)  # of one row, behind its name
+
+
+def test_a_variant_has_the_options_of_its_method_unless_it_has_its_own(values):
+    values["compare"] = {
+        "methods": ["farss@low", "farss@wide", "lora"],
+        "settings": {
+            "farss": {"train.learning_rate": 3e-4, "plan.r_max": 5},
+            "farss@low": {"train.learning_rate": 1e-5},
+            "farss@wide": {"plan.r_max": 8},
+        },
+    }
+    config = resolve(from_dict(values))
+    found = [configured(config, label) for label in config.compare.methods]
+    rate = config.train.learning_rate
+    assert [each.train.learning_rate for each in found] == [1e-5, 3e-4, rate]
+    assert [each.plan.r_max for each in found] == [5, 8, config.plan.r_max]
+    assert [plan.r_max for plan in plans_of(config)] == [5, 8, config.plan.r_max]
 
 
 def test_each_variant_searches_for_its_boundary_once(values, monkeypatch):
@@ -69,6 +86,7 @@ def test_each_variant_searches_for_its_boundary_once(values, monkeypatch):
         (["farss@wide"], {}, r"'farss@wide', .* no options for it: add them"),
         (["farss"], {"farss": {"plan": {"r_max": 8}}}, r"compare.settings.farss=.*: write its options as train.learning_rate: 1e-4"),
         (["farss"], {"farss": None}, r"compare.settings.farss=None: write its options as"),
+        (["farss@wide"], {"farss@wide": {"plan.r_max": 8}, "farss": None}, r"compare.settings.farss=None: write its options as"),
         (["farss"], {"farss": {"model.dtype": "float32"}}, r"'farss' its own model.dtype, but all are compared with one untouched model"),
         (["farss"], {"farss": {"seed": 3}}, r"gives 'farss' its own seed, which is the comparison's: see compare.seeds"),
         (["farss"], {"frass": {"plan.r_max": 8}}, r"options for 'frass', which is no method: did you mean 'farss'"),

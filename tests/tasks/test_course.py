@@ -85,7 +85,16 @@ def test_files_and_text_are_watched_within_their_share(config):
     assert prepare_course(bare, tokenizer, tokens) is None
 
 
-def test_a_training_that_is_watched_is_the_same_training(config, tmp_path):
+def test_a_short_training_is_looked_at_fewer_times(config):
+    tokenizer = load_tokenizer(config.model)
+    least = FORWARD * sum(tokens_of(one.rows) for one in prepare_course(config, tokenizer, 10).sets)  # of one look at the fewest questions
+    for affordable, looks in ((1, 1), (2, 1), (3, 2), (9, 3)):
+        found = prepare_course(config, tokenizer, (affordable + 0.5) * least / room.SHARE)
+        assert found.looks == looks  # and one before the first step
+
+
+def test_a_training_that_is_watched_is_the_same_training(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(room, "SHARE", 1.0)
     watched, alone = Run(config), Run(with_looks(config, 0, str(tmp_path / "alone")))
     seen, unseen = watched.train(), alone.train()
     assert [look["step"] for look in seen.course] == [0, 2, 4, 6]
@@ -96,7 +105,8 @@ def test_a_training_that_is_watched_is_the_same_training(config, tmp_path):
     assert all(math.isfinite(value) for look in seen.course for found in (look["knowledge"], look["text"]) for value in found.values())
 
 
-def test_a_resumed_training_has_seen_the_same(config, tmp_path):
+def test_a_resumed_training_has_seen_the_same(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(room, "SHARE", 1.0)
     whole = Run(config).train()
     killed = Run(dataclasses.replace(config, out=str(tmp_path / "killed")))
 
