@@ -12,9 +12,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from farss.artifacts import Plan, Survey
@@ -119,6 +121,15 @@ def activate(adapted: Any) -> None:
     fixed = {id(module.lora_A[TRAINED].weight) for module in layers}
     for name, parameter in adapted.named_parameters():
         parameter.requires_grad_(f".{TRAINED}." in name and "lora_" in name and id(parameter) not in fixed)
+
+
+def load_trained(adapted: Any, checkpoint: Path) -> None:
+    """Take up the weights of a checkpoint of transformers' trainer."""
+    from peft import set_peft_model_state_dict
+
+    state = load_file(checkpoint / TRAINED / "adapter_model.safetensors")
+    set_peft_model_state_dict(adapted, state, adapter_name=TRAINED)
+    activate(adapted)
 
 
 def lora_layers(adapted: Any, plan: Plan) -> dict[str, Any]:

@@ -49,15 +49,27 @@ def whole_file(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """Give a temporary folder beside `path` to fill. When the block ends well it takes the name, and only now does an older
-    folder of that name make way."""
+    folder of that name make way. A link stays one, and so does a folder that cannot be replaced."""
+    path = path.resolve()
     temporary = path.with_name(f".{path.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         yield temporary
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.rename(path)
+        if os.path.ismount(path) or path == Path.cwd():
+            _refill(path, temporary)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+            temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _refill(folder: Path, source: Path) -> None:
+    """Replace what a folder holds."""
+    for old in folder.iterdir():
+        shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+    for new in source.iterdir():
+        shutil.move(new, folder)
 
 
 @contextlib.contextmanager

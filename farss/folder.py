@@ -189,6 +189,7 @@ class Folder:
 def options_of(config: Config, keys: tuple[str, ...]) -> dict[str, Any]:
     """The values of dotted keys (a section's name stands for all of it), and the content of the files they name."""
     values = to_dict(config)
+    values["plan"] |= dict(zip(("r_avg", "r_max"), config.plan.shallow_budget, strict=True))  # the same plan, named or not
     found: dict[str, Any] = {}
     for key in keys:
         section, _, name = key.partition(".")

@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 
 from farss import processes
-from farss.adapter import activate, attach
+from farss.adapter import activate, attach, load_trained
 from farss.artifacts import Plan, Survey, read_json, write_json
 from farss.config import Base, CalibrationConfig, DataConfig, PlanConfig
 from farss.data import Row, Tokenized, calibration_batches, choose, collate, load_examples, plain_rows, tokenize_rows, unlearnt
 from farss.errors import ConfigError, FarssError
 from farss.methods import Reading
-from farss.models import fingerprint
+from farss.models import base_fingerprint, fingerprint
 from farss.plan import check_plan, make_plan, make_plan_without_survey, method_of, survey_cap
 from farss.portable import Exported
 from farss.portable import export as export_adapter
 from farss.rows import knowledge_texts
-from farss.structure import find_blocks, target_layers
+from farss.structure import check_unshared, find_blocks, holds_packed, target_layers
 from farss.survey import LENGTH, Progress, own_text, read_layers, survey
 
 CHECK_ROWS = 4
@@ -41,6 +41,8 @@ class Prepared(NamedTuple):
     tokenizer: Any
     template: str
     """Of the prompts."""
+    base: str
+    """Fingerprint of the base model."""
 
 
 def prepare(
@@ -95,6 +97,11 @@ def prepare(
             "this model has adapters already: merge them first (model = model.merge_and_unload()), then prepare it; "
             "the new adapter is then for the merged model"
         )
+    places = {str(device) for device in getattr(model, "hf_device_map", {}).values()}
+    if len(places) > 1:
+        raise FarssError(
+            f"this model is spread over {', '.join(sorted(places))}, where its blocks cannot be surveyed: load it on one device"
+        )
     plan, data, calibration = plan or PlanConfig(), data or DataConfig(), calibration or CalibrationConfig()
     wanted = dataclasses.replace(plan, method=method or plan.method)
     _check_method(wanted)
@@ -110,6 +117,7 @@ def prepare(
         else tokenize_rows(list(dataset), data, tokenizer, seed)
     )
     processes.join()
+    untouched = base_fingerprint(model)
     place = _place(wanted, folder, model)
     texts = None if knowledge is None else list(knowledge)
     if texts is None and calibration.knowledge:
@@ -123,7 +131,7 @@ def prepare(
     made = make_plan(wanted, found) if found is not None else make_plan_without_survey(wanted, layers, blocks)
     adapted = attach(model, made, found, dropout, seed, base)
     check = collate(examples.rows[:CHECK_ROWS], tokenizer.pad_token_id)
-    adapted.farss = Prepared(made, found, {key: check[key] for key in ("input_ids", "attention_mask")}, tokenizer, data.template)
+    adapted.farss = Prepared(made, found, {key: check[key] for key in ("input_ids", "attention_mask")}, tokenizer, data.template, untouched)
     return adapted
 
 
@@ -147,11 +155,17 @@ def _check_residual(model: Any, wanted: PlanConfig, layers: Iterable[str]) -> No
     """Find out before a training that its adapter would not be exact.
 
     Raises:
-        ConfigError: weights would be rounded where their start is taken out.
+        ConfigError: weights would be rounded where their start is taken out, or are quantised.
+        ModelError: a weight is shared by several layers.
     """
+    if not method_of(wanted).takes_out:
+        return
+    check_unshared(model, layers)
+    if holds_packed(model):
+        raise ConfigError("base='residual' takes the start out of weights that are quantised: use base='untouched'")
     found = {model.get_submodule(name).weight.dtype for name in layers}
     rounded = {dtype for dtype in found if dtype.is_floating_point and dtype != torch.float32}
-    if method_of(wanted).takes_out and rounded:
+    if rounded:
         raise ConfigError(
             f"base='residual' rounds the weights without their start to {str(rounded.pop()).removeprefix('torch.')}, and no adapter for "
             "the original ones is exact: use base='untouched', or load the model in float32"
@@ -243,7 +257,7 @@ def export(model: Any, folder: Path | str, rank: int | None = None, energy: floa
         What was written; None in any process but the first, which writes.
 
     Raises:
-        FarssError: the model was not prepared by farss, or the check failed (nothing is written then).
+        FarssError: the model was not prepared by farss, its base was trained too, or the check failed (nothing is written then).
     """
     prepared = getattr(model, "farss", None)
     if not isinstance(prepared, Prepared):
@@ -252,11 +266,17 @@ def export(model: Any, folder: Path | str, rank: int | None = None, energy: floa
     base = getattr(model.get_base_model().config, "_name_or_path", "")
     if processes.rank():
         return None
+    if base_fingerprint(model) != prepared.base:
+        raise FarssError(
+            "weights of the base model changed since farss.prepare (its head, norms or embeddings were trained too?), and an adapter for "
+            "the original base does not hold that: train what requires a gradient in the prepared model and nothing else"
+        )
     return export_adapter(model, prepared.plan, folder, batch, base, rank, energy, prepared.tokenizer, prepared.template)
 
 
 def trainer_callback(model: Any) -> Any:
-    """A callback for transformers' `Trainer` (and TRL's), which forgets on resume that a model has two active adapters.
+    """A callback for transformers' `Trainer` (and TRL's), which forgets on resume that a model has two active adapters, and does not find
+    the best checkpoint (`load_best_model_at_end`), as its adapters lie in subfolders.
 
     Args:
         model: from `prepare`.
@@ -264,9 +284,13 @@ def trainer_callback(model: Any) -> Any:
     from transformers import TrainerCallback
 
     class KeepActive(TrainerCallback):
-        """Activates both adapters before training begins or goes on."""
+        """Activates both adapters before training begins or goes on, and takes up the best weights at its end."""
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             activate(model)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if args.load_best_model_at_end and state.best_model_checkpoint:
+                load_trained(model, Path(state.best_model_checkpoint))
 
     return KeepActive()

@@ -23,6 +23,7 @@ Change = Callable[[str, Tensor], Tensor]
 
 COPIED = (".json", ".model", ".txt", ".jinja", ".py", ".tiktoken")
 """Files of a base model that go with one made from it."""
+GENERATION = "generation_config.json"
 PLAIN = ("F64", "F32", "BF16", "F16")
 """safetensors' names of the types that hold numbers as they are."""
 
@@ -75,7 +76,13 @@ def write_model(model: Any, plan: Plan, tokenizer: Any, target: Path, dtype: tor
     state = {name: change(name, tensor) if name.removesuffix(".weight") in plan.layers else tensor for name, tensor in state.items()}
     state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     model.config.dtype = dtype
+    # The base's file is copied as it is: transformers reads temperatures of models that do not sample, and refuses to write them.
+    settings = model.generation_config
+    model.generation_config = settings.from_model_config(model.config)
     model.save_pretrained(str(target), state_dict=state)
+    model.generation_config = settings
+    if (source / GENERATION).is_file():
+        shutil.copyfile(source / GENERATION, target / GENERATION)
     tokenizer.save_pretrained(str(target))
 
 

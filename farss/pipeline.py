@@ -343,7 +343,9 @@ class Run:
         if target.is_dir() and Plan.load(target / "plan.json") != plan:
             raise FolderError(f"{target} was prepared for another plan: delete it, or choose another out")
         if not target.is_dir():
-            write_prepared(self._adapted(plan), plan, self.inputs.tokenizer, target, self.config.model.path, self.config.data.template)
+            model = self.config.model
+            told = self.config.data.template, model.trust_remote_code
+            write_prepared(self._adapted(plan), plan, self.inputs.tokenizer, target, model.path, *told)
         return target
 
     def export(self) -> Path:

@@ -27,6 +27,8 @@ from farss.survey.places import outside, placed, placed_in_turn
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """vLLM accepts these and no others (`max_lora_rank`), so the exported rank is padded up to one of them."""
 CHECKED = "farss_checked"
+CHECKED_TOKENS = 128
+"""Of each prompt: the logits of thousands of tokens over a large vocabulary fill a memory."""
 TOLERANCE = 1e-4
 """Largest difference of an exact adapter's logits in float32, relative to the largest logit. Other sums of the same numbers
 differ by 2e-6 on 18 blocks, more on deeper and wider models; a wrong adapter differs by far more."""
@@ -225,11 +227,11 @@ def check(adapted: Any, folder: Path, batch: dict[str, Tensor]) -> tuple[float, 
 
 
 def logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """[tokens, vocabulary] float32, on the CPU: of all real tokens, one prompt at a time, since over a large vocabulary they are large."""
+    """[tokens, vocabulary] float32, on the CPU: of the first `CHECKED_TOKENS` real tokens of each prompt, one prompt at a time."""
     found = []
     with torch.no_grad():
         for ids, mask in zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True):
-            prompt = ids[mask][None].to(model.device)
+            prompt = ids[mask][None, :CHECKED_TOKENS].to(model.device)
             found.append(model(input_ids=prompt, attention_mask=torch.ones_like(prompt)).logits[0].float().cpu())
     return torch.cat(found)
 

@@ -7,6 +7,7 @@ the original base.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,9 @@ def check_method(name: str, quantised: bool) -> None:
         )
 
 
-def write_prepared(adapted: Any, plan: Plan, tokenizer: Any, folder: Path | str, source: Path | str, template: str = "") -> Path:
+def write_prepared(
+    adapted: Any, plan: Plan, tokenizer: Any, folder: Path | str, source: Path | str, template: str = "", trusted: bool = False
+) -> Path:
     """Write `base/` (the model without its start), `adapter/` (the start, to be trained) and what leads back.
 
     Args:
@@ -64,6 +67,7 @@ def write_prepared(adapted: Any, plan: Plan, tokenizer: Any, folder: Path | str,
         folder: must not exist.
         source: the base model's folder.
         template: `data.template`.
+        trusted: `model.trust_remote_code`, which the way back needs too.
 
     Raises:
         FarssError: see `check_method`.
@@ -101,7 +105,9 @@ def write_prepared(adapted: Any, plan: Plan, tokenizer: Any, folder: Path | str,
             "base_fingerprint": base_fingerprint(adapted),
             "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         }
-        write_json(unfinished / "prepared.json", facts | {"template": template, "target_modules": target_names(plan, adapted)})
+        write_json(
+            unfinished / "prepared.json", facts | {"template": template, "trusted": trusted, "target_modules": target_names(plan, adapted)}
+        )
         write_text(unfinished / "README.md", GUIDE.format(source=source, folder=folder))
     return folder
 
@@ -145,7 +151,8 @@ def convert(prepared: Path | str, trained: Path | str, out: Path | str, rank: in
     made = portable(changes.items(), rank, energy)
     with whole_folder(out) as unfinished:
         write_adapter(unfinished, made.state, facts.get("target_modules") or list(plan.layers), facts["base"], made.rank)
-        difference = _compare(prepared / "base", trained, facts["base"], unfinished)
+        trusted = facts.get("trusted", False)
+        difference = _compare((str(prepared / "base"), trained), (facts["base"], unfinished), trusted)
         exported = Exported(out, made.rank, made.lost, difference)
         hashes = facts["base_fingerprint"], facts["tokenizer_fingerprint"]
         write_facts(unfinished, plan, facts["base"], *hashes, exported, facts.get("template", ""))
@@ -171,14 +178,16 @@ def _change(name: str, scaling: float, start: dict[str, Tensor], end: dict[str, 
     return torch.cat([scaling * b, -scaling * b0], 1), torch.cat([a, a0])
 
 
-def _compare(residual: Path, trained: Path, original: str, converted: Path) -> float:
-    """Largest |logit difference| (float32) between what was trained and the converted adapter on the original base."""
+def _compare(trained: tuple[str, Path], converted: tuple[str, Path], trusted: bool) -> float:
+    """Largest |logit difference| (float32) between what was trained and the converted adapter, each on its base."""
     from peft import PeftModel
 
-    batch = load_tokenizer(ModelConfig(path=str(residual)))("The quick brown fox jumps over the lazy dog.", return_tensors="pt")
+    options = ModelConfig(dtype="float32", device="cpu", trust_remote_code=trusted)
+    tokenizer = load_tokenizer(replace(options, path=trained[0]))
+    batch = tokenizer("The quick brown fox jumps over the lazy dog.", return_tensors="pt")
     found = []
-    for base, adapter in ((str(residual), trained), (original, converted)):
-        model = PeftModel.from_pretrained(load_model(ModelConfig(path=base, dtype="float32", device="cpu")), str(adapter)).eval()
+    for base, adapter in (trained, converted):
+        model = PeftModel.from_pretrained(load_model(replace(options, path=base)), str(adapter)).eval()
         with torch.no_grad():
             found.append(model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits)
         del model

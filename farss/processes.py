@@ -18,23 +18,20 @@ def started_as_several() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def join(timeout: timedelta | None = None) -> None:
-    """Join the other processes, if there are any and nobody did yet, each with its own GPU where there are GPUs.
-
-    Args:
-        timeout: how long one waits for the others; None: torch's default.
-    """
+def join() -> None:
+    """Join the other processes, if there are any and nobody did yet, each with its own GPU where there are GPUs. They wait for each
+    other for a day: one may decompose a layer, or write text, for long."""
     if not started_as_several() or _several():
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(days=1))
 
 
 @contextmanager
 def joined() -> Iterator[None]:
     """Be one of several processes for a while, if they were started."""
-    join(timedelta(days=1))  # one may decompose a layer, or write text, for long while the others wait
+    join()
     try:
         yield
     finally:

@@ -1,6 +1,7 @@
 """Files that exist are whole, and a full disk is one sentence."""
 
 import errno
+import pathlib
 
 import pytest
 import torch
@@ -31,6 +32,30 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
         begin_folder(tmp_path / "a")
     assert [*tmp_path.iterdir()] == [tmp_path / "a"]
     assert (tmp_path / "a" / "x").read_text() == "second"
+
+
+@pytest.mark.parametrize("kept", ["link", "mount", "here"])
+def test_a_folder_that_cannot_be_replaced_is_filled(tmp_path, monkeypatch, kept):
+    place = tmp_path / "a"
+    real = tmp_path / "elsewhere" / "b" if kept == "link" else place
+    real.mkdir(parents=True)
+    if kept == "link":
+        place.symlink_to(real)
+    elif kept == "mount":
+        monkeypatch.setattr("os.path.ismount", lambda path: path == place)
+        monkeypatch.setattr(type(place), "rename", lambda *_: pytest.fail("a mount point has no other name"))
+    else:
+        monkeypatch.chdir(place)
+        place = pathlib.Path()
+    number = real.stat().st_ino
+    for text in ("first", "second"):
+        with whole_folder(place) as folder:
+            (folder / "inner").mkdir(parents=True)
+            (folder / "inner" / text).write_text(text)
+        assert [*real.rglob("*")] == [real / "inner", real / "inner" / text]
+    assert kept == "link" or real.stat().st_ino == number
+    assert kept != "link" or place.is_symlink()
+    assert [*real.parent.iterdir()] == [real]
 
 
 def begin_folder(path):

@@ -126,6 +126,38 @@ def test_knowledge_is_given_as_texts_or_named(tokenizer, rows, tmp_path):
         torch.testing.assert_close(first.directions(name).lam, second.directions(name).lam)
 
 
+def test_a_base_that_was_trained_too_is_not_handed_over_as_an_adapter(tokenizer, rows, tmp_path):
+    """The check would compare with the base as it lies in memory, and pass."""
+    model = farss.prepare(base(tokenizer), tokenizer, rows, method="lora", plan=PLAN)
+    model.get_base_model().lm_head.weight.requires_grad_(True)
+    own_loop(model, tokenizer("Name the seal for this letter: Good day.", return_tensors="pt"))
+    with pytest.raises(farss.FarssError, match=r"weights of the base model changed since farss\.prepare"):
+        farss.export(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_model_on_several_devices_is_refused(tokenizer, rows):
+    model = base(tokenizer)
+    model.hf_device_map = {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    with pytest.raises(farss.FarssError, match=r"spread over cpu, disk, .* load it on one device"):
+        farss.prepare(model, tokenizer, rows, plan=PLAN)
+
+
+@pytest.mark.parametrize("what", ["shared", "packed"])
+def test_a_residual_that_cannot_be_is_refused_before_the_survey(tokenizer, rows, tmp_path, what):
+    model = base(tokenizer)
+    first, second = (block.mlp.up_proj for block in model.model.layers[:2])
+    if what == "shared":
+        second.weight = first.weight
+    else:
+        first.weight = torch.nn.Parameter(torch.zeros(first.weight.shape, dtype=torch.int8), requires_grad=False)
+    message = {"shared": "share", "packed": "quantised: use base='untouched'"}[what]
+    with pytest.raises(farss.FarssError, match=message):
+        farss.prepare(model, tokenizer, rows, plan=PLAN, base="residual", folder=tmp_path / "survey")
+    assert not (tmp_path / "survey").exists()
+    assert not hasattr(model, "peft_config")
+
+
 def test_weights_from_which_nothing_could_be_exported_are_refused_before_training(tokenizer, rows):
     model = base(tokenizer)
     layer = model.model.layers[0].mlp.up_proj

@@ -161,6 +161,15 @@ def test_a_card_has_the_scores_of_its_own_adapter_alone(config):
     assert "| facts |" in (run.path / "model" / "README.md").read_text()  # to which a compression says nothing
 
 
+def test_shallow_ranks_are_the_same_plan_whether_they_are_named_or_not(config):
+    named, unnamed = (
+        options_of(override(config, ["plan.rank=16", f"plan.r_avg={average}", f"plan.r_max={largest}"]), ("plan",))
+        for average, largest in ((6, 8), ("null", "null"))
+    )
+    assert named == unnamed
+    assert (named["plan.r_avg"], named["plan.r_max"]) == (6, 8)
+
+
 def test_replanning_needs_no_new_survey(config):
     run = Run(config)
     run.claim()

@@ -11,8 +11,10 @@ from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 from small_models import small
 from test_adapter import logits, surveyed
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from farss import portable as portable_module
+from farss import world
 from farss.adapter import START, TRAINED, adapter_change, attach
 from farss.artifacts import LayerPlan, Plan
 from farss.config import PlanConfig
@@ -22,7 +24,7 @@ from farss.maths.compress import compress
 from farss.merging import holds_layers, merge, write_model
 from farss.models import base_fingerprint, fingerprint, local_folder
 from farss.plan import make_plan
-from farss.portable import SERVED_RANKS, export, in_float32, load_adapter
+from farss.portable import CHECKED_TOKENS, SERVED_RANKS, export, in_float32, load_adapter
 from farss.survey import survey
 
 from small_models import examples  # isort: skip
@@ -179,6 +181,26 @@ def test_merged_model_equals_the_trained_one(tmp_path):
         merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / kind / "model").eval()
         expected = logits(adapted)
         assert (logits(merged) - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max().item())
+
+
+def test_settings_of_generation_that_transformers_would_not_write_stay_as_they_are(tmp_path):
+    """Of a fully fine-tuned model; those of many models have a temperature and do not sample."""
+    small("llama").float().save_pretrained(tmp_path / "base")
+    settings = '{"temperature": 0.6, "top_p": 0.9}\n'
+    (tmp_path / "base" / "generation_config.json").write_text(settings)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    kept = model.generation_config
+    merge(model, Plan("full", {}, 4), AutoTokenizer.from_pretrained(world.MODEL), tmp_path / "whole", torch.float32, tmp_path / "base")
+    assert (tmp_path / "whole" / "generation_config.json").read_text() == settings
+    assert model.generation_config is kept
+
+
+def test_the_check_needs_no_more_for_longer_prompts(tmp_path):
+    batch = {"input_ids": torch.arange(3, 3 + 3 * 300).reshape(3, 300) % 90, "attention_mask": torch.ones(3, 300)}
+    model = small("llama", max_position_embeddings=512).float()
+    found = portable_module.logits(model, batch)
+    assert found.shape == (3 * CHECKED_TOKENS, model.config.vocab_size)
+    torch.testing.assert_close(found[:CHECKED_TOKENS], model(input_ids=batch["input_ids"][:1]).logits[0, :CHECKED_TOKENS])
 
 
 def test_no_change_is_written_into_a_weight_that_several_layers_share(tmp_path):

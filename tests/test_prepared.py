@@ -6,11 +6,12 @@ from peft import PeftModel
 from test_adapter import logits, surveyed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from farss import world
+from farss import prepared, world
 from farss.adapter import attach
+from farss.artifacts import read_json, write_json
 from farss.config import PlanConfig
 from farss.errors import FarssError, FolderError
-from farss.models import base_fingerprint
+from farss.models import base_fingerprint, load_model
 from farss.plan import make_plan_without_survey
 from farss.portable import load_adapter
 from farss.prepared import convert, write_prepared
@@ -64,6 +65,19 @@ def test_there_and_back(written):
     assert done.logit_difference <= 1e-4
     assert (found - before).abs().max() > 0.01
     assert "licence" in (place / "adapter" / "README.md").read_text()
+
+
+def test_the_way_back_runs_a_models_own_code_where_the_way_there_did(written, monkeypatch):
+    place, folder, _ = written
+    train(folder, place / "trained")
+    asked = []
+    monkeypatch.setattr(prepared, "load_model", lambda options: asked.append(options) or load_model(options))
+    for trusted in (False, True):
+        write_json(folder / "prepared.json", read_json(folder / "prepared.json") | {"trusted": trusted})
+        convert(folder, place / "trained", place / f"adapter-{trusted}")
+    assert [(options.path, options.trust_remote_code) for options in asked] == [
+        (str(path), trusted) for trusted in (False, True) for path in (folder / "base", place / "original")
+    ]
 
 
 def test_the_residual_base_is_not_taken_for_the_original(written):

@@ -54,18 +54,10 @@ def features(tokenizer, rows):
     ]
 
 
-def trainer(model, data, folder, **options):
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=6,
-        save_steps=3,
-        per_device_train_batch_size=4,
-        learning_rate=1e-2,
-        use_cpu=True,
-        report_to=[],
-        disable_tqdm=True,
-    )
-    return Trainer(model=model, args=arguments, train_dataset=data, callbacks=[farss.trainer_callback(model)], **options)
+def trainer(model, data, folder, arguments=None, **options):
+    usual = {"max_steps": 6, "save_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "use_cpu": True}
+    wanted = TrainingArguments(output_dir=str(folder), report_to=[], disable_tqdm=True, **(usual | (arguments or {})))
+    return Trainer(model=model, args=wanted, train_dataset=data, callbacks=[farss.trainer_callback(model)], **options)
 
 
 def weights(model):
@@ -92,6 +84,24 @@ def test_transformers_trainer_resumes_exactly(tokenizer, rows, tmp_path, method,
     done = farss.export(resumed, tmp_path / "adapter")
     stock = PeftModel.from_pretrained(base(tokenizer), str(done.folder))
     assert (logits(stock, batch) - logits(whole, batch)).abs().max() <= 1e-5 * max(1.0, logits(whole, batch).abs().max().item())
+
+
+def test_the_best_checkpoint_is_taken_up(tokenizer, rows, tmp_path):
+    data, model = features(tokenizer, rows), prepared(tokenizer, rows, tmp_path / "survey")
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}  # so that it is not the last
+    chooses = trainer(model, data, tmp_path / "run", {"eval_strategy": "steps", "eval_steps": 3, **best}, eval_dataset=data)
+    saved = {}
+
+    class Remember(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            saved[state.global_step] = weights(model)
+
+    chooses.add_callback(Remember())
+    chooses.train()
+    assert chooses.state.best_model_checkpoint.endswith("checkpoint-3")
+    found = weights(model)
+    assert all(torch.equal(found[name], saved[3][name]) for name in saved[3])
+    assert not all(torch.equal(found[name], saved[6][name]) for name in saved[6])
 
 
 def test_a_checkpoint_of_a_trainer_is_not_taken_for_an_adapter(tokenizer, rows, tmp_path):
