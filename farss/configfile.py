@@ -53,8 +53,7 @@ def override(config: Config, overrides: Iterable[str]) -> Config:
     for text in overrides:
         if "=" not in text and text.endswith((".yaml", ".yml")):
             for section, inner in _read(Path(text)).items():
-                for key, value in inner.items() if isinstance(inner, dict) else [("", inner)]:
-                    set_key(values, f"{section}.{key}" if key else section, value)
+                set_key(values, str(section), inner)
             continue
         key, separator, value = text.partition("=")
         if not separator:
@@ -67,19 +66,22 @@ def override(config: Config, overrides: Iterable[str]) -> Config:
 
 
 def set_key(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key in nested dictionaries, in place; refuse a key that no section has."""
-    sections = {f.name: f for f in dataclasses.fields(Config)}
+    """Set a dotted key in nested dictionaries, in place; refuse a key that no section has. Of a whole section the options that are given
+    change, and the others stay."""
     first, _, rest = key.partition(".")
-    if first not in sections:
+    section = values.get(first)
+    if first not in values or (rest and (not isinstance(section, dict) or rest not in section)):
         raise _unknown(key, all_keys())
-    if rest:
-        section = values.get(first)
-        if not isinstance(section, dict) or (rest not in section and first != "compare"):
-            raise _unknown(key, all_keys())
+    if not isinstance(section, dict):
+        values[first] = value
+    elif rest:
         # a file on top of another has options for some methods, and shall not take away those of the others
         section[rest] = section["settings"] | value if key == "compare.settings" and isinstance(value, dict) else value
-    else:
-        values[first] = value
+    elif isinstance(value, Mapping):
+        for inner, each in value.items():
+            set_key(values, f"{first}.{inner}", each)
+    elif value is not None:  # a section whose lines are all commented out
+        raise ConfigError(f"{first} is {value!r}: give `key: value` pairs")
 
 
 def _unknown(key: str, known: list[str]) -> ConfigError:
@@ -172,7 +174,15 @@ def _convert_plain(kind: type, value: Any, where: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 floats: PyYAML alone reads `1e-4` as a text."""
+    """YAML 1.2: PyYAML alone reads `1e-4` as a text, and takes the last of two equal keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping, of which no key may stand twice."""
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for place, key in enumerate(keys):
+            if key.value in {other.value for other in keys[:place]}:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice: keep one", key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _FLOAT = r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"

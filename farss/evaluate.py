@@ -142,8 +142,8 @@ def _benchmark(kind: Kind, entry: str | QuestionSet, config: Config, identity: d
 
 
 def grading(entries: Sequence[str | QuestionSet]) -> dict[str, int]:
-    """By which rules these are graded; nothing where equal texts alone are right."""
-    read = any(entry.metric != "exact_match" if isinstance(entry, QuestionSet) else entry.startswith("farss_") for entry in entries)
+    """By which of our rules these are graded; nothing for lm_eval's tasks, which have their own."""
+    read = any(isinstance(entry, QuestionSet) or entry.startswith("farss_") for entry in entries)
     return {"grading": GRADING} if read else {}
 
 
@@ -165,11 +165,16 @@ def check_reference(config: Config) -> None:
         if not isinstance(each.entry, QuestionSet) or each.drawn is None:
             continue
         asked = {str(row["id"]): row["answers"] for row in each.drawn.asked}
-        answered = {str(record["id"]): record["gold"] for record in questions(folder, each.name)}
-        if (asked, each.entry.metric) != (answered, scores.task[each.name].metric):
+        records = {str(record["id"]): record for record in questions(folder, each.name)}
+        answered, there = {key: record["gold"] for key, record in records.items()}, scores.task[each.name]
+        same = (asked, each.entry.metric, each.entry.fewshot) == (answered, there.metric, there.fewshot)
+        if config.data.template != "chat" or each.entry.prompt:  # which a tokenizer writes
+            text = prompt_of(each.entry, each.kind, config.data.template, None).text
+            same = same and all(records[str(row["id"])]["prompt"].endswith(text(row["question"])) for row in each.drawn.asked)
+        if not same:
             raise FolderError(
                 f"evaluate.full_scores={config.evaluate.full_scores} holds answers to other questions of {each.name!r} than will be "
-                "asked: evaluate both with the same file, limit, metric and seed"
+                "asked: evaluate both with the same file, prompt, fewshot, limit, metric and seed"
             )
 
 

@@ -253,6 +253,10 @@ def resolve(config: Config) -> Config:
         values["evaluate"][kind] = [
             _resolve(f"evaluate.{kind}[{index}]", entry) if isinstance(entry, dict) else entry for index, entry in enumerate(entries)
         ]
+    for label, options in values["compare"]["settings"].items():
+        for key, value in options.items() if isinstance(options, dict) else ():
+            if str(key).partition(".")[::2] in PATHS:
+                options[key] = _resolve(f"compare.settings.{label}.{key}", value)
     return from_dict(values)
 
 
@@ -264,7 +268,7 @@ def run_folder(config: Config) -> Path:
 def _resolve(key: str, path: Any) -> Any:
     """A path, or a question set with its paths."""
     if isinstance(path, dict):
-        return path | {name: _resolve(f"{key}.{name}", path[name]) for name in ("data", "examples")}
+        return path | {name: _resolve(f"{key}.{name}", path[name]) for name in ("data", "examples") if name in path}
     if not path:
         return path
     expanded = _expand(key, path)

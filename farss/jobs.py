@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -111,6 +112,7 @@ _queues: tuple[Any, Any] | None = None
 def _begin(slots: Any, told: Any, parent: int) -> None:
     global _queues
     _queues = (slots, told)
+    warnings.filterwarnings("ignore")  # as in the command line: those of libraries tell its user nothing
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 

@@ -517,11 +517,13 @@ class Run:
     @property
     def complete(self) -> bool:
         """Whether all of that is done, as it is configured now."""
-        trained = {key: value for key, value in self._train_options.items() if key not in self._products}  # those may be another machine's
-        steps = {"train": trained, "export": options_of(self.config, EXPORT_KEYS)}
+        trained = options_of(self.config, (*PLAN_KEYS, *TRAIN_KEYS))
+        del trained["train.precision"]  # what it means here may not be what it meant on another machine
+        exported = (self.folder.record("export") or {"done": False})["done"]  # in whatever form: no score depends on it
+        steps = {"train": trained}
         steps |= {"evaluate": self._evaluate_options} if self.config.evaluate.asks else {}
         steps |= {"recover": self._recover_options(EXPORT_KEYS)} if self.config.evaluate.recovery else {}
-        return all(self.folder.is_done(step, options, redo=True) for step, options in steps.items())
+        return exported and all(self.folder.is_done(step, options, redo=True) for step, options in steps.items())
 
     @property
     def _evaluate_options(self) -> dict[str, Any]:

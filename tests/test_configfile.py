@@ -124,6 +124,9 @@ def test_missing_and_broken_files(tmp_path):
     broken.write_text("a: [1", encoding="utf-8")
     with pytest.raises(ConfigError, match="not valid YAML"):
         load(broken)
+    broken.write_text("seed: 1\ntrain: {epochs: 1}\nplan: {rank: 4}\ntrain: {max_steps: 2}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"'train' stands twice: keep one .* line 4"):
+        load(broken)
     broken.write_text("- 1", encoding="utf-8")
     with pytest.raises(ConfigError, match="holds a list"):
         load(broken)
@@ -146,6 +149,9 @@ def test_further_files_change_options_in_their_order(tmp_path):
     assert found.plan.boundary == 3  # the rest of a section stays
     with pytest.raises(ConfigError, match="there is no configuration file"):
         override(Config(), [str(tmp_path / "none.yaml")])
+    (tmp_path / "empty.yaml").write_text("plan:\n  # rank: 16\ntrain: {epochs: 3}\n")
+    found = override(Config(), ["plan.rank=8", "train.max_steps=7", str(tmp_path / "empty.yaml"), "train={batch_size: 4}", "compare="])
+    assert (found.plan.rank, found.train.max_steps, found.train.epochs, found.train.batch_size) == (8, 7, 3, 4)
     (tmp_path / "bad.yaml").write_text("plan: {rnk: 32}\n")
     with pytest.raises(ConfigError, match=r"unknown key 'plan.rnk': did you mean 'plan.rank'"):
         override(Config(), [str(tmp_path / "bad.yaml")])

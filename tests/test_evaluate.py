@@ -457,6 +457,29 @@ def test_texts():
 
 
 @pytest.mark.parametrize(
+    ("answer", "accepted", "right"),
+    [
+        *(("15", "1.5", 0), ("5", "-5", 0), ("−5", "-5", 1), ("50", "5.0", 0), ("5", "5.0", 1), ("5.", "5", 1), ("1,000", "1000", 1)),
+        *(("$5", "5", 1), ("1.5%", "15%", 0), ("5%", "5", 1), ("007", "7", 0), ("007", "007", 1), ("6.30 pm", "6:30 pm", 1)),
+    ],
+)
+def test_two_numbers_are_compared_as_numbers(answer, accepted, right):
+    assert exact_match(answer, [accepted]) == right
+
+
+@pytest.mark.parametrize(
+    ("answer", "accepted", "right"),
+    [
+        *(("Paris/London", "Paris", 1), ("Paris—the capital", "Paris", 1), ("from 1914–1918", "1914", 1), ("Smith's", "Smith", 1)),
+        *(("Answer:Paris", "Paris", 1), ("rock'n'roll", "rock'n'roll", 1), ("1,000", "1", 0), ("1/2", "2", 0), ("6:30", "30", 0)),
+        *(("non-fiction", "fiction", 0), ("1.5", "5", 0)),
+    ],
+)
+def test_words_may_stand_close_together(answer, accepted, right):
+    assert contains(answer, [accepted]) == right
+
+
+@pytest.mark.parametrize(
     ("answer", "score"),
     [
         ("The answer is: \\frac{1}{2}", 1), ("So \\boxed{0.5}", 1), ("The answer is: $\\frac{2}{4}$.\nNext", 1),
@@ -585,10 +608,26 @@ def test_full_fine_tuning_that_was_asked_another_task_is_refused_at_the_start(th
     config, folder = three
     named = replace(config.evaluate, full_scores=str(folder / "full"))
     check_reference(replace(config, evaluate=named))
-    for task, message in (("steps", "other questions of 'steps'"), ("others", "was not asked the task 'others'")):
-        asks = replace(named, task=[QuestionSet(task, files["steps"], limit=2)])
+    for task, message, options in (
+        ("steps", "other questions of 'steps'", {"limit": 2}),
+        ("steps", "other questions of 'steps'", {"prompt": "Q: {question}\nA:"}),
+        ("steps", "other questions of 'steps'", {"fewshot": 1}),
+        ("others", "was not asked the task 'others'", {}),
+    ):
+        asks = replace(named, task=[QuestionSet(task, files["steps"], **options)])
         with pytest.raises(FolderError, match=message):
             check_reference(replace(config, evaluate=asks))
+    (folder / "scores.jsonl").write_text("{}")  # a file all the same
+    with pytest.raises(FolderError, match=r"was not asked the task 'steps'"):
+        check_reference(replace(config, evaluate=replace(config.evaluate, full_scores=str(folder / "scores.jsonl"))))
+
+
+def test_answers_to_other_prompts_are_not_compared(three):
+    config, folder = three
+    path = folder / "after" / "scores" / "mixed.jsonl"
+    path.write_text("".join(json.dumps(json.loads(line) | {"prompt": "Q?"}) + "\n" for line in path.read_text().splitlines()))
+    with pytest.raises(FolderError, match="answers to different questions of 'mixed': evaluate both with the same question file, prompt"):
+        summarise(folder / "base", folder / "after", None, config)
 
 
 @pytest.mark.parametrize("text", ["[]", '{"rows": []}', '{"knowledge": {"facts": {"K": 1}}}'])

@@ -134,13 +134,15 @@ def check_labels(config: Config) -> None:
             cure = nearest(label, variants) if variants else "add them"
             raise ConfigError(f"compare.methods names the variant {label!r}, and compare.settings has no options for it: {cure}")
     for label, options in settings.items():
-        if label.partition("@")[0] not in METHODS:
-            raise ConfigError(f"compare.settings has options for {label!r}, which is no method: {nearest(label, METHODS)}")
-        if not isinstance(options, dict) or any("." not in key for key in set(options) - {"seed", "out"}):
+        if str(label).partition("@")[0] not in METHODS:
+            raise ConfigError(f"compare.settings has options for {label!r}, which is no method: {nearest(str(label), METHODS)}")
+        if not isinstance(options, dict) or any("." not in str(key) for key in set(options) - {"seed", "out"}):
             raise ConfigError(f"compare.settings.{label}={options!r}: write its options as train.learning_rate: 1e-4, with their sections")
         for key in options:
-            if key in ("seed", "out"):
+            if key in ("seed", "out") or key.startswith("compare."):
                 raise ConfigError(f"compare.settings gives {label!r} its own {key}, which is the comparison's: see compare.seeds")
+            if key == "plan.method":
+                raise ConfigError(f"compare.settings gives {label!r} another method: name {options[key]!r} in compare.methods")
             if key.startswith(ASKED):
                 raise ConfigError(
                     f"compare.settings gives {label!r} its own {key}, but all are compared with one untouched model, asked once"

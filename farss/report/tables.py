@@ -261,7 +261,7 @@ def _frontier_markdown(comparison: dict[str, Any]) -> str:
 
 def _equals_markdown(found: dict[str, Any], kept: str, learned: str, unit: str, form: Callable[[Any], str]) -> str:
     """The curves where methods learned, or kept, equally much."""
-    if not found["learned"]:
+    if not (found["learned"] or found["kept"]):
         return ""
     heads = [f"{kept} at {learned} {form(level)} {unit}" for level in found["learned"]]
     heads = ["Method", *heads, *(f"{learned} at {kept} {form(level)} {unit}" for level in found["kept"]), f"Area ({unit})"]

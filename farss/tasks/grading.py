@@ -12,7 +12,7 @@ from typing import Any
 
 from farss.data import prompt_text
 
-GRADING = 2
+GRADING = 3
 """Goes up when a number, or what an answer holds, is read by other rules: a run folder's answers are then asked for again, so that none
 that were graded by the old rules stand beside the new."""
 STEPS = " Let's think step by step."
@@ -24,6 +24,9 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation + "‘’´“”")
 _MARK = re.compile(r"(?:####|[Tt]he (?:final )?answer is:?)")
 _LISTED = re.compile(r"^\s*[-+−]\s+", re.MULTILINE)
 _NUMBER = re.compile(r"(?:(?<![\w)])[-+−]\s?)?\$?\s?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?")  # the dash of "20-25" is no sign
+_WHOLE_NUMBER = re.compile(r"(?P<number>[-+−]?\$?(?!0\d)(?:\d[\d,]*(?:\.\d+)?|\.\d+))(?P<unit>%?)")  # "007" is none
+_APART = re.compile(r"(?<!\d)[/,;:–—()\[\]]|[/,;:–—()\[\]](?!\d)|(?<=\d)[-–](?=\d)|['’]s\b")
+"""What parts words, though no space stands there: "Paris/London", "1914-1918", "Smith's"; not "1,000", "1/2" or "non-fiction"."""
 _NUMBER_MARK = re.compile(r"####(?=\W*\d)|[Tt]he (?:final )?answer is:?")  # "#### Step 2" is a heading
 
 
@@ -52,12 +55,19 @@ def _value(number: str) -> Fraction | None:
 
 
 def exact_match(answer: str, answers: Sequence[str]) -> float:
-    """1 when the normalised answer is one of the accepted ones."""
-    return float(_words(answer) in {_words(accepted) for accepted in answers})
+    """1 when the normalised answer is one of the accepted ones. Two numbers are compared as numbers: "1.5" is not "15", and "5.0" is 5."""
+    return float(any(_same(answer, accepted) for accepted in answers))
+
+
+def _same(answer: str, accepted: str) -> bool:
+    one, other = (_WHOLE_NUMBER.fullmatch(text.strip().removesuffix(".")) for text in (answer, accepted))
+    if one and other and one["unit"] == other["unit"]:
+        return _value(one["number"]) == _value(other["number"])
+    return _words(answer) == _words(accepted)
 
 
 def contains(answer: str, answers: Sequence[str]) -> float:
-    """1 when the normalised answer holds one of the accepted ones as whole words."""
+    """1 when the normalised answer holds one of the accepted ones as whole words, in its own spelling or with the parts of words apart."""
     return max(exact_match(answer, answers), float(any(_holds(answer, accepted) for accepted in answers)))
 
 
@@ -67,9 +77,9 @@ def _holds(answer: str, accepted: str) -> bool:
     if not normalise(accepted):
         choice = re.escape(_plain(accepted).strip())
         return bool(choice and re.search(rf"(?<!\w){choice}(?=\s*(?:[{re.escape(string.punctuation)}]|$))", answer, re.MULTILINE))
-    kept, found = _plain(accepted.lower()), _plain(answer.lower())
-    bare = _LEADING.sub(" ", kept)
-    return _within(bare, found) or _within(bare, _ARTICLES.sub(" ", found))
+    bare = _LEADING.sub(" ", _plain(accepted.lower()))
+    found = [_plain(text) for text in (answer.lower(), _APART.sub(" ", answer.lower()))]
+    return any(_within(bare, text) or _within(bare, _ARTICLES.sub(" ", text)) for text in found)
 
 
 def _within(part: str, whole: str) -> bool:

@@ -118,7 +118,7 @@ def prompt_of(entry: QuestionSet, kind: Kind, template: str, tokenizer: Any) -> 
     # Reasoning that ends in a number has several lines; any other answer is one line.
     until = ["\n\n"] if entry.metric == "number" else ["\n"]
     # str.replace because questions and prompts may hold other braces.
-    return Prompt(lambda question: chosen.replace("{question}", question), " ", until)
+    return Prompt(lambda question: chosen.replace("{question}", question), separator(chosen), until)
 
 
 class Rows(list[Row]):

@@ -12,6 +12,7 @@ between them.
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -25,7 +26,8 @@ from farss.config import Config
 from farss.maths.metrics import Array, balance, balances, bootstrap, interval, ratios, simultaneous_p_values
 from farss.tasks.summary import Estimate, Outcomes, outcomes_of, read_scores
 
-METRICS = ("K", "T", "KT", "retained", "kept", "learned")
+NATS = ("kept", "learned")
+METRICS = ("K", "T", "KT", "retained", *NATS)
 Only = Callable[[str], bool]
 """Whether a question, by its id, counts."""
 
@@ -76,7 +78,6 @@ def standings(
     with_full = own | dict.fromkeys(entry.full for entry in everyone if entry.full)
     read = {folder: read_scores(folder) for folder in with_full}
     resamples, seed = config.evaluate.resamples, config.seed
-    generator = np.random.default_rng(seed + 1)
     found: dict[str, dict[str, Array]] = {method: {} for method in methods}
     for kind in kinds:
         letter, nats = ("K", "kept") if kind == "knowledge" else ("T", "learned")
@@ -98,7 +99,7 @@ def standings(
                 found[method]["retained"] = np.mean([ratios(each[:, places], each[:, [0]]) for each in still], axis=0)
             if changes:
                 found[method][nats] = np.mean([each[:, places] for each in changes], axis=0)
-    return {method: _standing(letters, [entry.seed for entry in methods[method]], generator) for method, letters in found.items()}
+    return {method: _standing(method, letters, [entry.seed for entry in methods[method]]) for method, letters in found.items()}
 
 
 def _outcomes(runs: list[Any], kind: Kind, only: Only | None) -> list[Outcomes]:
@@ -113,16 +114,21 @@ def _means(outcomes: list[Array], resamples: int, seed: int) -> list[Array]:
     return [np.vstack([each.mean(axis=1), draws]) for each, draws in zip(outcomes, drawn, strict=True)]
 
 
-def _chance(values: Array, resamples: int, generator: np.random.Generator) -> Array:
-    """`[resamples]`: by how much the mean over the seeds, `values`, may be off; nothing is known of a single seed."""
+def _chance(values: Array, resamples: int, *names: str) -> Array:
+    """`[resamples]`: by how much the mean over the seeds, `values`, may be off; nothing is known of a single seed.
+
+    Args:
+        names: of what they are the values. The draws depend on them, and not on what else stands in the table.
+    """
     count = len(values)
     if count == 1:
         return np.zeros(resamples)
+    generator = np.random.default_rng(zlib.crc32(" ".join(names).encode()))
     off: Array = generator.standard_t(count - 1, resamples) * values.std(ddof=1) / math.sqrt(count)
     return off
 
 
-def _standing(metrics: dict[str, Array], seeds: Sequence[int], generator: np.random.Generator) -> Standing:
+def _standing(method: str, metrics: dict[str, Array], seeds: Sequence[int]) -> Standing:
     """The means over the seeds.
 
     Args:
@@ -136,8 +142,8 @@ def _standing(metrics: dict[str, Array], seeds: Sequence[int], generator: np.ran
         known["KT"] = balances(known["K"], known["T"])
     estimates = {}
     for metric, drawn in draws.items():
-        spread = drawn + _chance(known[metric][0], len(drawn), generator)
-        ends = interval(spread if metric in ("kept", "learned") else spread.clip(min=0))
+        spread = drawn + _chance(known[metric][0], len(drawn), metric, method)
+        ends = interval(spread if metric in NATS else spread.clip(0, 1 if metric == "retained" else None))
         estimates[metric] = Estimate(values[metric], *ends)
     of_seed = {metric: dict(zip(seeds, each[0].tolist(), strict=True)) for metric, each in known.items()}
     return Standing(estimates, draws, of_seed)
@@ -169,11 +175,10 @@ def differences(found: dict[str, Standing], reference: str = "lora") -> list[dic
     """
     rows = []
     rivals = {method: standing for method, standing in found.items() if method.partition("@")[0] != "full"}
-    generator = np.random.default_rng(0)
     for metric in METRICS:
         known = [method for method, standing in rivals.items() if metric in standing.estimates]
         values = {method: rivals[method].estimates[metric].value for method in known}
-        gaps = {pair: _gap(rivals[pair[0]], rivals[pair[1]], metric, generator) for pair in combinations(known, 2)}
+        gaps = {pair: _gap(rivals, pair, metric) for pair in combinations(known, 2)}
         for_best = _p_values(gaps, values)
         for_reference = _p_values({pair: gap for pair, gap in gaps.items() if reference in pair}, values)
         for method in known:
@@ -188,14 +193,15 @@ def differences(found: dict[str, Standing], reference: str = "lora") -> list[dic
     return sorted(rows, key=lambda row: [*rivals].index(row["method"]))
 
 
-def _gap(one: Standing, other: Standing, metric: str, generator: np.random.Generator) -> Array:
+def _gap(found: Mapping[str, Standing], pair: tuple[str, str], metric: str) -> Array:
     """Resamples of the difference of two methods: of the questions, and of the seeds, in pairs where they are the same."""
+    one, other = (found[method] for method in pair)
     gap = one.draws[metric] - other.draws[metric]
     first, second = one.of_seed[metric], other.of_seed[metric]
     if first.keys() == second.keys():
-        return gap + _chance(np.array([first[seed] - second[seed] for seed in first]), len(gap), generator)
-    for each in (first, second):
-        gap = gap + _chance(np.array([*each.values()]), len(gap), generator)
+        return gap + _chance(np.array([first[seed] - second[seed] for seed in first]), len(gap), metric, *pair)
+    for method, each in zip(pair, (first, second), strict=True):
+        gap = gap + _chance(np.array([*each.values()]), len(gap), metric, method)
     return gap
 
 

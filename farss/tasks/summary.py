@@ -150,7 +150,7 @@ class Outcomes:
 
 def read_scores(folder: Path) -> tuple[Scores, Path]:
     """The scores and the folder of the per-question records; `folder` may also be the scores.json itself."""
-    path = folder if folder.suffix == ".json" else folder / "scores.json"
+    path = folder if folder.suffix == ".json" or folder.is_file() else folder / "scores.json"
     return Scores.load(path), path.parent / "scores"
 
 
@@ -168,11 +168,11 @@ def outcomes_of(name: str, kind: Kind, runs: Sequence[tuple[Scores, Path]], only
         records = {str(record["id"]): record for record in questions(folder, name)}
         tables.append({key: record for key, record in records.items() if only is None or only(key)})
         metric, first = getattr(scores, kind)[name].metric, getattr(runs[0][0], kind)[name].metric
-        gold = [tables[0][key]["gold"] for key in tables[0]]
-        if metric != first or list(tables[-1]) != list(tables[0]) or [r["gold"] for r in tables[-1].values()] != gold:
+        asked, here = ({key: (record.get("prompt"), record["gold"]) for key, record in table.items()} for table in (tables[0], tables[-1]))
+        if metric != first or list(asked.items()) != list(here.items()):
             raise FolderError(
                 f"{folder} and {runs[0][1]} hold answers to different questions of {name!r}: evaluate both with the "
-                "same question file, limit, metric and seed"
+                "same question file, prompt, examples, limit, metric and seed"
             )
     if not tables[0]:
         raise FolderError(f"no question of {name!r} is left to be scored: ask more questions, or lower compare.held_out")

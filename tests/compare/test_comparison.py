@@ -11,8 +11,11 @@ from farss import surveys
 from farss.artifacts import Survey, write_json
 from farss.cli import app
 from farss.compare import compare, run_within, write_so_far
+from farss.compare.comparison import _possible
 from farss.configfile import from_dict, load, override
 from farss.errors import ConfigError, FolderError, UsageError
+from farss.folder import resolve
+from farss.inputs import Loaded
 from farss.methods import METHODS
 from farss.pipeline import Run, silent
 from farss.report import write_report
@@ -167,6 +170,7 @@ def test_a_run_of_a_comparison_is_exported_with_what_it_shares(values):
     run.claim()
     run.export()
     assert run.folder.record("export")["rank"] == 1
+    assert next(one.run for one in _possible(resolve(from_dict(values)), silent, Loaded()) if one.label == "farss").complete
     assert not (own / "survey").exists()
     with pytest.raises(ConfigError, match=r"made with other options: only export's may differ"):
         run_within(load(own / "config.yaml", ["evaluate.resamples=101"]), silent)

@@ -89,6 +89,10 @@ def test_each_variant_searches_for_its_boundary_once(values, monkeypatch):
         (["farss@wide"], {"farss@wide": {"plan.r_max": 8}, "farss": None}, r"compare.settings.farss=None: write its options as"),
         (["farss"], {"farss": {"model.dtype": "float32"}}, r"'farss' its own model.dtype, but all are compared with one untouched model"),
         (["farss"], {"farss": {"seed": 3}}, r"gives 'farss' its own seed, which is the comparison's: see compare.seeds"),
+        (["farss"], {"farss": {"compare.jobs": 4}}, r"gives 'farss' its own compare.jobs, which is the comparison's"),
+        (["lora"], {"lora": {"plan.method": "full"}}, r"gives 'lora' another method: name 'full' in compare.methods"),
+        (["lora"], {1: {"plan.rank": 2}}, r"options for 1, which is no method"),
+        (["lora"], {"lora": {1: 1}}, r"compare.settings.lora=\{1: 1\}: write its options as"),
         (["farss"], {"frass": {"plan.r_max": 8}}, r"options for 'frass', which is no method: did you mean 'farss'"),
     ],
 )
@@ -97,6 +101,17 @@ def test_a_variant_is_never_the_plain_method(values, methods, settings, message)
     with pytest.raises(ConfigError, match=message):
         compare(from_dict(values), silent)
     assert not (pathlib.Path(values["out"])).exists()
+
+
+def test_files_of_a_variant_are_found_from_anywhere(values, tmp_path, monkeypatch):
+    rows = pathlib.Path(values["data"]["train"]).read_text()
+    (tmp_path / "more.jsonl").write_text(rows)
+    monkeypatch.setenv("PLACE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    settings = {"lora@more": {"data.train": "more.jsonl"}, "lora@most": {"data.train": "${PLACE}/more.jsonl"}}
+    config = resolve(from_dict(values | {"compare": {"methods": list(settings), "settings": settings}}))
+    monkeypatch.chdir("/")
+    assert {configured(config, label).data.train for label in settings} == {str(tmp_path / "more.jsonl")}
 
 
 def test_a_comparisons_own_full_fine_tuning_is_the_reference(values):

@@ -110,14 +110,14 @@ def test_an_interval_holds_the_chance_of_few_seeds():
     for seeds in (2, 3, 5):
         held, tries = 0, 400
         for _ in range(tries):
-            estimate = by_seed({"one": generator.normal(size=seeds)}, generator)["one"].estimates["kept"]
+            estimate = by_seed({"one": generator.normal(size=seeds)})["one"].estimates["kept"]
             held += estimate.low <= 0 <= estimate.high
         assert 0.91 < held / tries < 0.99
 
 
-def by_seed(values, generator):
+def by_seed(values):
     """Methods of which the seeds' values are known, [seeds] each, and to which the questions add nothing."""
-    return {name: _standing({"kept": np.tile(each, (401, 1))}, range(len(each)), generator) for name, each in values.items()}
+    return {name: _standing(name, {"kept": np.tile(each, (401, 1))}, range(len(each))) for name, each in values.items()}
 
 
 def test_methods_that_share_their_seeds_are_told_apart_by_pairs():
@@ -129,7 +129,7 @@ def test_methods_that_share_their_seeds_are_told_apart_by_pairs():
         for _ in range(tries):
             of_seed = generator.normal(size=3)
             values = {"one": of_seed + 0.3 * generator.normal(size=3), "other": of_seed + gap + 0.3 * generator.normal(size=3)}
-            differ += differences(by_seed(values, generator))[0]["p_value"] < 0.05
+            differ += differences(by_seed(values))[0]["p_value"] < 0.05
         assert least <= differ / tries <= most
 
 
@@ -142,18 +142,29 @@ def test_of_many_equal_methods_none_is_ahead():
         found = 0
         for _ in range(tries):
             if seeds > 1:
-                alike = by_seed({name: generator.normal(size=seeds) for name in names}, generator)
+                alike = by_seed({name: generator.normal(size=seeds) for name in names})
             else:
                 outcomes = generator.normal(size=(16, 200))
                 drawn = np.concatenate([outcomes.mean(axis=1)[None], bootstrap([outcomes], 400, int(generator.integers(1 << 30)))[0]])
-                alike = {name: _standing({"kept": drawn[:, place, None]}, [0], generator) for place, name in enumerate(names)}
+                alike = {name: _standing(name, {"kept": drawn[:, place, None]}, [0]) for place, name in enumerate(names)}
             found += any(row["p_value"] < 0.05 for row in differences(alike, reference="method0"))
         assert found / tries <= 0.15, seeds  # two families: against the reference, and all pairs
 
 
+def test_no_interval_depends_on_what_stands_beside_it(runs):
+    base, _, groups = runs
+    alone, both = (standings(base, chosen, drawing(200)) for chosen in ({"farss": groups["farss"]}, groups))
+    assert alone["farss"].estimates == both["farss"].estimates
+
+
+def test_a_share_is_no_more_than_all():
+    found = _standing("farss", {"retained": np.array([[0.9, 0.7], *[[0.9, 0.7]] * 200])}, [0, 1])
+    assert found.estimates["retained"].high == 1.0
+    assert found.estimates["retained"].low < 0.7
+
+
 def test_methods_with_other_seeds_are_compared_all_the_same():
-    generator = np.random.default_rng(0)
-    found = by_seed({"one": np.array([0.0, 0.1, 0.2]), "other": np.array([5.0, 5.1])}, generator)
+    found = by_seed({"one": np.array([0.0, 0.1, 0.2]), "other": np.array([5.0, 5.1])})
     row = differences(found)[0]
     assert (row["method"], row["value"]) == ("one", pytest.approx(-4.95))
     assert row["low"] < -4.95 < row["high"] < 0
