@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -227,16 +226,9 @@ def tokenize(stages: Sequence[Sequence[str]], tokenizer: Any, chat: bool = False
 def _encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
     """Token ids without special tokens, a thousand texts at a time and on every core."""
     result: list[list[int]] = []
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # elsewhere it is off: threads do not survive a fork
-    try:
+    with processes.environment("TOKENIZERS_PARALLELISM", "true"):  # elsewhere it is off: threads do not survive a fork
         for part in batches(texts, 1000):
             result += tokenizer(part, add_special_tokens=False)["input_ids"]
-    finally:
-        if before is None:
-            del os.environ["TOKENIZERS_PARALLELISM"]
-        else:
-            os.environ["TOKENIZERS_PARALLELISM"] = before
     return result
 
 

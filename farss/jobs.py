@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from farss import processes
 from farss.errors import FarssError
 from farss.memory import give_back
 
@@ -48,7 +49,7 @@ def do_all(work: Work, items: Sequence[Any], jobs: int, tell: Tell) -> None:
         slots.put(slot)
     gpus, threads = _gpus(), max(1, torch.get_num_threads() // jobs)
     give_back()
-    with _listening(told, tell), _with_threads(threads):
+    with _listening(told, tell), processes.environment("OMP_NUM_THREADS", str(threads)):
         pool = ProcessPoolExecutor(jobs, context, _begin, (slots, told, os.getpid()), max_tasks_per_child=1)
         try:
             _wait([pool.submit(_one, work, item, threads, gpus) for item in items])
@@ -88,20 +89,6 @@ def _listening(told: Any, tell: Tell) -> Iterator[None]:
     finally:
         told.put(None)
         listener.join()
-
-
-@contextmanager
-def _with_threads(threads: int) -> Iterator[None]:
-    """Processes that are started meanwhile find this number of threads in their environment: some libraries read nothing else."""
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
 
 
 # --- in the process --------------------------------------------------------------------------------------------------

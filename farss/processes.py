@@ -1,4 +1,5 @@
-"""Several processes, as `torchrun` starts them. One process is the ordinary case, and every call is then free."""
+"""Several processes, as `torchrun` starts them, and what a process finds in its environment. One process is the ordinary case, and every
+call is then free."""
 
 from __future__ import annotations
 
@@ -82,6 +83,20 @@ def gathered(value: Any) -> list[Any]:
     box: list[Any] = [None] * size()
     dist.gather_object(value, box if rank() == 0 else None)
     return box if rank() == 0 else []
+
+
+@contextmanager
+def environment(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable for a while: some libraries, and processes that are started meanwhile, read nothing else."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def wait() -> None:

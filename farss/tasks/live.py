@@ -6,7 +6,6 @@ import contextlib
 import copy
 import importlib.util
 import logging
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 
 from farss.errors import ConfigError, FarssError, ModelError
 from farss.memory import give_back_if_scarce
+from farss.processes import environment
 from farss.structure import accepts, evaluating
 from farss.tasks.prefix import Prefix, shared_prefix
 from farss.tasks.text import rows_that_fit
@@ -39,8 +39,10 @@ def asking(model: Any, run_generated_code: bool = False) -> Iterator[None]:
     checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     for module in checkpointed:
         module.gradient_checkpointing = False
+    # lm_eval's metric `code_eval` reads its permission from there
+    allowed = environment("HF_ALLOW_CODE_EVAL", "1") if run_generated_code else contextlib.nullcontext()
     try:
-        with evaluating(model), torch.no_grad(), _tensor_cores(model), _quiet(), _code_allowed(run_generated_code):
+        with evaluating(model), torch.no_grad(), _tensor_cores(model), _quiet(), allowed:
             yield
     finally:
         for module in checkpointed:
@@ -93,19 +95,6 @@ def _no_bar() -> Iterator[None]:
         yield
     finally:
         harness_task.tqdm = bar
-
-
-@contextlib.contextmanager
-def _code_allowed(allowed: bool) -> Iterator[None]:
-    """Give the permission that the `code_eval` metric reads from the environment."""
-    before = os.environ.get("HF_ALLOW_CODE_EVAL")
-    if allowed:
-        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
-    try:
-        yield
-    finally:
-        if allowed and before is None:
-            del os.environ["HF_ALLOW_CODE_EVAL"]
 
 
 def prompt_tokenizer(tokenizer: Any) -> Any:
