@@ -93,8 +93,8 @@ class QuestionSet:
     max_tokens: int = 32
     """Longest answer in tokens."""
     metric: Literal["exact_match", "contains", "number"] = "exact_match"
-    """exact_match: the answer is one of the accepted ones (case, articles and punctuation apart); contains: holds one;
-    number: the number behind its last '####' or 'The answer is:', else its last number, equals that of one."""
+    """exact_match: the answer is one of the accepted ones (case, articles and punctuation apart, save that of numbers); contains:
+    holds one; number: the number behind its last '####' or 'The answer is:', else its last number, equals that of one."""
 
     def __post_init__(self) -> None:
         _check(bool(self.name), f"a question set needs a name: add `name:` beside data={self.data!r}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import logging
 import math
@@ -456,14 +457,26 @@ def test_texts():
     assert contains("beetlesque", ["beetles", "the"]) == 0
 
 
+def test_numbers_are_equal_when_they_are_however_they_are_written():
+    values = [-1500.5, -15, -5, -1.5, -0.5, 0.5, 1.5, 5, 15, 50, 1500, 1500.5]
+    for way, other, unit in itertools.product(("{}", "{:.3f}", "{:,.2f}", "${:,}", "{:g}."), ("{}", "{:,.1f}", "**{}**"), ("", " km")):
+        for one, two in itertools.product(values, values):
+            answer, accepted = way.format(one) + unit, other.format(two) + unit
+            assert exact_match(answer, [accepted]) == (one == two), (answer, accepted)
+            assert contains(f"It is {answer}", [accepted]) == (one == two), (answer, accepted)
+
+
 @pytest.mark.parametrize(
     ("answer", "accepted", "right"),
     [
         *(("15", "1.5", 0), ("5", "-5", 0), ("−5", "-5", 1), ("50", "5.0", 0), ("5", "5.0", 1), ("5.", "5", 1), ("1,000", "1000", 1)),
         *(("$5", "5", 1), ("1.5%", "15%", 0), ("5%", "5", 1), ("007", "7", 0), ("007", "007", 1), ("6.30 pm", "6:30 pm", 1)),
+        *(("15 km", "1.5 km", 0), ("$843 million", "$84.3 million", 0), ("1.50 km", "1.5 km", 1), (".5", "0.5", 1), (".5", "5", 0)),
+        *(("12", "1/2", 0), ("1/2", "1/2", 1), ("2025", "20-25", 0), ("1914–1918", "1914-1918", 1), ("(-3)", "-3", 1), ("-$3", "3", 0)),
+        *(("1.2.3", "123", 0), ("No 5", "No. 5", 1), ("well-known", "wellknown", 1), ("...5", "5", 1), ("x-5", "x5", 1)),
     ],
 )
-def test_two_numbers_are_compared_as_numbers(answer, accepted, right):
+def test_numbers_in_answers_are_those_of_what_is_accepted(answer, accepted, right):
     assert exact_match(answer, [accepted]) == right
 
 
@@ -472,7 +485,8 @@ def test_two_numbers_are_compared_as_numbers(answer, accepted, right):
     [
         *(("Paris/London", "Paris", 1), ("Paris—the capital", "Paris", 1), ("from 1914–1918", "1914", 1), ("Smith's", "Smith", 1)),
         *(("Answer:Paris", "Paris", 1), ("rock'n'roll", "rock'n'roll", 1), ("1,000", "1", 0), ("1/2", "2", 0), ("6:30", "30", 0)),
-        *(("non-fiction", "fiction", 0), ("1.5", "5", 0)),
+        *(("non-fiction", "fiction", 0), ("1.5", "5", 0), ("it is 15", "1.5", 0), ("it is 1.50 m", "1.5", 1), ("it is 5", "-5", 0)),
+        *(("the 1/2 mile", "12", 0), ("from 1914–1918", "1914-1918", 1), ("$5.", "5", 1), ("A-5", "5", 0)),
     ],
 )
 def test_words_may_stand_close_together(answer, accepted, right):

@@ -12,26 +12,29 @@ from typing import Any
 
 from farss.data import prompt_text
 
-GRADING = 3
+GRADING = 4
 """Goes up when a number, or what an answer holds, is read by other rules: a run folder's answers are then asked for again, so that none
 that were graded by the old rules stand beside the new."""
 STEPS = " Let's think step by step."
 """What the authors put behind the training prompt for GSM8K and MATH."""
 
+_OF_NUMBERS = r"(?<=\d)[^,]\d|(?<![\w-])-\$?\.?\d|(?<![^\s$-])\.\d"
+"""Punctuation that is no decoration: "1/2", "3.5", "1914-1918", "-5" and ".5"; not "1,000"."""
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _LEADING = re.compile(r"\b(a|an|the)\b(?=\s+\w)")
-_PUNCTUATION = str.maketrans("", "", string.punctuation + "‘’´“”")
+_DASHES = str.maketrans(dict.fromkeys("‐‑‒–—―−", "-"))
+_PUNCTUATION = re.compile(rf"(?!{_OF_NUMBERS})[{re.escape(string.punctuation)}‘’´“”]")
+_DECIMAL = re.compile(r"(?<![.\d])(\d*)\.(\d+)(?![.\d])")
 _MARK = re.compile(r"(?:####|[Tt]he (?:final )?answer is:?)")
 _LISTED = re.compile(r"^\s*[-+−]\s+", re.MULTILINE)
 _NUMBER = re.compile(r"(?:(?<![\w)])[-+−]\s?)?\$?\s?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?")  # the dash of "20-25" is no sign
-_WHOLE_NUMBER = re.compile(r"(?P<number>[-+−]?\$?(?!0\d)(?:\d[\d,]*(?:\.\d+)?|\.\d+))(?P<unit>%?)")  # "007" is none
 _APART = re.compile(r"(?<!\d)[/,;:–—()\[\]]|[/,;:–—()\[\]](?!\d)|(?<=\d)[-–](?=\d)|['’]s\b")
 """What parts words, though no space stands there: "Paris/London", "1914-1918", "Smith's"; not "1,000", "1/2" or "non-fiction"."""
 _NUMBER_MARK = re.compile(r"####(?=\W*\d)|[Tt]he (?:final )?answer is:?")  # "#### Step 2" is a heading
 
 
 def normalise(text: str) -> str:
-    """Lower case, without punctuation, articles and extra white space (the rule of NQ-open and of lm_eval)."""
+    """Lower case, without punctuation, articles and extra white space (the rule of NQ-open and of lm_eval; but see `_plain`)."""
     return " ".join(_ARTICLES.sub(" ", _plain(text.lower())).split())
 
 
@@ -55,15 +58,8 @@ def _value(number: str) -> Fraction | None:
 
 
 def exact_match(answer: str, answers: Sequence[str]) -> float:
-    """1 when the normalised answer is one of the accepted ones. Two numbers are compared as numbers: "1.5" is not "15", and "5.0" is 5."""
-    return float(any(_same(answer, accepted) for accepted in answers))
-
-
-def _same(answer: str, accepted: str) -> bool:
-    one, other = (_WHOLE_NUMBER.fullmatch(text.strip().removesuffix(".")) for text in (answer, accepted))
-    if one and other and one["unit"] == other["unit"]:
-        return _value(one["number"]) == _value(other["number"])
-    return _words(answer) == _words(accepted)
+    """1 when the normalised answer is one of the accepted ones."""
+    return float(_words(answer) in {_words(accepted) for accepted in answers})
 
 
 def contains(answer: str, answers: Sequence[str]) -> float:
@@ -88,7 +84,14 @@ def _within(part: str, whole: str) -> bool:
 
 
 def _plain(text: str) -> str:
-    return text.translate(_PUNCTUATION)
+    """Without punctuation; numbers keep what they are made of, so that "1.5" is not "15", nor "-5" "5", and "5.0" is 5."""
+    text = re.sub(r"(?<=\d):(?=\d)", ".", text.translate(_DASHES))  # "6:30" is "6.30"
+    return _DECIMAL.sub(_shortest, _PUNCTUATION.sub("", text))
+
+
+def _shortest(decimal: re.Match[str]) -> str:
+    fraction = decimal[2].rstrip("0")
+    return (decimal[1] or "0") + (f".{fraction}" if fraction else "")
 
 
 def _words(text: str) -> str:
