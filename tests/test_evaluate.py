@@ -20,7 +20,7 @@ from farss.config import Config, DataConfig, EvaluateConfig, QuestionSet
 from farss.errors import ConfigError, DataError, FarssError, FolderError
 from farss.evaluate import Summary, _training_prompt, check_reference, evaluate, summarise
 from farss.tasks import prefix
-from farss.tasks.grading import contains, exact_match, final_number, normalise, number, same_mathematics
+from farss.tasks.grading import METRICS, contains, exact_match, final_number, normalise, number, same_mathematics
 from farss.tasks.questions import draw
 from farss.tasks.records import question_score
 from farss.tasks.text import rows_that_fit
@@ -342,6 +342,43 @@ def test_other_weights_or_questions_are_asked_again(model, tokenizer, files, tmp
     with torch.no_grad():
         model.lm_head.weight.zero_()
     assert evaluate(model, tokenizer, config, tmp_path).knowledge["known"].score == 0.0
+
+
+@pytest.mark.parametrize(("metric", "rules"), [("exact_match", {}), ("exact_match", {"grading": 3}), ("number", {"grading": 2})])
+def test_answers_are_graded_again_and_not_asked_again_when_the_rules_change(metric, rules, model, tokenizer, files, tmp_path, monkeypatch):
+    """By today's rules a folder is as if it had been asked today; answers of other weights are asked for all the same."""
+    config = asking(task=[QuestionSet("steps", files["steps"], metric=metric)])
+    monkeypatch.setattr("farss.evaluate.grading", lambda entries: rules)
+    monkeypatch.setitem(METRICS, metric, lambda answer, accepted: 0.25)
+    assert evaluate(model, tokenizer, config, tmp_path / "old").task["steps"].score == 0.25
+    monkeypatch.undo()
+    told = []
+    scores = evaluate(model, tokenizer, config, tmp_path / "old", on_progress=lambda *args: told.append(args))
+    assert told == []
+    new = evaluate(model, tokenizer, config, tmp_path / "new")
+    assert replace(scores.task["steps"], seconds=0) == replace(new.task["steps"], seconds=0)
+    old_key, new_key = (json.loads((tmp_path / each / "scores" / "steps.json").read_text())["key"] for each in ("old", "new"))
+    assert old_key == new_key
+    assert questions(tmp_path / "old" / "scores", "steps") == questions(tmp_path / "new" / "scores", "steps")
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    evaluate(model, tokenizer, config, tmp_path / "old", on_progress=lambda *args: told.append(args))
+    assert told
+
+
+def test_answers_are_asked_again_where_something_else_stands_before_them(model, tokenizer, files, tmp_path, monkeypatch):
+    config = asking([QuestionSet("known", files["known"], prompt="Q: {question}\nA:\n")])
+    monkeypatch.setattr("farss.evaluate.grading", lambda entries: {"grading": 2})
+    evaluate(model, tokenizer, config, tmp_path)
+    monkeypatch.undo()
+    told = []
+    evaluate(model, tokenizer, config, tmp_path, on_progress=lambda *args: told.append(args))
+    assert told
+    record = questions(tmp_path / "scores", "known")[0]
+    prompt, whole = (tokenizer(text).input_ids for text in (record["prompt"], f"{record['prompt']}{record['gold'][0]}"))
+    logits = model(torch.tensor([whole])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    direct = logits.gather(1, torch.tensor(whole[len(prompt) :])[:, None]).sum().item()
+    assert record["gold_loglikelihood"] == pytest.approx(direct, abs=1e-9)  # as in training: no space behind the line break
 
 
 # --- tasks of the harness --------------------------------------------------------------------------------------------

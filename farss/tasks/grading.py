@@ -13,8 +13,8 @@ from typing import Any
 from farss.data import prompt_text
 
 GRADING = 4
-"""Goes up when a number, or what an answer holds, is read by other rules: a run folder's answers are then asked for again, so that none
-that were graded by the old rules stand beside the new."""
+"""Goes up when answers are graded by other rules: those of a run folder are then graded again (of lm_eval's tasks, asked for again), so
+that none that were graded by the old rules stand beside the new."""
 STEPS = " Let's think step by step."
 """What the authors put behind the training prompt for GSM8K and MATH."""
 
