@@ -41,10 +41,17 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{path} is not valid YAML: {_told(error)}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a {type(values).__name__}, not `key: value` lines: start from `farss config`")
     return values
+
+
+def _told(error: Exception) -> str:
+    """What PyYAML finds wrong, in one line."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        return f"{error.problem}, in line {error.problem_mark.line + 1}"
+    return " ".join(str(error).split())
 
 
 def override(config: Config, overrides: Iterable[str]) -> Config:
@@ -61,7 +68,7 @@ def override(config: Config, overrides: Iterable[str]) -> Config:
         try:
             set_key(values, key.strip(), yaml.load(value, _Loader))
         except yaml.YAMLError as error:
-            raise ConfigError(f"{text!r}: the value is not valid YAML") from error
+            raise ConfigError(f"{text!r}: the value is not valid YAML: {_told(error)}") from error
     return from_dict(values)
 
 
@@ -76,7 +83,8 @@ def set_key(values: dict[str, Any], key: str, value: Any) -> None:
         values[first] = value
     elif rest:
         # a file on top of another has options for some methods, and shall not take away those of the others
-        section[rest] = section["settings"] | value if key == "compare.settings" and isinstance(value, dict) else value
+        adds = key == "compare.settings" and isinstance(value, dict) and isinstance(section[rest], dict)
+        section[rest] = section[rest] | value if adds else value
     elif isinstance(value, Mapping):
         for inner, each in value.items():
             set_key(values, f"{first}.{inner}", each)

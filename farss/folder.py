@@ -269,7 +269,7 @@ def _resolve(key: str, path: Any) -> Any:
     """A path, or a question set with its paths."""
     if isinstance(path, dict):
         return path | {name: _resolve(f"{key}.{name}", path[name]) for name in ("data", "examples") if name in path}
-    if not path:
+    if not isinstance(path, str) or not path:  # what is no path is refused where its type is checked
         return path
     expanded = _expand(key, path)
     return str(Path(expanded).absolute()) if Path(expanded).exists() else expanded

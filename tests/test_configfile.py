@@ -104,6 +104,10 @@ def test_every_key_of_a_question_set_is_printed():
         ("evaluate.task=[a, a]", "asks 'a' twice"),
         ("seed", "'seed' is not of the form key=value"),
         ("train=3", "train is 3: give `key: value` pairs"),
+        ("train={epochs: {a: 1}}", "train.epochs={'a': 1}: give a number"),
+        ("train={epochs: 3, epochs: 4}", "'epochs' stands twice: keep one"),
+        ("seed.x=1", "unknown key 'seed.x'"),
+        ("compare.settings=", "compare.settings=None: give {method: {option: value}}, or leave it out"),
     ],
 )
 def test_mistakes_are_named_with_their_cure(text, message):
@@ -122,10 +126,10 @@ def test_missing_and_broken_files(tmp_path):
         load(tmp_path / "none.yaml")
     broken = tmp_path / "broken.yaml"
     broken.write_text("a: [1", encoding="utf-8")
-    with pytest.raises(ConfigError, match="not valid YAML"):
+    with pytest.raises(ConfigError, match=r"broken\.yaml is not valid YAML: expected ',' or '\]', .*, in line 1$"):
         load(broken)
     broken.write_text("seed: 1\ntrain: {epochs: 1}\nplan: {rank: 4}\ntrain: {max_steps: 2}\n", encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"'train' stands twice: keep one .* line 4"):
+    with pytest.raises(ConfigError, match=r"broken\.yaml is not valid YAML: 'train' stands twice: keep one, in line 4$"):
         load(broken)
     broken.write_text("- 1", encoding="utf-8")
     with pytest.raises(ConfigError, match="holds a list"):
@@ -163,6 +167,7 @@ def test_settings_of_further_files_are_added(tmp_path):
     found = override(before, [str(tmp_path / "more.yaml")])
     assert found.compare.settings == {"full": {"seed": 3}, "lora": {"seed": 5}, "farss@wide": {"plan.r_max": 8}}
     assert override(found, ["compare.settings={full: {}}"]).compare.settings["full"] == {}
+    assert override(Config(), ["compare.settings=", "compare.settings={full: {}}"]).compare.settings == {"full": {}}
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs" / "overlays").glob("*.yaml")), ids=lambda file: file.stem)

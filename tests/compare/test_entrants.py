@@ -114,6 +114,14 @@ def test_files_of_a_variant_are_found_from_anywhere(values, tmp_path, monkeypatc
     assert {configured(config, label).data.train for label in settings} == {str(tmp_path / "more.jsonl")}
 
 
+@pytest.mark.parametrize("value", [5, [1], {"name": "own", "data": 5}])
+@pytest.mark.parametrize("key", ["data.train", "calibration.knowledge"])
+def test_what_is_no_path_in_settings_is_named(values, key, value):
+    values["compare"] = {"methods": ["farss-plus"], "settings": {"farss-plus": {key: value}}}
+    with pytest.raises(ConfigError, match=key):
+        compare(from_dict(values), silent)
+
+
 def test_a_comparisons_own_full_fine_tuning_is_the_reference(values):
     values["evaluate"]["full_scores"] = "elsewhere"
     for methods, reference in ((["lora", "full@slow"], None), (["lora"], "elsewhere")):
