@@ -17,11 +17,12 @@ from farss.data import choose, prompt_text, separator
 from farss.errors import ConfigError, FarssError, FolderError
 from farss.memory import fits, freed_memory_kept
 from farss.models import fingerprint as weights_fingerprint
+from farss.models import load_tokenizer
 from farss.rows import example_rows, question_rows, text_rows
 from farss.tasks.grading import GRADING, METRICS, STEPS
 from farss.tasks.live import Progress, asking, live_model, prompt_tokenizer, require_harness
 from farss.tasks.names import task_manager
-from farss.tasks.questions import Drawn, draw, prompt_of, task_settings
+from farss.tasks.questions import Drawn, draw, prompt_of, prompts_of, task_settings
 from farss.tasks.records import Logged, Record, main_metric, metric_label, records_of
 from farss.tasks.standing import Entry, Standing, differences, mean_scores, standings, task_score
 from farss.tasks.summary import Estimate, Summary, read_scores, summarise
@@ -156,7 +157,7 @@ def check_reference(config: Config) -> None:
     """Find out before hours of training that T will have no value.
 
     Raises:
-        FolderError: the full fine-tuning run of `evaluate.full_scores` was not asked the task, or other questions of it.
+        FolderError: the full fine-tuning run of `evaluate.full_scores` was not asked the task, or other questions of it, or otherwise.
     """
     scores, folder = read_scores(Path(config.evaluate.full_scores or ""))
     for each in list_benchmarks(config, {}):
@@ -170,17 +171,31 @@ def check_reference(config: Config) -> None:
         if not isinstance(each.entry, QuestionSet) or each.drawn is None:
             continue
         asked = {str(row["id"]): row["answers"] for row in each.drawn.asked}
-        records = {str(record["id"]): record for record in questions(folder, each.name)}
-        answered, there = {key: record["gold"] for key, record in records.items()}, scores.task[each.name]
-        same = (asked, each.entry.metric, each.entry.fewshot) == (answered, there.metric, there.fewshot)
-        if config.data.template != "chat" or each.entry.prompt:  # which a tokenizer writes
-            text = prompt_of(each.entry, each.kind, config.data.template, None).text
-            same = same and all(records[str(row["id"])]["prompt"].endswith(text(row["question"])) for row in each.drawn.asked)
-        if not same:
+        answered = {str(record["id"]): record["gold"] for record in questions(folder, each.name)}
+        if (asked, each.entry.metric) != (answered, scores.task[each.name].metric):
             raise FolderError(
                 f"evaluate.full_scores={config.evaluate.full_scores} holds answers to other questions of {each.name!r} than will be "
-                "asked: evaluate both with the same file, prompt, fewshot, limit, metric and seed"
+                "asked: evaluate both with the same file, limit, metric and seed"
             )
+        if otherwise := _asked_otherwise(each.entry, each.drawn, config, scores.task[each.name], folder):
+            raise FolderError(
+                f"evaluate.full_scores={config.evaluate.full_scores}: that run was asked {each.name!r} with {otherwise}, so T would be a "
+                "ratio of unlike things: evaluate both in the same way"
+            )
+
+
+def _asked_otherwise(entry: QuestionSet, drawn: Drawn, config: Config, score: TaskScore, folder: Path) -> str:
+    """How the answers in a folder were asked for, where it is not how they will be; empty where it is."""
+    path = folder / f"{entry.name}.json"
+    noted = read_json(path) if path.is_file() else {}
+    was = {"fewshot": score.fewshot, "max_tokens": noted.get("max_tokens", entry.max_tokens)}  # which older folders do not say
+    for key, value in was.items():
+        if value != (now := getattr(entry, key)):
+            return f"{key}={value}, and now {key}={now}"
+    tokenizer = load_tokenizer(config.model) if config.data.template == "chat" else None
+    prompts = prompts_of(drawn, prompt_of(entry, "task", config.data.template, tokenizer))
+    same = all(record["prompt"] == prompts[str(record["id"])] for record in questions(folder, entry.name))
+    return "" if same else "another prompt, template or other examples than now"
 
 
 # --- asking ----------------------------------------------------------------------------------------------------------
@@ -215,7 +230,8 @@ def _ask_and_write(benchmark: Benchmark, live: Any, config: Config, manager: Any
 
 def _write(benchmark: Benchmark, folder: Path, records: list[Record], score: TaskScore) -> TaskScore:
     write_text(folder / f"{benchmark.name}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
-    write_json(folder / f"{benchmark.name}.json", {"key": benchmark.key, "score": asdict(score)})
+    longest = {"max_tokens": benchmark.entry.max_tokens} if isinstance(benchmark.entry, QuestionSet) else {}
+    write_json(folder / f"{benchmark.name}.json", {"key": benchmark.key, **longest, "score": asdict(score)})
     return score
 
 

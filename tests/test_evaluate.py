@@ -18,10 +18,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from farss.artifacts import Scores, questions
 from farss.config import Config, DataConfig, EvaluateConfig, QuestionSet
 from farss.errors import ConfigError, DataError, FarssError, FolderError
-from farss.evaluate import Summary, _training_prompt, check_reference, evaluate, summarise
+from farss.evaluate import Summary, _training_prompt, check_reference, evaluate, read_scores, summarise
 from farss.tasks import prefix
 from farss.tasks.grading import METRICS, contains, exact_match, final_number, normalise, number, same_mathematics
-from farss.tasks.questions import draw
+from farss.tasks.questions import draw, prompt_of, prompts_of
 from farss.tasks.records import question_score
 from farss.tasks.text import rows_that_fit
 
@@ -661,16 +661,13 @@ def test_full_fine_tuning_that_was_asked_another_task_is_refused_at_the_start(th
     check_reference(replace(config, evaluate=named))
     for task, message, options in (
         ("steps", "other questions of 'steps'", {"limit": 2}),
-        ("steps", "other questions of 'steps'", {"prompt": "Q: {question}\nA:"}),
+        ("steps", "with another prompt", {"prompt": "Q: {question}\nA:"}),
         ("steps", "other questions of 'steps'", {"fewshot": 1}),
         ("others", "was not asked the task 'others'", {}),
     ):
         asks = replace(named, task=[QuestionSet(task, files["steps"], **options)])
         with pytest.raises(FolderError, match=message):
             check_reference(replace(config, evaluate=asks))
-    (folder / "scores.jsonl").write_text("{}")  # a file all the same
-    with pytest.raises(FolderError, match=r"was not asked the task 'steps'"):
-        check_reference(replace(config, evaluate=replace(config.evaluate, full_scores=str(folder / "scores.jsonl"))))
 
 
 def test_answers_to_other_prompts_are_not_compared(three):
@@ -679,6 +676,68 @@ def test_answers_to_other_prompts_are_not_compared(three):
     path.write_text("".join(json.dumps(json.loads(line) | {"prompt": "Q?"}) + "\n" for line in path.read_text().splitlines()))
     with pytest.raises(FolderError, match="answers to different questions of 'mixed': evaluate both with the same question file, prompt"):
         summarise(folder / "base", folder / "after", None, config)
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "message"),
+    [
+        ({}, {}, ""),
+        ({"fewshot": 1}, {"fewshot": 1}, ""),
+        ({"fewshot": 1, "examples": "here"}, {}, r"'known' with fewshot=1, and now fewshot=0, so T would be a ratio of unlike things"),
+        ({"max_tokens": 7}, {"max_tokens": 8}, r"with max_tokens=7, and now max_tokens=8"),
+        ({"prompt": "{question} A:"}, {}, r"with another prompt, template or other examples than now"),
+        ({"fewshot": 1, "examples": "here"}, {"fewshot": 1, "examples": "there"}, r"with another prompt"),
+    ],
+)
+def test_full_fine_tuning_that_was_asked_otherwise_is_refused(was, now, message, model, tokenizer, files, tmp_path):
+    """T is a ratio of what is alike; at the start of a run, and where a finished one is compared with it."""
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "shown.jsonl").write_text(json.dumps({"question": f"what is {name}?", "answers": ["this"]}))
+    for name, own in (("full", was), ("now", now)):
+        own = own | ({"examples": str(tmp_path / own["examples"] / "shown.jsonl")} if "examples" in own else {})
+        config = asking(task=[QuestionSet("known", files["known"], limit=4, **own)], full_scores=str(tmp_path / "full"), resamples=100)
+        evaluate(model, tokenizer, config, tmp_path / name)
+    if not message:
+        check_reference(config)
+        line = summarise(tmp_path / "now", tmp_path / "now", tmp_path / "full", config).benchmarks[0]
+        assert line.full == line.after
+        return
+    with pytest.raises(FolderError, match=message):
+        check_reference(config)
+    if was.keys() != {"max_tokens"}:
+        with pytest.raises(FolderError, match=r"different questions of 'known': evaluate both with the same question file, prompt"):
+            summarise(tmp_path / "now", tmp_path / "now", tmp_path / "full", config)
+
+
+def test_a_reference_that_was_asked_in_another_chat_is_refused(model, tokenizer, files, tmp_path, monkeypatch):
+    chatty = deepcopy(tokenizer)
+    chatty.chat_template = "{% for m in messages %}U{{ m['content'] }}{% endfor %}A"
+    config = replace(asking(task=[QuestionSet("steps", files["steps"])], full_scores=str(tmp_path)), data=DataConfig(template="chat"))
+    evaluate(model, chatty, config, tmp_path)
+    monkeypatch.setattr("farss.evaluate.load_tokenizer", lambda _: chatty)
+    check_reference(config)
+    chatty.chat_template = "System: count. " + chatty.chat_template
+    with pytest.raises(FolderError, match="with another prompt, template"):
+        check_reference(config)
+
+
+@pytest.mark.parametrize("fewshot", [0, 2])
+def test_prompts_are_known_before_they_are_asked(fewshot, model, tokenizer, files, tmp_path):
+    config = asking(task=[entry := QuestionSet("known", files["known"], fewshot=fewshot, limit=3)])
+    evaluate(model, tokenizer, config, tmp_path)
+    drawn = draw(entry, KNOWN, config.seed)
+    expected = prompts_of(drawn, prompt_of(entry, "task", TEMPLATE, tokenizer))
+    assert {str(record["id"]): record["prompt"] for record in questions(tmp_path / "scores", "known")} == expected
+
+
+def test_a_reference_is_a_scores_file_or_the_folder_of_one(three):
+    config, folder = three
+    for path in ("full", "full/scores.json"):
+        assert read_scores(folder / path)[1] == folder / "full" / "scores"
+    for path, message in (("full/scores/steps.jsonl", "holds no scores: name a scores.json"), ("elsewhere", "there is no .*scores.json")):
+        with pytest.raises(FolderError, match=message):
+            check_reference(replace(config, evaluate=replace(config.evaluate, full_scores=str(folder / path))))
 
 
 @pytest.mark.parametrize("text", ["[]", '{"rows": []}', '{"knowledge": {"facts": {"K": 1}}}'])

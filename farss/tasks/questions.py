@@ -121,6 +121,12 @@ def prompt_of(entry: QuestionSet, kind: Kind, template: str, tokenizer: Any) -> 
     return Prompt(lambda question: chosen.replace("{question}", question), separator(chosen), until)
 
 
+def prompts_of(drawn: Drawn, prompt: Prompt) -> dict[str, str]:
+    """What a model reads before each answer, by the question's id: the examples that are shown, and the question."""
+    shown = "".join(f"{prompt.text(row['question'])}{prompt.delimiter}{row['answers'][0]}\n\n" for row in drawn.shown)
+    return {str(row["id"]): shown + prompt.text(row["question"]) for row in drawn.asked}
+
+
 class Rows(list[Row]):
     """The little of a `datasets.Dataset` that lm_eval looks at; nothing is written to a cache or read from a path."""
 

@@ -149,8 +149,14 @@ class Outcomes:
 
 
 def read_scores(folder: Path) -> tuple[Scores, Path]:
-    """The scores and the folder of the per-question records; `folder` may also be the scores.json itself."""
-    path = folder if folder.suffix == ".json" or folder.is_file() else folder / "scores.json"
+    """The scores and the folder of the per-question records; `folder` may also be the scores.json itself.
+
+    Raises:
+        FolderError: it is neither.
+    """
+    if folder.is_file() and folder.suffix != ".json":
+        raise FolderError(f"{folder} holds no scores: name a scores.json, or the folder of one")
+    path = folder if folder.suffix == ".json" else folder / "scores.json"
     return Scores.load(path), path.parent / "scores"
 
 
