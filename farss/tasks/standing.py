@@ -23,7 +23,7 @@ import numpy as np
 
 from farss.artifacts import KINDS, Kind
 from farss.config import Config
-from farss.maths.metrics import Array, balance, balances, bootstrap, interval, ratios, simultaneous_p_values
+from farss.maths.metrics import Array, balance, balances, bootstrap, interval, ratios, simultaneous_p_values, t_quantiles
 from farss.tasks.summary import Estimate, Outcomes, outcomes_of, read_scores
 
 NATS = ("kept", "learned")
@@ -118,13 +118,13 @@ def _chance(values: Array, resamples: int, *names: str) -> Array:
     """`[resamples]`: by how much the mean over the seeds, `values`, may be off; nothing is known of a single seed.
 
     Args:
-        names: of what they are the values. The draws depend on them, and not on what else stands in the table.
+        names: of what they are the values. The order of the draws depends on them, and not on what else stands in the table.
     """
     count = len(values)
     if count == 1:
         return np.zeros(resamples)
     generator = np.random.default_rng(zlib.crc32(" ".join(names).encode()))
-    off: Array = generator.standard_t(count - 1, resamples) * values.std(ddof=1) / math.sqrt(count)
+    off: Array = generator.permutation(t_quantiles(count - 1, resamples)) * values.std(ddof=1) / math.sqrt(count)
     return off
 
 

@@ -16,6 +16,7 @@ from farss.maths.metrics import (
     mean_ratios,
     paired_difference,
     simultaneous_p_values,
+    t_quantiles,
     task_learned,
 )
 
@@ -173,3 +174,14 @@ def test_p_values_where_draws_have_no_value_or_do_not_differ():
 def test_different_lengths_are_refused():
     with pytest.raises(ValueError, match=r"got \(2,\) and \(3,\)"):
         paired_difference([0, 1], [0, 1, 1])
+
+
+@pytest.mark.parametrize(("degrees", "limit"), [(1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (30, 2.042)])
+def test_t_quantiles_are_those_of_the_tables(degrees, limit):
+    found = t_quantiles(degrees, 40_001)
+    assert np.all(np.diff(found) > 0)
+    np.testing.assert_allclose(found, -found[::-1], rtol=1e-6, atol=1e-6)
+    assert interval(found) == pytest.approx((-limit, limit), rel=2e-3)
+    if degrees == 2:  # the one besides Cauchy's whose quantiles have a formula
+        shares = (np.arange(40_001) + 0.5) / 40_001
+        np.testing.assert_allclose(found, (2 * shares - 1) / np.sqrt(2 * shares * (1 - shares)), rtol=1e-3, atol=1e-6)

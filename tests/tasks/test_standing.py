@@ -157,6 +157,14 @@ def test_no_interval_depends_on_what_stands_beside_it(runs):
     assert alone["farss"].estimates == both["farss"].estimates
 
 
+def test_equal_seeds_have_equal_intervals():
+    """The chance of the seeds is known, and not drawn: names and places in a table change no interval."""
+    values = {name: np.array([0.4, 0.6]) for name in ("farss", "lora", "dora")}
+    found = {name: standing.estimates["kept"] for name, standing in by_seed(values).items()}
+    assert found["farss"] == found["lora"] == found["dora"]
+    assert found["farss"].high == pytest.approx(0.5 + 12.706 * 0.1, rel=0.05)
+
+
 def test_a_share_is_no_more_than_all():
     found = _standing("farss", {"retained": np.array([[0.9, 0.7], *[[0.9, 0.7]] * 200])}, [0, 1])
     assert found.estimates["retained"].high == 1.0
