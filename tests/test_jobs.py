@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ HERE = Path(__file__).parent
 def write(item, tell):
     """Work of the tests: write who did it, with how many threads."""
     folder, name = item
+    warnings.warn("nobody can do anything about it", stacklevel=1)
     tell(name, 1, 2, "half")
     (folder / name).write_text(f"{os.getpid()} {torch.get_num_threads()} {os.environ.get('CUDA_VISIBLE_DEVICES')}")
     tell(name, 2, 2, "")
@@ -38,7 +40,7 @@ def linger(item, tell):
     time.sleep(60)
 
 
-def test_every_item_has_a_process_of_its_own(tmp_path, monkeypatch):
+def test_every_item_has_a_process_of_its_own(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     told = []
     names = ["one", "two", "three"]
@@ -47,6 +49,7 @@ def test_every_item_has_a_process_of_its_own(tmp_path, monkeypatch):
     assert len({pid for pid, *_ in found} | {str(os.getpid())}) == 4
     assert {threads for _, threads, _ in found} == {"2"}
     assert sorted(told) == sorted([(name, 1, 2, "half") for name in names] + [(name, 2, 2, "") for name in names])
+    assert "nobody can do" not in capfd.readouterr().err  # as the command line is silent
 
 
 def test_each_gets_a_gpu(tmp_path, monkeypatch):

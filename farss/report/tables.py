@@ -264,7 +264,8 @@ def _equals_markdown(found: dict[str, Any], kept: str, learned: str, unit: str, 
     if not (found["learned"] or found["kept"]):
         return ""
     heads = [f"{kept} at {learned} {form(level)} {unit}" for level in found["learned"]]
-    heads = ["Method", *heads, *(f"{learned} at {kept} {form(level)} {unit}" for level in found["kept"]), f"Area ({unit})"]
+    heads = ["Method", *heads, *(f"{learned} at {kept} {form(level)} {unit}" for level in found["kept"])]
+    heads += [f"Area ({unit})"] if found["learned"] else []
     lines = [_line(heads), _line(["---", *("---:" for _ in heads[1:])])]
     for method, entry in found["methods"].items():
         found_there = [*entry["kept at learned"], *entry["learned at kept"], *entry["area"]]

@@ -8,6 +8,7 @@ import pytest
 from farss.compare.table import equals, levels
 from farss.evaluate import Estimate, Standing
 from farss.maths.frontier import kept_at
+from farss.report import comparison_markdown
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 
@@ -55,6 +56,15 @@ def test_what_is_read_off_a_curve_has_the_interval_of_its_draws():
     short = equals({"lora": curve, "dora": curve, "farss": [standing_of(0.1, 1.0), standing_of(0.2, 0.9)]}, "T", "K")["methods"]["farss"]
     assert short["kept at learned"] == [None, None, None]
     assert short["area"] == [None]
+
+
+def test_where_methods_are_equal_in_one_way_alone_the_table_says_so():
+    """Of those that never learned equally much, what each had learned where they had kept as much."""
+    apart = {"lora": [standing_of(0.1, 1.0), standing_of(0.2, 0.5)], "farss": [standing_of(0.6, 0.9), standing_of(0.9, 0.4)]}
+    found = {"curves": {}, "scores": equals(apart, "T", "K"), "likelihoods": equals({}, "T", "K")}
+    heads, *rows = (line.split(" | ") for line in comparison_markdown({"frontier": found}).split("\n\n")[-1].splitlines())
+    assert [head[:6] for head in heads[1:]] == ["T at K"] * 3
+    assert [len(row) for row in rows] == [len(heads)] * 3
 
 
 def test_the_highest_level_is_the_end_of_a_curve():
