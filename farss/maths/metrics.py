@@ -143,8 +143,6 @@ class Difference(NamedTuple):
     mean: float
     low: float
     high: float
-    p_value: float
-    """Two-sided bootstrap p-value of no difference."""
 
 
 def paired_difference(a: ArrayLike, b: ArrayLike, resamples: int = 2000, seed: int = 0) -> Difference:
@@ -157,7 +155,7 @@ def paired_difference(a: ArrayLike, b: ArrayLike, resamples: int = 2000, seed: i
     if gap is None or not gap.size:
         raise ValueError(f"outcomes of the same questions are needed, got {np.shape(a)} and {np.shape(b)}")
     draws = bootstrap([gap], resamples, seed)[0][:, 0]
-    return Difference(float(gap.mean()), *interval(draws), p_value(draws))
+    return Difference(float(gap.mean()), *interval(draws))
 
 
 def simultaneous_p_values(gaps: Array, values: Array) -> Array:
@@ -180,13 +178,5 @@ def simultaneous_p_values(gaps: Array, values: Array) -> Array:
     scale = np.where(certain, 1.0, scale)
     largest = np.nanmax(np.where(certain, 0.0, off / scale), axis=1, keepdims=True)
     observed = np.where(certain & (values != 0), np.inf, np.abs(values) / scale)
-    shares: Array = ((largest >= observed).sum(axis=0) + 1) / (len(off) + 1)  # a p-value is never 0, as below
+    shares: Array = ((largest >= observed).sum(axis=0) + 1) / (len(off) + 1)  # the observed sample is itself one that might be drawn
     return np.minimum(1.0, shares)
-
-
-def p_value(draws: Array) -> float:
-    """Two-sided bootstrap p-value of no difference, from resampled differences; draws without a value are left out."""
-    values = draws[np.isfinite(draws)]
-    # One is added because the observed sample is itself one of the possible draws: a p-value is never 0.
-    tail = min(int((values <= 0).sum()), int((values >= 0).sum())) + 1
-    return min(1.0, 2 * tail / (values.size + 1))

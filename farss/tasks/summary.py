@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from farss.artifacts import KINDS, Kind, Scores, TaskScore, questions, read_json, write_json
+from farss.artifacts import KINDS, Kind, Scores, TaskScore, questions, write_json
 from farss.config import Config
 from farss.errors import FarssError, FolderError
 from farss.maths.metrics import (
@@ -59,8 +58,6 @@ class BenchmarkSummary:
     full_high: float | None
     change: Estimate
     """After minus before."""
-    p_value: float
-    """Two-sided bootstrap p-value of no change."""
     gold_before: float | None
     """Mean log-likelihood (nats) of the gold answer before; None where there is no single gold answer."""
     gold_after: float | None
@@ -97,24 +94,6 @@ class Summary:
     def save(self, path: Path) -> None:
         """Write `summary.json`."""
         write_json(path, asdict(self))
-
-    @classmethod
-    def load(cls, path: Path) -> Summary:
-        """Read `summary.json`."""
-        values = read_json(path)
-        for name in ("K", "T", "KT", "recovered", "retained"):
-            values[name] = _estimate(values.get(name))
-        values["benchmarks"] = [_benchmark(each) for each in values["benchmarks"]]
-        return cls(**values)
-
-
-def _benchmark(values: dict[str, Any]) -> BenchmarkSummary:
-    estimates = {name: _estimate(values[name]) for name in ("change", "gold_change")}
-    return BenchmarkSummary(**{**values, **estimates})
-
-
-def _estimate(values: dict[str, float] | None) -> Estimate | None:
-    return Estimate(**values) if values is not None else None
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -336,9 +315,8 @@ def _line(each: Outcomes, drawn: Array, resamples: int, seed: int) -> BenchmarkS
         full=float(each.scores[FULL].mean()) if has_full else None,
         full_low=ends[FULL][0] if has_full else None,
         full_high=ends[FULL][1] if has_full else None,
-        change=Estimate(change.mean, change.low, change.high),
-        p_value=change.p_value,
+        change=Estimate(*change),
         gold_before=float(gold[BEFORE].mean()) if gold.size else None,
         gold_after=float(gold[AFTER].mean()) if gold.size else None,
-        gold_change=Estimate(*gold_change[:3]) if gold_change is not None else None,
+        gold_change=Estimate(*gold_change) if gold_change is not None else None,
     )
