@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -225,8 +225,17 @@ def _matches(name: str, target: str) -> bool:
 
 def accepts(model: Any, argument: str) -> bool:
     """Whether the forward of a model, or of the model in a `PeftModel`, takes an argument of this name."""
+    return argument in _parameters(model)
+
+
+def accepts_or_hands_on(model: Any, argument: str) -> bool:
+    """Whether it takes the argument, or whatever else it is given, for the model inside (Granite's mixtures take `use_cache` so)."""
+    return accepts(model, argument) or any(parameter.kind is parameter.VAR_KEYWORD for parameter in _parameters(model).values())
+
+
+def _parameters(model: Any) -> Mapping[str, inspect.Parameter]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return argument in inspect.signature(base.forward).parameters
+    return inspect.signature(base.forward).parameters
 
 
 @contextmanager

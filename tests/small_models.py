@@ -20,6 +20,8 @@ MIXTURE = {
 }
 """Of which the first block is dense, and the others have an expert that every token goes to."""
 
+MAMBA = {"mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1}
+
 
 def small(kind: str, **options):
     """A small random model of an architecture, float64, in eval mode."""
@@ -35,6 +37,7 @@ def small(kind: str, **options):
         "bos_token_id": 1,
         "eos_token_id": 2,
         "attn_implementation": "sdpa",
+        "experts_implementation": "eager",  # in float64 there is no other
     }
     special = {
         "llama": (transformers.LlamaConfig, {}),
@@ -65,6 +68,14 @@ def small(kind: str, **options):
                 "mamba_ngroups": 1,
                 "n_mamba_heads": 4,
             },
+        ),
+        "granite-moe": (
+            transformers.GraniteMoeConfig,
+            {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
+        ),
+        "granite-hybrid": (
+            transformers.GraniteMoeHybridConfig,
+            {**MAMBA, "num_local_experts": 0, "shared_intermediate_size": 48, "layer_types": ["mamba", "attention"] * 2},
         ),
         "glm4-moe": (transformers.Glm4MoeConfig, {**MIXTURE, "head_dim": 8}),
     }

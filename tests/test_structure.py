@@ -5,7 +5,7 @@ import torch
 from small_models import small
 
 from farss.errors import ModelError
-from farss.structure import evaluating, holds_packed, is_packed, weight_of
+from farss.structure import accepts, accepts_or_hands_on, evaluating, holds_packed, is_packed, weight_of
 
 
 def test_eight_bit_floats_are_packed():
@@ -30,3 +30,12 @@ def test_the_output_layer_gets_contiguous_rows_while_a_model_is_evaluated():
     outside = model.eval()(ids, logits_to_keep=2).logits
     assert contiguous == [True, False]
     torch.testing.assert_close(inside, outside, rtol=0, atol=1e-12)
+
+
+def test_an_argument_for_the_model_inside_is_handed_on_and_not_its_own():
+    taken, handed_on, refused = (small(kind) for kind in ("llama", "granite-moe", "gpt2"))
+    assert accepts(taken, "use_cache")
+    assert not accepts(handed_on, "use_cache")
+    assert accepts_or_hands_on(handed_on, "use_cache")
+    refused.forward = lambda input_ids: None
+    assert not accepts_or_hands_on(refused, "use_cache")

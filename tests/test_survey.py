@@ -45,7 +45,7 @@ def brute_force(model, rows, loss=language_loss):
     def keep(name):
         def hook(module, args, output):
             output.retain_grad()
-            seen[name] = (args[0].detach(), output)
+            seen[name] = (args[0].detach().flatten(0, -2), output)
 
         return hook
 
@@ -57,7 +57,8 @@ def brute_force(model, rows, loss=language_loss):
         tokens += len(row["input_ids"])
         for name, (h, y) in seen.items():
             a, g = moments.get(name, (0, 0))
-            moments[name] = (a + h[0].T @ h[0], g + y.grad[0].T @ y.grad[0])
+            gradient = y.grad.flatten(0, -2)
+            moments[name] = (a + h.T @ h, g + gradient.T @ gradient)
     for hook in hooks:
         hook.remove()
     return {name: (a / tokens, g / tokens) for name, (a, g) in moments.items()}
@@ -86,6 +87,19 @@ def assert_equals(found, model, expected):
 def test_statistics_equal_brute_force(architecture, tmp_path):
     rows = examples()
     assert_equals(survey(architecture, collated(rows), tmp_path, cap=4), architecture, brute_force(architecture, rows))
+
+
+@pytest.mark.parametrize("kind", ["granite-moe", "granite-hybrid"])
+def test_no_block_sees_the_keys_of_the_passes_before(kind, tmp_path):
+    """These models take `use_cache` for the model inside. With one example a batch nothing else than the numbers would tell."""
+    model, rows = small(kind), examples()
+    assert_equals(survey(model, collated(rows, 1), tmp_path, cap=4), model, brute_force(model, rows))
+
+
+def test_a_model_that_cannot_be_kept_from_caching_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("farss.survey.passage.accepts_or_hands_on", lambda model, argument: False)
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM caches keys and values whatever it is told"):
+        survey(small("llama"), collated(examples()), tmp_path, cap=4)
 
 
 def test_weak_directions_equal_brute_force(llama, tmp_path):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from farss.errors import ModelError, NumericalError
-from farss.structure import accepts
+from farss.structure import accepts, accepts_or_hands_on
 
 Batch = dict[str, Tensor]
 
@@ -51,11 +51,19 @@ class _Stop(Exception):
 
 
 def enter(model: nn.Module, blocks: nn.ModuleList, batch: Batch, uniforms: Tensor | None = None) -> Passage:
-    """Embed a batch and keep what each block would be called with. No block computes anything."""
+    """Embed a batch and keep what each block would be called with. No block computes anything.
+
+    Raises:
+        ModelError: the blocks are given a cache, in which each pass through them would find the keys of the passes before.
+    """
+    from transformers import Cache
+
     found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     first: list[Tensor] = []
 
     def note(index: int, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
+            raise ModelError(f"{type(model).__name__} caches keys and values whatever it is told: this architecture is not supported")
         first.append(hidden_states.detach())
         found.append((args, kwargs))
         if index == len(blocks) - 1:
@@ -117,7 +125,7 @@ def _short(batch: Batch) -> Batch:
 
 def _arguments(model: nn.Module, batch: Batch) -> dict[str, Any]:
     arguments: dict[str, Any] = {key: value for key, value in batch.items() if key != "labels" and accepts(model, key)}
-    return {**arguments, "use_cache": False} if accepts(model, "use_cache") else arguments
+    return {**arguments, "use_cache": False} if accepts_or_hands_on(model, "use_cache") else arguments
 
 
 @contextlib.contextmanager
