@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from farss.artifacts import Layer
 from farss.errors import ConfigError, ModelError, nearest
@@ -266,11 +267,18 @@ def compact_head(model: Any) -> Iterator[None]:
     float32, 54 s instead of 0.9 s in bfloat16.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    hook = None if head is None else head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
+    heads = [] if head is None else [head]
+    with hooked([head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:])) for head in heads]):
+        yield
+
+
+@contextmanager
+def hooked(hooks: list[RemovableHandle]) -> Iterator[None]:
+    """Remove these hooks afterwards."""
     try:
         yield
     finally:
-        if hook is not None:
+        for hook in hooks:
             hook.remove()
 
 

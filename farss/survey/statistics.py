@@ -9,8 +9,8 @@ singular vectors as well.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from farss.errors import ModelError, NumericalError
 from farss.maths.directions import Decomposition, decompose, direction_scores, ends, far_rows, overlap, select
 from farss.maths.fisher import importance
 from farss.maths.moments import Moment, energies, kept_rows
-from farss.structure import weight_of
+from farss.structure import hooked, weight_of
 
 
 @dataclass
@@ -101,16 +101,10 @@ def finite_weight(layer: Layer, module: nn.Module) -> Tensor:
 # --- recording -------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def recording(modules: dict[str, nn.Module], known: dict[str, Statistics], mask: Tensor) -> Iterator[None]:
+def recording(modules: dict[str, nn.Module], known: dict[str, Statistics], mask: Tensor) -> AbstractContextManager[None]:
     """While active, every forward and backward through the layers adds to their moments."""
     seen: dict[int, tuple[Tensor, Moment]] = {}
-    hooks = [module.register_forward_hook(_record(known[name], mask, seen)) for name, module in modules.items()]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    return hooked([module.register_forward_hook(_record(known[name], mask, seen)) for name, module in modules.items()])
 
 
 def _record(known: Statistics, mask: Tensor, seen: dict[int, tuple[Tensor, Moment]]) -> Callable[..., None]:
@@ -127,28 +121,18 @@ def _record(known: Statistics, mask: Tensor, seen: dict[int, tuple[Tensor, Momen
     return hook
 
 
-@contextmanager
-def recording_inputs(modules: dict[str, nn.Module], moments: dict[str, Moment], mask: Tensor) -> Iterator[None]:
+def recording_inputs(modules: dict[str, nn.Module], moments: dict[str, Moment], mask: Tensor) -> AbstractContextManager[None]:
     """While active, every forward pass through the layers adds their inputs to the moments."""
     seen: dict[int, tuple[Tensor, Moment]] = {}
     lengths = mask.sum(1).tolist()
 
-    def hook(name: str) -> Any:
-        def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            moments[name] = add_once(args[0], real_rows(name, args[0], mask), moments[name], seen, lengths)
+    def record(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        moments[name] = add_once(args[0], real_rows(name, args[0], mask), moments[name], seen, lengths)
 
-        return record
-
-    hooks = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
-    try:
-        yield
-    finally:
-        for one in hooks:
-            one.remove()
+    return hooked([module.register_forward_pre_hook(partial(record, name)) for name, module in modules.items()])
 
 
-@contextmanager
-def recording_pull(modules: dict[str, nn.Module], moments: dict[str, Moment], mask: Tensor) -> Iterator[None]:
+def recording_pull(modules: dict[str, nn.Module], moments: dict[str, Moment], mask: Tensor) -> AbstractContextManager[None]:
     """While active, every forward and backward through the layers adds their inputs to the moments, each times the norm of the
     gradient at its output."""
 
@@ -161,12 +145,7 @@ def recording_pull(modules: dict[str, nn.Module], moments: dict[str, Moment], ma
 
         output.register_hook(pull)
 
-    hooks = [module.register_forward_hook(partial(record, name)) for name, module in modules.items()]
-    try:
-        yield
-    finally:
-        for one in hooks:
-            one.remove()
+    return hooked([module.register_forward_hook(partial(record, name)) for name, module in modules.items()])
 
 
 def add_once(x: Tensor, rows: Tensor, moment: Moment, seen: dict[int, tuple[Tensor, Moment]], lengths: Sequence[int] = ()) -> Moment:
