@@ -21,6 +21,7 @@ MIXTURE = {
 """Of which the first block is dense, and the others have an expert that every token goes to."""
 
 MAMBA = {"mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1}
+EAGER = {"attn_implementation": "eager"}
 
 
 def small(kind: str, **options):
@@ -76,6 +77,27 @@ def small(kind: str, **options):
         "granite-hybrid": (
             transformers.GraniteMoeHybridConfig,
             {**MAMBA, "num_local_experts": 0, "shared_intermediate_size": 48, "layer_types": ["mamba", "attention"] * 2},
+        ),
+        "bamba": (transformers.BambaConfig, {**MAMBA, "attn_layer_indices": [1, 3]}),
+        "falcon-h1": (transformers.FalconH1Config, {**MAMBA, "mamba_d_ssm": 64, "head_dim": 8}),
+        "falcon": (transformers.FalconConfig, {"multi_query": True}),
+        "bloom": (transformers.BloomConfig, EAGER),
+        "mpt": (transformers.MptConfig, EAGER),
+        "gpt-neox-japanese": (transformers.GPTNeoXJapaneseConfig, {**EAGER, "intermediate_multiple_size": 2}),
+        "gemma3n": (
+            transformers.Gemma3nTextConfig,
+            {
+                "num_key_value_heads": 1,
+                "head_dim": 8,
+                "altup_num_inputs": 2,
+                "laurel_rank": 4,
+                "num_kv_shared_layers": 0,
+                "hidden_size_per_layer_input": 8,
+                "vocab_size_per_layer_input": VOCABULARY,
+                "activation_sparsity_pattern": [0.0] * 4,
+                "intermediate_size": [64] * 4,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+            },
         ),
         "glm4-moe": (transformers.Glm4MoeConfig, {**MIXTURE, "head_dim": 8}),
     }

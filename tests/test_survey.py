@@ -96,6 +96,19 @@ def test_no_block_sees_the_keys_of_the_passes_before(kind, tmp_path):
     assert_equals(survey(model, collated(rows, 1), tmp_path, cap=4), model, brute_force(model, rows))
 
 
+@pytest.mark.parametrize("kind", ["bamba", "bloom", "falcon", "falcon-h1", "gpt-neox-japanese", "mpt"])
+def test_blocks_that_return_a_tuple_equal_brute_force(kind, tmp_path):
+    """A model takes the hidden states out of a tuple of one or two, which a tensor in its place would be cut into."""
+    model, rows = small(kind), examples()
+    assert_equals(survey(model, collated(rows, 3), tmp_path / "task", cap=4), model, brute_force(model, rows))
+    assert read_activations(model, tmp_path / "read").tokens == sum(len(row["input_ids"]) for row in rows)
+
+
+def test_blocks_that_hand_on_more_than_one_state_a_token_are_refused(tmp_path):
+    with pytest.raises(ModelError, match=r"the blocks of Gemma3nForCausalLM hand on states of shape \(2, 1, 11, 32\), not \[batch, tokens"):
+        survey(small("gemma3n"), collated(examples()), tmp_path, cap=4)
+
+
 def test_a_model_that_cannot_be_kept_from_caching_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("farss.survey.passage.accepts_or_hands_on", lambda model, argument: False)
     with pytest.raises(ModelError, match=r"LlamaForCausalLM caches keys and values whatever it is told"):
@@ -122,7 +135,7 @@ def test_bfloat16_models_agree_with_float64_sums(tmp_path, monkeypatch):
     def keep(name, inputs, module, args, output):
         inputs.append((name, args[0]))
 
-    passages = [enter(model, blocks, batch) for batch in collated(rows)]
+    passages = [enter(model, blocks, batch, 0) for batch in collated(rows)]
     states = [passage.start for passage in passages]
     with torch.no_grad():
         for index, block in enumerate(blocks):

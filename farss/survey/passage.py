@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from farss.errors import ModelError, NumericalError
-from farss.structure import accepts, accepts_or_hands_on
+from farss.structure import accepts, accepts_or_hands_on, hooked
 
 Batch = dict[str, Tensor]
 
@@ -34,6 +34,8 @@ class Passage:
     """For each block, its other arguments (position embeddings, masks); blocks share the same tensors."""
     uniforms: Tensor | None = None
     """[b, t], or [b] for a classifier: uniform draws from which labels are sampled; None: the data's own labels."""
+    returned: int = 0
+    """See `returned_by`."""
 
     @property
     def mask(self) -> Tensor:
@@ -47,11 +49,31 @@ def counted(batch: Batch) -> Tensor:
 
 
 class _Stop(Exception):
-    """Raised by a stand-in: what follows the last block is not needed."""
+    """Raised where what follows is not needed."""
 
 
-def enter(model: nn.Module, blocks: nn.ModuleList, batch: Batch, uniforms: Tensor | None = None) -> Passage:
+def returned_by(model: nn.Module, blocks: nn.ModuleList, batch: Batch) -> int:
+    """How many things the model expects of a block, the hidden states being the first; 0: those alone, and not in a tuple.
+
+    A short example goes through the first block.
+    """
+    found: list[int] = []
+
+    def note(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        found.append(len(output) if isinstance(output, tuple) else 0)
+        raise _Stop
+
+    with torch.no_grad(), hooked([blocks[0].register_forward_hook(note)]), contextlib.suppress(_Stop):
+        model(**_arguments(model, _short(batch)))
+    return found[0]
+
+
+def enter(model: nn.Module, blocks: nn.ModuleList, batch: Batch, returned: int, uniforms: Tensor | None = None) -> Passage:
     """Embed a batch and keep what each block would be called with. No block computes anything.
+
+    Args:
+        returned: see `returned_by`.
+        uniforms: see `Passage`.
 
     Raises:
         ModelError: the blocks are given a cache, in which each pass through them would find the keys of the passes before.
@@ -70,9 +92,9 @@ def enter(model: nn.Module, blocks: nn.ModuleList, batch: Batch, uniforms: Tenso
             raise _Stop
         return hidden_states
 
-    with torch.no_grad(), replaced(blocks, note), contextlib.suppress(_Stop):
+    with torch.no_grad(), replaced(blocks, note, returned), contextlib.suppress(_Stop):
         model(**_arguments(model, batch))
-    return Passage(batch, first[0], found, uniforms)
+    return Passage(batch, first[0], found, uniforms, returned)
 
 
 def through(block: nn.Module, index: int, passage: Passage, hidden: Tensor) -> Tensor:
@@ -88,7 +110,7 @@ def check_passage(model: nn.Module, blocks: nn.ModuleList, batch: Batch) -> None
     """Compare the model's own forward pass with that of its blocks, one after the other, on a short example.
 
     Raises:
-        ModelError: they differ, because the model hands something from block to block beside the hidden states.
+        ModelError: they differ, because the model hands something from block to block beside the hidden states, or other states.
     """
     short = _short(batch)
     own: list[Tensor] = []
@@ -96,15 +118,16 @@ def check_passage(model: nn.Module, blocks: nn.ModuleList, batch: Batch) -> None
     def note(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         own.append(output[0] if isinstance(output, tuple) else output)
 
-    hook = blocks[-1].register_forward_hook(note)
-    try:
-        with torch.no_grad():
-            model(**_arguments(model, short))
-    finally:
-        hook.remove()
+    with torch.no_grad(), hooked([blocks[-1].register_forward_hook(note)]):
+        model(**_arguments(model, short))
     if len(own) != 1:
         raise ModelError(f"{type(model).__name__} calls its last block {len(own)} times: this architecture is not supported")
-    passage = enter(model, blocks, short)
+    if own[0].dim() != 3:  # Gemma 3n's [4, b, t, d]
+        raise ModelError(
+            f"the blocks of {type(model).__name__} hand on states of shape {tuple(own[0].shape)}, not [batch, tokens, width]: "
+            "this architecture is not supported"
+        )
+    passage = enter(model, blocks, short, returned_by(model, blocks, short))
     hidden = passage.start
     with torch.no_grad():
         for index, block in enumerate(blocks):
@@ -129,11 +152,16 @@ def _arguments(model: nn.Module, batch: Batch) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def replaced(blocks: nn.ModuleList, stand_in: Callable[..., Tensor]) -> Iterator[None]:
-    """Call `stand_in(index, hidden_states, ...)` in the place of every block."""
+def replaced(blocks: nn.ModuleList, stand_in: Callable[..., Tensor], returned: int) -> Iterator[None]:
+    """Call `stand_in(index, hidden_states, ...)` in the place of every block, and hand on hidden states as `returned_by` the blocks."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        hidden = stand_in(*args, **kwargs)
+        return (hidden, *[None] * (returned - 1)) if returned else hidden
+
     originals = [block.forward for block in blocks]
     for index, block in enumerate(blocks):
-        block.forward = partial(stand_in, index)
+        block.forward = partial(forward, index)
     try:
         yield
     finally:
@@ -165,9 +193,9 @@ def output_gradient(model: nn.Module, blocks: nn.ModuleList, passage: Passage, o
     alone, so the supervised positions are packed into short sequences: the logits of a whole batch can be larger than
     the model.
     """
-    labels = passage.batch["labels"]
+    labels, tail = passage.batch["labels"], partial(_tail_gradient, model, blocks, passage.returned)
     if labels.dim() == 1:  # a classifier: one label per example, and a head that may look anywhere
-        return _tail_gradient(model, blocks, passage.batch, output, labels, passage.uniforms)
+        return tail(passage.batch, output, labels, passage.uniforms)
     gradient = torch.zeros_like(output)
     targets = labels[:, 1:]
     places = (targets != -100).nonzero()
@@ -176,12 +204,12 @@ def output_gradient(model: nn.Module, blocks: nn.ModuleList, passage: Passage, o
         packed = {"input_ids": passage.batch["input_ids"][rows, positions][None]}
         wanted = targets[rows, positions]
         uniforms = passage.uniforms[rows, positions] if passage.uniforms is not None else None
-        gradient[rows, positions] = _tail_gradient(model, blocks, packed, output[rows, positions][None], wanted, uniforms)[0]
+        gradient[rows, positions] = tail(packed, output[rows, positions][None], wanted, uniforms)[0]
     return gradient
 
 
 def _tail_gradient(
-    model: nn.Module, blocks: nn.ModuleList, batch: Batch, output: Tensor, targets: Tensor, uniforms: Tensor | None
+    model: nn.Module, blocks: nn.ModuleList, returned: int, batch: Batch, output: Tensor, targets: Tensor, uniforms: Tensor | None
 ) -> Tensor:
     """Gradient of the summed loss at `output`, the last block's output, through what follows it."""
     hidden = output.detach().requires_grad_(True)
@@ -189,7 +217,7 @@ def _tail_gradient(
     def pass_over(index: int, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden if index == len(blocks) - 1 else hidden_states
 
-    with torch.enable_grad(), replaced(blocks, pass_over):
+    with torch.enable_grad(), replaced(blocks, pass_over, returned):
         logits = model(**_arguments(model, batch)).logits
         logits = logits.reshape(-1, logits.shape[-1])
         logits = logits if logits.dtype == torch.float64 else logits.float()

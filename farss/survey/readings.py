@@ -26,7 +26,7 @@ from farss.models import fingerprint as model_fingerprint
 from farss.structure import find_blocks, keep_gradients, target_layers
 from farss.survey.against import Against, Read
 from farss.survey.kept import INPUT, Kept
-from farss.survey.passage import Batch, check_finite, check_passage, counted, enter, through
+from farss.survey.passage import Batch, check_finite, check_passage, counted, enter, returned_by, through
 from farss.survey.places import computing_device, frozen, moved, outside, placed, placed_in_turn, tensors_of
 from farss.survey.record import PROGRESS, begin, finish, mark_file, same_survey, write_block
 from farss.survey.statistics import check_counts, finite_moment, finite_weight, recording_inputs, sums_of
@@ -142,7 +142,9 @@ def _moments(
         if not kept.blocks(INPUT):
             with placed_in_turn(blocks, device):
                 check_passage(model, blocks, moved(batches[0], device))
-        passages = [enter(model, blocks, moved(batch, device)) for batch in batches]
+        with placed_in_turn(blocks[:1], device):
+            returned = returned_by(model, blocks, moved(batches[0], device))
+        passages = [enter(model, blocks, moved(batch, device), returned) for batch in batches]
         if undone[:1] == [0]:
             kept.write(INPUT, 0, [passage.start for passage in passages])
         for index in undone:

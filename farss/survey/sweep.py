@@ -30,7 +30,18 @@ from farss.models import fingerprint as model_fingerprint
 from farss.search import shallow_end
 from farss.structure import find_blocks, keep_gradients, target_layers
 from farss.survey.kept import GRADIENT, INPUT, KINDS, Kept, check_space
-from farss.survey.passage import Batch, Passage, check_finite, check_passage, counted, enter, output_gradient, through, uniform_draws
+from farss.survey.passage import (
+    Batch,
+    Passage,
+    check_finite,
+    check_passage,
+    counted,
+    enter,
+    output_gradient,
+    returned_by,
+    through,
+    uniform_draws,
+)
 from farss.survey.places import computing_device, frozen, moved, outside, placed, placed_in_turn, tensors_of
 from farss.survey.record import PROGRESS, begin, finish, same_survey, write_block
 from farss.survey.statistics import Readout, add_up, finite_weight, read_out, recording, start, summary
@@ -173,6 +184,8 @@ class Sweep:
                 with placed_in_turn(self.blocks, self.device):
                     check_passage(self.model, self.blocks, moved(batches[0], self.device))
                 self.announce(batches)
+            with placed_in_turn(self.blocks[:1], self.device):
+                self.returned = returned_by(self.model, self.blocks, moved(batches[0], self.device))
             passages = self.share(batches, draws)
             if undone == last and last not in self.kept.blocks(GRADIENT):
                 with self.timed("forward pass"):
@@ -299,7 +312,7 @@ class Sweep:
         for place in range(processes.rank(), len(batches), processes.size()):
             batch = batches[place]
             uniforms = uniform_draws(batch, draws, firsts[place]).to(self.device) if draws is not None else None
-            result.append(enter(self.model, self.blocks, moved(batch, self.device), uniforms))
+            result.append(enter(self.model, self.blocks, moved(batch, self.device), self.returned, uniforms))
         return result
 
     def announce(self, batches: list[Batch]) -> None:
