@@ -10,7 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
 from farss.artifacts import Layer
@@ -41,7 +43,20 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module computes `y = W h (+ b)` with a two-dimensional weight."""
-    return isinstance(module, nn.Linear) or is_transposed(module)
+    return (isinstance(module, nn.Linear) and _only_multiplies(module)) or is_transposed(module)
+
+
+def _only_multiplies(module: nn.Linear) -> bool:
+    """Whether a subclass gives one `y [1, m]` for `h [1, n]`, as `nn.Linear` does: Falcon's and quantised layers do, the routers of
+    Llama 4 and Phi-3.5-MoE return a choice of experts too."""
+    if type(module).forward is nn.Linear.forward or is_packed(module):
+        return True
+    empty = {name: parameter.to("meta") for name, parameter in module.named_parameters()}
+    try:
+        output = functional_call(module, empty, torch.empty(1, module.in_features, dtype=module.weight.dtype, device="meta"))
+    except (RuntimeError, ValueError, TypeError, IndexError):  # it is called with something else than h
+        return False
+    return isinstance(output, Tensor) and output.shape == (1, module.out_features)
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -144,20 +159,20 @@ def keep_gradients(model: nn.Module) -> None:
 
 
 def target_layers(model: nn.Module, targets: list[str] | None = None) -> dict[str, Layer]:
-    """Every linear layer inside the blocks that PEFT can adapt, or those whose name ends in one of `targets`, by full module name.
+    """Every linear layer inside the blocks that an adapter fits, or those whose name ends in one of `targets`, by full module name.
 
     Raises:
         ConfigError: a name in `targets` matches no such layer.
     """
     linear = _linear_layers(model)
-    taken = _taken_for_experts(model, linear)
-    found = {name: layer for name, layer in linear.items() if name not in taken}
+    unfit = _unfit(model, linear)
+    found = {name: layer for name, layer in linear.items() if name not in unfit}
     if not targets:
         return found
     suffixes = {name.rsplit(".", 1)[-1] for name in found}
     for target in targets:
-        if any(_matches(name, target) for name in taken):
-            raise ConfigError(f"model.targets: PEFT takes {target!r} of this model for an expert's, which is not adapted: leave it out")
+        if reasons := [reason for name, reason in unfit.items() if _matches(name, target)]:
+            raise ConfigError(f"model.targets: no adapter fits {target!r} of this model, {reasons[0]}: leave it out")
         if not any(_matches(name, target) for name in found):
             raise ConfigError(f"model.targets: no linear layer is called {target!r}: {nearest(target, suffixes)}")
     return {name: layer for name, layer in found.items() if any(_matches(name, target) for target in targets)}
@@ -169,10 +184,36 @@ def _linear_layers(model: nn.Module) -> dict[str, Layer]:
     found: dict[str, Layer] = {}
     for index, block in enumerate(blocks):
         for inner, module in block.named_modules():
-            if is_linear(module):
+            if isinstance(module, nn.Linear) or is_transposed(module):
                 name = ".".join(filter(None, (prefix, str(index), inner)))
                 found[name] = Layer(name, index, shape_of(module), float("nan"))
     return found
+
+
+def _unfit(model: nn.Module, linear: dict[str, Layer]) -> dict[str, str]:
+    """The linear layers that no adapter fits, and why, as a relative clause."""
+    more = {name: "which does more than a linear layer" for name in linear if not is_linear(model.get_submodule(name))}
+    experts = dict.fromkeys(_taken_for_experts(model, linear), "which PEFT takes for an expert's")
+    return more | _unfit_in_mamba(model, linear) | experts
+
+
+def _unfit_in_mamba(model: nn.Module, linear: dict[str, Layer]) -> dict[str, str]:
+    """Those of Mamba's state-space mixers: their `dt_proj` is never called, for its weight is multiplied by elsewhere, and PEFT refuses
+    more of them in some models."""
+    mixers = {name for name, module in model.named_modules() if hasattr(module, "A_log") and hasattr(module, "D")}
+    inside = [name for name in linear if name.rpartition(".")[0] in mixers]
+    unfit = {name: "whose weight Mamba reads past any adapter" for name in inside if name.endswith(".dt_proj")}
+    if not inside:
+        return unfit
+    from peft import LoraConfig
+    from peft.tuners import tuners_utils
+
+    for name in inside:
+        try:
+            tuners_utils._check_lora_target_modules_mamba(LoraConfig(), model, name.rpartition(".")[2])
+        except ValueError:
+            unfit[name] = "which PEFT refuses in Mamba's models"
+    return unfit
 
 
 def _taken_for_experts(model: nn.Module, linear: dict[str, Layer]) -> list[str]:
@@ -193,8 +234,8 @@ def _taken_for_experts(model: nn.Module, linear: dict[str, Layer]) -> list[str]:
 
 
 def left_out(model: nn.Module) -> list[str]:
-    """What is never adapted inside the blocks: the experts of a mixture, where they are one three-dimensional parameter, and layers
-    that PEFT takes for them.
+    """What is never adapted inside the blocks: the experts of a mixture, where they are one three-dimensional parameter, and linear
+    layers that no adapter fits.
 
     Returns:
         One sentence a kind of parameter; empty for most models.
@@ -204,17 +245,18 @@ def left_out(model: nn.Module) -> list[str]:
         for kind, (count, shape) in _in_one_parameter(model).items()
     ]
     prefix, _ = find_blocks(model)
-    taken = _taken_for_experts(model, _linear_layers(model))
-    kinds = Counter(name.removeprefix(f"{prefix}.").partition(".")[2] for name in taken)
-    return lines + [f"Not adapted: {kind} in {count} blocks, which PEFT takes for an expert's." for kind, count in kinds.items()]
+    unfit = _unfit(model, _linear_layers(model))
+    kinds = Counter((name.removeprefix(f"{prefix}.").partition(".")[2], reason) for name, reason in unfit.items())
+    return lines + [f"Not adapted: {kind} in {count} blocks, {reason}." for (kind, reason), count in kinds.items()]
 
 
 def _in_one_parameter(model: nn.Module) -> dict[str, tuple[int, tuple[int, ...]]]:
-    """Three-dimensional parameters inside the blocks: kind -> in how many blocks, and their shape."""
+    """Three-dimensional parameters inside the blocks, but for those of convolutions: kind -> in how many blocks, and their shape."""
     prefix, _ = find_blocks(model)
     found: dict[str, tuple[int, tuple[int, ...]]] = {}
     for name, parameter in model.named_parameters():
-        if name.startswith(f"{prefix}.") and parameter.dim() == 3:
+        convolution = isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Conv1d)
+        if name.startswith(f"{prefix}.") and parameter.dim() == 3 and not convolution:
             kind = name.removeprefix(f"{prefix}.").partition(".")[2]
             found[kind] = (found.get(kind, (0,))[0] + 1, tuple(parameter.shape))
     return found

@@ -84,6 +84,25 @@ def small(kind: str, **options):
         "bloom": (transformers.BloomConfig, EAGER),
         "mpt": (transformers.MptConfig, EAGER),
         "gpt-neox-japanese": (transformers.GPTNeoXJapaneseConfig, {**EAGER, "intermediate_multiple_size": 2}),
+        "mamba": (transformers.MambaConfig, {"state_size": 8, "attn_implementation": None}),
+        "mamba2": (
+            transformers.Mamba2Config,
+            {"state_size": 8, "num_heads": 4, "head_dim": 16, "n_groups": 1, "attn_implementation": None},
+        ),
+        "falcon-mamba": (transformers.FalconMambaConfig, {"state_size": 8, "attn_implementation": None}),
+        "jamba": (
+            transformers.JambaConfig,
+            {"num_experts": 1, "mamba_d_state": 8, "attn_layer_period": 2, "attn_layer_offset": 1},
+        ),
+        "nemotron-h": (
+            transformers.NemotronHConfig,
+            {"hybrid_override_pattern": "M-M*", "ssm_state_size": 8, "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1},
+        ),
+        "llama4": (
+            transformers.Llama4TextConfig,
+            {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 64, "head_dim": 8},
+        ),
+        "phimoe": (transformers.PhimoeConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
         "gemma3n": (
             transformers.Gemma3nTextConfig,
             {

@@ -5,7 +5,7 @@ import torch
 from small_models import small
 
 from farss.errors import ModelError
-from farss.structure import accepts, accepts_or_hands_on, evaluating, holds_packed, is_packed, weight_of
+from farss.structure import accepts, accepts_or_hands_on, evaluating, holds_packed, is_linear, is_packed, weight_of
 
 
 def test_eight_bit_floats_are_packed():
@@ -39,3 +39,27 @@ def test_an_argument_for_the_model_inside_is_handed_on_and_not_its_own():
     assert accepts_or_hands_on(handed_on, "use_cache")
     refused.forward = lambda input_ids: None
     assert not accepts_or_hands_on(refused, "use_cache")
+
+
+def test_a_subclass_is_linear_if_it_gives_one_output_of_its_width():
+    class Router(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x), x.argmax()
+
+    class Grouped(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x.unflatten(-1, (5, -1)))
+
+    class Narrow(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x)[..., :1]
+
+    class Written(torch.nn.Linear):
+        def forward(self, x):
+            return x @ self.weight.T
+
+    linear = {kind: is_linear(kind(4, 3)) for kind in (torch.nn.Linear, Written, Router, Grouped, Narrow)}
+    assert linear == {torch.nn.Linear: True, Written: True, Router: False, Grouped: False, Narrow: False}
+    with torch.device("meta"):
+        assert not is_linear(Router(4, 3))
+    assert not is_linear(torch.nn.LayerNorm(4))

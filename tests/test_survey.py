@@ -11,6 +11,7 @@ from functools import partial
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from small_models import examples, small
 
 from farss.artifacts import Survey
@@ -440,8 +441,39 @@ def test_what_peft_takes_for_experts_is_left_out_and_said(kind):
     said = left_out(model)
     assert "Not adapted: mlp.gate_proj in 1 blocks, which PEFT takes for an expert's." in said
     assert "Not adapted: mlp.shared_experts.down_proj in 3 blocks, which PEFT takes for an expert's." in said
-    with pytest.raises(ConfigError, match=r"model.targets: PEFT takes 'up_proj' of this model for an expert's"):
+    with pytest.raises(ConfigError, match=r"model.targets: no adapter fits 'up_proj' of this model, which PEFT takes for an expert's"):
         target_layers(model, ["up_proj"])
+
+
+LEFT = {
+    "llama4": {"feed_forward.router": "4 blocks, which does more than a linear layer"},
+    "phimoe": {"mlp.router": "4 blocks, which does more than a linear layer"},
+    "mamba": {
+        "mixer.dt_proj": "4 blocks, whose weight Mamba reads past any adapter",
+        "mixer.out_proj": "4 blocks, which PEFT refuses in Mamba's models",
+    },
+    "mamba2": {"mixer.out_proj": "4 blocks, which PEFT refuses in Mamba's models"},
+    "falcon-h1": {"mamba.out_proj": "4 blocks, which PEFT refuses in Mamba's models"},
+    "jamba": {"mamba.dt_proj": "2 blocks, whose weight Mamba reads past any adapter"},
+    "nemotron-h": {"mixer.out_proj": "2 blocks, which PEFT refuses in Mamba's models"},
+}
+
+
+@pytest.mark.parametrize("kind", LEFT)
+def test_what_no_adapter_fits_is_left_out_and_said_and_the_rest_equals_brute_force(kind, tmp_path):
+    model, rows = small(kind), examples()
+    assert [line for line in left_out(model) if ".experts." not in line] == [
+        f"Not adapted: {name} in {why}." for name, why in LEFT[kind].items()
+    ]
+    left = next(iter(LEFT[kind]))
+    with pytest.raises(ConfigError, match=rf"model.targets: no adapter fits '{left}' of this model, wh.*: leave it out"):
+        target_layers(model, [left])
+    found = survey(model, collated(rows), tmp_path, cap=4)
+    assert_equals(found, model, brute_force(model, rows))
+
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=list(found.layers), init_lora_weights=False))
+    adapted(**collated(rows)[0]).loss.backward()
+    assert all(parameter.grad.any() for name, parameter in adapted.named_parameters() if "lora_" in name)
 
 
 def test_padding_counts_only_when_it_is_asked_for(tmp_path):
