@@ -396,6 +396,10 @@ def read_activations(model, folder):
     return read_layers(model, folder, METHODS["corda-kpm"].needs.read, 4, [collated(examples())])
 
 
+def read_against(model, folder):
+    return read_layers(model, folder, METHODS["farss-plus"].needs.read, 4, [collated(examples()), collated(examples(seed=1))])
+
+
 def test_nan_weights_are_named(llama, tmp_path):
     llama.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(NumericalError, match=r"weights of model.layers.1.mlp.up_proj hold NaN"):
@@ -474,6 +478,14 @@ def test_what_no_adapter_fits_is_left_out_and_said_and_the_rest_equals_brute_for
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=list(found.layers), init_lora_weights=False))
     adapted(**collated(rows)[0]).loss.backward()
     assert all(parameter.grad.any() for name, parameter in adapted.named_parameters() if "lora_" in name)
+
+
+@pytest.mark.parametrize("texts", [1, 2])
+def test_a_layer_that_runs_without_gradients_is_named(llama, tmp_path, texts):
+    layer = llama.model.layers[3].self_attn.k_proj
+    layer.forward = torch.no_grad()(layer.forward)
+    with pytest.raises(ModelError, match=r"no gradient reaches model.layers.3.self_attn.k_proj: leave it out of model.targets"):
+        survey(llama, collated(examples()), tmp_path, 4) if texts == 1 else read_against(llama, tmp_path)
 
 
 def test_padding_counts_only_when_it_is_asked_for(tmp_path):

@@ -113,12 +113,19 @@ def _record(known: Statistics, mask: Tensor, seen: dict[int, tuple[Tensor, Momen
         rows, name = real_rows(known.layer.name, x, mask), known.layer.name
         if not known.tall:
             known.record_far(rows)
-            output.register_hook(lambda gradient: known.near.add(real_rows(name, gradient, mask)))
+            on_gradient(output, lambda gradient: known.near.add(real_rows(name, gradient, mask)))
             return
         known.near = add_once(x, rows, known.near, seen)
-        output.register_hook(lambda gradient: known.record_far(real_rows(name, gradient, mask)))
+        on_gradient(output, lambda gradient: known.record_far(real_rows(name, gradient, mask)))
 
     return hook
+
+
+def on_gradient(output: Tensor, take: Callable[[Tensor], None]) -> None:
+    """Have a layer's output gradient taken, where one will come: an indexer (DeepSeek-V3.2) runs without, and its layers are refused when
+    the gradients are counted."""
+    if output.requires_grad:
+        output.register_hook(take)
 
 
 def recording_inputs(modules: dict[str, nn.Module], moments: dict[str, Moment], mask: Tensor) -> AbstractContextManager[None]:
@@ -143,7 +150,7 @@ def recording_pull(modules: dict[str, nn.Module], moments: dict[str, Moment], ma
             sizes = real_rows(name, gradient, mask).to(moment.dtype).norm(dim=1, keepdim=True)
             moment.add(inputs.to(moment.dtype) * sizes)
 
-        output.register_hook(pull)
+        on_gradient(output, pull)
 
     return hooked([module.register_forward_hook(partial(record, name)) for name, module in modules.items()])
 
