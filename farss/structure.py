@@ -163,7 +163,9 @@ def target_layers(model: nn.Module, targets: list[str] | None = None) -> dict[st
 
     Raises:
         ConfigError: a name in `targets` matches no such layer.
+        ModelError: the model is spread over several devices.
     """
+    _check_one_device(model)
     linear = _linear_layers(model)
     unfit = _unfit(model, linear)
     found = {name: layer for name, layer in linear.items() if name not in unfit}
@@ -176,6 +178,16 @@ def target_layers(model: nn.Module, targets: list[str] | None = None) -> dict[st
         if not any(_matches(name, target) for name in found):
             raise ConfigError(f"model.targets: no linear layer is called {target!r}: {nearest(target, suffixes)}")
     return {name: layer for name, layer in found.items() if any(_matches(name, target) for target in targets)}
+
+
+def _check_one_device(model: nn.Module) -> None:
+    """Refuse what accelerate moves about while it computes: weights are read, and blocks called, one at a time and where we want them."""
+    places = sorted({str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()})
+    if len(places) > 1 or "disk" in places:
+        raise ModelError(
+            f"the model is spread over {', '.join(places)} (device_map): load it on one device, with device_map={{'': 0}} for the "
+            "first GPU, or on the CPU without a device_map"
+        )
 
 
 def _linear_layers(model: nn.Module) -> dict[str, Layer]:

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+import transformers
 from small_models import small
 
 from farss.errors import ModelError
-from farss.structure import accepts, accepts_or_hands_on, evaluating, holds_packed, is_linear, is_packed, weight_of
+from farss.structure import accepts, accepts_or_hands_on, evaluating, holds_packed, is_linear, is_packed, target_layers, weight_of
 
 
 def test_eight_bit_floats_are_packed():
@@ -63,3 +64,13 @@ def test_a_subclass_is_linear_if_it_gives_one_output_of_its_width():
     with torch.device("meta"):
         assert not is_linear(Router(4, 3))
     assert not is_linear(torch.nn.LayerNorm(4))
+
+
+def test_a_model_on_several_devices_is_refused_and_one_on_a_single_device_is_not(tmp_path):
+    small("llama").save_pretrained(tmp_path)
+    parts = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", *(f"model.layers.{block}" for block in range(4)))
+    places = {part: "disk" if part == "model.layers.3" else "cpu" for part in parts}
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    with pytest.raises(ModelError, match=r"spread over cpu, disk \(device_map\): load it on one device, with device_map=\{'': 0\}"):
+        target_layers(load(tmp_path, device_map=places, offload_folder=tmp_path / "offloaded"))
+    assert target_layers(load(tmp_path, device_map={"": "cpu"})).keys() == target_layers(load(tmp_path)).keys()
