@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -400,6 +401,26 @@ def read_against(model, folder):
     return read_layers(model, folder, METHODS["farss-plus"].needs.read, 4, [collated(examples()), collated(examples(seed=1))])
 
 
+MAPS = Path("/proc/self/maps")
+LOOKS = [lambda model, folder: survey(model, collated(examples()), folder, 4), read_activations, read_against]
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="reads what Linux says of the files in use")
+@pytest.mark.parametrize("look", LOOKS, ids=["survey", "activations", "against"])
+def test_no_file_is_in_use_when_it_is_deleted(llama, tmp_path, monkeypatch, look):
+    """Windows does not delete one that is."""
+    deleted, unlink = {}, Path.unlink
+
+    def noted(path, missing_ok=False):
+        deleted[path.name] = str(path) in MAPS.read_text()
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", noted)
+    look(llama, tmp_path)
+    assert not any(deleted.values())
+    assert {f"input-{block:04d}.safetensors" for block in range(4)} <= deleted.keys()
+
+
 def test_nan_weights_are_named(llama, tmp_path):
     llama.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(NumericalError, match=r"weights of model.layers.1.mlp.up_proj hold NaN"):
@@ -407,7 +428,7 @@ def test_nan_weights_are_named(llama, tmp_path):
     assert not (tmp_path / "survey.json").exists()
 
 
-@pytest.mark.parametrize("look", [lambda model, folder: survey(model, collated(examples()), folder, 4), read_activations])
+@pytest.mark.parametrize("look", LOOKS[:2])
 def test_what_overflows_is_not_taken_up_in_a_higher_precision(llama, tmp_path, look):
     llama.model.layers[1].mlp.up_proj.weight.data *= 3e4
     half = llama.half()

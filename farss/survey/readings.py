@@ -152,9 +152,9 @@ def _moments(
             moments = {name: kind(sums_of(module)) for name, module in modules.items()}
             states = kept.read(INPUT, index, device)
             with placed(tensors_of(blocks[index]), device):
-                for place, (passage, state) in enumerate(zip(passages, states, strict=True)):
+                for place, passage in enumerate(passages):  # no name is left to a state that lies in the file, which is then deleted
                     with torch.no_grad(), recording_inputs(modules, moments, passage.mask):
-                        states[place] = through(blocks[index], index, passage, state)
+                        states[place] = through(blocks[index], index, passage, states[place])
                 check_finite(states, f"what leaves block {index}", partial(_check_weights, modules, layers))
                 kept.write(INPUT, index + 1, states)
                 yield index, moments
