@@ -97,11 +97,6 @@ def prepare(
             "this model has adapters already: merge them first (model = model.merge_and_unload()), then prepare it; "
             "the new adapter is then for the merged model"
         )
-    places = {str(device) for device in getattr(model, "hf_device_map", {}).values()}
-    if len(places) > 1:
-        raise FarssError(
-            f"this model is spread over {', '.join(sorted(places))}, where its blocks cannot be surveyed: load it on one device"
-        )
     plan, data, calibration = plan or PlanConfig(), data or DataConfig(), calibration or CalibrationConfig()
     wanted = dataclasses.replace(plan, method=method or plan.method)
     _check_method(wanted)

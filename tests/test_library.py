@@ -136,13 +136,6 @@ def test_a_base_that_was_trained_too_is_not_handed_over_as_an_adapter(tokenizer,
     assert not (tmp_path / "adapter").exists()
 
 
-def test_a_model_on_several_devices_is_refused(tokenizer, rows):
-    model = base(tokenizer)
-    model.hf_device_map = {"model.layers.0": "cpu", "model.layers.1": "disk"}
-    with pytest.raises(farss.FarssError, match=r"spread over cpu, disk, .* load it on one device"):
-        farss.prepare(model, tokenizer, rows, plan=PLAN)
-
-
 @pytest.mark.parametrize("what", ["shared", "packed"])
 def test_a_residual_that_cannot_be_is_refused_before_the_survey(tokenizer, rows, tmp_path, what):
     model = base(tokenizer)
