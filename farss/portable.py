@@ -21,7 +21,7 @@ from farss.card import write_card
 from farss.errors import FarssError, FolderError
 from farss.maths.compress import compress
 from farss.models import base_fingerprint, tokenizer_fingerprint
-from farss.structure import evaluating, find_blocks, is_linear, is_packed, weight_of
+from farss.structure import accepts_or_hands_on, evaluating, find_blocks, is_linear, is_packed, weight_of
 from farss.survey.places import outside, placed, placed_in_turn
 
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -229,10 +229,11 @@ def check(adapted: Any, folder: Path, batch: dict[str, Tensor]) -> tuple[float, 
 def logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """[tokens, vocabulary] float32, on the CPU: of the first `CHECKED_TOKENS` real tokens of each prompt, one prompt at a time."""
     found = []
+    options = {"use_cache": False} if accepts_or_hands_on(model, "use_cache") else {}
     with torch.no_grad():
         for ids, mask in zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True):
             prompt = ids[mask][None, :CHECKED_TOKENS].to(model.device)
-            found.append(model(input_ids=prompt, attention_mask=torch.ones_like(prompt)).logits[0].float().cpu())
+            found.append(model(input_ids=prompt, attention_mask=torch.ones_like(prompt), **options).logits[0].float().cpu())
     return torch.cat(found)
 
 

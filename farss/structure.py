@@ -210,22 +210,11 @@ def _unfit(model: nn.Module, linear: dict[str, Layer]) -> dict[str, str]:
 
 
 def _unfit_in_mamba(model: nn.Module, linear: dict[str, Layer]) -> dict[str, str]:
-    """Those of Mamba's state-space mixers: their `dt_proj` is never called, for its weight is multiplied by elsewhere, and PEFT refuses
-    more of them in some models."""
+    """Those of Mamba's state-space mixers whose weights are read past the layer: by the model itself (`dt_proj`), or while it trains by the
+    fused kernels, where they are installed. An adapter on them would get no gradient; in some models PEFT refuses them, too."""
     mixers = {name for name, module in model.named_modules() if hasattr(module, "A_log") and hasattr(module, "D")}
-    inside = [name for name in linear if name.rpartition(".")[0] in mixers]
-    unfit = {name: "whose weight Mamba reads past any adapter" for name in inside if name.endswith(".dt_proj")}
-    if not inside:
-        return unfit
-    from peft import LoraConfig
-    from peft.tuners import tuners_utils
-
-    for name in inside:
-        try:
-            tuners_utils._check_lora_target_modules_mamba(LoraConfig(), model, name.rpartition(".")[2])
-        except ValueError:
-            unfit[name] = "which PEFT refuses in Mamba's models"
-    return unfit
+    read = [name for name in linear if name.rpartition(".")[0] in mixers and name.endswith((".dt_proj", ".out_proj", ".x_proj"))]
+    return dict.fromkeys(read, "whose weight Mamba's kernels read past any adapter")
 
 
 def _taken_for_experts(model: nn.Module, linear: dict[str, Layer]) -> list[str]:

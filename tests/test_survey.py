@@ -470,17 +470,16 @@ def test_what_peft_takes_for_experts_is_left_out_and_said(kind):
         target_layers(model, ["up_proj"])
 
 
+READ_PAST = "{} blocks, whose weight Mamba's kernels read past any adapter"
 LEFT = {
     "llama4": {"feed_forward.router": "4 blocks, which does more than a linear layer"},
     "phimoe": {"mlp.router": "4 blocks, which does more than a linear layer"},
-    "mamba": {
-        "mixer.dt_proj": "4 blocks, whose weight Mamba reads past any adapter",
-        "mixer.out_proj": "4 blocks, which PEFT refuses in Mamba's models",
-    },
-    "mamba2": {"mixer.out_proj": "4 blocks, which PEFT refuses in Mamba's models"},
-    "falcon-h1": {"mamba.out_proj": "4 blocks, which PEFT refuses in Mamba's models"},
-    "jamba": {"mamba.dt_proj": "2 blocks, whose weight Mamba reads past any adapter"},
-    "nemotron-h": {"mixer.out_proj": "2 blocks, which PEFT refuses in Mamba's models"},
+    "mamba": {f"mixer.{name}": READ_PAST.format(4) for name in ("x_proj", "dt_proj", "out_proj")},
+    "mamba2": {"mixer.out_proj": READ_PAST.format(4)},
+    "falcon-h1": {"mamba.out_proj": READ_PAST.format(4)},
+    "jamba": {f"mamba.{name}": READ_PAST.format(2) for name in ("x_proj", "dt_proj", "out_proj")},
+    "nemotron-h": {"mixer.out_proj": READ_PAST.format(2)},
+    "granite-hybrid": {"mamba.out_proj": READ_PAST.format(2)},
 }
 
 
