@@ -252,12 +252,13 @@ def left_out(model: nn.Module) -> list[str]:
 
 
 def _in_one_parameter(model: nn.Module) -> dict[str, tuple[int, tuple[int, ...]]]:
-    """Three-dimensional parameters inside the blocks, but for those of convolutions: kind -> in how many blocks, and their shape."""
+    """Stacks of matrices inside the blocks, which convolutions and RWKV's vectors `[1, 1, d]` are not: kind -> in how many blocks, and
+    their shape."""
     prefix, _ = find_blocks(model)
     found: dict[str, tuple[int, tuple[int, ...]]] = {}
     for name, parameter in model.named_parameters():
         convolution = isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Conv1d)
-        if name.startswith(f"{prefix}.") and parameter.dim() == 3 and not convolution:
+        if name.startswith(f"{prefix}.") and parameter.dim() == 3 and min(parameter.shape) > 1 and not convolution:
             kind = name.removeprefix(f"{prefix}.").partition(".")[2]
             found[kind] = (found.get(kind, (0,))[0] + 1, tuple(parameter.shape))
     return found
