@@ -263,8 +263,8 @@ def export(model: Any, folder: Path | str, rank: int | None = None, energy: floa
         return None
     if base_fingerprint(model) != prepared.base:
         raise FarssError(
-            "weights of the base model changed since farss.prepare (its head, norms or embeddings were trained too, or it was cast?), and an "
-            "adapter for the original base does not hold that: train what requires a gradient in the prepared model and nothing else"
+            "weights of the base model changed since farss.prepare (its head, norms or embeddings were trained too, or it was cast?), and "
+            "an adapter for the original base does not hold that: train what requires a gradient in the prepared model and nothing else"
         )
     return export_adapter(model, prepared.plan, folder, batch, base, rank, energy, prepared.tokenizer, prepared.template)
 
