@@ -17,7 +17,6 @@ from farss.data import choose, prompt_text, separator
 from farss.errors import ConfigError, FarssError, FolderError
 from farss.memory import fits, freed_memory_kept
 from farss.models import fingerprint as weights_fingerprint
-from farss.models import load_tokenizer
 from farss.rows import example_rows, question_rows, text_rows
 from farss.tasks.grading import GRADING, METRICS, STEPS
 from farss.tasks.live import Progress, asking, live_model, prompt_tokenizer, require_harness
@@ -153,8 +152,11 @@ def grading(entries: Sequence[str | QuestionSet]) -> dict[str, int]:
     return {"grading": GRADING} if read else {}
 
 
-def check_reference(config: Config) -> None:
+def check_reference(config: Config, tokenizer: Any) -> None:
     """Find out before hours of training that T will have no value.
+
+    Args:
+        tokenizer: the base model's, which writes the prompts of a chat.
 
     Raises:
         FolderError: the full fine-tuning run of `evaluate.full_scores` was not asked the task, or other questions of it, or otherwise.
@@ -177,14 +179,14 @@ def check_reference(config: Config) -> None:
                 f"evaluate.full_scores={config.evaluate.full_scores} holds answers to other questions of {each.name!r} than will be "
                 "asked: evaluate both with the same file, limit, metric and seed"
             )
-        if otherwise := _asked_otherwise(each.entry, each.drawn, config, scores.task[each.name], folder):
+        if otherwise := _asked_otherwise(each.entry, each.drawn, config, scores.task[each.name], folder, tokenizer):
             raise FolderError(
                 f"evaluate.full_scores={config.evaluate.full_scores}: that run was asked {each.name!r} with {otherwise}, so T would be a "
                 "ratio of unlike things: evaluate both in the same way"
             )
 
 
-def _asked_otherwise(entry: QuestionSet, drawn: Drawn, config: Config, score: TaskScore, folder: Path) -> str:
+def _asked_otherwise(entry: QuestionSet, drawn: Drawn, config: Config, score: TaskScore, folder: Path, tokenizer: Any) -> str:
     """How the answers in a folder were asked for, where it is not how they will be; empty where it is."""
     path = folder / f"{entry.name}.json"
     noted = read_json(path) if path.is_file() else {}
@@ -192,7 +194,6 @@ def _asked_otherwise(entry: QuestionSet, drawn: Drawn, config: Config, score: Ta
     for key, value in was.items():
         if value != (now := getattr(entry, key)):
             return f"{key}={value}, and now {key}={now}"
-    tokenizer = load_tokenizer(config.model) if config.data.template == "chat" else None
     prompts = prompts_of(drawn, prompt_of(entry, "task", config.data.template, tokenizer))
     same = all(record["prompt"] == prompts[str(record["id"])] for record in questions(folder, entry.name))
     return "" if same else "another prompt, template or other examples than now"

@@ -74,9 +74,12 @@ class Inputs:
         _ = self.tokenizer, self.examples, self.knowledge
         self._once(_check_questions, self.config.evaluate)
         if self.common_config.evaluate.full_scores:
-            self._once(check_reference, self.common_config)
+            self._once(self._check_reference, self.common_config)
         if self.config.evaluate.recovery:
             recovery_rows(self.common_config, self.tokenizer)
+
+    def _check_reference(self, config: Config) -> None:
+        check_reference(config, self.tokenizer)
 
     def _once(self, read: Callable[..., Result], *options: Any) -> Result:
         key = read.__qualname__, repr(options)

@@ -655,10 +655,10 @@ def test_full_fine_tuning_decides_nothing_of_k(three, model, tokenizer, files, k
     assert summary.benchmarks[0].full is None
 
 
-def test_full_fine_tuning_that_was_asked_another_task_is_refused_at_the_start(three, files):
+def test_full_fine_tuning_that_was_asked_another_task_is_refused_at_the_start(three, tokenizer, files):
     config, folder = three
     named = replace(config.evaluate, full_scores=str(folder / "full"))
-    check_reference(replace(config, evaluate=named))
+    check_reference(replace(config, evaluate=named), tokenizer)
     for task, message, options in (
         ("steps", "other questions of 'steps'", {"limit": 2}),
         ("steps", "with another prompt", {"prompt": "Q: {question}\nA:"}),
@@ -667,7 +667,7 @@ def test_full_fine_tuning_that_was_asked_another_task_is_refused_at_the_start(th
     ):
         asks = replace(named, task=[QuestionSet(task, files["steps"], **options)])
         with pytest.raises(FolderError, match=message):
-            check_reference(replace(config, evaluate=asks))
+            check_reference(replace(config, evaluate=asks), tokenizer)
 
 
 def test_answers_to_other_prompts_are_not_compared(three):
@@ -699,27 +699,26 @@ def test_full_fine_tuning_that_was_asked_otherwise_is_refused(was, now, message,
         config = asking(task=[QuestionSet("known", files["known"], limit=4, **own)], full_scores=str(tmp_path / "full"), resamples=100)
         evaluate(model, tokenizer, config, tmp_path / name)
     if not message:
-        check_reference(config)
+        check_reference(config, tokenizer)
         line = summarise(tmp_path / "now", tmp_path / "now", tmp_path / "full", config).benchmarks[0]
         assert line.full == line.after
         return
     with pytest.raises(FolderError, match=message):
-        check_reference(config)
+        check_reference(config, tokenizer)
     if was.keys() != {"max_tokens"}:
         with pytest.raises(FolderError, match=r"different questions of 'known': evaluate both with the same question file, prompt"):
             summarise(tmp_path / "now", tmp_path / "now", tmp_path / "full", config)
 
 
-def test_a_reference_that_was_asked_in_another_chat_is_refused(model, tokenizer, files, tmp_path, monkeypatch):
+def test_a_reference_that_was_asked_in_another_chat_is_refused(model, tokenizer, files, tmp_path):
     chatty = deepcopy(tokenizer)
     chatty.chat_template = "{% for m in messages %}U{{ m['content'] }}{% endfor %}A"
     config = replace(asking(task=[QuestionSet("steps", files["steps"])], full_scores=str(tmp_path)), data=DataConfig(template="chat"))
     evaluate(model, chatty, config, tmp_path)
-    monkeypatch.setattr("farss.evaluate.load_tokenizer", lambda _: chatty)
-    check_reference(config)
+    check_reference(config, chatty)
     chatty.chat_template = "System: count. " + chatty.chat_template
     with pytest.raises(FolderError, match="with another prompt, template"):
-        check_reference(config)
+        check_reference(config, chatty)
 
 
 @pytest.mark.parametrize("fewshot", [0, 2])
@@ -731,13 +730,13 @@ def test_prompts_are_known_before_they_are_asked(fewshot, model, tokenizer, file
     assert {str(record["id"]): record["prompt"] for record in questions(tmp_path / "scores", "known")} == expected
 
 
-def test_a_reference_is_a_scores_file_or_the_folder_of_one(three):
+def test_a_reference_is_a_scores_file_or_the_folder_of_one(three, tokenizer):
     config, folder = three
     for path in ("full", "full/scores.json"):
         assert read_scores(folder / path)[1] == folder / "full" / "scores"
     for path, message in (("full/scores/steps.jsonl", "holds no scores: name a scores.json"), ("elsewhere", "there is no .*scores.json")):
         with pytest.raises(FolderError, match=message):
-            check_reference(replace(config, evaluate=replace(config.evaluate, full_scores=str(folder / path))))
+            check_reference(replace(config, evaluate=replace(config.evaluate, full_scores=str(folder / path))), tokenizer)
 
 
 @pytest.mark.parametrize("text", ["[]", '{"rows": []}', '{"knowledge": {"facts": {"K": 1}}}'])

@@ -79,7 +79,7 @@ class Entrant:
 def configured(config: Config, label: str) -> Config:
     """The options of a label's runs, before their seed and a tuned learning rate: those of what they share."""
     values = to_dict(config)
-    for key, value in {"plan.method": label.partition("@")[0], **settings_of(config, label)}.items():
+    for key, value in _options(config, label).items():
         set_key(values, key, value)
     if has_own_full(config):
         values["evaluate"]["full_scores"] = None
@@ -90,6 +90,11 @@ def settings_of(config: Config, label: str) -> dict[str, Any]:
     """The options that differ for a label: a variant has those of its method, unless its own say otherwise."""
     settings = config.compare.settings
     return settings.get(label.partition("@")[0], {}) | settings.get(label, {})
+
+
+def _options(config: Config, label: str) -> dict[str, Any]:
+    """The same, with its method."""
+    return {"plan.method": label.partition("@")[0]} | settings_of(config, label)
 
 
 def has_own_full(config: Config) -> bool:
@@ -104,8 +109,8 @@ def plans_of(config: Config) -> list[PlanConfig]:
 
 def _plan(config: Config, label: str) -> PlanConfig:
     """Their plan alone, which is asked for often."""
-    settings = {"plan.method": label.partition("@")[0], **settings_of(config, label)}
-    return replace(config.plan, **{key.removeprefix("plan."): value for key, value in settings.items() if key.startswith("plan.")})
+    options = _options(config, label)
+    return replace(config.plan, **{key.removeprefix("plan."): value for key, value in options.items() if key.startswith("plan.")})
 
 
 def seeds(config: Config) -> list[int]:
