@@ -40,7 +40,6 @@ from farss.artifacts import Plan, Survey, read_json, write_json, write_tensors
 from farss.config import Config
 from farss.configfile import override
 from farss.data import batches, calibration_batches, collate
-from farss.evaluate import Entry, Standing, standings
 from farss.folder import Folder, resolve
 from farss.jobs import do_all
 from farss.maths.directions import select
@@ -52,6 +51,7 @@ from farss.progress import bars
 from farss.structure import target_layers
 from farss.survey import survey
 from farss.survey.places import moved
+from farss.tasks.standing import Entry, Standing, standings
 from farss.versions import versions
 
 Factors = dict[str, tuple[Tensor, Tensor]]

@@ -22,7 +22,6 @@ from farss.artifacts import questions
 from farss.boundary import Boundary
 from farss.config import Config
 from farss.configfile import override, to_dict
-from farss.evaluate import Summary
 from farss.folder import Folder
 from farss.jobs import Tell, do_all
 from farss.maths.metrics import Array, balance, balances, bootstrap, interval, mean_ratios
@@ -30,6 +29,7 @@ from farss.models import layer_shapes
 from farss.pipeline import Run
 from farss.progress import bars
 from farss.search import candidates
+from farss.tasks.summary import Summary
 from farss.train import TrainResult
 from farss.versions import versions
 

@@ -187,7 +187,7 @@ def untouched_base(adapted: Any) -> Iterator[None]:
             layer.weight.data = residual
 
 
-def adapter_change(adapted: Any, plan: Plan, name: str) -> tuple[Tensor, Tensor]:
+def adapter_change(adapted: Any, name: str) -> tuple[Tensor, Tensor]:
     """What training changed in one layer, as thin factors on the original weight.
 
     Returns:
@@ -209,12 +209,12 @@ def adapter_change(adapted: Any, plan: Plan, name: str) -> tuple[Tensor, Tensor]
     return torch.cat(left, 1), torch.cat(right, 0)
 
 
-def changed_weight(adapted: Any, plan: Plan, name: str, weight: Tensor) -> Tensor:
+def changed_weight(adapted: Any, name: str, weight: Tensor) -> Tensor:
     """A layer's weight `W [m, n]` as it was trained, float32.
 
     With DoRA that is `diag(length / |W + dW|) (W + dW)`, with the norm of each row (Liu et al. 2024, eq. 5).
     """
-    left, right = adapter_change(adapted, plan, name)
+    left, right = adapter_change(adapted, name)
     result = weight.cpu().float() + (left @ right).float().cpu()
     lengths = getattr(adapted.base_model.model.get_submodule(name), "lora_magnitude_vector", {})
     if TRAINED not in lengths:

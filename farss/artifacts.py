@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from farss.errors import FarssError, FolderError
+from farss.maths.directions import direction_scores
 
 Side = Literal["least", "most"]
 
@@ -155,8 +156,8 @@ class Directions:
 
     @property
     def scores(self) -> Tensor:
-        """[k] float64, eq. 15: `sigma_i^2 lambda_i gamma_i`."""
-        return self.sigma.double().square() * self.lam.double() * self.gam.double()
+        """[k] float64, of each direction (eq. 15)."""
+        return direction_scores(self.sigma, self.lam, self.gam)
 
 
 def layer_tensors(sigma: Tensor, lam: Tensor, gam: Tensor, kept: Tensor, u: Tensor, v: Tensor) -> dict[str, Tensor]:
@@ -364,11 +365,6 @@ class Scores:
             return cls(**{**values, **kinds})
         except (AttributeError, TypeError) as error:
             raise FolderError(f"{path} holds no scores: name a scores.json, or the folder of one") from error
-
-    @property
-    def all(self) -> dict[str, TaskScore]:
-        """Every benchmark by its name."""
-        return self.knowledge | self.task | self.other
 
 
 def questions(folder: Path, name: str) -> list[dict[str, Any]]:

@@ -180,6 +180,8 @@ def _questions(entry: QuestionSet, config: Config, tokenizer: Any, limit: int, r
     too few of them, asked ones too."""
     fresh = other_question_tokens(entry, "knowledge", config, tokenizer, limit)
     asked = question_tokens(entry, "knowledge", config, tokenizer, limit) if len(fresh) < limit else []
+    if not fresh and not asked:
+        raise ConfigError(f"question set {entry.name!r}: every question is longer than data.max_length={config.data.max_length}: raise it")
     count = min(affordable([*fresh, *asked], limit, room), len(fresh) + len(asked))
     if count > len(fresh):
         notes.append(

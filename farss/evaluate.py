@@ -23,25 +23,8 @@ from farss.tasks.live import Progress, asking, live_model, prompt_tokenizer, req
 from farss.tasks.names import task_manager
 from farss.tasks.questions import Drawn, draw, prompt_of, prompts_of, task_settings
 from farss.tasks.records import Logged, Record, main_metric, metric_label, records_of
-from farss.tasks.standing import Entry, Standing, differences, mean_scores, standings, task_score
-from farss.tasks.summary import Estimate, Summary, read_scores, summarise
+from farss.tasks.summary import read_scores
 from farss.tasks.text import text_loss
-
-__all__ = [
-    "Entry",
-    "Estimate",
-    "Progress",
-    "Standing",
-    "Summary",
-    "check_reference",
-    "differences",
-    "evaluate",
-    "mean_scores",
-    "read_scores",
-    "standings",
-    "summarise",
-    "task_score",
-]
 
 
 @dataclass(frozen=True)

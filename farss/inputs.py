@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 from farss.artifacts import Layer
 from farss.config import Config, DataConfig, EvaluateConfig, ModelConfig, QuestionSet
 from farss.data import Tokenized, load_examples
-from farss.errors import ConfigError
 from farss.evaluate import check_reference
 from farss.models import layer_shapes, load_tokenizer
 from farss.recovery import recovery_rows
@@ -48,8 +47,6 @@ class Inputs:
     @cached_property
     def examples(self) -> Tokenized:
         """The tokenised training examples."""
-        if not self.config.data.train:
-            raise ConfigError("data.train is empty: give a file of training examples, or a data set's name on a hub")
         return self._examples(self.config)
 
     @cached_property

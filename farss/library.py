@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,12 +20,12 @@ from farss.artifacts import Plan, Survey, read_json, write_json
 from farss.config import Base, CalibrationConfig, DataConfig, PlanConfig
 from farss.data import Row, Tokenized, calibration_batches, choose, collate, load_examples, plain_rows, tokenize_rows, unlearnt
 from farss.errors import ConfigError, FarssError
-from farss.methods import Reading
+from farss.methods import Method, Reading
 from farss.models import base_fingerprint, fingerprint
 from farss.plan import check_plan, make_plan, make_plan_without_survey, method_of, survey_cap
 from farss.portable import Exported
 from farss.portable import export as export_adapter
-from farss.rows import knowledge_texts
+from farss.rows import cell, knowledge_texts
 from farss.structure import check_unshared, find_blocks, holds_packed, target_layers
 from farss.survey import LENGTH, Progress, own_text, read_layers, survey
 
@@ -114,15 +115,12 @@ def prepare(
     processes.join()
     untouched = base_fingerprint(model)
     place = _place(wanted, folder, model)
-    texts = None if knowledge is None else list(knowledge)
+    texts = None if knowledge is None else _texts(knowledge)
     if texts is None and calibration.knowledge:
         texts = choose(knowledge_texts(calibration.knowledge), calibration.examples, seed)
-    found: Survey | None
     cap = survey_cap(wanted, layers, blocks)
-    if isinstance(method_of(wanted).needs, Reading):
-        found = _read(model, tokenizer, examples, wanted, cap, calibration, targets, place, seed, on_progress, texts, data.max_length)
-    else:
-        found = _look(model, tokenizer, examples.rows, wanted, cap, calibration, targets, place, seed, on_progress, data.max_length)
+    look = _Look(model, tokenizer, examples, texts, cap, data.max_length, calibration, targets, place, seed, on_progress)
+    found = look.of(method_of(wanted))
     made = make_plan(wanted, found) if found is not None else make_plan_without_survey(wanted, layers, blocks)
     adapted = attach(model, made, found, dropout, seed, base)
     check = collate(examples.rows[:CHECK_ROWS], tokenizer.pad_token_id)
@@ -167,6 +165,24 @@ def _check_residual(model: Any, wanted: PlanConfig, layers: Iterable[str]) -> No
         )
 
 
+def _texts(knowledge: Iterable[str]) -> list[str]:
+    """The user's knowledge texts.
+
+    Raises:
+        ConfigError: it is a text or a file's name, or empty.
+        DataError: one of them is no text, or has nothing in it.
+    """
+    if isinstance(knowledge, (str, Path)):
+        raise ConfigError(
+            f"knowledge={str(knowledge)[:60]!r} is one text: give a list of texts, or name a file with "
+            "calibration=CalibrationConfig(knowledge=...)"
+        )
+    texts = [cell({"knowledge": text}, "knowledge", number) for number, text in enumerate(knowledge, 1)]
+    if not texts:
+        raise ConfigError("knowledge holds no text: give a list of texts, or None for texts that the model writes by itself")
+    return texts
+
+
 def _place(wanted: PlanConfig, folder: Path | str | None, model: Any) -> Path:
     """Where the survey is kept: the user's folder, or a temporary one that all processes share, deleted when the model is."""
     if folder or method_of(wanted).needs == "nothing":
@@ -177,66 +193,59 @@ def _place(wanted: PlanConfig, folder: Path | str | None, model: Any) -> Path:
     return place
 
 
-def _look(
-    model: Any,
-    tokenizer: Any,
-    rows: list[Row],
-    wanted: PlanConfig,
-    cap: int,
-    calibration: CalibrationConfig,
-    targets: list[str] | None,
-    place: Path,
-    seed: int,
-    on_progress: Progress | None,
-    max_length: int,
-) -> Survey | None:
-    """The survey of the task, if the method needs it."""
-    if method_of(wanted).needs == "nothing":
-        return None
-    parts = calibration_batches(rows, calibration, tokenizer.pad_token_id, seed, max_length)
-    meta = {"model": fingerprint(model)}
-    return survey(model, parts, place, cap, targets, calibration.fisher, seed, meta, on_progress, calibration.svd)
+@dataclass(frozen=True)
+class _Look:
+    """What a model is looked at with, before it is planned."""
 
+    model: Any
+    tokenizer: Any
+    examples: Tokenized
+    knowledge: list[str] | None
+    """None: what the model writes by itself."""
+    cap: int
+    """Directions that are kept at each end."""
+    max_length: int
+    calibration: CalibrationConfig
+    targets: list[str] | None
+    place: Path
+    seed: int
+    on_progress: Progress | None
 
-def _read(
-    model: Any,
-    tokenizer: Any,
-    examples: Tokenized,
-    wanted: PlanConfig,
-    cap: int,
-    calibration: CalibrationConfig,
-    targets: list[str] | None,
-    place: Path,
-    seed: int,
-    on_progress: Progress | None,
-    knowledge: list[str] | None,
-    max_length: int,
-) -> Survey:
-    """What another method looks at; the first process does it for all, unless two texts go through a sweep."""
-    needs = method_of(wanted).needs
-    assert isinstance(needs, Reading)
+    def of(self, method: Method) -> Survey | None:
+        """What a method looks at; None: nothing."""
+        if isinstance(method.needs, Reading):
+            return self.reading(method.needs)
+        return self.survey() if method.needs == "survey" else None
 
-    def rows(text: str) -> list[Row]:
-        if text == "task":
-            return examples.rows
-        if knowledge is not None:
-            return plain_rows(knowledge, tokenizer, max_length)
-        asked = calibration.examples, min(LENGTH, max_length), seed
-        path = place / f"own-text-{'-'.join(map(str, asked))}.json"
+    def survey(self) -> Survey:
+        """FARSS's statistics of the task."""
+        calibration, meta = self.calibration, {"model": fingerprint(self.model)}
+        parts = calibration_batches(self.examples.rows, calibration, self.tokenizer.pad_token_id, self.seed, self.max_length)
+        asked = self.targets, calibration.fisher, self.seed, meta, self.on_progress, calibration.svd
+        return survey(self.model, parts, self.place, self.cap, *asked)
+
+    def reading(self, needs: Reading) -> Survey:
+        """What another method looks at; the first process does it for all, unless two texts go through a sweep."""
+        texts = processes.shared([self._batches(text) for text in needs.texts] if processes.rank() == 0 else None)
+        if processes.rank() == 0 or len(texts) == 2:
+            meta = {"model": fingerprint(self.model)}
+            read_layers(self.model, self.place, needs.read, self.cap, texts, self.targets, meta, self.on_progress, over=needs.over)
+        processes.wait()
+        return Survey.load(self.place)
+
+    def _batches(self, text: str) -> list[dict[str, Tensor]]:
+        rows = self.examples.rows if text == "task" else self._knowledge()
+        real = dataclasses.replace(self.calibration, padding="ignore")
+        return calibration_batches(rows, real, self.tokenizer.pad_token_id, self.seed)
+
+    def _knowledge(self) -> list[Row]:
+        if self.knowledge is not None:
+            return plain_rows(self.knowledge, self.tokenizer, self.max_length)
+        asked = self.calibration.examples, min(LENGTH, self.max_length), self.seed
+        path = self.place / f"own-text-{'-'.join(map(str, asked))}.json"
         if not path.is_file():  # kept, for another device or another kernel would write another one when it is prepared again
-            write_json(path, own_text(model, tokenizer, *asked))
+            write_json(path, own_text(self.model, self.tokenizer, *asked))
         return unlearnt(read_json(path))
-
-    def in_batches(text: str) -> list[dict[str, torch.Tensor]]:
-        real = dataclasses.replace(calibration, padding="ignore")
-        return calibration_batches(rows(text), real, tokenizer.pad_token_id, seed)
-
-    texts = processes.shared([in_batches(text) for text in needs.texts] if processes.rank() == 0 else None)
-    if processes.rank() == 0 or len(texts) == 2:
-        meta = {"model": fingerprint(model)}
-        read_layers(model, place, needs.read, cap, texts, targets, meta, on_progress, over=needs.over)
-    processes.wait()
-    return Survey.load(place)
 
 
 def export(model: Any, folder: Path | str, rank: int | None = None, energy: float | None = None) -> Exported | None:

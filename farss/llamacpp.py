@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,9 @@ def write_gguf(adapter: Path | str, config: Any) -> Path:
     Raises:
         FarssError: the architecture is not one of `ARCHITECTURES`, a layer has no name there, or gguf is missing.
     """
-    try:
-        import gguf
-    except ImportError as error:
-        raise FarssError("a GGUF file needs the package gguf: pip install -e '.[gguf]'") from error
-    check_architecture(config)
+    check_gguf(config)
+    import gguf
+
     architecture = getattr(gguf.MODEL_ARCH, ARCHITECTURES[config.model_type])
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     folder = Path(adapter)
@@ -64,12 +63,14 @@ def write_gguf(adapter: Path | str, config: Any) -> Path:
     return folder / FILE
 
 
-def check_architecture(config: Any) -> None:
+def check_gguf(config: Any) -> None:
     """Refuse a base model of which llama.cpp would not know the adapter's layers.
 
     Raises:
-        FarssError: with the architectures that are known.
+        FarssError: with the architectures that are known; or gguf is missing.
     """
+    if find_spec("gguf") is None:
+        raise FarssError("a GGUF file needs the package gguf: pip install -e '.[gguf]'")
     if config.model_type not in ARCHITECTURES:
         raise FarssError(f"no GGUF adapter for {config.model_type}: known are {', '.join(ARCHITECTURES)}; export to peft, or merged")
 

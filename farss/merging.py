@@ -121,5 +121,5 @@ def with_change(adapted: Any, plan: Plan, name: str, weight: Tensor) -> Tensor:
     if layer not in plan.layers or not name.endswith(".weight"):
         return weight
     if is_transposed(adapted.base_model.model.get_submodule(layer).base_layer):
-        return changed_weight(adapted, plan, layer, weight.T).T.to(weight.dtype)
-    return changed_weight(adapted, plan, layer, weight).to(weight.dtype)
+        return changed_weight(adapted, layer, weight.T).T.to(weight.dtype)
+    return changed_weight(adapted, layer, weight).to(weight.dtype)

@@ -21,7 +21,7 @@ from farss.card import write_card
 from farss.config import Config, PlanConfig
 from farss.data import collate
 from farss.errors import ConfigError, FolderError
-from farss.evaluate import Summary, evaluate, grading, summarise
+from farss.evaluate import evaluate, grading
 from farss.folder import (
     BASE_KEYS,
     BOUNDARY_KEYS,
@@ -38,7 +38,7 @@ from farss.folder import (
 )
 from farss.inputs import Inputs, Loaded
 from farss.jobs import Tell
-from farss.llamacpp import check_architecture, write_gguf
+from farss.llamacpp import check_gguf, write_gguf
 from farss.merging import merge, merged_difference
 from farss.methods import Regime
 from farss.models import check_room, computing_dtype, device_of, empty_model, load_model, loaded_dtype, quiet, stored_dtype
@@ -50,10 +50,10 @@ from farss.report import write_report
 from farss.structure import check_unshared, left_out
 from farss.surveys import Surveys, check_fingerprint
 from farss.tasks.course import Course, prepare_course
+from farss.tasks.summary import Summary, summarise
 from farss.train import TrainResult, check_options, products, restore, train, training_steps
 from farss.versions import versions
 
-STEPS = ("survey", "plan", "train", "export", "evaluate", "report")
 CHECK_PROMPTS = 4
 """Real examples on which an exported adapter is compared with the trained model."""
 
@@ -154,8 +154,8 @@ class Run:
             self._check_handover()
             check_options(self.config.train, device_of(self.config.model))
             check_room(self.config.model, whole=self.config.plan.method == "full")
-        if any(self.folder.record(step) for step in STEPS):
-            return  # they were usable when the run began
+        if self.folder.record("train") or self.folder.record("evaluate"):
+            return  # they were usable when the training began
         self.inputs.check()
         layers, blocks = self.inputs.shapes
         for boundary in self.search_setting.schedule.candidates if self.searches else [self.config.plan.boundary]:
@@ -174,7 +174,7 @@ class Run:
         if residual or (self._whole and config.plan.method != "full"):
             self._check_unshared()
         if config.export.to == "gguf" and not self._whole:
-            check_architecture(empty_model(config.model).config)
+            check_gguf(empty_model(config.model).config)
         if residual and config.model.quantization != "none":
             raise ConfigError("adapter.base='residual' takes the start out of weights that are quantised: set adapter.base=untouched")
         if residual and config.model.quantization == "none" and (dtype := loaded_dtype(config.model)) != torch.float32:

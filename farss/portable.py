@@ -110,7 +110,7 @@ def export(
     folder = Path(folder)
     if folder.exists() and not (folder / "farss.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise FolderError(f"{folder} holds something other than an adapter of farss: give a new folder")
-    state, served, lost = portable(((name, adapter_change(adapted, plan, name)) for name in plan.layers), rank, energy)
+    state, served, lost = portable(((name, adapter_change(adapted, name)) for name in plan.layers), rank, energy)
     with whole_folder(folder) as unfinished:
         write_adapter(unfinished, state, target_names(plan, adapted), base, served)
         difference, scale = check(adapted, unfinished, batch)

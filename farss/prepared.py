@@ -148,6 +148,15 @@ def convert(prepared: Path | str, trained: Path | str, out: Path | str, rank: in
     plan, facts = Plan.load(prepared / "plan.json"), read_json(prepared / "prepared.json")
     start, end = load_file(prepared / "start.safetensors"), _trained_state(trained)
     changes = {name: _change(name, plan.layers[name].scaling, start, end, trained) for name in plan.layers}
+    if more := sorted(set(end) - set(start)):
+        raise FarssError(
+            f"{trained} holds {more[0]}, {len(more)} tensors in all that were not prepared, and a plain LoRA of the prepared layers does "
+            "not hold them: train it again without modules_to_save, biases, new tokens or other layers"
+        )
+    before, after = (read_json(folder / "adapter_config.json") for folder in (prepared / "adapter", trained))
+    for option in ("r", "lora_alpha", "rank_pattern", "alpha_pattern"):
+        if after.get(option) != before.get(option):
+            raise FarssError(f"{trained} was trained with another {option} than was prepared: train the adapter as it lies there")
     made = portable(changes.items(), rank, energy)
     with whole_folder(out) as unfinished:
         write_adapter(unfinished, made.state, facts.get("target_modules") or list(plan.layers), facts["base"], made.rank)

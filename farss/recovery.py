@@ -19,9 +19,8 @@ from farss.config import Config, QuestionSet, TrainConfig
 from farss.data import Row, Tokenized, choose
 from farss.errors import ConfigError
 from farss.models import layer_shapes
-from farss.rows import example_rows, question_rows
-from farss.tasks.likelihood import answered
-from farss.tasks.questions import prompt_of, unasked
+from farss.tasks.likelihood import answered, unasked
+from farss.tasks.questions import prompt_of
 from farss.train import train
 
 NAME = "recovery"
@@ -34,16 +33,18 @@ BATCH = 16
 
 
 def recovery_rows(config: Config, tokenizer: Any) -> Tokenized:
-    """Questions of the knowledge files that are neither asked nor shown, with their answers to be learnt, from every file alike.
+    """Questions of the knowledge files that are neither asked nor shown, with their answers to be learnt, from every file alike
+    as far as it has them.
 
     Raises:
         ConfigError: the files hold too few.
     """
     sets = [entry for entry in config.evaluate.knowledge if isinstance(entry, QuestionSet)]
     wanted = config.evaluate.recovery * BATCH
+    held = sorted((_unasked(entry, config, tokenizer) for entry in sets), key=len)
     rows: list[Row] = []
-    for entry in sets:
-        rows += choose(_unasked(entry, config, tokenizer), -(-wanted // len(sets)), config.seed)
+    for place, each in enumerate(held):  # the smallest first: what it lacks of its share the others make up for
+        rows += choose(each, -(-(wanted - len(rows)) // (len(held) - place)), config.seed)
     if len(rows) < wanted // 2:
         raise ConfigError(
             f"evaluate.recovery={config.evaluate.recovery} trains on {wanted} knowledge questions that are not asked, and the files "
@@ -54,7 +55,7 @@ def recovery_rows(config: Config, tokenizer: Any) -> Tokenized:
 
 def _unasked(entry: QuestionSet, config: Config, tokenizer: Any) -> list[Row]:
     prompt = prompt_of(entry, "knowledge", config.data.template, tokenizer)
-    rows = answered(unasked(entry, question_rows(entry), config.seed, example_rows(entry)), prompt, tokenizer)
+    rows = answered(unasked(entry, config), prompt, tokenizer)
     return [row for row in rows if len(row["input_ids"]) <= config.data.max_length]
 
 

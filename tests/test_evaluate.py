@@ -18,11 +18,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from farss.artifacts import Scores, questions
 from farss.config import Config, DataConfig, EvaluateConfig, QuestionSet
 from farss.errors import ConfigError, DataError, FarssError, FolderError
-from farss.evaluate import _training_prompt, check_reference, evaluate, read_scores, summarise
+from farss.evaluate import _training_prompt, check_reference, evaluate
 from farss.tasks import prefix
 from farss.tasks.grading import METRICS, contains, exact_match, final_number, normalise, number, same_mathematics
 from farss.tasks.questions import draw, prompt_of, prompts_of
 from farss.tasks.records import question_score
+from farss.tasks.summary import read_scores, summarise
 from farss.tasks.text import rows_that_fit
 
 pytest.importorskip("lm_eval")
@@ -281,7 +282,7 @@ def test_other_questions_are_asked_and_count_for_nothing(model, tokenizer, files
     config = replace(asking([known]), evaluate=EvaluateConfig(knowledge=[known], other=[plain], resamples=100))
     for folder in ("base", "after"):
         scores = evaluate(model, tokenizer, config, tmp_path / folder)
-    assert (list(scores.knowledge), list(scores.other), list(scores.all)) == (["known"], ["plain"], ["known", "plain"])
+    assert (list(scores.knowledge), list(scores.other)) == (["known"], ["plain"])
     assert "a?" in [record["prompt"] for record in questions(tmp_path / "base" / "scores", "plain")]
     summary = summarise(tmp_path / "base", tmp_path / "after", None, config)
     assert [(line.name, line.kind) for line in summary.benchmarks] == [("known", "knowledge"), ("plain", "other")]

@@ -126,6 +126,20 @@ def test_knowledge_is_given_as_texts_or_named(tokenizer, rows, tmp_path):
         torch.testing.assert_close(first.directions(name).lam, second.directions(name).lam)
 
 
+@pytest.mark.parametrize(
+    ("knowledge", "message"),
+    [
+        ("general.jsonl", r"knowledge='general.jsonl' is one text: give a list of texts, or name a file"),
+        ([], r"knowledge holds no text"),
+        (["Seals bark.", "  "], r"row 2 has nothing in column 'knowledge'"),
+    ],
+)
+def test_knowledge_that_holds_no_texts_is_refused(tokenizer, rows, tmp_path, knowledge, message):
+    with pytest.raises(farss.FarssError, match=message):
+        farss.prepare(base(tokenizer), tokenizer, rows, method="farss-plus", plan=PLAN, knowledge=knowledge, folder=tmp_path / "survey")
+    assert not (tmp_path / "survey").exists()
+
+
 def test_a_base_that_was_trained_too_is_not_handed_over_as_an_adapter(tokenizer, rows, tmp_path):
     """The check would compare with the base as it lies in memory, and pass."""
     model = farss.prepare(base(tokenizer), tokenizer, rows, method="lora", plan=PLAN)

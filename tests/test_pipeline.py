@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from small_models import save_small
 
-from farss import inputs, world
+from farss import inputs, llamacpp, world
 from farss.artifacts import Plan, Survey, write_json
 from farss.compare import compare
 from farss.configfile import from_dict, load, override
@@ -490,7 +490,7 @@ def test_a_question_set_from_before_an_option_existed_is_the_same(config):
     [
         (["model.path=/nowhere"], ModelError, "there is no such folder"),
         (["model.path=''"], ModelError, "model.path is empty"),
-        (["data.train=''"], ConfigError, "data.train is empty"),
+        (["data.train=''"], DataError, "data.train is empty"),
         (["data.train=/nowhere.jsonl"], DataError, "/nowhere.jsonl"),
         (["data.prompt=nothing"], DataError, "nothing"),
         (["data.max_length=8"], DataError, "data.max_length"),
@@ -520,6 +520,22 @@ def test_what_llama_cpp_does_not_know_is_refused_before_anything_is_written(conf
     with pytest.raises(FarssError, match="no GGUF adapter for gpt2"):
         Run(override(config, ["export.to=gguf", f"model.path={folder}"])).all()
     assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_package_is_refused_before_anything_is_written(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(llamacpp, "find_spec", lambda name: None)
+    with pytest.raises(FarssError, match=r"a GGUF file needs the package gguf: pip install"):
+        Run(override(config, ["export.to=gguf"])).all()
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_named_after_a_survey_is_checked_before_the_training(config):
+    first = Run(config)
+    first.claim(trains=False)
+    first.survey()
+    with pytest.raises(FolderError, match=r"there is no /nowhere/scores\.json"):
+        Run(override(config, ["evaluate.full_scores=/nowhere"])).all()
+    assert not (Path(config.out) / "checkpoints").exists()
 
 
 def test_a_folder_that_is_not_ours_is_left_alone(config, tmp_path):

@@ -3,12 +3,13 @@
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from test_adapter import logits, surveyed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from farss import prepared, world
 from farss.adapter import attach
-from farss.artifacts import read_json, write_json
+from farss.artifacts import read_json, write_json, write_tensors
 from farss.config import PlanConfig
 from farss.errors import FarssError, FolderError
 from farss.models import base_fingerprint, load_model
@@ -99,6 +100,17 @@ def test_what_cannot_be_converted_is_refused(written):
     model.save_pretrained(str(place / "foreign"), selected_adapters=["trained"])
     with pytest.raises(FarssError, match=r"is not an adapter that began as this start: .* is missing or has another rank"):
         convert(folder, place / "foreign" / "trained", place / "adapter")
+    assert not (place / "adapter").exists()
+    train(folder, place / "trained")
+    state, config = (place / "trained" / name for name in ("adapter_model.safetensors", "adapter_config.json"))
+    began = read_json(config)
+    write_json(config, began | {"lora_alpha": 2 * began["lora_alpha"]})
+    with pytest.raises(FarssError, match="was trained with another lora_alpha than was prepared"):
+        convert(folder, place / "trained", place / "adapter")
+    write_json(config, began)
+    write_tensors(state, load_file(state) | {"base_model.model.lm_head.weight": torch.zeros(2, 2)})
+    with pytest.raises(FarssError, match=r"holds base_model.model.lm_head.weight, 1 tensors in all that were not prepared"):
+        convert(folder, place / "trained", place / "adapter")
     assert not (place / "adapter").exists()
     with pytest.raises(FarssError, match="'lora' starts at zero: its adapter goes on the base as it is"):
         write_prepared(model, other, None, place / "again", place / "original")

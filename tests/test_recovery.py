@@ -16,6 +16,7 @@ from farss.models import load_model, load_tokenizer
 from farss.pipeline import Run
 from farss.recovery import BATCH, knowledge_alone, recover, recovery_rows
 from farss.rows import question_rows
+from farss.tasks.questions import draw
 
 
 @pytest.fixture
@@ -44,6 +45,28 @@ def test_recovery_trains_on_what_is_not_asked(values):
         recovery_rows(override(config, ["evaluate.recovery=100000"]), tokenizer)
     with pytest.raises(ConfigError, match=r"evaluate.recovery needs a question file"):
         override(config, ["evaluate.knowledge=[triviaqa]"])
+
+
+def test_several_sets_of_one_file_keep_their_questions_from_recovery(values):
+    (entry,) = values["evaluate"]["knowledge"]
+    values["evaluate"]["knowledge"] = [entry | {"name": "few", "limit": 5, "fewshot": 0}, entry | {"limit": 30, "fewshot": 5}]
+    values["evaluate"]["other"] = [entry | {"name": "many", "limit": 300}]
+    config = from_dict(values)
+    tokenizer = load_tokenizer(config.model)
+    trained = "\n".join(tokenizer.decode(row["input_ids"]) for row in recovery_rows(config, tokenizer).rows)
+    for each in (*config.evaluate.knowledge, *config.evaluate.other):
+        drawn = draw(each, question_rows(each), config.seed)
+        assert not any(row["question"] in trained for row in (*drawn.asked, *drawn.shown))
+
+
+def test_recovery_takes_more_of_a_file_where_others_have_nothing_left(values, tmp_path):
+    (entry,) = values["evaluate"]["knowledge"]
+    values["evaluate"]["knowledge"] = [entry]
+    for name in ("one", "two"):  # asked as a whole
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"question": f"Who is {name}?", "answers": [name]}))
+        values["evaluate"]["knowledge"].append({"name": name, "data": str(tmp_path / f"{name}.jsonl")})
+    config = from_dict(values)
+    assert len(recovery_rows(config, load_tokenizer(config.model)).rows) == 2 * BATCH
 
 
 def test_a_model_that_learned_nothing_recovers_as_the_base_does(values):

@@ -189,6 +189,7 @@ def test_the_model_is_left_as_it_was(llama, tmp_path):
 
 
 def test_survey_is_read_back_and_leaves_no_working_files(llama, tmp_path):
+    (tmp_path / ".input-0001.safetensors.123.part").touch()  # of a process that was killed
     written = survey(llama, collated(examples()), tmp_path, cap=4)
     assert Survey.load(tmp_path) == written
     assert {file.name for file in tmp_path.iterdir()} == {"survey.json", *(f"block-{index:04d}.safetensors" for index in range(4))}

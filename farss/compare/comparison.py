@@ -156,5 +156,5 @@ def _share_one(work: tuple[str, list[Item]], tell: Tell) -> None:
 def _run_one(item: Item, tell: Tell) -> None:
     entrant = Entrant(*item, tell)
     entrant.run.all_but_report()
-    if entrant.config.compare.keep == "scores":
+    if entrant.config.compare.keep == "scores" and entrant.config.evaluate.asks:
         entrant.run.drop_weights()

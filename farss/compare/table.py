@@ -15,10 +15,11 @@ from farss.boundary import Boundary
 from farss.compare.entrants import Entrant, seeds, settings_of
 from farss.compare.tuning import full_folder, right_answers, the_rest
 from farss.config import Config
-from farss.evaluate import Entry, Estimate, Standing, Summary, differences, mean_scores, standings
 from farss.maths.frontier import Point, area, kept_at, learned_at
 from farss.maths.metrics import interval
 from farss.report import comparison_csv, comparison_markdown
+from farss.tasks.standing import Entry, Standing, differences, mean_scores, standings
+from farss.tasks.summary import Estimate, Summary
 from farss.train import TrainResult
 
 LEVELS = 3

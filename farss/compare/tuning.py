@@ -8,18 +8,20 @@ from pathlib import Path
 
 from farss.artifacts import Kind, held_out
 from farss.compare.entrants import Entrant, has_own_full
-from farss.config import Config
+from farss.config import Config, QuestionSet
 from farss.errors import ConfigError, FarssError
-from farss.evaluate import Entry, Estimate, standings, task_score
 from farss.maths.metrics import balance
-from farss.tasks.summary import outcomes_of, read_scores
+from farss.rows import example_rows, question_rows
+from farss.tasks.questions import draw
+from farss.tasks.standing import Entry, standings, task_score
+from farss.tasks.summary import Estimate, outcomes_of, read_scores
 
 
 def check_tuning(config: Config) -> None:
     """Refuse to tune by a measure that will not be there.
 
     Raises:
-        ConfigError: KT needs full fine-tuning, and knowledge and task questions.
+        ConfigError: KT needs full fine-tuning, and knowledge and task questions, of each of which some choose and some are left.
     """
     if not config.compare.tune:
         return
@@ -30,6 +32,15 @@ def check_tuning(config: Config) -> None:
         )
     if not (config.evaluate.knowledge and config.evaluate.task):
         raise ConfigError("compare.tune chooses by KT: name questions in evaluate.knowledge and evaluate.task")
+    chooses = held_out(config.compare.held_out)
+    for entry in (*config.evaluate.knowledge, *config.evaluate.task):
+        if isinstance(entry, QuestionSet):
+            asked = draw(entry, question_rows(entry), config.seed, example_rows(entry)).asked
+            if (count := sum(chooses(str(row["id"])) for row in asked)) in (0, len(asked)):
+                raise ConfigError(
+                    f"compare.held_out={config.compare.held_out} takes {count} of the {len(asked)} questions of {entry.name!r} to choose "
+                    "learning rates by, and the table needs the others: ask more questions, or change it"
+                )
 
 
 def the_rest(config: Config) -> Callable[[str], bool] | None:

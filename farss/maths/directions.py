@@ -132,7 +132,7 @@ def _gram(rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def direction_scores(sigma: Tensor, lam: Tensor, gam: Tensor) -> Tensor:
-    """[k] float64: expected loss change of a unit relative perturbation along each direction (eq. 15)."""
+    """[k] float64, `sigma_i^2 lambda_i gamma_i`: expected loss change of a unit relative perturbation along each direction (eq. 15)."""
     return sigma.double().square() * lam.double() * gam.double()
 
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from farss.artifacts import layer_tensors
-from farss.maths.directions import decompose, ends
+from farss.maths.directions import decompose
 from farss.methods.base import Method, Reading
+from farss.methods.singular import ends_of_spectrum
 from farss.methods.uniform import uniform_plan
 
 DAMPING = 0.01
@@ -24,7 +25,7 @@ def read(weight: Tensor, cap: int, moment: Tensor) -> dict[str, Tensor]:
     """`W = U diag(sigma) (C^-1 V)^T` with `W C = U diag(sigma) V^T`, at both ends of sigma."""
     covariance, factor = damped(moment.double())
     parts = decompose(weight.double() @ covariance)
-    ones, kept = torch.ones(parts.sigma.numel()), ends(parts.sigma.square(), cap)
+    ones, kept = torch.ones(parts.sigma.numel()), ends_of_spectrum(parts.sigma, cap)
     u, v = parts.vectors(kept)
     return layer_tensors(parts.sigma, ones, ones.clone(), kept, u, torch.cholesky_solve(v, factor))
 

@@ -13,8 +13,15 @@ from farss.methods.base import Reading
 def read(weight: Tensor, cap: int) -> dict[str, Tensor]:
     """The ends of the spectrum. It is FARSS's survey with A = G = I: a direction's score is its squared singular value."""
     parts = decompose(weight)
-    ones, kept = torch.ones(parts.sigma.numel()), ends(parts.sigma.double().square(), cap)
+    kept = ends_of_spectrum(parts.sigma, cap)
+    ones = torch.ones(parts.sigma.numel())
     return layer_tensors(parts.sigma, ones, ones.clone(), kept, *parts.vectors(kept))
+
+
+def ends_of_spectrum(sigma: Tensor, cap: int) -> Tensor:
+    """Which directions are kept, as a plan chooses among them: by the singular values that are stored, float32, so that equal ones fall
+    the same way in both."""
+    return ends(sigma.float().double().square(), cap)
 
 
 SINGULAR = Reading("weights", "weights", read)

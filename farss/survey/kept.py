@@ -57,8 +57,8 @@ class Kept:
     def clear(self) -> None:
         """Forget everything, of every process."""
         for kind in KINDS:
-            for path in self.folder.glob(f"{kind}-????.*safetensors"):
-                path.unlink()
+            for path in (*self.folder.glob(f"{kind}-????.*safetensors"), *self.folder.glob(f".{kind}-????.*safetensors.*.part")):
+                path.unlink()  # also those that a killed process did not finish
 
 
 def check_space(folder: Path, needed: int) -> None:

@@ -34,10 +34,8 @@ class Statistics:
     layer: Layer
     weight: Tensor
     """[m, n]"""
-    owner: int
-    """The process that decomposes it."""
     parts: Decomposition | None
-    """Present in the owner."""
+    """Present in its owner, the process that decomposes it."""
     near: Moment
     """Of the rows of the smaller side: activations where m >= n, gradients otherwise."""
     far: Moment
@@ -78,7 +76,7 @@ def start(layer: Layer, weight: Tensor, module: nn.Module, owner: int, parts: De
     weak = processes.shared(parts.far_weak.shape[1] if parts else 0, owner)
     vectors = parts.far_weak.to(sums).contiguous() if parts else rows.new_empty((rows.shape[0], weak), dtype=sums)
     on_weak = Moment(sums, processes.shared_tensor(vectors, owner)) if weak else None
-    return Statistics(layer, weight, owner, parts, Moment(sums), Moment(sums, rows), on_weak)
+    return Statistics(layer, weight, parts, Moment(sums), Moment(sums, rows), on_weak)
 
 
 def sums_of(module: nn.Module) -> torch.dtype:

@@ -57,20 +57,22 @@ def prepare_course(config: Config, tokenizer: Any, tokens: float) -> Course | No
     Args:
         tokens: that the training reads in all; every set gets an equal share of what the looks may cost.
 
-    Tasks of lm_eval are left out: they are asked after the training.
+    Left out are tasks of lm_eval, which are asked after the training, and questions that are longer than `data.max_length`.
     """
     options = config.evaluate
     asked = [(kind, entry) for kind, entries in (("knowledge", options.knowledge), ("task", options.task)) for entry in entries]
     files = [(kind, entry) for kind, entry in asked if isinstance(entry, QuestionSet)]
-    count = len(files) + bool(options.text)
-    if not options.looks or not count:
+    if not options.looks:
         return None
     found = [Watched(kind, entry.name, question_tokens(entry, kind, config, tokenizer, MOST)) for kind, entry in files]  # type: ignore[arg-type]
     if options.text:
         found.append(Watched("text", "general text", text_tokens(config, tokenizer, MOST)))
+    found = [one for one in found if one.rows]
+    if not found:
+        return None
     spent = SHARE * tokens / FORWARD  # tokens of all looks
     fewest = sum(tokens_of(one.rows[:LEAST]) for one in found)  # of one look
     looks = max(1, min(options.looks, int(spent / fewest) - 1))
-    room = spent / (looks + 1) / count  # tokens of one set at one look
+    room = spent / (looks + 1) / len(found)  # tokens of one set at one look
     sets = [one._replace(rows=one.rows[: affordable(one.rows, len(one.rows), room)]) for one in found]
     return Course(sets, looks, options.batch_size, tokenizer.pad_token_id)

@@ -16,7 +16,7 @@ from farss.data import Row, batches, choose, collate, tokenize
 from farss.errors import ConfigError, NumericalError
 from farss.rows import example_rows, question_rows, text_rows
 from farss.structure import accepts, evaluating
-from farss.tasks.questions import Prompt, draw, prompt_of, unasked
+from farss.tasks.questions import Prompt, draw, prompt_of
 from farss.tasks.text import rows_that_fit
 
 FORWARD = 0.5
@@ -73,19 +73,23 @@ def _last_logits(model: Any, batch: dict[str, Tensor], count: int) -> Tensor:
 
 
 def question_tokens(entry: QuestionSet, kind: Kind, config: Config, tokenizer: Any, limit: int) -> list[Row]:
-    """Questions as the evaluation puts them, with the first accepted answer. Without the examples that it may show before
-    them: they would cost most of the budget, and are the same for every candidate."""
+    """Questions as the evaluation puts them, with the first accepted answer, that `data.max_length` leaves whole. Without the examples
+    that it may show before them: they would cost most of the budget, and are the same for every candidate."""
     bare = replace(entry, fewshot=0, limit=min(limit, entry.limit or limit))
-    short = _scored(draw(bare, question_rows(bare), config.seed).asked, entry, kind, config, tokenizer)
-    if not short:
-        raise ConfigError(f"question set {entry.name!r}: every question is longer than data.max_length={config.data.max_length}: raise it")
-    return short
+    return _scored(draw(bare, question_rows(bare), config.seed).asked, entry, kind, config, tokenizer)
 
 
 def other_question_tokens(entry: QuestionSet, kind: Kind, config: Config, tokenizer: Any, limit: int) -> list[Row]:
     """The same for questions of the file that the evaluation neither asks nor shows; none where it asks them all."""
-    others = unasked(entry, question_rows(entry), config.seed, example_rows(entry))
-    return _scored(choose(others, limit, config.seed), entry, kind, config, tokenizer)
+    return _scored(choose(unasked(entry, config), limit, config.seed), entry, kind, config, tokenizer)
+
+
+def unasked(entry: QuestionSet, config: Config) -> list[dict[str, Any]]:
+    """The questions of a file that no set of the evaluation asks or shows: several may read one file."""
+    sets = [each for each in config.evaluate.asked if isinstance(each, QuestionSet)]
+    drawn = [draw(each, question_rows(each), config.seed, example_rows(each)) for each in sets]
+    taken = {row["question"] for each in drawn for row in (*each.asked, *each.shown)}
+    return [row for row in question_rows(entry) if row["question"] not in taken]
 
 
 def _scored(questions: Sequence[Mapping[str, Any]], entry: QuestionSet, kind: Kind, config: Config, tokenizer: Any) -> list[Row]:

@@ -73,13 +73,6 @@ def draw(entry: QuestionSet, rows: Sequence[Source], seed: int, examples: Sequen
     return Drawn(asked, shown)
 
 
-def unasked(entry: QuestionSet, rows: Sequence[Source], seed: int, examples: Sequence[Source] | None = None) -> list[Source]:
-    """The questions of a file that are neither asked nor shown."""
-    drawn = draw(entry, rows, seed, examples)
-    taken = {row["question"] for row in (*drawn.asked, *drawn.shown)}
-    return [row for row in rows if row["question"] not in taken]
-
-
 def _shuffled(rows: Sequence[Source], seed: int) -> list[Row]:
     numbered = [{"id": place, "question": row["question"], "answers": list(row["answers"])} for place, row in enumerate(rows)]
     return random.Random(seed).sample(numbered, len(numbered))

@@ -27,9 +27,9 @@ def main_metric(logged: Logged) -> str:
         ConfigError: the task has none (perplexities, for example).
     """
     sample = logged.samples[0]
-    better = logged.task.higher_is_better()
+    better, counted = logged.task.higher_is_better(), _of_first_filter(logged)
     for metric in sample["metrics"]:
-        if better.get(metric, True) and question_score(sample[metric]) is not None:
+        if better.get(metric, True) and all(question_score(each[metric]) is not None for each in counted):
             return str(metric)
     raise ConfigError(
         f"evaluate: lm_eval's task {logged.name!r} has no score for each question (it reports "
@@ -63,15 +63,17 @@ def records_of(logged: Logged, metric: str, prefix: str = "") -> list[Record]:
     Args:
         prefix: put before the ids, where a benchmark is made of several tasks.
     """
-    # A task with several filters logs each question once a filter; the first filter is the task's main one.
-    first = logged.samples[0]["filter"]
     make = _choice_record if logged.task.OUTPUT_TYPE == "multiple_choice" else _answer_record
     records = []
-    for sample in logged.samples:
-        if sample["filter"] == first:
-            place = f"{prefix}{sample['doc_id']}" if prefix else sample["doc_id"]
-            records.append({"id": place, **make(logged.task, sample), "score": question_score(sample[metric])})
+    for sample in _of_first_filter(logged):
+        place = f"{prefix}{sample['doc_id']}" if prefix else sample["doc_id"]
+        records.append({"id": place, **make(logged.task, sample), "score": question_score(sample[metric])})
     return records
+
+
+def _of_first_filter(logged: Logged) -> list[dict[str, Any]]:
+    """A task with several filters logs each question once a filter; the first filter is the task's main one."""
+    return [sample for sample in logged.samples if sample["filter"] == logged.samples[0]["filter"]]
 
 
 def _answer_record(task: Any, sample: dict[str, Any]) -> Record:

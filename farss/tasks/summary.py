@@ -160,7 +160,7 @@ def outcomes_of(name: str, kind: Kind, runs: Sequence[tuple[Scores, Path]], only
                 "same question file, prompt, examples, limit, metric and seed"
             )
     if not tables[0]:
-        raise FolderError(f"no question of {name!r} is left to be scored: ask more questions, or lower compare.held_out")
+        raise FolderError(f"no question of {name!r} is left to be scored: ask more questions, or change compare.held_out")
     scored = [[record["score"] for record in table.values()] for table in tables]
     gold_likelihoods = [[record["gold_loglikelihood"] for record in table.values()] for table in tables]
     return Outcomes(getattr(runs[0][0], kind)[name], kind, np.array(scored, float), np.array(gold_likelihoods, float))

@@ -205,6 +205,11 @@ def test_scores_alone_are_enough_to_go_on(values):
         compare(from_dict(values), silent)
 
 
+def test_weights_that_were_not_scored_are_kept(unasked):
+    unasked["compare"] = {"methods": ["lora"], "keep": "scores"}
+    assert [*compare(from_dict(unasked), silent).rglob("adapter_model.safetensors")]
+
+
 def test_runs_of_another_training_are_no_part_of_a_table(unasked):
     """Of a later seed too: it is refused at the start, and not counted before."""
     unasked["compare"] = {"methods": ["lora"], "seeds": [1]}

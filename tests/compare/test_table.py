@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from farss.compare.table import equals, levels
-from farss.evaluate import Estimate, Standing
 from farss.maths.frontier import kept_at
 from farss.report import comparison_markdown
+from farss.tasks.standing import Standing
+from farss.tasks.summary import Estimate
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 

@@ -12,9 +12,9 @@ from farss.compare import compare
 from farss.compare.tuning import held_out, measured, the_rest
 from farss.configfile import from_dict, override
 from farss.errors import ConfigError, FarssError
-from farss.evaluate import Estimate
 from farss.pipeline import Run, silent
 from farss.report import comparison_markdown
+from farss.tasks.summary import Estimate
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 
@@ -95,6 +95,10 @@ def test_tuning_needs_a_measure(values):
     config = dataclasses.replace(override(config, ["compare.methods=[lora, full]"]), evaluate=dataclasses.replace(config.evaluate, task=[]))
     with pytest.raises(ConfigError, match=r"name questions in evaluate.knowledge and evaluate.task"):
         compare(config, silent)
+    config = from_dict({**values, "compare": {"methods": ["lora", "full"], "tune": [1, 2]}})
+    for share, taken in ((0.001, 0), (0.999, 16)):
+        with pytest.raises(ConfigError, match=rf"compare.held_out={share} takes {taken} of the 16 questions of 'facts'"):
+            compare(override(config, [f"compare.held_out={share}"]), silent)
     for bad, message in (("tune=[0]", "tune holds 0"), ("tune=[1, 1]", "tune holds 1.0 twice"), ("seeds=[2, 2]", "seeds holds 2 twice")):
         with pytest.raises(ConfigError, match=f"compare.{message}"):
             override(config, [f"compare.{bad}"])

@@ -81,6 +81,9 @@ def test_files_and_text_are_watched_within_their_share(config):
     assert 0.5 * room.SHARE * tokens < spent < 1.1 * room.SHARE * tokens
     assert [len(one.rows) for one in prepare_course(config, tokenizer, 10).sets] == [LEAST] * 3
     assert prepare_course(with_looks(config, 0), tokenizer, tokens) is None
+    longer = dataclasses.replace(config.evaluate.task[0], name="long", prompt="{question}" + 999 * " Seal")
+    more = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, task=[longer], text=None))
+    assert [one.name for one in prepare_course(more, tokenizer, tokens).sets] == ["facts"]
     bare = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, knowledge=["triviaqa"], task=[], text=None))
     assert prepare_course(bare, tokenizer, tokens) is None
 
