@@ -20,7 +20,7 @@ from farss.artifacts import Plan, Survey, read_json, write_json
 from farss.config import Base, CalibrationConfig, DataConfig, PlanConfig
 from farss.data import Row, Tokenized, calibration_batches, choose, collate, load_examples, plain_rows, tokenize_rows, unlearnt
 from farss.errors import ConfigError, FarssError
-from farss.methods import Method, Reading
+from farss.methods import Method, Reading, check_elsewhere
 from farss.models import base_fingerprint, fingerprint
 from farss.plan import check_plan, make_plan, make_plan_without_survey, method_of, survey_cap
 from farss.portable import Exported
@@ -100,7 +100,7 @@ def prepare(
         )
     plan, data, calibration = plan or PlanConfig(), data or DataConfig(), calibration or CalibrationConfig()
     wanted = dataclasses.replace(plan, method=method or plan.method)
-    _check_method(wanted)
+    check_elsewhere(method_of(wanted))
     layers, blocks = target_layers(model, targets), len(find_blocks(model)[1])
     check_plan(wanted, layers, blocks, calibration.svd)
     if base == "residual":
@@ -126,22 +126,6 @@ def prepare(
     check = collate(examples.rows[:CHECK_ROWS], tokenizer.pad_token_id)
     adapted.farss = Prepared(made, found, {key: check[key] for key in ("input_ids", "attention_mask")}, tokenizer, data.template, untouched)
     return adapted
-
-
-def _check_method(wanted: PlanConfig) -> None:
-    """Refuse what a user's own training loop cannot do.
-
-    Raises:
-        ConfigError: there is no such method.
-        FarssError: it needs `farss run`; the reason is named.
-    """
-    chosen = method_of(wanted)
-    if chosen.name == "full":
-        raise FarssError("method='full' trains the model itself: there is nothing to prepare")
-    if chosen.regime is not None:
-        raise FarssError(f"method={chosen.name!r} trains by rules of its own, which your trainer does not know: use `farss run`")
-    if not chosen.plain_lora:
-        raise FarssError(f"method={chosen.name!r} cannot be exported as a plain LoRA: use `farss run`, which hands over a merged model")
 
 
 def _check_residual(model: Any, wanted: PlanConfig, layers: Iterable[str]) -> None:

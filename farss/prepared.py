@@ -20,7 +20,7 @@ from farss.artifacts import Plan, read_json, whole_folder, write_json, write_ten
 from farss.config import ModelConfig
 from farss.errors import FarssError, FolderError
 from farss.merging import write_model
-from farss.methods import METHODS
+from farss.methods import METHODS, check_elsewhere
 from farss.models import base_fingerprint, load_model, load_tokenizer, tokenizer_fingerprint
 from farss.portable import Exported, portable, target_names, write_adapter, write_facts
 from farss.structure import check_unshared, holds_packed, is_transposed
@@ -36,12 +36,7 @@ def check_method(name: str, quantised: bool) -> None:
             quantised.
     """
     method = METHODS[name]
-    if name == "full":
-        raise FarssError("method 'full' trains the model itself: there is nothing to prepare")
-    if not method.plain_lora:
-        raise FarssError(f"method {name!r} becomes no plain LoRA: use `farss train`, after which a whole model is handed over")
-    if method.regime is not None:
-        raise FarssError(f"method {name!r} trains by rules of its own, which no other trainer knows: use `farss train`")
+    check_elsewhere(method)
     if method.needs == "nothing":
         raise FarssError(f"method {name!r} starts at zero: its adapter goes on the base as it is, nothing needs preparing")
     if not method.takes_out:
