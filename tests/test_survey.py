@@ -66,14 +66,19 @@ def brute_force(model, rows, loss=language_loss):
     return {name: (a / tokens, g / tokens) for name, (a, g) in moments.items()}
 
 
+FLOAT32 = ("bamba", "falcon_h1", "granitemoehybrid", "mamba2", "nemotron_h")
+"""Models whose scan (Mamba 2) computes in float32, whatever they are in: it rounds the same example otherwise in another batch."""
+
+
 def assert_equals(found, model, expected):
     """Importance, statistics and chosen directions are those of full covariances and LAPACK's decomposition."""
+    near = 1e-6 if model.config.model_type in FLOAT32 else 1e-9
     assert set(found.layers) == set(expected)
     for name, (a, g) in expected.items():
         weight = weight_of(model.get_submodule(name)).detach()
         u, sigma, vh = torch.linalg.svd(weight, full_matrices=False)
         v, known = vh.T, found.directions(name)
-        assert found.layers[name].importance == pytest.approx((quadratic_form(weight, a, g) / weight.numel()).item(), rel=1e-9)
+        assert found.layers[name].importance == pytest.approx((quadratic_form(weight, a, g) / weight.numel()).item(), rel=near)
         scores = direction_scores(sigma, ((v.T @ a) * v.T).sum(1), ((u.T @ g) * u.T).sum(1))
         for side in ("least", "most"):
             chosen = select(scores, 4, side)
@@ -430,8 +435,9 @@ def test_nan_weights_are_named(llama, tmp_path):
 
 
 @pytest.mark.parametrize("look", LOOKS[:2])
-def test_what_overflows_is_not_taken_up_in_a_higher_precision(llama, tmp_path, look):
-    llama.model.layers[1].mlp.up_proj.weight.data *= 3e4
+def test_what_overflows_is_not_taken_up_in_a_higher_precision(llama, tmp_path, look, monkeypatch):
+    monkeypatch.setattr("farss.survey.places.computing_dtype", lambda dtype, device: dtype)  # as on a CPU that has units for float16
+    llama.model.layers[1].mlp.up_proj.weight.data *= 1e5
     half = llama.half()
     with pytest.raises(NumericalError, match=r"what leaves block 1 holds NaN or infinite values, .*: set model.dtype=float32"):
         look(half, tmp_path)
