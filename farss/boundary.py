@@ -28,6 +28,7 @@ from farss.tasks.likelihood import (
     FORWARD,
     LEAST,
     affordable,
+    asked_or_shown,
     other_question_tokens,
     question_tokens,
     text_tokens,
@@ -162,7 +163,8 @@ def knowledge_rows(config: Config, tokenizer: Any, room: float, notes: list[str]
     limit = config.boundary.questions
     if sets:
         share = max(LEAST, limit // len(sets))
-        rows = {entry.name: _questions(entry, config, tokenizer, share, room / len(sets), notes) for entry in sets}
+        taken = asked_or_shown(config)
+        rows = {entry.name: _questions(entry, taken, config, tokenizer, share, room / len(sets), notes) for entry in sets}
         return rows, "probability of the answers to " + ", ".join(f"{len(each)} questions of {name}" for name, each in rows.items())
     if config.evaluate.text:
         text = text_tokens(config, tokenizer, limit)
@@ -175,10 +177,10 @@ def knowledge_rows(config: Config, tokenizer: Any, room: float, notes: list[str]
     )
 
 
-def _questions(entry: QuestionSet, config: Config, tokenizer: Any, limit: int, room: float, notes: list[str]) -> list[Row]:
-    """Questions that the evaluation does not ask, so that no boundary is chosen by those that judge it; where the file has
-    too few of them, asked ones too."""
-    fresh = other_question_tokens(entry, "knowledge", config, tokenizer, limit)
+def _questions(entry: QuestionSet, taken: set[str], config: Config, tokenizer: Any, limit: int, room: float, notes: list[str]) -> list[Row]:
+    """Questions that the evaluation does not ask or show (not `taken`), so that no boundary is chosen by those that judge it; where
+    the file has too few of them, asked ones too."""
+    fresh = other_question_tokens(entry, "knowledge", config, tokenizer, limit, taken)
     asked = question_tokens(entry, "knowledge", config, tokenizer, limit) if len(fresh) < limit else []
     if not fresh and not asked:
         raise ConfigError(f"question set {entry.name!r}: every question is longer than data.max_length={config.data.max_length}: raise it")

@@ -190,9 +190,10 @@ def _ask_and_write(benchmark: Benchmark, live: Any, config: Config, manager: Any
     started = time.monotonic()
     live.start(benchmark.name, _writes_special_tokens(benchmark, config))
     logged = _run(benchmark, live, config, manager)
+    metrics = [main_metric(each) for each in logged]
     records: list[Record] = []
-    for each in logged:
-        found = records_of(each, main_metric(each), f"{each.name}/" if len(logged) > 1 else "")
+    for each, metric in zip(logged, metrics, strict=True):
+        found = records_of(each, metric, f"{each.name}/" if len(logged) > 1 else "")
         # lm_eval's tasks may have right answers that do not fit, and HFLM cuts their prompts
         records += _with_gold(live.gold if benchmark.drawn else live.loglikelihood, each, found)
     if benchmark.drawn is not None:
@@ -201,7 +202,7 @@ def _ask_and_write(benchmark: Benchmark, live: Any, config: Config, manager: Any
     likelihoods = [each["gold_loglikelihood"] for each in records if each["gold_loglikelihood"] is not None]
     score = TaskScore(
         name=benchmark.name,
-        metric=metric_label(logged[0], main_metric(logged[0])),
+        metric=metric_label(logged[0], metrics[0]),
         score=sum(each["score"] for each in records) / len(records),
         questions=len(records),
         fewshot=logged[0].task.config.num_fewshot or 0,

@@ -73,10 +73,13 @@ class Inputs:
         if self.common_config.evaluate.full_scores:
             self._once(self._check_reference, self.common_config)
         if self.config.evaluate.recovery:
-            recovery_rows(self.common_config, self.tokenizer)
+            self._once(self._check_recovery, self.common_config)
 
     def _check_reference(self, config: Config) -> None:
         check_reference(config, self.tokenizer)
+
+    def _check_recovery(self, config: Config) -> None:
+        recovery_rows(config, self.tokenizer)
 
     def _once(self, read: Callable[..., Result], *options: Any) -> Result:
         key = read.__qualname__, repr(options)

@@ -154,7 +154,7 @@ class Run:
             self._check_handover()
             check_options(self.config.train, device_of(self.config.model))
             check_room(self.config.model, whole=self.config.plan.method == "full")
-        if self.folder.record("train") or self.folder.record("evaluate"):
+        if self.folder.record("train"):
             return  # they were usable when the training began
         self.inputs.check()
         layers, blocks = self.inputs.shapes

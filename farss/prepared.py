@@ -134,7 +134,7 @@ def convert(prepared: Path | str, trained: Path | str, out: Path | str, rank: in
         rank, energy: compress, see `farss.portable.portable`; None: exact.
 
     Raises:
-        FarssError: `trained` is not an adapter that began as this start.
+        FarssError: `trained` is not an adapter that began as this start, or holds more than that.
         FolderError: `out` exists, or a folder is not what it should be.
     """
     prepared, trained, out = Path(prepared), Path(trained), Path(out)
@@ -143,15 +143,18 @@ def convert(prepared: Path | str, trained: Path | str, out: Path | str, rank: in
     plan, facts = Plan.load(prepared / "plan.json"), read_json(prepared / "prepared.json")
     start, end = load_file(prepared / "start.safetensors"), _trained_state(trained)
     changes = {name: _change(name, plan.layers[name].scaling, start, end, trained) for name in plan.layers}
+    before, after = (read_json(folder / "adapter_config.json") for folder in (prepared / "adapter", trained))
+    for option in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"):
+        if (after.get(option) or None) != (before.get(option) or None):
+            raise FarssError(
+                f"{trained} was trained with another {option} than was prepared, which changes what the factors mean: train the adapter as "
+                "it lies there"
+            )
     if more := sorted(set(end) - set(start)):
         raise FarssError(
             f"{trained} holds {more[0]}, {len(more)} tensors in all that were not prepared, and a plain LoRA of the prepared layers does "
             "not hold them: train it again without modules_to_save, biases, new tokens or other layers"
         )
-    before, after = (read_json(folder / "adapter_config.json") for folder in (prepared / "adapter", trained))
-    for option in ("r", "lora_alpha", "rank_pattern", "alpha_pattern"):
-        if after.get(option) != before.get(option):
-            raise FarssError(f"{trained} was trained with another {option} than was prepared: train the adapter as it lies there")
     made = portable(changes.items(), rank, energy)
     with whole_folder(out) as unfinished:
         write_adapter(unfinished, made.state, facts.get("target_modules") or list(plan.layers), facts["base"], made.rank)
@@ -166,10 +169,6 @@ def convert(prepared: Path | str, trained: Path | str, out: Path | str, rank: in
 def _trained_state(folder: Path) -> dict[str, Tensor]:
     if not (folder / "adapter_model.safetensors").is_file():
         raise FolderError(f"{folder} holds no adapter_model.safetensors: give the folder that the trainer wrote the adapter to")
-    config = read_json(folder / "adapter_config.json")
-    for option in ("use_rslora", "use_dora"):
-        if config.get(option):
-            raise FarssError(f"{folder} was trained with {option}, which changes what the factors mean: train it again without")
     return load_file(folder / "adapter_model.safetensors")
 
 

@@ -19,7 +19,7 @@ from farss.config import Config, QuestionSet, TrainConfig
 from farss.data import Row, Tokenized, choose
 from farss.errors import ConfigError
 from farss.models import layer_shapes
-from farss.tasks.likelihood import answered, unasked
+from farss.tasks.likelihood import answered, asked_or_shown, unasked
 from farss.tasks.questions import prompt_of
 from farss.train import train
 
@@ -41,7 +41,8 @@ def recovery_rows(config: Config, tokenizer: Any) -> Tokenized:
     """
     sets = [entry for entry in config.evaluate.knowledge if isinstance(entry, QuestionSet)]
     wanted = config.evaluate.recovery * BATCH
-    held = sorted((_unasked(entry, config, tokenizer) for entry in sets), key=len)
+    taken = asked_or_shown(config)
+    held = sorted((_rows(unasked(entry, taken), entry, config, tokenizer) for entry in sets), key=len)
     rows: list[Row] = []
     for place, each in enumerate(held):  # the smallest first: what it lacks of its share the others make up for
         rows += choose(each, -(-(wanted - len(rows)) // (len(held) - place)), config.seed)
@@ -53,9 +54,9 @@ def recovery_rows(config: Config, tokenizer: Any) -> Tokenized:
     return Tokenized(choose(rows, wanted, config.seed + 1))
 
 
-def _unasked(entry: QuestionSet, config: Config, tokenizer: Any) -> list[Row]:
+def _rows(questions: list[dict[str, Any]], entry: QuestionSet, config: Config, tokenizer: Any) -> list[Row]:
     prompt = prompt_of(entry, "knowledge", config.data.template, tokenizer)
-    rows = answered(unasked(entry, config), prompt, tokenizer)
+    rows = answered(questions, prompt, tokenizer)
     return [row for row in rows if len(row["input_ids"]) <= config.data.max_length]
 
 

@@ -11,8 +11,7 @@ from farss.compare.entrants import Entrant, has_own_full
 from farss.config import Config, QuestionSet
 from farss.errors import ConfigError, FarssError
 from farss.maths.metrics import balance
-from farss.rows import example_rows, question_rows
-from farss.tasks.questions import draw
+from farss.tasks.questions import draw_from_files
 from farss.tasks.standing import Entry, standings, task_score
 from farss.tasks.summary import Estimate, outcomes_of, read_scores
 
@@ -35,7 +34,7 @@ def check_tuning(config: Config) -> None:
     chooses = held_out(config.compare.held_out)
     for entry in (*config.evaluate.knowledge, *config.evaluate.task):
         if isinstance(entry, QuestionSet):
-            asked = draw(entry, question_rows(entry), config.seed, example_rows(entry)).asked
+            asked = draw_from_files(entry, config.seed).asked
             if (count := sum(chooses(str(row["id"])) for row in asked)) in (0, len(asked)):
                 raise ConfigError(
                     f"compare.held_out={config.compare.held_out} takes {count} of the {len(asked)} questions of {entry.name!r} to choose "

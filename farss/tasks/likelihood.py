@@ -14,9 +14,9 @@ from farss.artifacts import Kind
 from farss.config import Config, QuestionSet
 from farss.data import Row, batches, choose, collate, tokenize
 from farss.errors import ConfigError, NumericalError
-from farss.rows import example_rows, question_rows, text_rows
+from farss.rows import question_rows, text_rows
 from farss.structure import accepts, evaluating
-from farss.tasks.questions import Prompt, draw, prompt_of
+from farss.tasks.questions import Prompt, draw_from_files, prompt_of
 from farss.tasks.text import rows_that_fit
 
 FORWARD = 0.5
@@ -76,19 +76,23 @@ def question_tokens(entry: QuestionSet, kind: Kind, config: Config, tokenizer: A
     """Questions as the evaluation puts them, with the first accepted answer, that `data.max_length` leaves whole. Without the examples
     that it may show before them: they would cost most of the budget, and are the same for every candidate."""
     bare = replace(entry, fewshot=0, limit=min(limit, entry.limit or limit))
-    return _scored(draw(bare, question_rows(bare), config.seed).asked, entry, kind, config, tokenizer)
+    return _scored(draw_from_files(bare, config.seed).asked, entry, kind, config, tokenizer)
 
 
-def other_question_tokens(entry: QuestionSet, kind: Kind, config: Config, tokenizer: Any, limit: int) -> list[Row]:
-    """The same for questions of the file that the evaluation neither asks nor shows; none where it asks them all."""
-    return _scored(choose(unasked(entry, config), limit, config.seed), entry, kind, config, tokenizer)
+def other_question_tokens(entry: QuestionSet, kind: Kind, config: Config, tokenizer: Any, limit: int, taken: set[str]) -> list[Row]:
+    """The same for other questions of the file than those `taken`; none where there are no others."""
+    return _scored(choose(unasked(entry, taken), limit, config.seed), entry, kind, config, tokenizer)
 
 
-def unasked(entry: QuestionSet, config: Config) -> list[dict[str, Any]]:
-    """The questions of a file that no set of the evaluation asks or shows: several may read one file."""
-    sets = [each for each in config.evaluate.asked if isinstance(each, QuestionSet)]
-    drawn = [draw(each, question_rows(each), config.seed, example_rows(each)) for each in sets]
-    taken = {row["question"] for each in drawn for row in (*each.asked, *each.shown)}
+def asked_or_shown(config: Config) -> set[str]:
+    """Every question that a set of the evaluation asks or shows: several sets may read one file."""
+    sets = [entry for entry in config.evaluate.asked if isinstance(entry, QuestionSet)]
+    drawn = [draw_from_files(entry, config.seed) for entry in sets]
+    return {row["question"] for each in drawn for row in (*each.asked, *each.shown)}
+
+
+def unasked(entry: QuestionSet, taken: set[str]) -> list[dict[str, Any]]:
+    """The questions of a file that are not `taken`."""
     return [row for row in question_rows(entry) if row["question"] not in taken]
 
 

@@ -10,6 +10,7 @@ from farss.artifacts import Kind
 from farss.config import QuestionSet
 from farss.data import answer_border, prompt_text, separator
 from farss.errors import ConfigError, DataError
+from farss.rows import example_rows, question_rows
 from farss.tasks.grading import METRICS, final_number
 
 Row = dict[str, Any]
@@ -71,6 +72,11 @@ def draw(entry: QuestionSet, rows: Sequence[Source], seed: int, examples: Sequen
     if entry.metric == "number":
         _check_numbers(entry, asked)
     return Drawn(asked, shown)
+
+
+def draw_from_files(entry: QuestionSet, seed: int) -> Drawn:
+    """The same, read from the files that the set names."""
+    return draw(entry, question_rows(entry), seed, example_rows(entry))
 
 
 def _shuffled(rows: Sequence[Source], seed: int) -> list[Row]:

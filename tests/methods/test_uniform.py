@@ -59,7 +59,10 @@ def test_equal_singular_values_fall_the_same_way_in_survey_and_plan(method, tmp_
     for name in target_layers(model):
         torch.nn.init.orthogonal_(model.get_submodule(name).weight)
     known = read_layers(model, tmp_path, read, 3)
-    attach(model, planned(method, known, rank=3), known)
+    for name, layer in planned(method, known, rank=3).layers.items():
+        u, v = (side.double() for side in known.vectors(name, layer.directions))
+        weight, values = weight_of(model.get_submodule(name)).double(), torch.ones(3, dtype=torch.float64)
+        torch.testing.assert_close(u.T @ weight @ v, values.diag(), rtol=0, atol=1e-5)
 
 
 def test_weights_are_a_survey_with_identity_moments(tmp_path):
