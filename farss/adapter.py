@@ -10,7 +10,7 @@ difference.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from farss.artifacts import Plan, Survey
 from farss.config import Base
-from farss.errors import FarssError, ModelError
+from farss.errors import ConfigError, FarssError
 from farss.methods import METHODS, Regime
 from farss.methods.base import Start
 from farss.structure import ORIGINAL, check_readable, check_unshared, is_packed, is_transposed, keep_gradients, shape_of
@@ -57,7 +57,8 @@ def attach(
         A `PeftModel`, or the model itself with every weight trainable for full fine-tuning.
 
     Raises:
-        ModelError: the weights are quantised or shared by several layers, and `base` is `residual`.
+        ConfigError: the weights are quantised, and `base` is `residual`.
+        ModelError: they are shared by several layers, and `base` is `residual`.
         FarssError: a planned layer gets no adapter, or the plan has directions and no survey is given.
     """
     from peft import get_peft_model
@@ -85,6 +86,30 @@ def attach(
         regime.dress(list(lora_layers(adapted, plan).values()), TRAINED)
     activate(adapted)
     return adapted
+
+
+def check_residual(model: nn.Module, names: Iterable[str], quantised: bool, dtypes: Iterable[torch.dtype], option: str) -> None:
+    """Find out before a training that the start cannot be taken out of the weights themselves, or not exactly.
+
+    Args:
+        model: with its weights or without.
+        names: of the planned layers.
+        quantised: the weights are, or will be.
+        dtypes: of the planned weights; none where they may be rounded.
+        option: how the user chose it.
+
+    Raises:
+        ConfigError: the weights are quantised, or would be rounded without their start.
+        ModelError: a weight is shared by several layers.
+    """
+    check_unshared(model, names)
+    if quantised:
+        raise ConfigError(f"{option}='residual' takes the start out of weights that are quantised: set {option}=untouched")
+    if rounded := [dtype for dtype in dtypes if dtype.is_floating_point and dtype != torch.float32]:
+        raise ConfigError(
+            f"{option}='residual' rounds the weights without their start to {str(rounded[0]).removeprefix('torch.')}, and no adapter "
+            f"for the original ones is exact: set {option}=untouched, or load the model in float32"
+        )
 
 
 def lora_config(plan: Plan, dropout: float) -> Any:
@@ -162,11 +187,11 @@ def _begin(adapted: Any, plan: Plan, survey: Survey) -> None:
 
 def _take_out(adapted: Any, plan: Plan) -> None:
     """Subtract the frozen adapter's part from every planned weight, in float32 and then rounded; the original stays beside it."""
-    check_unshared(adapted.get_base_model(), plan.layers)
-    for name, module in lora_layers(adapted, plan).items():
+    modules = lora_layers(adapted, plan)
+    packed = any(is_packed(module.base_layer) for module in modules.values())
+    check_residual(adapted.get_base_model(), plan.layers, packed, (), "adapter.base")
+    for module in modules.values():
         layer = module.base_layer
-        if is_packed(layer):
-            raise ModelError(f"{name} is quantised: nothing can be subtracted from it; set adapter.base=untouched")
         part = module.scaling[START] * module.lora_B[START].weight.detach().float() @ module.lora_A[START].weight.detach().float()
         part = part.T if is_transposed(layer) else part
         setattr(layer, ORIGINAL, layer.weight.data)

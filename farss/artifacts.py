@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ Side = Literal["least", "most"]
 
 NEARLY_FULL_BYTES = 2**22
 """With less than this free, a failed write is taken for a full disk."""
+FULL = (errno.ENOSPC, errno.EDQUOT)
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -34,17 +37,20 @@ NEARLY_FULL_BYTES = 2**22
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path` to write to, and rename it when the block ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise FarssError(f"the disk is full: {path} was not written; free some space and run again") from error
+        if error.errno in FULL:
+            raise FarssError(f"the disk is full, or your quota of it: {path} was not written; free some space and run again") from error
+        if error.errno in FORBIDDEN:
+            raise FolderError(f"{path} cannot be written ({error.strerror}): check the permissions, or choose another folder") from error
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -79,9 +85,11 @@ def disk_cure(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        full = isinstance(error, OSError) and error.errno in FULL
         if full or shutil.disk_usage(folder).free < NEARLY_FULL_BYTES:
-            raise FarssError(f"the disk is full: {folder} could not be written; free some space and run again") from error
+            raise FarssError(
+                f"the disk is full, or your quota of it: {folder} could not be written; free some space and run again"
+            ) from error
         raise
 
 
@@ -116,8 +124,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         try:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
         except Exception as error:  # safetensors wraps the operating system's error in one of its own
-            if "No space left" in str(error):
-                raise OSError(errno.ENOSPC, str(error)) from error
+            if found := re.search(r"\(os error (\d+)\)", str(error)):
+                raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
             raise
 
 

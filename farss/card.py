@@ -37,7 +37,8 @@ def write_card(folder: Path, summary: dict[str, Any] | None = None, command: str
     shallow = f", the first {facts['boundary']} of them shallow" if facts.get("boundary") else ""
     if facts.get("parameters"):
         lines.append(f"- trained as: {method}, {facts['parameters']:,} parameters, {facts['blocks']} blocks{shallow}")
-    lines += [f"- prompt: {PROMPTS.get(template, repr(template))}"] if (template := facts.get("template")) else []
+    system = f", with the system message {facts['system']!r}" if facts.get("system") else ""
+    lines += [f"- prompt: {PROMPTS.get(template, repr(template))}{system}"] if (template := facts.get("template")) else []
     lines += [f"- made by: `{command}`"] if command else []
     lines.append(f"- licence: that of the base model ({licence or 'see its card'})")
     lines += ["", *_measured(summary)] if summary else []

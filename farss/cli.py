@@ -102,7 +102,7 @@ def demo(out: Annotated[Path, typer.Option(help="Folder of the demo's runs.")] =
 @app.command()
 def run(config: ConfigFile, overrides: Overrides = None) -> None:
     """Do everything: survey, plan, train, export, evaluate, report."""
-    _run(load(config, overrides or ()))
+    _run(_read(config, overrides, shared=True))
 
 
 @app.command()
@@ -114,7 +114,7 @@ def compare(
     tune: Annotated[bool, typer.Option("--tune", help=f"Tune every method's learning rate: compare.tune={TUNE}.")] = False,
 ) -> None:
     """Run several methods on the same model and data, and put them into one table."""
-    wanted = load(config, overrides or ())
+    wanted = _read(config, overrides, shared=True)
     extra = [f"compare.methods=[{methods}]"] if methods else []
     extra += [f"compare.seeds=[{seeds}]"] if seeds else []
     extra += [f"compare.tune={TUNE}"] if tune and not wanted.compare.tune else []
@@ -132,12 +132,11 @@ def survey(config: ConfigFile, overrides: Overrides = None) -> None:
     FARSS and FARSS-plus; what else a comparison looks at is left to `farss compare` then.
     """
     from farss import processes
-    from farss.compare import check_labels, plans_of
+    from farss.compare import plans_of
     from farss.plan import method_of
     from farss.terminal import extremes_table, importance_table, survey_facts
 
-    wanted = load(config, overrides or ())
-    check_labels(wanted)
+    wanted = _read(config, overrides, shared=True)
     named = f"compare.methods={wanted.compare.methods}" if wanted.compare.methods else f"plan.method={wanted.plan.method}"
     plans = plans_of(wanted) or [wanted.plan]
     needs = [each for each in dict.fromkeys(method_of(plan).needs for plan in plans) if each != "nothing"]
@@ -149,7 +148,7 @@ def survey(config: ConfigFile, overrides: Overrides = None) -> None:
         raise UsageError(f"{named} is surveyed in one process: start this command without torchrun")
     with processes.joined():
         first = processes.rank() == 0
-        with _single(config, overrides, several=True, shared=True, trains=False) as one:
+        with _single(wanted, several=True, trains=False) as one:
             made = [one.surveys.of(each) for each in needs]
     if not first:
         return
@@ -166,8 +165,8 @@ def plan(config: ConfigFile, overrides: Overrides = None) -> None:
     """Choose ranks and directions."""
     from farss.terminal import rank_map
 
-    searches = load(config, overrides or ()).plan.boundary == "auto"  # by training
-    with _single(config, overrides, trains=searches) as one:
+    wanted = _read(config, overrides)
+    with _single(wanted, trains=wanted.plan.boundary == "auto") as one:  # which is found by training
         made = one.plan()
     console.print(rank_map(made))
     for note in made.notes:
@@ -180,9 +179,9 @@ def boundary(config: ConfigFile, overrides: Overrides = None) -> None:
     """Find out by short probes how many blocks shall be shallow; `plan.boundary: auto` does it inside a run."""
     from farss.plan import require_boundary
 
-    wanted = [*(overrides or []), "plan.boundary=auto"]
-    require_boundary(load(config, wanted).plan)
-    with _single(config, wanted, shared=True) as one:
+    wanted = _read(config, [*(overrides or []), "plan.boundary=auto"], shared=True)
+    require_boundary(wanted.plan)
+    with _single(wanted) as one:
         console.print(one.search_setting.sentence, highlight=False, soft_wrap=True)
         found = one.boundary()
         page = one.report()
@@ -204,7 +203,7 @@ def _show_boundary(found: Any) -> None:
 @app.command()
 def train(config: ConfigFile, overrides: Overrides = None) -> None:
     """Fine-tune; a killed run continues from its newest checkpoint."""
-    with _single(config, overrides) as one:
+    with _single(_read(config, overrides)) as one:
         result = one.train()
     console.print(f"{result.steps} steps, loss {result.loss:.4f}, {result.seconds:.0f} s, peak memory {result.peak_memory_gib:.1f} GiB")
     if result.cut:
@@ -221,7 +220,10 @@ def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
     """Ask the questions before and after, and compute K, T and KT."""
     from farss.terminal import summary_table
 
-    with _single(config, overrides, alone=True) as one:
+    wanted = _read(config, overrides)
+    if not wanted.evaluate.asks:
+        raise UsageError(f"{config} asks nothing: name questions in evaluate.knowledge and evaluate.task, or a file in evaluate.text")
+    with _single(wanted, within=False) as one:
         summary = one.evaluate()
     console.print(summary_table(summary))
     _tell(summary.notes)
@@ -240,14 +242,11 @@ def export(
     extra = [f"export.to={to}"] if to else []
     extra += [f"export.rank={rank}"] if rank is not None else []
     extra += [f"export.energy={energy}"] if energy is not None else []
-    with _single(config, [*(overrides or []), *extra]) as one:
+    with _single(_read(config, [*(overrides or []), *extra])) as one:
         target = one.export()
     facts = one.folder.record("export") or {}
     if "rank" in facts:
-        console.print(
-            f"rank {facts['rank']}; logits differ from the trained model's by at most {facts['logit_difference']:.1e} (float32); "
-            f"lost to compression: {facts['lost']:.2%}"
-        )
+        console.print(_exactness(facts))
     elif "logit_difference" in facts:
         console.print(
             f"its weights are rounded as the base's are: logits differ from the trained model's by at most "
@@ -259,7 +258,7 @@ def export(
 @app.command()
 def prepare(config: ConfigFile, overrides: Overrides = None) -> None:
     """Write a start for another trainer: a base without the start, and the adapter to train on it."""
-    with _single(config, overrides) as one:
+    with _single(_read(config, overrides)) as one:
         target = one.prepared()
     _where({"base to train on": target / "base", "adapter to train": target / "adapter", "then": target / "README.md"})
 
@@ -278,7 +277,7 @@ def convert(
 
     quiet()
     done = turn(prepared, trained, out, rank, energy)
-    console.print(f"rank {done.rank}; logits differ from the trained model's by at most {done.logit_difference:.1e} (float32)")
+    console.print(_exactness(done._asdict()))
     _where({"adapter": out})
 
 
@@ -291,12 +290,12 @@ def report(
     """Draw report.html and its figures again from what the folder holds; of a comparison that is not finished, with a table so far."""
     import webbrowser
 
-    from farss.folder import run_folder
+    from farss.folder import read_config, run_folder
     from farss.report import write_report
 
     if overrides and folder.is_dir():
         raise UsageError(f"{folder} is a folder, and a folder has no options to override: give its config.yaml instead")
-    place = run_folder(load(folder, overrides or ())) if folder.is_file() else folder
+    place = run_folder(read_config(folder, overrides or ())) if folder.is_file() else folder
     _update_table(place)
     page = write_report(place)
     _facts(place)
@@ -330,41 +329,53 @@ def _update_table(folder: Path) -> None:
         write_so_far(dataclasses.replace(config, out=str(folder)))
 
 
+def _read(path: Path, overrides: Iterable[str] | None, shared: bool = False) -> Config:
+    """The options of a command.
+
+    Args:
+        shared: what it does may be done for a comparison, before all of its runs.
+    """
+    from farss.compare import check_labels
+    from farss.folder import read_config
+
+    values = read_config(path, overrides or ())
+    if values.compare.methods and not shared:
+        raise UsageError(
+            f"{path} compares methods, and this is a step of a single run: use `farss compare`, or add compare.methods=[] and another out"
+        )
+    check_labels(values)
+    return values
+
+
 @contextmanager
-def _single(
-    config: Path, overrides: list[str] | None, several: bool = False, shared: bool = False, alone: bool = False, trains: bool = True
-) -> Iterator[Any]:
+def _single(values: Config, several: bool = False, within: bool = True, trains: bool = True) -> Iterator[Any]:
     """A run of one step, with its progress bars.
 
     Args:
         several: the step may run in several processes.
-        shared: it may be done for a comparison, before all of its runs.
-        alone: it may not be done for one run of a comparison.
+        within: it may be done for one run of a comparison.
         trains: see `Run.claim`.
     """
-    from farss.compare import check_labels, plans_of, run_within
+    from farss.compare import plans_of, run_within
+    from farss.folder import alone, run_folder
     from farss.pipeline import Run
 
     if not several:
         _refuse_several()
-    values = load(config, overrides or ())
-    if values.compare.methods and not shared:
-        raise UsageError(
-            f"{config} compares methods, and this is a step of a single run: use `farss compare`, or add compare.methods=[] and another out"
-        )
-    check_labels(values)
-    with bars() as tell:
-        within = run_within(values, tell)
-        if within and alone:
-            raise _belongs(within)
-        one = within or Run(values, tell=tell, beside=plans_of(values))
-        if values.compare.methods and (one.path / "config.yaml").is_file():
-            one.folder.check_kind(values)
-            one.check_inputs(trains)  # the comparison's configuration stays as it is
-            one.check_unchanged()
-        else:
-            one.claim(trains)
+    with alone(run_folder(values)), bars() as tell:
+        found = run_within(values, tell)
+        if found and not within:
+            raise _belongs(found)
+        one = found or Run(values, tell=tell, beside=plans_of(values))
+        one.claim(trains)
         yield one
+
+
+def _exactness(facts: dict[str, Any]) -> str:
+    return (
+        f"rank {facts['rank']}; logits differ from the trained model's by at most {facts['logit_difference']:.1e} (float32); "
+        f"lost to compression: {facts['lost']:.2%}"
+    )
 
 
 def _refuse_several() -> None:
@@ -384,13 +395,14 @@ def _belongs(run: Any) -> UsageError:
 
 def _run(config: Config) -> None:
     from farss.compare import run_within
+    from farss.folder import alone, run_folder
     from farss.pipeline import Run
 
     _refuse_several()
     if config.compare.methods:
         _run_comparison(config)
         return
-    with bars() as tell:
+    with alone(run_folder(config)), bars() as tell:
         if within := run_within(config, tell):
             raise _belongs(within)
         one = Run(config, tell=tell)
@@ -402,8 +414,9 @@ def _run(config: Config) -> None:
 def _run_comparison(config: Config) -> None:
     from farss.artifacts import read_json
     from farss.compare import compare
+    from farss.folder import alone, run_folder
 
-    with bars() as tell:
+    with alone(run_folder(config)), bars() as tell:
         folder = compare(config, tell)
     _facts(folder)
     places = {"table": folder / "comparison.md", "report": folder / "report.html"}

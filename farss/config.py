@@ -52,6 +52,9 @@ class DataConfig:
     template: str = "alpaca"
     """alpaca, chat (the model's own chat template), plain (as it is), or your own text with {instruction} in it. A space stands between
     prompt and answer, unless your own text ends in white space."""
+    system: str | None = None
+    """With the template chat: the system message of every question of the task that is asked, and of every example that has none. null:
+    none, which is refused where all examples begin with the same one; '' asks without it all the same."""
     max_length: int = 512
     """Longest example in tokens; the end is cut off, and an example of which no answer is left is not used (you are told)."""
     limit: int | None = None
@@ -65,6 +68,10 @@ class DataConfig:
             named or "{instruction}" in self.template,
             f"data.template={self.template!r}: choose alpaca, chat or plain, or give a text that contains {{instruction}}",
         )
+        _check(
+            not self.system or self.template == "chat",
+            f"data.system={self.system!r} is a message of a chat, and data.template={self.template!r}: set data.template=chat",
+        )
 
 
 @dataclass(frozen=True)
@@ -75,8 +82,8 @@ class QuestionSet:
     """How the table calls it."""
     data: str = ""
     """A .jsonl, .json, .csv or .parquet file (.gz too), or a data set's name on a hub, its configuration behind a colon."""
-    split: str = "test"
-    """Split of a hub data set; examples are shown from its train split."""
+    split: str | None = None
+    """Split of a hub data set; null: test, and train for what is shown before the questions and for calibration.knowledge."""
     question: str = "question"
     """Column with the question. A column input or context beside instruction is added to it."""
     answers: str = "answers"
@@ -93,8 +100,9 @@ class QuestionSet:
     max_tokens: int = 32
     """Longest answer in tokens."""
     metric: Literal["exact_match", "contains", "number"] = "exact_match"
-    """exact_match: the answer is one of the accepted ones (case, articles and punctuation apart, save that of numbers); contains:
-    holds one; number: the number behind its last '####' or 'The answer is:', else its last number, equals that of one."""
+    """exact_match: the answer is one of the accepted ones (case, articles and punctuation apart, save that of numbers and of names
+    such as C++); contains: holds one; number: the number behind its last '####' or 'The answer is:', else its last number, equals
+    that of one."""
 
     def __post_init__(self) -> None:
         _check(bool(self.name), f"a question set needs a name: add `name:` beside data={self.data!r}")
@@ -129,6 +137,11 @@ class CalibrationConfig:
     def __post_init__(self) -> None:
         _check(self.examples >= 1, f"calibration.examples={self.examples}: give 1 or more")
         _check(self.batch_size >= 1, f"calibration.batch_size={self.batch_size}: give 1 or more")
+        if isinstance(self.knowledge, QuestionSet):
+            for name in ("prompt", "fewshot", "examples", "limit", "max_tokens", "metric"):
+                given = getattr(self.knowledge, name)
+                unused = f"calibration.knowledge has {name}={given!r}, but its rows are looked at and not asked"
+                _check(given == getattr(QuestionSet, name), f"{unused}: leave it out (calibration.examples says how many)")
 
 
 @dataclass(frozen=True)
@@ -248,8 +261,8 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Precision of the matrix products; auto: bf16 where the machine has units for it. Trainable weights and their updates
-    are always float32."""
+    """Precision of the matrix products; fp32: that of the weights (model.dtype); auto: bf16 where the machine has units for it. Trainable
+    weights and their updates are always float32."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a third more time."""
     save_steps: int = 100
@@ -351,6 +364,11 @@ class ExportConfig:
     def __post_init__(self) -> None:
         _check(self.energy is None or 0 < self.energy <= 1, f"export.energy={self.energy}: give a share above 0 and up to 1, or null")
         _check(self.rank is None or self.rank >= 1, f"export.rank={self.rank}: give 1 or more, or null to keep all")
+        for name in ("rank", "energy"):
+            given = getattr(self, name)
+            _check(
+                self.to != "merged" or given is None, f"export.{name}={given} compresses an adapter, and export.to=merged: leave one out"
+            )
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"there is no configuration file {path}: `farss config > {path}` makes one")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {_told(error)}") from error
     if not isinstance(values, dict):

@@ -6,7 +6,7 @@ import itertools
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
 from typing import Any, Literal, TypeVar
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from farss import processes
 from farss.config import CalibrationConfig, DataConfig
-from farss.errors import DataError
-from farss.rows import cell, find_columns, read_rows, whole_instruction
+from farss.errors import DataError, RowError
+from farss.rows import cell, find_columns, naming, read_rows, whole_instruction
 
 Row = dict[str, list[int]]
 """One example: `input_ids` and `completion_mask`, of the same length."""
@@ -40,18 +40,31 @@ T = TypeVar("T")
 # --- prompts ---------------------------------------------------------------------------------------------------------
 
 
-def prompt_text(template: str, instruction: str, tokenizer: Any = None) -> str:
+def prompt_text(template: str, instruction: str, tokenizer: Any = None, system: str | None = None) -> str:
     """Put an instruction into a template: alpaca, plain, chat, or a text with `{instruction}` in it.
+
+    Args:
+        system: message that stands before it in a chat.
 
     Raises:
         DataError: `chat`, but the tokenizer has no chat template.
     """
     if template == "chat":
-        return _render(tokenizer, [{"role": "user", "content": instruction}], ask=True) + answer_border(tokenizer).rstrip(" ")
+        messages = [*_opened(system), {"role": "user", "content": instruction}]
+        return _render(tokenizer, messages, ask=True) + answer_border(tokenizer).rstrip(" ")
     if template == "plain":
         return instruction
     # not str.format: instructions and templates may hold other braces
     return (ALPACA if template == "alpaca" else template).replace("{instruction}", instruction)
+
+
+def _opened(system: str | None) -> list[dict[str, Any]]:
+    return [{"role": "system", "content": system}] if system else []
+
+
+def prompt_facts(config: DataConfig) -> dict[str, str]:
+    """How whoever asks the model must ask it: `template` and, where there is one, `system`."""
+    return {"template": config.template, **({"system": config.system} if config.system else {})}
 
 
 def separator(template: str) -> str:
@@ -102,7 +115,7 @@ def _stages(rows: Sequence[tuple[int, dict[str, Any]]], columns: tuple[str, str]
 def _first_turn(turns: Any, column: str, number: int) -> dict[str, Any]:
     """WizardLM's `conversation[0]`, a dictionary with `human` and `assistant`."""
     if not isinstance(turns, list) or not turns or not isinstance(turns[0], dict):
-        raise DataError(f"row {number}: column {column!r} is no list of turns with `human` and `assistant`: mend the row")
+        raise RowError(f"row {number}: column {column!r} is no list of turns with `human` and `assistant`: mend the row")
     turn: dict[str, Any] = turns[0]
     return turn
 
@@ -119,22 +132,23 @@ def _chat_stages(messages: Any, number: int, config: DataConfig, tokenizer: Any)
     if config.template != "chat":
         raise DataError(f"column 'messages' holds chats, but data.template={config.template!r}: set data.template=chat")
     if not isinstance(messages, list) or not all(isinstance(item, dict) and "role" in item for item in messages):
-        raise DataError(f"row {number}: column 'messages' is no list of {{role, content}}: mend the row")
+        raise RowError(f"row {number}: column 'messages' is no list of {{role, content}}: mend the row")
     stages = []
-    messages = [_with_text(message, number) for message in messages]
+    opened = [] if messages and messages[0]["role"] == "system" else _opened(config.system)
+    messages = [*opened, *(_with_text(message, number) for message in messages)]
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
-            if not index:
-                raise DataError(f"row {number} begins with an assistant message, which answers nothing: remove the message")
+            if index == len(opened):
+                raise RowError(f"row {number} begins with an assistant message, which answers nothing: remove the message")
             try:
                 stages += [_render(tokenizer, messages[:index], ask=True), _render(tokenizer, messages[: index + 1])]
             except (TemplateError, ValueError) as error:
-                raise DataError(f"row {number}: the chat template refuses its messages ({error}): mend or remove the row") from error
+                raise RowError(f"row {number}: the chat template refuses its messages ({error}): mend or remove the row") from error
     if not stages:
-        raise DataError(f"row {number} has no assistant message: there is nothing to learn from it, remove the row")
+        raise RowError(f"row {number} has no assistant message: there is nothing to learn from it, remove the row")
     for before, after in itertools.pairwise(stages):
         if not after.startswith(before):
-            raise DataError(
+            raise RowError(
                 f"row {number}: the chat template writes earlier messages differently when later ones follow, so the "
                 "answers cannot be told apart: use data.template=alpaca, or another chat template"
             )
@@ -143,13 +157,19 @@ def _chat_stages(messages: Any, number: int, config: DataConfig, tokenizer: Any)
 
 def _with_text(message: dict[str, Any], number: int) -> dict[str, Any]:
     """A message whose content is one text, and not a list of parts of which each is a text; an assistant's must say something."""
-    content = message.get("content")
-    if isinstance(content, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
-        content = "".join(part["text"] for part in content)
+    content = _text_of(message)
     empty = content is None or (isinstance(content, str) and not content.strip())
     if empty and message["role"] != "assistant":
         return message | {"content": content or ""}
     return message | {"content": cell({"content": content}, "content", number)}
+
+
+def _text_of(message: dict[str, Any]) -> Any:
+    """The content of a message, of which parts that are texts are joined."""
+    content = message.get("content")
+    if isinstance(content, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
+        return "".join(part["text"] for part in content)
+    return content
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------------
@@ -165,6 +185,8 @@ class Tokenized:
     """Examples whose whole answer lay beyond `max_length`."""
     truncated: int = 0
     """Examples that were cut and still have some of their answer."""
+    system: str = ""
+    """The system message with which every one of them begins, if it is the same."""
 
     def dataset(self) -> Any:
         """The same as a `datasets.Dataset`, with `labels` beside the mask: TRL takes it as it is."""
@@ -197,7 +219,9 @@ def load_examples(config: DataConfig, tokenizer: Any, seed: int) -> Tokenized:
     """
     if not config.train:
         raise DataError("data.train is empty: give a .jsonl, .csv or .parquet file, or a data set's name on a hub")
-    return tokenize_rows(read_rows(config.train, config.split), config, tokenizer, seed)
+    rows = read_rows(config.train, config.split)
+    with naming(config.train):
+        return tokenize_rows(rows, config, tokenizer, seed)
 
 
 def tokenize_rows(rows: Sequence[dict[str, Any]], config: DataConfig, tokenizer: Any, seed: int) -> Tokenized:
@@ -209,7 +233,13 @@ def tokenize_rows(rows: Sequence[dict[str, Any]], config: DataConfig, tokenizer:
     chosen = choose(numbered, config.limit or len(rows), seed)
     stages = _stages(chosen, columns, config, tokenizer)
     whole = tokenize(stages, tokenizer, chat=config.template == "chat")
-    return _cut(whole, config.max_length)
+    return replace(_cut(whole, config.max_length), system=_shared_system([row.get(columns[0]) for _, row in chosen]))
+
+
+def _shared_system(chats: Sequence[Any]) -> str:
+    """The system message with which all chats begin; empty where they are none, or differ."""
+    first = {_text_of(chat[0]) if isinstance(chat, list) and chat and chat[0].get("role") == "system" else "" for chat in chats}
+    return first.pop() if len(first) == 1 else ""
 
 
 def tokenize(stages: Sequence[Sequence[str]], tokenizer: Any, chat: bool = False) -> list[Row]:
@@ -265,6 +295,23 @@ def _framed(ids: list[int], mask: list[int], last: list[int], opening: list[int]
         ids, mask = opening + ids, [0] * len(opening) + mask
     mask[0] = 0  # nothing comes before the first token that could predict it
     return {"input_ids": ids, "completion_mask": mask}
+
+
+def check_length(examples: Tokenized, config: DataConfig, positions: int | None) -> None:
+    """Refuse examples that are longer than a model can read.
+
+    Args:
+        positions: from `farss.structure.positions`.
+
+    Raises:
+        DataError: with the longest.
+    """
+    longest = max(len(row["input_ids"]) for row in examples.rows)
+    if positions is not None and longest > positions:
+        raise DataError(
+            f"the longest example has {longest} tokens (data.max_length={config.max_length}), and the model knows {positions} positions: "
+            f"set data.max_length={positions}"
+        )
 
 
 def _cut(rows: list[Row], max_length: int) -> Tokenized:

@@ -24,6 +24,10 @@ class DataError(UsageError):
     """A data file is missing, unreadable, empty, or has no usable columns."""
 
 
+class RowError(DataError):
+    """A row of a table cannot be used; whoever read the table names its file (`farss.rows.naming`)."""
+
+
 class ModelError(UsageError):
     """A model folder is missing or unreadable, or its architecture is not supported."""
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from farss.artifacts import KINDS, Kind, Scores, TaskScore, fingerprint, questions, read_json, write_json, write_text
-from farss.config import Config, QuestionSet
+from farss.config import Config, DataConfig, QuestionSet
 from farss.configfile import to_dict
-from farss.data import choose, prompt_text, separator
+from farss.data import choose, prompt_facts, prompt_text, separator
 from farss.errors import ConfigError, FarssError, FolderError
 from farss.memory import fits, freed_memory_kept
 from farss.models import fingerprint as weights_fingerprint
@@ -119,7 +119,7 @@ def _benchmark(kind: Kind, entry: str | QuestionSet, config: Config, identity: d
         "kind": kind,
         "entry": asked,
         "limit": config.evaluate.limit if isinstance(entry, str) else None,
-        "template": config.data.template,
+        **prompt_facts(config.data),
         "identity": identity,
     }
     # before a right answer to a prompt that ends in white space stood another space once
@@ -154,6 +154,12 @@ def check_reference(config: Config, tokenizer: Any) -> None:
                 "value: name a run that was, or leave evaluate.full_scores out"
             )
         if not isinstance(each.entry, QuestionSet) or each.drawn is None:
+            limit = config.evaluate.limit
+            if limit and (scores.task[each.name].questions > limit or scores.meta.get("seed", config.seed) != config.seed):
+                raise FolderError(
+                    f"evaluate.full_scores={config.evaluate.full_scores} holds answers to other questions of {each.name!r} than will be "
+                    "asked: evaluate both with the same evaluate.limit and seed"
+                )
             continue
         asked = {str(row["id"]): row["answers"] for row in each.drawn.asked}
         answered = {str(record["id"]): record["gold"] for record in questions(folder, each.name)}
@@ -177,7 +183,7 @@ def _asked_otherwise(entry: QuestionSet, drawn: Drawn, config: Config, score: Ta
     for key, value in was.items():
         if value != (now := getattr(entry, key)):
             return f"{key}={value}, and now {key}={now}"
-    prompts = prompts_of(drawn, prompt_of(entry, "task", config.data.template, tokenizer))
+    prompts = prompts_of(drawn, prompt_of(entry, "task", config.data, tokenizer))
     same = all(record["prompt"] == prompts[str(record["id"])] for record in questions(folder, entry.name))
     return "" if same else "another prompt, template or other examples than now"
 
@@ -224,7 +230,7 @@ def _writes_special_tokens(benchmark: Benchmark, config: Config) -> bool:
     """Whether the prompts come from a chat template, which writes the special tokens (BOS too) itself."""
     if isinstance(benchmark.entry, str):
         return config.data.template == "chat" and benchmark.name.startswith("farss_")
-    return prompt_of(benchmark.entry, benchmark.kind, config.data.template, None).complete
+    return prompt_of(benchmark.entry, benchmark.kind, config.data, None).complete
 
 
 def _run(benchmark: Benchmark, live: Any, config: Config, manager: Any) -> list[Logged]:
@@ -258,7 +264,7 @@ def _load(benchmark: Benchmark, tokenizer: Any, config: Config, manager: Any) ->
     if isinstance(benchmark.entry, QuestionSet) and benchmark.drawn is not None:
         from lm_eval.api.task import ConfigurableTask
 
-        prompt = prompt_of(benchmark.entry, benchmark.kind, config.data.template, tokenizer)
+        prompt = prompt_of(benchmark.entry, benchmark.kind, config.data, tokenizer)
         return {benchmark.name: ConfigurableTask(config=task_settings(benchmark.entry, benchmark.drawn, prompt))}
     try:
         tasks: dict[str, Any] = manager.load([benchmark.name])["tasks"]
@@ -271,13 +277,17 @@ def _load(benchmark: Benchmark, tokenizer: Any, config: Config, manager: Any) ->
         ) from error
     if benchmark.name.startswith("farss_"):
         for task in tasks.values():
-            task.set_config("doc_to_text", _training_prompt(config.data.template, tokenizer))
+            task.set_config("doc_to_text", _training_prompt(config.data, tokenizer))
     return tasks
 
 
-def _training_prompt(template: str, tokenizer: Any) -> Callable[[dict[str, Any]], str]:
-    steps = STEPS.lstrip() if template == "chat" or not separator(template) else STEPS
-    return lambda doc: prompt_text(template, doc["question"] if "question" in doc else doc["problem"], tokenizer) + steps
+def _training_prompt(data: DataConfig, tokenizer: Any) -> Callable[[dict[str, Any]], str]:
+    steps = STEPS.lstrip() if data.template == "chat" or not separator(data.template) else STEPS
+
+    def prompt(doc: dict[str, Any]) -> str:
+        return prompt_text(data.template, doc["question"] if "question" in doc else doc["problem"], tokenizer, data.system) + steps
+
+    return prompt
 
 
 def _draw_places(sizes: dict[str, int], limit: int, seed: int) -> dict[str, list[int]]:

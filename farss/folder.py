@@ -7,10 +7,13 @@ import functools
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from farss import processes
 from farss.artifacts import KINDS, disk_cure, read_json, write_json, write_text
@@ -44,6 +47,7 @@ PATHS = (("model", "path"), ("data", "train"), ("calibration", "knowledge"), ("e
 FILES = ("data.train", "calibration.knowledge", "evaluate.knowledge", "evaluate.task", "evaluate.other", "evaluate.text")
 """Options whose files a result depends on."""
 CONTENT = "content of "
+CONFIG, VERSIONS = "config.yaml", "versions.json"
 PLAN_KEYS = ("model.path", "model.targets", "plan")
 TRAIN_KEYS = (
     *(
@@ -72,7 +76,7 @@ LOADED_KEYS = ("model.path", "model.dtype", "model.quantization")
 COMPRESSED_KEYS = ("export.rank", "export.energy")
 EVALUATE_KEYS = (
     *("evaluate.knowledge", "evaluate.task", "evaluate.other", "evaluate.text", "evaluate.text_rows", "evaluate.limit"),
-    *("evaluate.run_generated_code", "seed", "data.template"),
+    *("evaluate.run_generated_code", "seed", "data.template", "data.system"),
 )
 RECOVERY_KEYS = (*EVALUATE_KEYS, "evaluate.recovery", "data.max_length")
 BASE_KEYS = (*LOADED_KEYS, "data.max_length", *EVALUATE_KEYS)
@@ -98,22 +102,22 @@ class Folder:
         Raises:
             FolderError: it exists and is not a run folder, or is one of the other kind, or cannot be made.
         """
+        if processes.rank():
+            return
         if self.path.exists() and not self.path.is_dir():
             raise FolderError(f"out={str(self.path)!r} is a file: choose another folder")
-        if self.path.exists() and any(self.path.iterdir()) and not (self.path / "config.yaml").is_file():
+        if self.path.exists() and any(self.path.iterdir()) and not is_run_folder(self.path):
             raise FolderError(f"out={str(self.path)!r} is not empty and is no run folder: choose another one")
         self.check_kind(config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise FolderError(f"out={str(self.path)!r} cannot be made: {error.strerror}") from error
-        if processes.rank():
-            return
-        if (self.record("train") or {}).get("done") and (self.path / "versions.json").is_file():
-            versions = read_json(self.path / "versions.json")  # those that it was trained with
+        if (self.record("train") or {}).get("done") and (self.path / VERSIONS).is_file():
+            versions = read_json(self.path / VERSIONS)  # those that it was trained with
+        write_json(self.path / VERSIONS, versions)  # first: by this file the folder is known as ours
         heading = "".join(f"# {name} {version}\n" for name, version in versions.items())
-        write_text(self.path / "config.yaml", heading + dump(config))
-        write_json(self.path / "versions.json", versions)
+        write_text(self.path / CONFIG, heading + dump(config))
 
     def check_kind(self, config: Config) -> None:
         """Refuse a single run in a comparison's folder, whose configuration would be lost, and a comparison over a run that was trained.
@@ -122,7 +126,7 @@ class Folder:
             FolderError: with the cure.
         """
         try:
-            compares = bool(load(self.path / "config.yaml").compare.methods)
+            compares = bool(load(self.path / CONFIG).compare.methods)
         except FarssError:
             return  # there is none, or it is not ours to judge
         if compares and not config.compare.methods:
@@ -215,7 +219,7 @@ def _files(value: Any) -> list[str]:
 
 
 def _filled(value: Any) -> Any:
-    """The same for question sets."""
+    """A recorded value with the defaults of what question sets did not have yet."""
     if isinstance(value, list):
         return [_filled(entry) for entry in value]
     return to_dict(QuestionSet(**value)) if isinstance(value, dict) and {"name", "data"} <= set(value) else value
@@ -263,6 +267,46 @@ def resolve(config: Config) -> Config:
 def run_folder(config: Config) -> Path:
     """The folder that a configuration names."""
     return Path(_expand("out", config.out)).absolute()
+
+
+def is_run_folder(path: Path) -> bool:
+    """Whether a folder is one of ours, and not some folder that holds a `config.yaml`."""
+    return (path / VERSIONS).is_file()
+
+
+def read_config(path: Path, overrides: Iterable[str] = ()) -> Config:
+    """The options in a run file. Those that a run folder holds are of the folder in which they lie, wherever it was moved or copied to.
+
+    Raises:
+        ConfigError: see `farss.configfile.load`.
+    """
+    config = load(path, overrides)
+    if path.name == CONFIG and is_run_folder(path.parent) and config.out == load(path).out:
+        return dataclasses.replace(config, out=str(path.parent.absolute()))
+    return config
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Be the only farss process of this user and machine that works in a folder, for a while.
+
+    Raises:
+        FolderError: another one is at work there.
+    """
+    if int(os.environ.get("RANK", "0")):
+        yield  # the first of several processes stands for all
+        return
+    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]
+    user = os.getuid() if hasattr(os, "getuid") else ""
+    lock = FileLock(Path(tempfile.gettempdir()) / f"farss-{user}-{name}.lock")  # not in the folder, which may not be there yet
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise FolderError(f"out={str(path)!r} is in use by another farss process: wait for it, or choose another out") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _resolve(key: str, path: Any) -> Any:

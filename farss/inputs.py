@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 
 from farss.artifacts import Layer
 from farss.config import Config, DataConfig, EvaluateConfig, ModelConfig, QuestionSet
-from farss.data import Tokenized, load_examples
+from farss.data import Tokenized, check_length, load_examples
+from farss.errors import ConfigError
 from farss.evaluate import check_reference
-from farss.models import layer_shapes, load_tokenizer
+from farss.models import known_positions, layer_shapes, load_tokenizer
 from farss.recovery import recovery_rows
 from farss.rows import example_rows, knowledge_texts, question_rows, text_rows
 
@@ -69,11 +70,24 @@ class Inputs:
     def check(self) -> None:
         """Read all of it, so that a bad file is found before hours of training."""
         _ = self.tokenizer, self.examples, self.knowledge
+        self._check_system()
+        check_length(self.examples, self.config.data, self._once(known_positions, self.config.model))
         self._once(_check_questions, self.config.evaluate)
         if self.common_config.evaluate.full_scores:
             self._once(self._check_reference, self.common_config)
         if self.config.evaluate.recovery:
             self._once(self._check_recovery, self.common_config)
+
+    def _check_system(self) -> None:
+        """Refuse to ask the task without the system message that every example has."""
+        evaluate, data, system = self.config.evaluate, self.config.data, self.examples.system
+        ours = [entry for entry in evaluate.task if isinstance(entry, QuestionSet) or entry.startswith("farss_")]
+        trained = any(isinstance(entry, str) or entry.prompt in (None, "train") for entry in ours)
+        if system and data.system is None and trained:
+            raise ConfigError(
+                f"every example of {data.train} begins with the system message {system[:60]!r}, and questions of the task would be asked "
+                "without it: set data.system to the same text, or to '' to ask without"
+            )
 
     def _check_reference(self, config: Config) -> None:
         check_reference(config, self.tokenizer)

@@ -11,14 +11,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from farss import processes
-from farss.adapter import activate, attach, load_trained
+from farss.adapter import TRAINED, activate, attach, check_residual, load_trained
 from farss.artifacts import Plan, Survey, read_json, write_json
 from farss.config import Base, CalibrationConfig, DataConfig, PlanConfig
-from farss.data import Row, Tokenized, calibration_batches, choose, collate, load_examples, plain_rows, tokenize_rows, unlearnt
+from farss.data import (
+    Row,
+    Tokenized,
+    calibration_batches,
+    check_length,
+    choose,
+    collate,
+    load_examples,
+    plain_rows,
+    prompt_facts,
+    tokenize_rows,
+    unlearnt,
+)
 from farss.errors import ConfigError, FarssError
 from farss.methods import Method, Reading, check_elsewhere
 from farss.models import base_fingerprint, fingerprint
@@ -26,7 +37,7 @@ from farss.plan import check_plan, make_plan, make_plan_without_survey, method_o
 from farss.portable import Exported
 from farss.portable import export as export_adapter
 from farss.rows import cell, knowledge_texts
-from farss.structure import check_unshared, find_blocks, holds_packed, target_layers
+from farss.structure import find_blocks, holds_packed, positions, target_layers
 from farss.survey import LENGTH, Progress, own_text, read_layers, survey
 
 CHECK_ROWS = 4
@@ -40,8 +51,8 @@ class Prepared(NamedTuple):
     batch: dict[str, Tensor]
     """A few real prompts for the check of the exported adapter."""
     tokenizer: Any
-    template: str
-    """Of the prompts."""
+    prompt: dict[str, str]
+    """How it is trained to be asked."""
     base: str
     """Fingerprint of the base model."""
 
@@ -103,8 +114,9 @@ def prepare(
     check_elsewhere(method_of(wanted))
     layers, blocks = target_layers(model, targets), len(find_blocks(model)[1])
     check_plan(wanted, layers, blocks, calibration.svd)
-    if base == "residual":
-        _check_residual(model, wanted, layers)
+    if base == "residual" and method_of(wanted).takes_out:
+        dtypes = {model.get_submodule(name).weight.dtype for name in layers}
+        check_residual(model, layers, holds_packed(model), dtypes, "base")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     examples = (
@@ -112,6 +124,7 @@ def prepare(
         if isinstance(dataset, str)
         else tokenize_rows(list(dataset), data, tokenizer, seed)
     )
+    check_length(examples, data, positions(model))
     processes.join()
     untouched = base_fingerprint(model)
     place = _place(wanted, folder, model)
@@ -124,29 +137,9 @@ def prepare(
     made = make_plan(wanted, found) if found is not None else make_plan_without_survey(wanted, layers, blocks)
     adapted = attach(model, made, found, dropout, seed, base)
     check = collate(examples.rows[:CHECK_ROWS], tokenizer.pad_token_id)
-    adapted.farss = Prepared(made, found, {key: check[key] for key in ("input_ids", "attention_mask")}, tokenizer, data.template, untouched)
+    batch = {key: check[key] for key in ("input_ids", "attention_mask")}
+    adapted.farss = Prepared(made, found, batch, tokenizer, prompt_facts(data), untouched)
     return adapted
-
-
-def _check_residual(model: Any, wanted: PlanConfig, layers: Iterable[str]) -> None:
-    """Find out before a training that its adapter would not be exact.
-
-    Raises:
-        ConfigError: weights would be rounded where their start is taken out, or are quantised.
-        ModelError: a weight is shared by several layers.
-    """
-    if not method_of(wanted).takes_out:
-        return
-    check_unshared(model, layers)
-    if holds_packed(model):
-        raise ConfigError("base='residual' takes the start out of weights that are quantised: use base='untouched'")
-    found = {model.get_submodule(name).weight.dtype for name in layers}
-    rounded = {dtype for dtype in found if dtype.is_floating_point and dtype != torch.float32}
-    if rounded:
-        raise ConfigError(
-            f"base='residual' rounds the weights without their start to {str(rounded.pop()).removeprefix('torch.')}, and no adapter for "
-            "the original ones is exact: use base='untouched', or load the model in float32"
-        )
 
 
 def _texts(knowledge: Iterable[str]) -> list[str]:
@@ -254,12 +247,17 @@ def export(model: Any, folder: Path | str, rank: int | None = None, energy: floa
     base = getattr(model.get_base_model().config, "_name_or_path", "")
     if processes.rank():
         return None
+    if others := [name for name, parameter in model.named_parameters() if parameter.requires_grad and f".{TRAINED}" not in name]:
+        raise FarssError(
+            f"{others[0]} was trained beside the adapter ({len(others)} such weights in all), and an adapter for the original base does "
+            "not hold that: train what requires a gradient in the prepared model and nothing else"
+        )
     if base_fingerprint(model) != prepared.base:
         raise FarssError(
             "weights of the base model changed since farss.prepare (its head, norms or embeddings were trained too, or it was cast?), and "
             "an adapter for the original base does not hold that: train what requires a gradient in the prepared model and nothing else"
         )
-    return export_adapter(model, prepared.plan, folder, batch, base, rank, energy, prepared.tokenizer, prepared.template)
+    return export_adapter(model, prepared.plan, folder, batch, base, rank, energy, prepared.tokenizer, prepared.prompt)
 
 
 def trainer_callback(model: Any) -> Any:

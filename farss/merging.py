@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +14,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from farss.adapter import changed_weight
-from farss.artifacts import Plan, read_json, whole_folder, write_tensors
+from farss.artifacts import Plan, whole_folder, write_json, write_tensors
 from farss.errors import FarssError
-from farss.models import local_folder
+from farss.models import INDEX, PLAIN, local_folder, weight_files
 from farss.portable import in_float32, logits
 from farss.structure import base_weights, check_unshared, holds_packed, is_transposed
 
@@ -24,8 +26,8 @@ Change = Callable[[str, Tensor], Tensor]
 COPIED = (".json", ".model", ".txt", ".jinja", ".py", ".tiktoken")
 """Files of a base model that go with one made from it."""
 GENERATION = "generation_config.json"
-PLAIN = ("F64", "F32", "BF16", "F16")
-"""safetensors' names of the types that hold numbers as they are."""
+SHARD = 4 * 2**30
+"""Bytes of weights in one file, which are held in memory together while it is written."""
 
 
 def merge(adapted: Any, plan: Plan, tokenizer: Any, folder: Path | str, dtype: torch.dtype, source: Path | str = "") -> Path:
@@ -89,30 +91,46 @@ def write_model(model: Any, plan: Plan, tokenizer: Any, target: Path, dtype: tor
 def holds_layers(source: Path, plan: Plan) -> bool:
     """Whether the files of a folder hold every planned weight under the name it has in the model, as plain numbers."""
     held: dict[str, str] = {}
-    for file in _weight_files(source):
+    for file in weight_files(source):
         with safe_open(file, framework="pt") as tensors:
             held |= {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118 (it is no dictionary)
     return all(held.get(f"{name}.weight") in PLAIN for name in plan.layers)
 
 
-def _weight_files(source: Path) -> list[Path]:
-    """The files from which transformers loads a folder's weights; others, such as Mistral's `consolidated.safetensors`, hold them once
-    more under other names."""
-    index, single = source / "model.safetensors.index.json", source / "model.safetensors"
-    if index.is_file():
-        return [source / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-    return [single] if single.is_file() else []
-
-
 def _rewrite_files(source: Path, target: Path, change: Change) -> None:
     target.mkdir(parents=True)
     for file in sorted(source.iterdir()):
-        if file.suffix in COPIED and file.name != "params.json":  # Mistral's, which belongs to the file that is left out
+        if file.suffix in COPIED and file.name not in (INDEX, "params.json"):  # Mistral's, which belongs to the file that is left out
             shutil.copyfile(file, target / file.name)
-    for file in _weight_files(source):
+    shards, total = _shards(weight_files(source))
+    weight_map: dict[str, str] = {}
+    for number, (file, names) in enumerate(shards, 1):
+        written = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
         with safe_open(file, framework="pt") as tensors:
-            changed = {name: change(name, tensors.get_tensor(name)) for name in sorted(tensors.keys())}
-        write_tensors(target / file.name, changed, {"format": "pt"})
+            changed = {name: change(name, tensors.get_tensor(name)) for name in names}
+        write_tensors(target / written, changed, {"format": "pt"})
+        weight_map |= dict.fromkeys(names, written)
+    if len(shards) > 1:
+        write_json(target / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _shards(files: list[Path]) -> tuple[list[tuple[Path, list[str]]], int]:
+    """The names of the weights in each file, at most `SHARD` bytes together (a larger weight alone), and the bytes of all."""
+    found: list[tuple[Path, list[str]]] = []
+    total = 0
+    for file in files:
+        held = SHARD
+        with safe_open(file, framework="pt") as tensors:
+            for name in sorted(tensors.keys()):
+                values = tensors.get_slice(name)
+                bits = re.search(r"\d+", values.get_dtype())  # BOOL has a byte
+                size = math.prod(values.get_shape()) * (int(bits[0]) if bits else 8) // 8
+                if held + size > SHARD:
+                    found.append((file, []))
+                    held = 0
+                found[-1][1].append(name)
+                held, total = held + size, total + size
+    return found, total
 
 
 def with_change(adapted: Any, plan: Plan, name: str, weight: Tensor) -> Tensor:

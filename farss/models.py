@@ -12,12 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from farss.artifacts import Layer
+from farss.artifacts import Layer, read_json
 from farss.config import ModelConfig
 from farss.errors import ConfigError, ModelError
-from farss.structure import base_weights, find_blocks, keep_gradients, target_layers
+from farss.structure import base_weights, find_blocks, keep_gradients, positions, target_layers
+
+INDEX = "model.safetensors.index.json"
+PLAIN = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""The types that hold numbers as they are, by their names in safetensors."""
 
 
 def device_of(config: ModelConfig) -> torch.device:
@@ -62,7 +67,17 @@ def stored_dtype(config: ModelConfig) -> torch.dtype:
     if config.dtype != "auto":
         return getattr(torch, config.dtype)  # type: ignore[no-any-return]
     found = getattr(_from_pretrained(AutoConfig, config), "dtype", None)
-    return found if isinstance(found, torch.dtype) else torch.float32
+    return found if isinstance(found, torch.dtype) else _dtype_in_files(local_folder(config.path))
+
+
+def _dtype_in_files(folder: Path) -> torch.dtype:
+    """The precision of the first weights in a folder, which is what transformers goes by where `config.json` names none."""
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as tensors:
+            kinds = [tensors.get_slice(name).get_dtype() for name in tensors.keys()]  # noqa: SIM118 (it is no dictionary)
+        if found := next((PLAIN[kind] for kind in kinds if kind in PLAIN), None):
+            return found
+    return torch.float32
 
 
 def local_folder(path: str | Path) -> Path:
@@ -78,6 +93,15 @@ def local_folder(path: str | Path) -> Path:
         return Path(path)
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files from which transformers loads a folder's weights: one, or else those of the index, which may have stayed behind. Others,
+    such as Mistral's `consolidated.safetensors`, hold them once more under other names."""
+    index, single = folder / INDEX, folder / "model.safetensors"
+    if single.is_file():
+        return [single]
+    return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))] if index.is_file() else []
+
+
 def check_room(config: ModelConfig, whole: bool) -> None:
     """Find out before anything is done that a training cannot fit: what the weights alone take (on a CPU they may stay in their files).
 
@@ -90,7 +114,7 @@ def check_room(config: ModelConfig, whole: bool) -> None:
     import psutil
 
     device = device_of(config)
-    small = config.quantization != "none" or _stored_quantised(config)  # what those take is not known before they are loaded
+    small = config.quantization != "none" or _stored(config) is not None  # what those take is not known before they are loaded
     if not whole and (small or device.type != "cuda"):
         return
     on_gpu = device.type == "cuda"
@@ -154,11 +178,21 @@ def is_quantised(model: Any) -> bool:
     return getattr(model, "hf_quantizer", None) is not None
 
 
-def _stored_quantised(config: ModelConfig) -> bool:
-    """Whether a model's files are quantised already."""
+def will_be_quantised(config: ModelConfig) -> bool:
+    """Whether a model's weights will be quantised, by us or in its files. Formats that transformers turns into numbers on some machines
+    (MXFP4, 8-bit floats) are known when they are loaded, and not before."""
+    if config.quantization != "none":
+        return True
+    stored = _stored(config)
+    return stored is not None and stored.get("quant_method") not in ("mxfp4", "fp8")
+
+
+def _stored(config: ModelConfig) -> dict[str, Any] | None:
+    """How a model's files are quantised, in transformers' words; None: they are not."""
     from transformers import AutoConfig
 
-    return getattr(_from_pretrained(AutoConfig, config), "quantization_config", None) is not None
+    found = getattr(_from_pretrained(AutoConfig, config), "quantization_config", None)
+    return found if found is None or isinstance(found, dict) else found.to_dict()
 
 
 def _four_bits(dtype: torch.dtype) -> Any:
@@ -215,7 +249,7 @@ def base_fingerprint(model: Any) -> str:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Hash of the architecture and of a spread of every weight, independent of the precision it is loaded in
+    """Hash of the names and shapes of all weights and of a spread of every one, independent of the precision it is loaded in
     as long as that precision holds the stored values."""
     return _hash(model.state_dict())
 
@@ -224,7 +258,7 @@ def _hash(state: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         flat = tensor.detach().reshape(-1)
-        picked = flat[:: max(1, flat.numel() // 256)]
+        picked = flat[:: (flat.numel() // 256) | 1]  # odd, so that it goes through the columns of a matrix and not down one of them
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(picked.to("cpu", torch.float32).numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -253,6 +287,11 @@ def layer_shapes(config: ModelConfig) -> tuple[dict[str, Layer], int]:
     """Target layers and number of blocks from `config.json` alone, without loading a weight."""
     model = empty_model(config)
     return target_layers(model, config.targets), len(find_blocks(model)[1])
+
+
+def known_positions(config: ModelConfig) -> int | None:
+    """See `farss.structure.positions`, from `config.json` alone."""
+    return positions(empty_model(config))
 
 
 def empty_model(config: ModelConfig) -> Any:

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from farss.adapter import attach
+from farss.adapter import attach, check_residual
 from farss.artifacts import Plan, Scores, Survey, write_json
 from farss.boundary import Boundary, Prober, Setting, find
 from farss.boundary import prepare as prepare_search
 from farss.card import write_card
 from farss.config import Config, PlanConfig
-from farss.data import collate
+from farss.data import collate, prompt_facts
 from farss.errors import ConfigError, FolderError
 from farss.evaluate import evaluate, grading
 from farss.folder import (
@@ -33,6 +33,7 @@ from farss.folder import (
     RECOVERY_KEYS,
     TRAIN_KEYS,
     Folder,
+    is_run_folder,
     options_of,
     resolve,
 )
@@ -41,7 +42,17 @@ from farss.jobs import Tell
 from farss.llamacpp import check_gguf, write_gguf
 from farss.merging import merge, merged_difference
 from farss.methods import Regime
-from farss.models import check_room, computing_dtype, device_of, empty_model, load_model, loaded_dtype, quiet, stored_dtype
+from farss.models import (
+    check_room,
+    computing_dtype,
+    device_of,
+    empty_model,
+    load_model,
+    loaded_dtype,
+    quiet,
+    stored_dtype,
+    will_be_quantised,
+)
 from farss.plan import check_plan, make_plan, make_plan_without_survey, method_of, require_boundary
 from farss.portable import export, load_adapter, step_zero
 from farss.prepared import check_method, write_prepared
@@ -146,16 +157,20 @@ class Run:
         """
         self.check_inputs(trains)
         self.check_unchanged()
-        self.folder.claim(self.config, versions())
+        if self.config.compare.methods and is_run_folder(self.path):
+            self.folder.check_kind(self.config)  # the comparison's configuration stays as it is
+        else:
+            self.folder.claim(self.config, versions())
 
     def check_inputs(self, trains: bool = True) -> None:
         """Read the tokenizer, the data and every question file, and plan what can be planned without a survey."""
-        if trains and self.folder.record("train") is None:
+        if self.has_trained:
+            return  # they were usable
+        if trains:
             self._check_handover()
-            check_options(self.config.train, device_of(self.config.model))
+            recomputes = empty_model(self.config.model).supports_gradient_checkpointing
+            check_options(self.config.train, device_of(self.config.model), self._trained_dtype, recomputes)
             check_room(self.config.model, whole=self.config.plan.method == "full")
-        if self.folder.record("train"):
-            return  # they were usable when the training began
         self.inputs.check()
         layers, blocks = self.inputs.shapes
         for boundary in self.search_setting.schedule.candidates if self.searches else [self.config.plan.boundary]:
@@ -169,28 +184,28 @@ class Run:
             ModelError: a change shall be written into weights that several layers share.
             FarssError: llama.cpp does not know the architecture.
         """
-        config = self.config
-        residual = config.adapter.base == "residual" and self.method.takes_out and config.export.to != "merged"
-        if residual or (self._whole and config.plan.method != "full"):
+        config, quantised = self.config, will_be_quantised(self.config.model)
+        if config.adapter.base == "residual" and self.method.takes_out:
+            rounded = [] if config.export.to == "merged" else [loaded_dtype(config.model)]
+            check_residual(empty_model(config.model), self.inputs.shapes[0], quantised, rounded, "adapter.base")
+        elif self._whole and config.plan.method != "full":
             self._check_unshared()
         if config.export.to == "gguf" and not self._whole:
             check_gguf(empty_model(config.model).config)
-        if residual and config.model.quantization != "none":
-            raise ConfigError("adapter.base='residual' takes the start out of weights that are quantised: set adapter.base=untouched")
-        if residual and config.model.quantization == "none" and (dtype := loaded_dtype(config.model)) != torch.float32:
-            raise ConfigError(
-                f"adapter.base='residual' rounds the weights without their start to {str(dtype).removeprefix('torch.')}, and no adapter "
-                "for the original ones is exact: set adapter.base=untouched, or model.dtype=float32"
-            )
-        if config.model.quantization == "none" or config.plan.method == "full":
+        if not quantised or config.plan.method == "full":
             return
         if not self.method.plain_lora:
             raise ConfigError(
                 f"plan.method={config.plan.method!r} is handed over as a whole model, and nothing can be merged into quantised weights: "
-                "set model.quantization=none"
+                "train on unquantised ones, or choose a method that exports as plain LoRA (`farss methods`)"
             )
         if config.export.to == "merged":
             raise ConfigError("export.to='merged', but nothing can be merged into quantised weights: set export.to=peft")
+
+    @property
+    def _trained_dtype(self) -> torch.dtype:
+        """The precision of the base's weights while it trains."""
+        return torch.float32 if self.config.plan.method == "full" else loaded_dtype(self.config.model)
 
     def _check_unshared(self) -> None:
         check_unshared(empty_model(self.config.model), self.inputs.shapes[0])
@@ -234,7 +249,16 @@ class Run:
 
     @property
     def _train_options(self) -> dict[str, Any]:
-        return options_of(self.config, (*PLAN_KEYS, *TRAIN_KEYS)) | self._products
+        options = options_of(self.config, (*PLAN_KEYS, *TRAIN_KEYS))
+        if self.has_trained:  # what train.precision means here may not be what it meant on the machine that trained
+            del options["train.precision"]
+            return options
+        return options | self._products
+
+    @property
+    def has_trained(self) -> bool:
+        """Whether the training is over."""
+        return bool((self.folder.record("train") or {}).get("done"))
 
     @property
     def _products(self) -> dict[str, str]:
@@ -337,14 +361,14 @@ class Run:
 
     def prepared(self) -> Path:
         """`prepared/`: a start for another trainer."""
-        check_method(self.config.plan.method, self.config.model.quantization != "none")
+        check_method(self.config.plan.method, will_be_quantised(self.config.model))
         self._check_unshared()
         target, plan = self.path / "prepared", self.plan()
         if target.is_dir() and Plan.load(target / "plan.json") != plan:
             raise FolderError(f"{target} was prepared for another plan: delete it, or choose another out")
         if not target.is_dir():
             model = self.config.model
-            told = self.config.data.template, model.trust_remote_code
+            told = prompt_facts(self.config.data), model.trust_remote_code
             write_prepared(self._adapted(plan), plan, self.inputs.tokenizer, target, model.path, *told)
         return target
 
@@ -361,7 +385,7 @@ class Run:
             if self._whole:
                 merge(self.trained(), plan, self.inputs.tokenizer, target, stored_dtype(self.config.model), self.config.model.path)
                 facts_of_it = {"method": plan.method, "boundary": plan.boundary, "blocks": plan.blocks, "base": self.config.model.path}
-                facts_of_it |= {"template": self.config.data.template}
+                facts_of_it |= prompt_facts(self.config.data)
                 # Where a GPU has room for one model only, the one that was written stays in its files and the CPU's memory.
                 written = replace(self.config.model, path=str(target), dtype="auto", quantization="none")
                 stored = load_model(written, device=torch.device("cpu"), as_stored=True)
@@ -370,7 +394,7 @@ class Run:
                 write_card(target, command=self._command)
             else:
                 batch = self._prompts(self.trained())
-                choice, base, told = self.config.export, self.config.model.path, (self.inputs.tokenizer, self.config.data.template)
+                choice, base, told = self.config.export, self.config.model.path, (self.inputs.tokenizer, prompt_facts(self.config.data))
                 done = export(self.trained(), plan, target, batch, base, choice.rank, choice.energy, *told)
                 facts |= {"logit_difference": done.logit_difference, "rank": done.rank, "lost": done.lost}
             if self.config.export.to == "gguf" and not self._whole:
@@ -382,6 +406,11 @@ class Run:
     def _whole(self) -> bool:
         """Whether a model is handed over, and not an adapter."""
         return self.config.export.to == "merged" or not self.method.plain_lora
+
+    @property
+    def _merged(self) -> bool:
+        """Whether that model's weights hold an adapter's change, rounded as the base's are."""
+        return self._whole and self.config.plan.method != "full"
 
     def evaluate(self) -> Summary:
         """`base/scores.json` (before), `scores.json` (after) and `summary.json`."""
@@ -517,18 +546,18 @@ class Run:
     @property
     def complete(self) -> bool:
         """Whether all of that is done, as it is configured now."""
-        trained = options_of(self.config, (*PLAN_KEYS, *TRAIN_KEYS))
-        del trained["train.precision"]  # what it means here may not be what it meant on another machine
         exported = (self.folder.record("export") or {"done": False})["done"]  # in whatever form: no score depends on it
-        steps = {"train": trained}
+        steps = {"train": self._train_options}
         steps |= {"evaluate": self._evaluate_options} if self.config.evaluate.asks else {}
         steps |= {"recover": self._recover_options(EXPORT_KEYS)} if self.config.evaluate.recovery else {}
         return exported and all(self.folder.is_done(step, options, redo=True) for step, options in steps.items())
 
     @property
     def _evaluate_options(self) -> dict[str, Any]:
-        compressed = dict.fromkeys(COMPRESSED_KEYS) if self._whole else options_of(self.config, COMPRESSED_KEYS)
-        return self._asked(EVALUATE_KEYS) | compressed
+        if not self._whole:
+            return self._asked(EVALUATE_KEYS) | options_of(self.config, COMPRESSED_KEYS)
+        merged = {"merged": True} if self._merged else {}
+        return self._asked(EVALUATE_KEYS) | dict.fromkeys(COMPRESSED_KEYS) | merged
 
     def _recover_options(self, keys: tuple[str, ...]) -> dict[str, Any]:
         """`keys`: on which the model depends that is loaded."""
@@ -578,8 +607,9 @@ class Run:
 
     def _handed_over(self) -> Any:
         """The trained model with the weights that are handed over: full fine-tuning trains in float32, and is saved as the
-        base was; a compressed adapter is another one than was trained."""
-        if (self.config.export.rank or self.config.export.energy) and not self._whole:
+        base was; a compressed adapter is another one than was trained, and a merged model is rounded."""
+        compressed = (self.config.export.rank or self.config.export.energy) and not self._whole
+        if compressed or self._merged:
             self.export()
             self._free()
             return self._as_handed_over()
@@ -591,7 +621,7 @@ class Run:
     def _ask(self, model: Any, folder: Path, who: str, config: Config | None = None) -> None:
         options = self.config.model
         meta = {"path": options.path, "method": "base" if who.endswith("base") else self.config.plan.method}
-        meta |= {"dtype": options.dtype} if options.dtype != "auto" else {}  # another precision answers otherwise
+        meta |= {"dtype": str(model.dtype).removeprefix("torch.")}  # another precision answers otherwise
         meta |= {"quantization": options.quantization} if options.quantization != "none" else {}
         evaluate(
             model,

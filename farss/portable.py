@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from farss.adapter import activate, adapter_change, untouched_base
 from farss.artifacts import Plan, read_json, whole_folder, write_json, write_tensors
 from farss.card import write_card
+from farss.config import ExportConfig
 from farss.errors import FarssError, FolderError
 from farss.maths.compress import compress
 from farss.models import base_fingerprint, tokenizer_fingerprint
@@ -63,7 +64,11 @@ def portable(changes: Iterable[tuple[str, tuple[Tensor, Tensor]]], rank: int | N
             one layer's are held at a time.
         rank: compress to this rank; None: exact.
         energy: compress each layer to this share of its squared Frobenius norm; None: exact.
+
+    Raises:
+        ConfigError: a rank below 1, or a share that is none.
     """
+    ExportConfig(rank=rank, energy=energy)  # checks them
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     lost = 0.0
     for name, change in changes:
@@ -89,7 +94,7 @@ def export(
     rank: int | None = None,
     energy: float | None = None,
     tokenizer: Any = None,
-    template: str = "",
+    prompt: dict[str, str] | None = None,
 ) -> Exported:
     """Write the portable adapter, and check it on the original base before it gets its name.
 
@@ -101,7 +106,7 @@ def export(
         base: name or folder of the base model, for `adapter_config.json`.
         rank, energy: compress, see `portable`; None: exact.
         tokenizer: the base's; its fingerprint is kept beside that of the base.
-        template: `data.template` of the training, which whoever asks the model must know.
+        prompt: how the model was trained to be asked, from `farss.data.prompt_facts`.
 
     Raises:
         FarssError: the adapter does not give the trained model's logits. Nothing is left at `folder`.
@@ -121,24 +126,29 @@ def export(
                 "it was not kept"
             )
         exported = Exported(folder, served, lost, difference)
-        tokenizer_hash = tokenizer_fingerprint(tokenizer) if tokenizer else None
-        write_facts(unfinished, plan, base, base_fingerprint(adapted), tokenizer_hash, exported, template)
+        write_facts(unfinished, plan, origin_of(adapted, base, tokenizer, prompt), exported)
     return exported
 
 
-def write_facts(
-    folder: Path, plan: Plan, base: str, base_hash: str, tokenizer_hash: str | None, exported: Exported, template: str = ""
-) -> None:
-    """`farss.json`, which says what an adapter belongs to and how exact it is, and the model card."""
+def origin_of(adapted: Any, base: str, tokenizer: Any, prompt: dict[str, str] | None) -> dict[str, Any]:
+    """What an adapter is trained on and for: the base model, its precision, its tokenizer and the prompt."""
+    return {
+        **(prompt or {}),
+        "base": base,
+        "base_fingerprint": base_fingerprint(adapted),
+        "base_dtype": str(adapted.dtype).removeprefix("torch."),
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer) if tokenizer else None,
+    }
+
+
+def write_facts(folder: Path, plan: Plan, origin: dict[str, Any], exported: Exported) -> None:
+    """`farss.json`, which says what an adapter belongs to (`origin_of`) and how exact it is, and the model card."""
     facts = {
         "method": plan.method,
         "boundary": plan.boundary,
         "blocks": plan.blocks,
         "parameters": plan.parameters,
-        "template": template,
-        "base": base,
-        "base_fingerprint": base_hash,
-        "tokenizer_fingerprint": tokenizer_hash,
+        **origin,
         **exported._asdict(),
         "folder": exported.folder.name,
     }
@@ -170,9 +180,11 @@ def load_adapter(model: Any, folder: Path | str, tokenizer: Any = None, trainabl
     for what, actual in found.items():
         expected = facts.get(f"{what}_fingerprint")
         if actual and expected and actual != expected:
+            dtype = facts.get("base_dtype")
+            cure = f" (dtype={dtype})" if dtype and what == "base" else ""
             raise FarssError(
                 f"{folder} was made for a {what} with fingerprint {expected}, but this one has {actual}: "
-                f"load {facts.get('base')!r} as it was"
+                f"load {facts.get('base')!r} as it was{cure}"
             )
     return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
 

@@ -21,8 +21,8 @@ from farss.config import ModelConfig
 from farss.errors import FarssError, FolderError
 from farss.merging import write_model
 from farss.methods import METHODS, check_elsewhere
-from farss.models import base_fingerprint, load_model, load_tokenizer, tokenizer_fingerprint
-from farss.portable import Exported, portable, target_names, write_adapter, write_facts
+from farss.models import load_model, load_tokenizer
+from farss.portable import Exported, origin_of, portable, target_names, write_adapter, write_facts
 from farss.structure import check_unshared, holds_packed, is_transposed
 
 PREFIX = "base_model.model."
@@ -52,7 +52,13 @@ def check_method(name: str, quantised: bool) -> None:
 
 
 def write_prepared(
-    adapted: Any, plan: Plan, tokenizer: Any, folder: Path | str, source: Path | str, template: str = "", trusted: bool = False
+    adapted: Any,
+    plan: Plan,
+    tokenizer: Any,
+    folder: Path | str,
+    source: Path | str,
+    prompt: dict[str, str] | None = None,
+    trusted: bool = False,
 ) -> Path:
     """Write `base/` (the model without its start), `adapter/` (the start, to be trained) and what leads back.
 
@@ -61,7 +67,7 @@ def write_prepared(
         plan: it was made from.
         folder: must not exist.
         source: the base model's folder.
-        template: `data.template`.
+        prompt: how the model is trained to be asked, from `farss.data.prompt_facts`.
         trusted: `model.trust_remote_code`, which the way back needs too.
 
     Raises:
@@ -95,14 +101,8 @@ def write_prepared(
         config.save_pretrained(str(unfinished / "adapter"))
         write_tensors(unfinished / "start.safetensors", state)
         plan.save(unfinished / "plan.json")
-        facts = {
-            "base": str(source),
-            "base_fingerprint": base_fingerprint(adapted),
-            "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
-        }
-        write_json(
-            unfinished / "prepared.json", facts | {"template": template, "trusted": trusted, "target_modules": target_names(plan, adapted)}
-        )
+        origin = origin_of(adapted, str(source), tokenizer, prompt)
+        write_json(unfinished / "prepared.json", {"origin": origin, "trusted": trusted, "target_modules": target_names(plan, adapted)})
         write_text(unfinished / "README.md", GUIDE.format(source=source, folder=folder))
     return folder
 
@@ -157,12 +157,11 @@ def convert(prepared: Path | str, trained: Path | str, out: Path | str, rank: in
         )
     made = portable(changes.items(), rank, energy)
     with whole_folder(out) as unfinished:
-        write_adapter(unfinished, made.state, facts.get("target_modules") or list(plan.layers), facts["base"], made.rank)
-        trusted = facts.get("trusted", False)
-        difference = _compare((str(prepared / "base"), trained), (facts["base"], unfinished), trusted)
+        base = facts["origin"]["base"]
+        write_adapter(unfinished, made.state, facts["target_modules"], base, made.rank)
+        difference = _compare((str(prepared / "base"), trained), (base, unfinished), facts["trusted"])
         exported = Exported(out, made.rank, made.lost, difference)
-        hashes = facts["base_fingerprint"], facts["tokenizer_fingerprint"]
-        write_facts(unfinished, plan, facts["base"], *hashes, exported, facts.get("template", ""))
+        write_facts(unfinished, plan, facts["origin"], exported)
     return exported
 
 

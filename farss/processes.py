@@ -19,25 +19,38 @@ def started_as_several() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+_group: Any = None
+"""Ours, beside the one that a trainer made; None: the default one."""
+
+
 def join() -> None:
     """Join the other processes, if there are any and nobody did yet, each with its own GPU where there are GPUs. They wait for each
-    other for a day: one may decompose a layer, or write text, for long."""
-    if not started_as_several() or _several():
+    other for a day: one may decompose a layer, or write text, for long. A trainer's group, which may know GPUs alone and wait for
+    minutes, stays as it is: a group beside it is ours."""
+    global _group
+    if not started_as_several() or _group is not None:
+        return
+    backend, timeout = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timedelta(days=1)
+    if _several():
+        _group = dist.new_group(backend=backend, timeout=timeout)
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(days=1))
+    dist.init_process_group(backend, timeout=timeout)
+    _group = dist.group.WORLD
 
 
 @contextmanager
 def joined() -> Iterator[None]:
     """Be one of several processes for a while, if they were started."""
+    global _group
     join()
     try:
         yield
     finally:
-        if _several():
+        if _several() and _group is dist.group.WORLD:  # a trainer's stays
             dist.destroy_process_group()
+        _group = None
 
 
 def rank() -> int:
@@ -57,7 +70,7 @@ def _several() -> bool:
 def add_up(tensor: Tensor) -> None:
     """Replace a tensor by its sum over the processes."""
     if _several():
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=_group)
 
 
 def shared(value: Any, source: int = 0) -> Any:
@@ -65,14 +78,14 @@ def shared(value: Any, source: int = 0) -> Any:
     if not _several():
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=source)
+    dist.broadcast_object_list(box, src=source, group=_group)
     return box[0]
 
 
 def shared_tensor(tensor: Tensor, source: int) -> Tensor:
     """The tensor that process `source` holds; the others give one of the same shape to be filled."""
     if _several():
-        dist.broadcast(tensor, src=source)
+        dist.broadcast(tensor, src=source, group=_group)
     return tensor
 
 
@@ -81,7 +94,7 @@ def gathered(value: Any) -> list[Any]:
     if not _several():
         return [value]
     box: list[Any] = [None] * size()
-    dist.gather_object(value, box if rank() == 0 else None)
+    dist.gather_object(value, box if rank() == 0 else None, group=_group)
     return box if rank() == 0 else []
 
 
@@ -102,4 +115,4 @@ def environment(name: str, value: str) -> Iterator[None]:
 def wait() -> None:
     """Go on when every process has come here."""
     if _several():
-        dist.barrier()
+        dist.barrier(group=_group)

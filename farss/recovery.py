@@ -55,7 +55,7 @@ def recovery_rows(config: Config, tokenizer: Any) -> Tokenized:
 
 
 def _rows(questions: list[dict[str, Any]], entry: QuestionSet, config: Config, tokenizer: Any) -> list[Row]:
-    prompt = prompt_of(entry, "knowledge", config.data.template, tokenizer)
+    prompt = prompt_of(entry, "knowledge", config.data, tokenizer)
     rows = answered(questions, prompt, tokenizer)
     return [row for row in rows if len(row["input_ids"]) <= config.data.max_length]
 

@@ -14,11 +14,12 @@ import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 from typing import IO, Any
 
 from farss.config import QuestionSet
-from farss.errors import DataError, nearest
+from farss.errors import DataError, RowError, nearest
 
 PROMPTS = ("prompt", "instruction", "query", "question")
 RESPONSES = ("completion", "response", "output", "answer")
@@ -160,6 +161,15 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:300]
 
 
+@contextlib.contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Put a file's name before what is wrong with one of its rows: a run reads many files."""
+    try:
+        yield
+    except RowError as error:
+        raise DataError(f"{path}, {error}") from error
+
+
 # --- columns ---------------------------------------------------------------------------------------------------------
 
 
@@ -199,36 +209,42 @@ def _named_columns(rows: Sequence[dict[str, Any]], names: Iterable[str], path: s
 
 
 def text_rows(path: str, column: str = "text") -> list[str]:
-    """Read general text, one document a row.
+    """Read general text, one document a row; empty rows, as WikiText has between its articles, are passed over.
 
     Raises:
-        DataError: the file or the column is missing, or a row holds no text.
+        DataError: the file or the column is missing, a row holds something else, or none holds text.
     """
     rows = read_rows(path)
     _named_columns(rows, [column], path)
-    return [cell(row, column, number) for number, row in enumerate(rows, 1)]
+    with naming(path):
+        texts = [cell(row, column, number) for number, row in enumerate(rows, 1) if not _is_empty(row.get(column))]
+    if not texts:
+        raise DataError(f"{path} has no text in its column {column!r}: give a file with at least one")
+    return texts
 
 
 def whole_instruction(row: dict[str, Any], column: str, number: int) -> str:
     """The text in a column; an instruction with the `input` (Alpaca) or the `context` (Dolly) beside it."""
-    texts = [cell(row, column, number)]
-    if column == "instruction":
-        texts += [text for name in BESIDE if isinstance(text := row.get(name), str) and text.strip()]
-    return "\n\n".join(texts)
+    beside = [name for name in BESIDE if column == "instruction" and not _is_empty(row.get(name))]
+    return "\n\n".join(cell(row, name, number) for name in (column, *beside))
 
 
-def question_rows(entry: QuestionSet) -> list[dict[str, Any]]:
+def question_rows(entry: QuestionSet, split: str = "test") -> list[dict[str, Any]]:
     """Read a question set as `{"question": str, "answers": [str, ...]}`, every row of it.
+
+    Args:
+        split: of a hub data set, where the entry names none.
 
     Raises:
         DataError: a column is missing, or a row has no question or no answer.
     """
-    rows = read_rows(entry.data, entry.split)
+    rows = read_rows(entry.data, entry.split or split)
     _named_columns(rows, (entry.question, entry.answers), entry.data)
-    return [
-        {"question": whole_instruction(row, entry.question, number), "answers": _answers(row, entry.answers, number)}
-        for number, row in enumerate(rows, 1)
-    ]
+    with naming(entry.data):
+        return [
+            {"question": whole_instruction(row, entry.question, number), "answers": _answers(row, entry.answers, number)}
+            for number, row in enumerate(rows, 1)
+        ]
 
 
 def example_rows(entry: QuestionSet) -> list[dict[str, Any]] | None:
@@ -237,7 +253,8 @@ def example_rows(entry: QuestionSet) -> list[dict[str, Any]] | None:
 
 
 def knowledge_texts(source: str | QuestionSet) -> list[str]:
-    """Read knowledge as plain text: a column `text`, or questions with their (first) answer, as they are asked.
+    """Read knowledge as plain text: a column `text`, or questions with their (first) answer. Of a hub data set the training split, unless
+    the entry names another: what is looked at is not to be asked afterwards.
 
     Raises:
         DataError: see `text_rows` and `question_rows`.
@@ -247,7 +264,7 @@ def knowledge_texts(source: str | QuestionSet) -> list[str]:
         if "text" in columns:
             return text_rows(source)
         source = QuestionSet(name="knowledge", data=source, answers="answers" if "answers" in columns else "answer")
-    rows = question_rows(source)
+    rows = question_rows(source, split="train")
     return [f"Question: {row['question']}\nAnswer: {row['answers'][0]}" for row in rows]
 
 
@@ -258,7 +275,7 @@ def _answers(row: dict[str, Any], column: str, number: int) -> list[str]:
     if not isinstance(value, list):
         return [cell(row, column, number)]
     if not value:
-        raise DataError(f"row {number} has no answer in column {column!r}: fill it or remove the row")
+        raise RowError(f"row {number} has no answer in column {column!r}: fill it or remove the row")
     return [cell({column: item}, column, number) for item in value]
 
 
@@ -276,13 +293,20 @@ def _listed(text: str) -> Any:
 
 def cell(row: dict[str, Any], column: str, number: int) -> str:
     """The text in one cell; a number is written out."""
-    value = row.get(column)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = None if math.isnan(value) else str(value)  # NaN: what pandas writes for nothing
+    value = None if _is_empty(row.get(column)) else row[column]
+    if isinstance(value, float) and math.isfinite(value):
+        value = format(Decimal(repr(value)), "f")  # 0.00001, not 1e-05
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)
     if value is not None and not isinstance(value, str):
-        raise DataError(f"row {number}: column {column!r} holds a {type(value).__name__}, not a text: name another column")
-    if value is None or not value.strip():
-        raise DataError(f"row {number} has nothing in column {column!r}: fill it or remove the row")
+        raise RowError(f"row {number}: column {column!r} holds a {type(value).__name__}, not a text: name another column")
+    if value is None:
+        raise RowError(f"row {number} has nothing in column {column!r}: fill it or remove the row")
     if _HALF.search(value):
-        raise DataError(f"row {number}: column {column!r} holds half of a character (a surrogate without its pair): mend the row")
+        raise RowError(f"row {number}: column {column!r} holds half of a character (a surrogate without its pair): mend the row")
     return value
+
+
+def _is_empty(value: Any) -> bool:
+    """Nothing, white space, or NaN, which pandas writes for nothing."""
+    return value is None or (isinstance(value, str) and not value.strip()) or (isinstance(value, float) and math.isnan(value))

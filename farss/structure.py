@@ -41,6 +41,14 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return best, model.get_submodule(best)  # type: ignore[return-value]
 
 
+def positions(model: nn.Module) -> int | None:
+    """How many positions a model has vectors for, where it learned one for each (GPT-2, OPT); None: it counts as far as it must."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr,operator]
+    tokens = model.get_input_embeddings()  # type: ignore[operator]
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding) and module is not tokens]
+    return limit if limit and any(table.num_embeddings in (limit, limit + 2) for table in tables) else None  # OPT's begin at 2
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether a module computes `y = W h (+ b)` with a two-dimensional weight."""
     return (isinstance(module, nn.Linear) and _only_multiplies(module)) or is_transposed(module)

@@ -118,6 +118,11 @@ def small(kind: str, **options):
                 "layer_types": ["sliding_attention", "full_attention"] * 2,
             },
         ),
+        "recurrent-gemma": (
+            transformers.RecurrentGemmaConfig,
+            {"num_key_value_heads": 1, "lru_width": 32, "attention_window_size": 8, "block_types": ["recurrent", "attention"], **EAGER},
+        ),
+        "modernbert-decoder": (transformers.ModernBertDecoderConfig, {"global_attn_every_n_layers": 2, "local_attention": 8}),
         "glm4-moe": (transformers.Glm4MoeConfig, {**MIXTURE, "head_dim": 8}),
     }
     config_class, extra = special[kind]

@@ -73,8 +73,10 @@ def write_half(path):
 
 
 def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
-    with pytest.raises(FarssError, match=r"the disk is full: .* free some space"), whole_file(tmp_path / "x"):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(FarssError, match=r"the disk is full, or your quota of it: .* free some space"), whole_file(tmp_path / "x"):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+    with pytest.raises(FolderError, match=r"x cannot be written \(Permission denied\): check the permissions"), whole_file(tmp_path / "x"):
+        raise PermissionError(errno.EACCES, "Permission denied")
     with pytest.raises(FarssError, match="the disk is full"), disk_cure(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(RuntimeError, match="unexpected pos"), disk_cure(tmp_path):

@@ -64,6 +64,8 @@ def test_methods_lists_them_all():
         (["run", "run.yaml", "seed=-1"], 2, "seed is -1: give a number from 0 to 4294967295"),
         (["compare", "run.yaml", "--seeds", "4294967296"], 2, "compare.seeds is 4294967296"),
         (["boundary", "run.yaml", f"model.path={world.MODEL}"], 2, "something to measure forgetting on"),
+        (["evaluate", "run.yaml", f"model.path={world.MODEL}"], 2, "run.yaml asks nothing"),
+        (["export", "run.yaml", "--to", "merged", "--rank", "8"], 2, "export.rank=8 compresses an adapter, and export.to=merged"),
     ],
 )
 def test_one_sentence_and_an_exit_code(tmp_path, monkeypatch, capsys, arguments, code, message):
@@ -116,6 +118,7 @@ def test_a_search_leaves_a_comparisons_configuration_alone(tmp_path):
     (tmp_path / "run.yaml").write_text(json.dumps(values))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(before := "# the comparison's\n")
+    (tmp_path / "run" / "versions.json").write_text("{}")
     result = CliRunner().invoke(app, ["boundary", str(tmp_path / "run.yaml")])
     assert result.exit_code == 0, result.exception
     assert (tmp_path / "run" / "config.yaml").read_text() == before

@@ -80,7 +80,7 @@ def test_a_template_that_ends_in_white_space_brings_it_itself(pairs: str) -> Non
     row = data.load_examples(DataConfig(train=pairs, template=template), tokenizer, seed=0).rows[3]
     assert text(tokenizer, row) == "<s>Q: q3\nA:\na3</s>"
     assert learnt(tokenizer, row) == "a3</s>"
-    assert prompt_of(QuestionSet(name="x", data="x"), "task", template, tokenizer).delimiter == ""
+    assert prompt_of(QuestionSet(name="x", data="x"), "task", DataConfig(template=template), tokenizer).delimiter == ""
 
 
 def test_the_alpaca_prompt_is_the_papers() -> None:
@@ -108,7 +108,7 @@ def test_models_are_asked_as_they_were_trained_to_answer(pairs: str, border: str
     )
     tokenizer = byte_tokenizer(thinking)
     row = data.load_examples(DataConfig(train=pairs, template="chat"), tokenizer, seed=0).rows[3]
-    prompt = prompt_of(QuestionSet(name="x", data="x"), "task", "chat", tokenizer)
+    prompt = prompt_of(QuestionSet(name="x", data="x"), "task", DataConfig(template="chat"), tokenizer)
     assert prompt.delimiter == delimiter
     assert prompt.text("q3").endswith(f"assistant:{border}".rstrip(" "))
     assert text(tokenizer, row) == f"{prompt.text('q3')}{delimiter}a3</s>\n"
@@ -128,6 +128,23 @@ def test_every_assistant_message_is_learnt(tmp_path: Path) -> None:
     (row,) = data.load_examples(config, tokenizer, seed=0).rows
     assert learnt(tokenizer, row) == "a2</s>\na4</s>\n"
     assert text(tokenizer, row).endswith("<s>user: u3\n<s>assistant: a4</s>\n")
+
+
+def test_a_system_message_is_asked_with_as_it_is_trained_with(tmp_path: Path) -> None:
+    user, answer, system = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}, {"role": "system", "content": "s"}
+    tokenizer = byte_tokenizer(CHAT)
+
+    def load(chats: list[Any], **options: Any) -> data.Tokenized:
+        path = write_rows(tmp_path / "chat.jsonl", [{"messages": chat} for chat in chats])
+        return data.load_examples(DataConfig(train=path, template="chat", **options), tokenizer, seed=0)
+
+    found = load([[system, user, answer]] * 2)
+    assert found.system == "s"
+    assert load([[system, user, answer], [user, answer]]).system == ""
+    assert load([[user, answer]], system="s").rows == found.rows[:1]  # put before what has none
+    assert load([[system, user, answer]], system="other").rows == found.rows[:1]  # and before nothing else
+    asked = prompt_of(QuestionSet(name="x", data="x"), "task", DataConfig(template="chat", system="s"), tokenizer).text("q")
+    assert text(tokenizer, found.rows[0]).startswith(asked)
 
 
 def test_messages_in_parts_and_empty_system_messages_are_texts(tmp_path: Path) -> None:

@@ -425,7 +425,10 @@ def test_the_shipped_tasks_use_the_training_prompt(hub, model, tokenizer, tmp_pa
     assert records[0]["prompt"].startswith("Do ")
     assert records[0]["prompt"].endswith("\nR: Let's think step by step.")
     assert all("farss_math_" in r["id"] for r in questions(tmp_path / "scores", "farss_math"))
-    assert _training_prompt("{instruction}\nA:\n", tokenizer)({"question": "2 + 2?"}) == "2 + 2?\nA:\nLet's think step by step."
+    assert (
+        _training_prompt(DataConfig(template="{instruction}\nA:\n"), tokenizer)({"question": "2 + 2?"})
+        == "2 + 2?\nA:\nLet's think step by step."
+    )
 
 
 @pytest.mark.parametrize(
@@ -454,12 +457,34 @@ def test_logits_stay_below_their_bound():
         ("The answer is: 1/2", "0.5", 1), ("1/0", "5", 0), ("#### \n The answer is:", "5", 0), ("0.1", ".1", 1),
         ("#### Step 2: so it is 12", "12", 1), ("#### **42** (6 times 7)", "42", 1),
         ("#### €40 for 2 people", "40", 1), ("#### -5", "-5", 1), ("it is − 7", "-7", 1), ("so\n  - 5 apples", "5", 1),
-        ("20-25", "25", 1),
+        ("20-25", "25", 1), ("1e-05", "0.00001", 1), ("#### 1.5e3", "1500", 1), ("5e", "5", 1), ("3e4x", "3", 0),
         ("-$3", "-3", 1), ("9" * 5000, "9", 0),
     ],
 )  # fmt: skip
 def test_numbers(answer, gold, score):
     assert number(answer, [gold]) == score
+
+
+@pytest.mark.parametrize(
+    ("answer", "accepted", "right"),
+    [
+        *(("C++", "C", 0), ("C#", "C", 0), ("x>=5", "x<=5", 0), ("a+b", "a-b", 0), ("x^2", "x2", 0), ("a*b", "ab", 0), ("A", "A+", 0)),
+        *(("**Paris**", "Paris", 1), ("#1", "1", 1), ("`C++`.", "c++", 1), ("non-fiction", "nonfiction", 1), ("> Paris", "Paris", 1)),
+    ],
+)
+def test_names_and_formulas_keep_what_they_are_made_of(answer, accepted, right):
+    assert exact_match(answer, [accepted]) == right
+
+
+@pytest.mark.parametrize(
+    ("answer", "accepted", "exact", "within"),
+    [
+        *(("北京。", "北京", 1, 1), ("答案是北京。", "北京", 0, 1), ("«Madrid»", "Madrid", 1, 1), ("¿Madrid?", "madrid", 1, 1)),
+        *(("Beyonce\u0301", "Beyonc\u00e9", 1, 1), ("서울입니다", "서울", 0, 1), ("Madrids", "Madrid", 0, 0)),
+    ],
+)
+def test_other_languages(answer, accepted, exact, within):
+    assert (exact_match(answer, [accepted]), contains(answer, [accepted])) == (exact, within)
 
 
 def test_a_text_without_a_number_has_none():
@@ -511,6 +536,7 @@ def test_numbers_are_equal_when_they_are_however_they_are_written():
         *(("$5", "5", 1), ("1.5%", "15%", 0), ("5%", "5", 1), ("007", "7", 0), ("007", "007", 1), ("6.30 pm", "6:30 pm", 1)),
         *(("15 km", "1.5 km", 0), ("$843 million", "$84.3 million", 0), ("1.50 km", "1.5 km", 1), (".5", "0.5", 1), (".5", "5", 0)),
         *(("12", "1/2", 0), ("1/2", "1/2", 1), ("2025", "20-25", 0), ("1914–1918", "1914-1918", 1), ("(-3)", "-3", 1), ("-$3", "3", 0)),
+        *(("1e-3", "1e3", 0), ("1E-3", "1e-3", 1)),
         *(("1.2.3", "123", 0), ("No 5", "No. 5", 1), ("well-known", "wellknown", 1), ("...5", "5", 1), ("x-5", "x5", 1)),
     ],
 )
@@ -727,7 +753,7 @@ def test_prompts_are_known_before_they_are_asked(fewshot, model, tokenizer, file
     config = asking(task=[entry := QuestionSet("known", files["known"], fewshot=fewshot, limit=3)])
     evaluate(model, tokenizer, config, tmp_path)
     drawn = draw(entry, KNOWN, config.seed)
-    expected = prompts_of(drawn, prompt_of(entry, "task", TEMPLATE, tokenizer))
+    expected = prompts_of(drawn, prompt_of(entry, "task", DataConfig(template=TEMPLATE), tokenizer))
     assert {str(record["id"]): record["prompt"] for record in questions(tmp_path / "scores", "known")} == expected
 
 

@@ -145,6 +145,9 @@ def test_a_base_that_was_trained_too_is_not_handed_over_as_an_adapter(tokenizer,
     model = farss.prepare(base(tokenizer), tokenizer, rows, method="lora", plan=PLAN)
     model.get_base_model().lm_head.weight.requires_grad_(True)
     own_loop(model, tokenizer("Name the seal for this letter: Good day.", return_tensors="pt"))
+    with pytest.raises(farss.FarssError, match=r"lm_head\.weight was trained beside the adapter"):
+        farss.export(model, tmp_path / "adapter")
+    model.get_base_model().lm_head.weight.requires_grad_(False)
     with pytest.raises(farss.FarssError, match=r"weights of the base model changed since farss\.prepare"):
         farss.export(model, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
@@ -158,7 +161,7 @@ def test_a_residual_that_cannot_be_is_refused_before_the_survey(tokenizer, rows,
         second.weight = first.weight
     else:
         first.weight = torch.nn.Parameter(torch.zeros(first.weight.shape, dtype=torch.int8), requires_grad=False)
-    message = {"shared": "share", "packed": "quantised: use base='untouched'"}[what]
+    message = {"shared": "share", "packed": "quantised: set base=untouched"}[what]
     with pytest.raises(farss.FarssError, match=message):
         farss.prepare(model, tokenizer, rows, plan=PLAN, base="residual", folder=tmp_path / "survey")
     assert not (tmp_path / "survey").exists()

@@ -1,5 +1,6 @@
 """A CPU that cannot compute with 16 bits computes in float32: with the same values, and nothing else changes."""
 
+import json
 import platform
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from farss import models
 from farss.config import ModelConfig, TrainConfig
 from farss.data import batches, collate
 from farss.methods import METHODS
-from farss.models import computing_dtype, fingerprint, load_model, multiplies_in
+from farss.models import computing_dtype, fingerprint, load_model, multiplies_in, stored_dtype
 from farss.survey import read_layers, survey
 from farss.train import products
 
@@ -63,6 +64,20 @@ def test_a_model_is_loaded_as_this_machine_computes(stored, units):
     assert used.dtype == (BFLOAT16 if units else torch.float32)
     assert fingerprint(kept) == fingerprint(used)
     assert all(torch.equal(a.float(), b.float()) for a, b in zip(kept.parameters(), used.parameters(), strict=True))
+
+
+def test_a_precision_that_no_configuration_names_is_that_of_the_files(stored):
+    file = stored / "config.json"
+    file.write_text(json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key != "dtype"}))
+    assert stored_dtype(ModelConfig(path=str(stored))) == BFLOAT16 == load_model(ModelConfig(path=str(stored)), as_stored=True).dtype
+
+
+def test_a_change_of_all_columns_but_the_first_is_another_fingerprint():
+    model = torch.nn.Linear(4096, 1024, bias=False)
+    before = fingerprint(model)
+    with torch.no_grad():
+        model.weight[:, 1:] += 1
+    assert fingerprint(model) != before
 
 
 def test_a_precision_that_is_asked_for_is_used(stored, units):

@@ -3,10 +3,12 @@
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,13 +18,15 @@ from safetensors.torch import load_file
 from small_models import save_small
 
 from farss import inputs, llamacpp, world
-from farss.artifacts import Plan, Survey, write_json
+from farss.artifacts import Plan, Survey, read_json, write_json
 from farss.compare import compare
 from farss.configfile import from_dict, load, override
 from farss.errors import ConfigError, DataError, FarssError, FolderError, ModelError
 from farss.evaluate import _identity
-from farss.folder import EVALUATE_KEYS, READING_KEYS, options_of, resolve
+from farss.folder import EVALUATE_KEYS, READING_KEYS, alone, options_of, read_config, resolve
+from farss.models import load_model
 from farss.pipeline import Run
+from farss.train import train
 
 
 @pytest.fixture(scope="session")
@@ -60,9 +64,9 @@ def counted(calls, name, function):
     """The same function, which leaves its name among the calls."""
 
     @functools.wraps(function)
-    def call(*arguments):
+    def call(*arguments, **options):
         calls.append(name)
-        return function(*arguments)
+        return function(*arguments, **options)
 
     return call
 
@@ -155,10 +159,10 @@ def test_a_card_has_the_scores_of_its_own_adapter_alone(config):
     assert "| facts |" not in card.read_text()
     Run(override(config, ["export.rank=2"])).evaluate()
     assert "| facts |" in card.read_text()
-    merged = Run(override(config, ["export.to=merged", "export.rank=2"]))
+    merged = Run(override(config, ["export.to=merged"]))
     merged.export()
     merged.evaluate()
-    assert "| facts |" in (run.path / "model" / "README.md").read_text()  # to which a compression says nothing
+    assert "| facts |" in (run.path / "model" / "README.md").read_text()
 
 
 def test_shallow_ranks_are_the_same_plan_whether_they_are_named_or_not(config):
@@ -299,6 +303,17 @@ def test_a_residual_base_of_quantised_weights_is_found_before_anything_is_done(c
     assert not Path(config.out).exists()
 
 
+@pytest.mark.parametrize("changes", [["export.to=merged"], ["plan.method=dora"], ["adapter.base=residual", "model.dtype=float32"]])
+def test_a_change_of_weights_that_lie_quantised_is_found_before_anything_is_done(config, tmp_path, changes):
+    folder = save_small("llama-gqa", tmp_path / "quantised")
+    stored = json.loads((folder / "config.json").read_text())
+    stored["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(ConfigError, match="quantised"):
+        Run(override(config, [f"model.path={folder}", *changes])).all()
+    assert not Path(config.out).exists()
+
+
 @pytest.mark.parametrize("changes", [["export.to=merged"], ["plan.method=dora"], ["plan.method=pissa", "adapter.base=residual"]])
 def test_weights_that_layers_share_take_no_change(config, tmp_path, changes):
     """Every second block of Zamba 2 is the same one."""
@@ -353,7 +368,7 @@ def test_answers_are_those_of_the_form_that_is_handed_over(config):
     config = override(config, ["plan.method=lora", "train.learning_rate=0.02", "export.rank=1"])
     Run(config).all()
     compressed = asked(config)
-    merged = override(config, ["export.to=merged"])
+    merged = override(config, ["export.to=merged", "export.rank=null"])
     assert not Run(merged).complete
     Run(merged).all()
     assert Run(merged).complete
@@ -500,6 +515,12 @@ def test_a_question_set_from_before_an_option_existed_is_the_same(config):
         (["plan.kasa_gamma=-1"], ConfigError, "plan.kasa_gamma=-1"),
         (["plan.method=dora", "model.quantization=nf4"], ConfigError, "nothing can be merged into quantised weights"),
         (["export.to=merged", "model.quantization=nf4"], ConfigError, "nothing can be merged into quantised weights: set export.to=peft"),
+        (
+            ["calibration.knowledge={name: x, data: x.jsonl, limit: 3}"],
+            ConfigError,
+            "has limit=3, but its rows are looked at and not asked",
+        ),
+        (["data.system=Be brief."], ConfigError, "data.system='Be brief.' is a message of a chat"),
         (["adapter.base=residual", "model.dtype=bfloat16"], ConfigError, "'residual' rounds the weights without their start to bfloat16"),
         (["evaluate.full_scores=/nowhere"], FolderError, "there is no /nowhere/scores.json"),
         (["plan.method=frass"], ConfigError, "did you mean 'farss'"),
@@ -544,6 +565,82 @@ def test_a_folder_that_is_not_ours_is_left_alone(config, tmp_path):
     with pytest.raises(FolderError, match="is not empty and is no run folder"):
         Run(config).all()
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_a_configuration_of_somebody_elses_is_no_run_folder(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("defaults: [hydra]\n")
+    with pytest.raises(FolderError, match="is not empty and is no run folder"):
+        Run(config).all()
+    assert (tmp_path / "run" / "config.yaml").read_text() == "defaults: [hydra]\n"
+
+
+def test_a_run_folder_that_was_moved_is_where_it_is(config, tmp_path):
+    Run(config).claim(trains=False)
+    moved = (tmp_path / "run").rename(tmp_path / "elsewhere")
+    assert read_config(moved / "config.yaml").out == str(moved)
+    assert read_config(moved / "config.yaml", [f"out={tmp_path / 'other'}"]).out == str(tmp_path / "other")
+    shutil.copy(moved / "config.yaml", tmp_path / "config.yaml")  # of no run folder
+    assert read_config(tmp_path / "config.yaml").out == str(tmp_path / "run")
+
+
+def test_two_processes_do_not_work_in_one_folder(tmp_path):
+    code = f"from pathlib import Path; from farss.folder import alone\nwith alone(Path({str(tmp_path)!r})): print('in')"
+    with alone(tmp_path):
+        beside = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert "is in use by another farss process" in beside.stderr
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "in\n"
+
+
+def test_examples_longer_than_the_model_can_read_are_refused(config, tmp_path):
+    folder = save_small("gpt2", tmp_path / "gpt2")
+    stored = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(stored.replace('"n_positions": 256', '"n_positions": 16'))
+    with pytest.raises(DataError, match=r"the longest example has \d+ tokens .*, and the model knows 16 positions: set data.max_length=16"):
+        Run(override(config, [f"model.path={folder}"])).all()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_system_message_that_would_not_be_asked_with_is_refused(config, tmp_path, model_folder):
+    folder = shutil.copytree(model_folder, tmp_path / "chat")
+    options = json.loads((folder / "tokenizer_config.json").read_text())
+    options["chat_template"] = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    (folder / "tokenizer_config.json").write_text(json.dumps(options))
+    file = tmp_path / "chats.jsonl"
+    roles = ["system", "user", "assistant"]
+    file.write_text(json.dumps({"messages": [{"role": role, "content": f"the {role}"} for role in roles]}) + "\n")
+    changed = override(config, [f"model.path={folder}", f"data.train={file}", "data.template=chat"])
+    with pytest.raises(ConfigError, match=r"begins with the system message 'the system', .*: set data.system to the same text, or to ''"):
+        Run(changed).check_inputs()
+    for system in ("the system", "''"):
+        Run(override(changed, [f"data.system={system}"])).check_inputs()
+
+
+def test_a_finished_training_is_one_on_a_machine_of_another_precision(config, monkeypatch):
+    config = override(config, ["train.precision=auto"])
+    for bits, steps in (("bf16", 1), ("fp32", 0)):
+        monkeypatch.setattr("farss.pipeline.products", lambda *_, bits=bits: bits)
+        calls = []
+        monkeypatch.setattr("farss.pipeline.train", counted(calls, "train", train))
+        run = Run(config)
+        run.claim()
+        run.train()
+        assert len(calls) == steps
+        assert run.folder.record("train")["options"]["train.precision"] == "bf16"
+
+
+def test_a_merged_model_is_asked_as_it_is_written(config):
+    """In bfloat16 its weights are rounded, and it answers otherwise than the adapter that was trained."""
+    config = override(config, ["plan.method=lora", "train.learning_rate=0.02", "model.dtype=bfloat16"])
+    merged = override(config, ["export.to=merged"])
+    Run(config).all()
+    adapter = asked(config)
+    Run(merged).all()
+    model = load_model(replace(merged.model, path=str(Path(config.out) / "model")))
+    assert read_json(Path(config.out) / "scores.json")["meta"]["weights"] == _identity(model)
+    assert asked(config) != adapter
 
 
 def test_paths_are_absolute_and_variables_expanded(config, monkeypatch, tmp_path):

@@ -19,7 +19,7 @@ from farss.adapter import START, TRAINED, adapter_change, attach
 from farss.artifacts import LayerPlan, Plan
 from farss.config import PlanConfig
 from farss.data import collate
-from farss.errors import FarssError, FolderError, ModelError
+from farss.errors import ConfigError, FarssError, FolderError, ModelError
 from farss.maths.compress import compress
 from farss.merging import holds_layers, merge, write_model
 from farss.models import base_fingerprint, fingerprint, local_folder
@@ -228,6 +228,42 @@ def test_only_the_files_that_are_loaded_are_merged(tmp_path):
     assert torch.equal(load_file(target / "model.safetensors")["a.weight"], torch.ones(2, 2))
     save_file({"a.weight": torch.zeros(2, 2).to(torch.float8_e4m3fn)}, source / "model.safetensors")
     assert not holds_layers(source, plan)  # its numbers mean nothing without their scales
+
+
+def test_the_files_that_transformers_loads_are_merged_whatever_index_stayed_behind(tmp_path):
+    plan = Plan("lora", {"a": LayerPlan(1, 1.0, 0, (2, 2))}, 1)
+    source = tmp_path / "base"
+    source.mkdir()
+    save_file({"a.weight": torch.zeros(2, 2)}, source / "model.safetensors")
+    save_file({"a.weight": torch.full((2, 2), 5.0)}, source / "model-00001-of-00001.safetensors")
+    index = source / "model.safetensors.index.json"
+    for shard in ("model-00001-of-00001.safetensors", "long-gone.safetensors"):
+        index.write_text(json.dumps({"weight_map": {"a.weight": shard}}))
+        write_model(None, plan, None, tmp_path / shard, torch.float32, source, lambda name, weight: weight + 1)
+        assert [path.name for path in (tmp_path / shard).iterdir()] == ["model.safetensors"]
+        assert torch.equal(load_file(tmp_path / shard / "model.safetensors")["a.weight"], torch.ones(2, 2))
+
+
+def test_no_more_than_a_shard_is_held_at_a_time(tmp_path, monkeypatch):
+    model = small("llama").float()
+    model.save_pretrained(tmp_path / "base")
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    limit = sum(tensor.nbytes for tensor in weights.values()) // 5
+    monkeypatch.setattr("farss.merging.SHARD", limit)
+    plan = Plan("lora", {"model.layers.0.mlp.up_proj": LayerPlan(1, 1.0, 0, (80, 32))}, 4)
+    write_model(None, plan, None, tmp_path / "merged", torch.float32, tmp_path / "base", lambda name, weight: weight + 1)
+    files = sorted((tmp_path / "merged").glob("*.safetensors"))
+    assert len(files) >= 5
+    assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
+    assert all(sum(tensor.nbytes for tensor in load_file(file).values()) <= limit for file in files)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    assert all(torch.equal(found[name], tensor + 1) for name, tensor in weights.items())
+
+
+@pytest.mark.parametrize("options", [{"rank": 0}, {"rank": -1}, {"energy": 90}, {"energy": 0}])
+def test_compressions_that_are_none_are_refused(options):
+    with pytest.raises(ConfigError, match=r"export\.(rank|energy)=-?\d+: give"):
+        portable_module.portable([("layer", (torch.ones(3, 2), torch.ones(2, 5)))], **options)
 
 
 def test_one_layers_change_is_held_at_a_time():

@@ -23,29 +23,33 @@ SCRIPT = textwrap.dedent("""
     from farss import processes
     from farss.methods import METHODS
     from farss.survey import read_layers, survey
+    if len(sys.argv) > 6:
+        torch.distributed.init_process_group("gloo")  # as a trainer does before it is ours
     with processes.joined():
         model, task = small("gemma3"), collated(examples(), int(sys.argv[3]))
         if sys.argv[4] == "survey":
             survey(model, task, sys.argv[2], 4, fisher="sampled")
         else:
             read_layers(model, sys.argv[2], METHODS["farss-plus"].needs.read, 4, [task, collated(examples(7, seed=1), int(sys.argv[5]))])
+    if len(sys.argv) > 6:
+        torch.distributed.barrier()  # it is there as it was
 """)
 
 
-def launch(folder, batch_size=2, processes=2, what="survey", knowledge=2):
+def launch(folder, batch_size=2, processes=2, what="survey", knowledge=2, beside=()):
     """Look at a model with so many processes."""
     script = folder.with_suffix(".py")
     script.write_text(SCRIPT)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    arguments = [str(script), os.path.dirname(__file__), str(folder), str(batch_size), what, str(knowledge)]
+    arguments = [str(script), os.path.dirname(__file__), str(folder), str(batch_size), what, str(knowledge), *beside]
     command = [*launcher, *arguments] if processes > 1 else [sys.executable, *arguments]
     return subprocess.run(command, check=False, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("what", ["survey", "both texts"])
-def test_two_processes_find_what_one_finds(what, tmp_path):
+@pytest.mark.parametrize(("what", "beside"), [("survey", ()), ("both texts", ("trainer",))])
+def test_two_processes_find_what_one_finds(what, beside, tmp_path):
     for count in (1, 2):
-        result = launch(tmp_path / f"by{count}", processes=count, what=what)
+        result = launch(tmp_path / f"by{count}", processes=count, what=what, beside=beside if count > 1 else ())
         assert result.returncode == 0, result.stderr
     one, two = Survey.load(tmp_path / "by1"), Survey.load(tmp_path / "by2")
     assert two.meta["processes"] == 2

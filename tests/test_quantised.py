@@ -14,7 +14,7 @@ from farss.adapter import attach
 from farss.config import ModelConfig
 from farss.configfile import from_dict
 from farss.data import Tokenized
-from farss.errors import FarssError, ModelError
+from farss.errors import ConfigError, FarssError, ModelError
 from farss.merging import merge
 from farss.models import base_fingerprint, load_model
 from farss.plan import make_plan
@@ -104,7 +104,7 @@ def test_what_a_4_bit_base_cannot_do_is_refused(folder, tmp_path):
     model = four_bits(folder)
     found = survey(model, collated(examples()), tmp_path / "survey", 8)
     plan = make_plan(CONFIG, found)
-    with pytest.raises(ModelError, match=r"is quantised: nothing can be subtracted from it; set adapter.base=untouched"):
+    with pytest.raises(ConfigError, match=r"takes the start out of weights that are quantised: set adapter.base=untouched"):
         attach(four_bits(folder), plan, found, base="residual")
     adapted = attach(model, plan, found)
     with pytest.raises(FarssError, match="trained on quantised weights, and merged into the unquantised ones it would be another model"):

@@ -205,14 +205,35 @@ def test_questions_of_a_hub_are_those_of_its_test_split(monkeypatch: pytest.Monk
     assert splits == ["test", "train"]
 
 
+def test_knowledge_of_a_hub_is_never_what_is_asked_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    splits = []
+    monkeypatch.setattr(room, "read_rows", lambda path, split="train": splits.append(split) or [{"question": "q", "answer": "a"}])
+    room.knowledge_texts("openai/gsm8k:main")
+    room.knowledge_texts(QuestionSet(name="n", data="openai/gsm8k:main", answers="answer"))
+    assert set(splits) == {"train"}
+    room.knowledge_texts(QuestionSet(name="n", data="openai/gsm8k:main", answers="answer", split="validation"))
+    assert splits[-1] == "validation"
+
+
+@pytest.mark.parametrize(
+    ("value", "written"), [(21, "21"), (0.00001, "0.00001"), (1e22, "1" + 22 * "0"), (2.5, "2.5"), (10**400, "1" + 400 * "0")]
+)
+def test_numbers_are_written_out(tmp_path: Path, value: float, written: str) -> None:
+    path = write_rows(tmp_path / "q.jsonl", [{"instruction": "Double it", "input": value, "output": value}])
+    entry = QuestionSet(name="n", data=path, question="instruction", answers="output")
+    assert room.question_rows(entry) == [{"question": f"Double it\n\n{written}", "answers": [written]}]
+
+
 def test_question_and_text_errors(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "q.jsonl", [{"question": "q", "answer": [], "text": "t"}, {"question": "q"}])
     with pytest.raises(DataError, match=r"q.jsonl has no column 'answers' \(it has question, answer, text\): did you mean 'answer'"):
         room.question_rows(QuestionSet(name="n", data=path))
-    with pytest.raises(DataError, match="row 1 has no answer in column 'answer'"):
+    with pytest.raises(DataError, match=r"q\.jsonl, row 1 has no answer in column 'answer'"):
         room.question_rows(QuestionSet(name="n", data=path, answers="answer"))
-    with pytest.raises(DataError, match="row 2 has nothing in column 'text'"):
-        room.text_rows(path)
-    assert room.text_rows(write_rows(tmp_path / "t.jsonl", [{"text": "hello"}])) == ["hello"]
+    assert room.text_rows(write_rows(tmp_path / "t.jsonl", [{"text": ""}, {"text": "hello"}, {"text": None}])) == ["hello"]
+    with pytest.raises(DataError, match=r"t\.jsonl has no text in its column 'text'"):
+        room.text_rows(write_rows(tmp_path / "t.jsonl", [{"text": " "}]))
+    with pytest.raises(DataError, match=r"t\.jsonl, row 2: column 'text' holds a list, not a text"):
+        room.text_rows(write_rows(tmp_path / "t.jsonl", [{"text": "hello"}, {"text": ["a"]}]))
     with pytest.raises(DataError, match="has no column 'text'"):
         room.text_rows(write_rows(tmp_path / "t.jsonl", [{"body": "hello"}]))

@@ -44,6 +44,8 @@ def compare(config: Config, tell: Tell) -> Path:
         entrant.run.check_inputs()
     for entrant in _possible(config, tell, loaded):  # of the other seeds too, whose learning rate may not be known yet
         entrant.run.check_unchanged()
+        if not entrant.run.has_trained:
+            _ = entrant.run.inputs.examples  # another seed may draw rows that cannot be used
     Folder(config.out).claim(config, versions())
     _run_all(everyone)
     chosen, measure = choose(config, tried)

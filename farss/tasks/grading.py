@@ -6,28 +6,36 @@ import os
 import re
 import string
 import threading
+import unicodedata
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
 from farss.data import prompt_text
 
-GRADING = 4
+GRADING = 5
 """Goes up when answers are graded by other rules: those of a run folder are then graded again (of lm_eval's tasks, asked for again), so
 that none that were graded by the old rules stand beside the new."""
 STEPS = " Let's think step by step."
 """What the authors put behind the training prompt for GSM8K and MATH."""
 
-_OF_NUMBERS = r"(?<=\d)[^,]\d|(?<![\w-])-\$?\.?\d|(?<![^\s$-])\.\d"
-"""Punctuation that is no decoration: "1/2", "3.5", "1914-1918", "-5" and ".5"; not "1,000"."""
+_OF_NUMBERS = r"(?<=\d)[^,]\d|(?<![\w-])-\$?\.?\d|(?<![^\s$-])\.\d|(?<=\d[eE])-\d"
+"""Punctuation that is no decoration: "1/2", "3.5", "1914-1918", "-5", ".5" and "1e-3"; not "1,000"."""
+_OF_NAMES = r"(?<=\w)[+#<>=]|(?<=\w[+<>=])[+<>=]|(?<=\w)[*^]\w"
+"""The same of names and formulas: "C++", "C#", "x>=5" and "x^2"; not "#1" or "**Paris**"."""
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _LEADING = re.compile(r"\b(a|an|the)\b(?=\s+\w)")
 _DASHES = str.maketrans(dict.fromkeys("‐‑‒–—―−", "-"))
-_PUNCTUATION = re.compile(rf"(?!{_OF_NUMBERS})[{re.escape(string.punctuation)}‘’´“”]")
+_FOREIGN = "".join(char for char in map(chr, range(0x80, 0x10000)) if unicodedata.category(char).startswith("P"))
+"""Punctuation beyond ASCII: “ ” « » ¿ 。 and so on."""
+_PUNCTUATION = re.compile(rf"(?!{_OF_NUMBERS}|{_OF_NAMES})[{re.escape(string.punctuation)}´{re.escape(_FOREIGN)}]")
+_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff]")
+"""Scripts that put no space between words (Thai, Lao, Burmese, Khmer, Japanese, Chinese), or endings behind them (Korean)."""
 _DECIMAL = re.compile(r"(?<![.\d])(\d*)\.(\d+)(?![.\d])")
 _MARK = re.compile(r"(?:####|[Tt]he (?:final )?answer is:?)")
 _LISTED = re.compile(r"^\s*[-+−]\s+", re.MULTILINE)
-_NUMBER = re.compile(r"(?:(?<![\w)])[-+−]\s?)?\$?\s?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?")  # the dash of "20-25" is no sign
+_NUMBER = re.compile(r"(?:(?<![\w)])[-+−]\s?)?\$?\s?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}\b|/\d+)?")
+"""The dash of "20-25" is no sign."""
 _APART = re.compile(r"(?<!\d)[/,;:–—()\[\]]|[/,;:–—()\[\]](?!\d)|(?<=\d)[-–](?=\d)|['’]s\b")
 """What parts words, though no space stands there: "Paris/London", "1914-1918", "Smith's"; not "1,000", "1/2" or "non-fiction"."""
 _NUMBER_MARK = re.compile(r"####(?=\W*\d)|[Tt]he (?:final )?answer is:?")  # "#### Step 2" is a heading
@@ -80,12 +88,13 @@ def _holds(answer: str, accepted: str) -> bool:
 
 def _within(part: str, whole: str) -> bool:
     part, whole = (" ".join(text.split()) for text in (part, whole))
-    return bool(part) and f" {part} " in f" {whole} "
+    return bool(part) and (part in whole if _UNSPACED.search(part) else f" {part} " in f" {whole} ")
 
 
 def _plain(text: str) -> str:
-    """Without punctuation; numbers keep what they are made of, so that "1.5" is not "15", nor "-5" "5", and "5.0" is 5."""
-    text = re.sub(r"(?<=\d):(?=\d)", ".", text.translate(_DASHES))  # "6:30" is "6.30"
+    """Without punctuation; numbers and names keep what they are made of, so that "1.5" is not "15", nor "C++" "C", and "5.0" is 5."""
+    text = unicodedata.normalize("NFC", text).translate(_DASHES)  # an accent may be a character of its own
+    text = re.sub(r"(?<=\d):(?=\d)", ".", text)  # "6:30" is "6.30"
     return _DECIMAL.sub(_shortest, _PUNCTUATION.sub("", text))
 
 

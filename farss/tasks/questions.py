@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from farss.artifacts import Kind
-from farss.config import QuestionSet
+from farss.config import DataConfig, QuestionSet
 from farss.data import answer_border, prompt_text, separator
 from farss.errors import ConfigError, DataError
 from farss.rows import example_rows, question_rows
@@ -93,14 +93,18 @@ def _check_numbers(entry: QuestionSet, rows: list[Row]) -> None:
             )
 
 
-def prompt_of(entry: QuestionSet, kind: Kind, template: str, tokenizer: Any) -> Prompt:
+def prompt_of(entry: QuestionSet, kind: Kind, data: DataConfig, tokenizer: Any) -> Prompt:
     """The prompt of a question set: its own, the training prompt, or the usual one for knowledge.
+
+    Args:
+        data: with the template and the system message of the training prompt.
 
     Raises:
         ConfigError: the prompt does not contain `{question}`, or examples are shown in a chat.
     """
     chosen = entry.prompt or ("train" if kind == "task" else KNOWLEDGE_PROMPT)
     if chosen == "train":
+        template = data.template
         if template == "chat" and entry.fewshot:
             raise ConfigError(
                 f"question set {entry.name!r}: fewshot={entry.fewshot} cannot be shown in a chat: set fewshot: 0, or give a prompt"
@@ -111,7 +115,7 @@ def prompt_of(entry: QuestionSet, kind: Kind, template: str, tokenizer: Any) -> 
         if template == "chat":
             border = answer_border(tokenizer) if tokenizer else ""
             delimiter = border[len(border.rstrip(" ")) :]
-        return Prompt(lambda question: prompt_text(template, question, tokenizer), delimiter, [], template == "chat")
+        return Prompt(lambda question: prompt_text(template, question, tokenizer, data.system), delimiter, [], template == "chat")
     if "{question}" not in chosen:
         raise ConfigError(f"question set {entry.name!r}: prompt={chosen!r} has no {{question}} in it: add it, or write train")
     # Reasoning that ends in a number has several lines; any other answer is one line.

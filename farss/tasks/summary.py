@@ -191,7 +191,7 @@ def summarise(before: Path, after: Path, full: Path | None, config: Config, only
     # Each kind anew, as in `standings`: a run's intervals are those of its row in a comparison.
     of_kinds = [[each.scores for each in outcomes if each.kind == kind] for kind in KINDS]
     draws = [drawn for scores in of_kinds for drawn in bootstrap(scores, resamples, seed)]
-    notes = _unpaired(runs[0][0], runs[1][0])
+    notes = _unpaired(runs[0][0], runs[1][0]) + _unlike(runs[0][0], runs[1][0], reference[0][0] if reference else None)
     k, k_draws = _kept(outcomes, draws, notes)
     still = {each.score.name: each.still for each in outcomes if each.kind == "knowledge"}
     drawn_still = bootstrap([*still.values()], resamples, seed)
@@ -227,6 +227,20 @@ def _unpaired(before: Scores, after: Scores) -> list[str]:
         only = set(getattr(before, kind)) ^ set(getattr(after, kind))
         both += [f"{name!r} was asked only before or only after, so it is left out." for name in sorted(only)]
     return both
+
+
+def _unlike(before: Scores, after: Scores, full: Scores | None) -> list[str]:
+    """What makes the runs' answers differ beside the training."""
+    computed = [scores.meta.get("dtype") for scores in (before, after)]
+    found = []
+    if all(computed) and computed[0] != computed[1]:
+        found.append(f"The untouched model answered in {computed[0]} and the trained one in {computed[1]}, on another machine or device.")
+    models = [scores.meta.get("path") for scores in (after, *([full] if full else []))]
+    if all(models) and models[0] != models[-1]:
+        found.append(
+            f"T is relative to the model in {models[-1]}, and this one is that in {models[0]}: T says nothing unless they are one."
+        )
+    return found
 
 
 def _kept(outcomes: list[Outcomes], draws: list[Array], notes: list[str]) -> tuple[Estimate | None, Array | None]:

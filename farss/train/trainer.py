@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from farss.artifacts import write_tensors
 from farss.config import Config, TrainConfig
@@ -18,9 +18,12 @@ from farss.data import Tokenized
 from farss.errors import ConfigError, nearest
 from farss.memory import give_back_if_scarce
 from farss.models import multiplies_in
+from farss.structure import modes_kept
 from farss.train.checkpoints import REGIME, read_weights, write_weights
 from farss.train.record import Record
 
+SHORT = 64
+"""Tokens on which two ways to the same loss are compared."""
 WRAPPED = ("forward", "_original_forward", "_require_grads_hook", "_require_grads_hooks")
 """Attributes that accelerate and TRL hang on a model."""
 
@@ -51,10 +54,12 @@ def build(
     from transformers import PrinterCallback
 
     trainer_class, callback_class = _classes()
+    weights = next(model.parameters())
+    check_options(config.train, weights.device, weights.dtype, getattr(model, "supports_gradient_checkpointing", True))
     trainer = trainer_class(
         run=run,
         model=model,
-        args=_arguments(config.train, config.seed, checkpoints, next(model.parameters()).device, cycles),
+        args=_arguments(config.train, config.seed, checkpoints, weights.device, cycles),
         train_dataset=examples.dataset(),
         processing_class=tokenizer,
         callbacks=[callback_class(run), *callbacks],
@@ -67,7 +72,6 @@ def _arguments(options: TrainConfig, seed: int, checkpoints: Path, device: torch
     """The options in TRL's words."""
     from trl import SFTConfig  # type: ignore[attr-defined]
 
-    check_options(options, device)
     if options.precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise ConfigError("train.precision=bf16, but this GPU has no bfloat16: set train.precision=fp32")
     micro = options.micro_batch_size or options.batch_size
@@ -110,11 +114,16 @@ def _arguments(options: TrainConfig, seed: int, checkpoints: Path, device: torch
     return arguments
 
 
-def check_options(options: TrainConfig, device: torch.device) -> None:
-    """Refuse what transformers will not do.
+def check_options(options: TrainConfig, device: torch.device, dtype: torch.dtype, recomputes: bool) -> None:
+    """Refuse what transformers will not do, or not well.
+
+    Args:
+        dtype: of the frozen weights.
+        recomputes: the model can compute activations anew in the backward pass.
 
     Raises:
-        ConfigError: it does not know the schedule, a tracker is not installed, or the device is not the first visible GPU.
+        ConfigError: it does not know the schedule, a tracker is not installed, the device is not the first visible GPU, or the model
+            or its precision does not fit the options.
     """
     from transformers import SchedulerType, get_scheduler
     from transformers.integrations import get_available_reporting_integrations  # type: ignore[attr-defined]
@@ -130,6 +139,14 @@ def check_options(options: TrainConfig, device: torch.device) -> None:
         ) from error
     if device.type == "cuda" and device.index not in (None, 0):
         raise ConfigError(f"training runs on the first visible GPU, but the model is on {device}: set CUDA_VISIBLE_DEVICES={device.index}")
+    if options.gradient_checkpointing and not recomputes:
+        raise ConfigError("this kind of model cannot compute its activations anew: set train.gradient_checkpointing=false")
+    if dtype == torch.float16 and products(options, device) == "fp32":
+        # a mean over thousands of answer tokens gives gradients of 1e-7, where float16 ends
+        raise ConfigError(
+            "the weights are float16, in which small gradients vanish unless products are bfloat16 (which this machine does not have, or "
+            "train.precision=fp32 turns off): set model.dtype=float32, or bfloat16"
+        )
     installed = get_available_reporting_integrations()
     for name in options.report_to:
         if name not in installed:
@@ -155,6 +172,7 @@ def _classes() -> tuple[Any, Any]:
             # TRL divides by the number of answer tokens in the whole batch, if it is counted; models whose forward
             # takes no **kwargs would get a mean over micro-batches
             self.model_accepts_loss_kwargs = True
+            self.fused = scored_alike(self.whole, options["train_dataset"][0]["input_ids"])
 
         def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
             self.added = torch.zeros(())
@@ -163,7 +181,12 @@ def _classes() -> tuple[Any, Any]:
             return loss
 
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            ours = self.fused or return_outputs
+            result = (
+                super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+                if ours
+                else own_loss(model, inputs, num_items_in_batch)
+            )
             penalty = self.run.regime.penalty()
             if penalty is None:
                 return result
@@ -213,6 +236,37 @@ def _classes() -> tuple[Any, Any]:
             self.run.mark(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     return Trainer, Callback
+
+
+def scored_alike(model: Any, ids: list[int]) -> bool:
+    """Whether TRL's output layer, which goes over the logits in tiles, gives the model's own log-likelihoods: it rebuilds the logits from
+    the last hidden states, and does not know what some architectures do to either (RecurrentGemma's cap, BERT's transform)."""
+    rows = torch.tensor([ids[:SHORT]], device=next(model.parameters()).device)
+    inputs = {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
+    with modes_kept(model), torch.no_grad():
+        model.eval()
+        logits = model(**inputs).logits[:, :-1]
+        own = logits.float().log_softmax(-1).gather(2, rows[:, 1:, None])[..., 0]
+        try:
+            tiled = model(**inputs, labels=rows, fused_lm_head=True).log_probs
+        except (AttributeError, TypeError):  # the parts have other names than it looks for
+            return False
+    rounding = max(1e-4, 4 * torch.finfo(logits.dtype).eps) * max(1.0, logits.abs().max().item())
+    return bool((tiled.float() - own).abs().max() <= rounding)
+
+
+def own_loss(model: Any, inputs: dict[str, Any], count: Any) -> Tensor:
+    """The mean loss (nats) of the answer tokens, from the logits of the model itself.
+
+    Args:
+        count: of the answer tokens in the whole batch, where the gradients of several forward passes are added up.
+    """
+    logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits[:, :-1]
+    labels = inputs["labels"][:, 1:]
+    scored = labels != -100
+    total = nn.functional.cross_entropy(logits[scored].float(), labels[scored], reduction="sum")
+    mean: Tensor = total / (scored.sum().clamp(min=1) if count is None else count)
+    return mean
 
 
 def stop(step: int | None) -> list[Any]:

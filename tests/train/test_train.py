@@ -8,13 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
+from small_models import small
 from trainings import adapted_model, difference, examples, options, tokenizer, weights, whole_model
 from transformers import LlamaModel, TrainerCallback
+from trl.trainer.utils import add_fused_lm_head
 
+from farss.data import collate
 from farss.errors import ConfigError, FarssError, NumericalError
 from farss.train import TrainResult, train
 from farss.train.checkpoints import WEIGHTS
+from farss.train.trainer import scored_alike, unchanged
 
 # --- the loss --------------------------------------------------------------------------------------------------------
 
@@ -76,8 +81,36 @@ def test_prompts_and_padding_carry_no_loss(tmp_path: Path) -> None:
     train(other, tokenizer(), changed, options(max_steps=2), tmp_path / "b")
     assert difference(weights(model), weights(other)) == 0
     longest = max(len(row["input_ids"]) for row in data.rows)
-    assert tokens[0].shape == (4, longest)  # nothing was cut, packed or appended
-    assert sorted(ids[ids != 0].tolist() for ids in tokens[0]) == sorted(row["input_ids"] for row in data.rows)
+    assert tokens[-1].shape == (4, longest)  # nothing was cut, packed or appended
+    assert sorted(ids[ids != 0].tolist() for ids in tokens[-1]) == sorted(row["input_ids"] for row in data.rows)
+
+
+@pytest.mark.parametrize("micro", [4, 2])
+@pytest.mark.parametrize(("kind", "fused"), [("llama-gqa", True), ("gemma3", True), ("modernbert-decoder", False), ("llama4", False)])
+def test_the_loss_is_that_of_the_models_own_logits(tmp_path: Path, kind: str, fused: bool, micro: int) -> None:
+    """TRL's output layer leaves out what some architectures do between their last block and their logits, and finds no part of others."""
+    base, data = small(kind).float(), examples(4)
+    batch = collate(data.rows, 0)
+    with torch.no_grad():
+        logits = base(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    own = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten()).item()
+    targets = ["q_proj", "Wi", "attn.q_proj"] if kind == "modernbert-decoder" else ["q_proj"]
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
+    done = train(model, tokenizer(), data, options(max_steps=1, micro_batch_size=micro, logging_steps=1), tmp_path)
+    assert done.loss == pytest.approx(own, rel=1e-5)
+    with unchanged(base):
+        add_fused_lm_head(base)
+        assert scored_alike(base, data.rows[0]["input_ids"]) == fused
+
+
+def test_options_that_do_not_fit_the_model_are_refused(tmp_path: Path) -> None:
+    base = whole_model().half()
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"), autocast_adapter_dtype=True)
+    with pytest.raises(ConfigError, match=r"the weights are float16, in which small gradients vanish .*: set model.dtype=float32"):
+        train(model, tokenizer(), examples(), options(precision="fp32"), tmp_path)
+    japanese = small("gpt-neox-japanese").float().requires_grad_(True)
+    with pytest.raises(ConfigError, match=r"cannot compute its activations anew: set train.gradient_checkpointing=false"):
+        train(japanese, tokenizer(), examples(), options(gradient_checkpointing=True), tmp_path)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
