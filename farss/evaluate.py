@@ -5,41 +5,25 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from farss.artifacts import KINDS, Kind, Scores, TaskScore, fingerprint, questions, read_json, write_json, write_text
+from farss.artifacts import KINDS, Scores, TaskScore, fingerprint, questions, read_json, write_json, write_text
 from farss.config import Config, DataConfig, QuestionSet
-from farss.configfile import to_dict
-from farss.data import choose, prompt_facts, prompt_text, separator
-from farss.errors import ConfigError, FarssError, FolderError
+from farss.data import choose, prompt_text, separator
+from farss.errors import FarssError
 from farss.memory import fits, freed_memory_kept
 from farss.models import fingerprint as weights_fingerprint
-from farss.rows import example_rows, question_rows, text_rows
-from farss.tasks.grading import GRADING, METRICS, STEPS
+from farss.rows import text_rows
+from farss.tasks.benchmarks import Benchmark, list_benchmarks
+from farss.tasks.grading import METRICS, STEPS
 from farss.tasks.live import Progress, asking, live_model, prompt_tokenizer, require_harness
 from farss.tasks.names import task_manager
-from farss.tasks.questions import Drawn, draw, prompt_of, prompts_of, task_settings
+from farss.tasks.questions import prompt_of, task_settings
 from farss.tasks.records import Logged, Record, main_metric, metric_label, records_of
-from farss.tasks.summary import read_scores
 from farss.tasks.text import text_loss
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """One thing to ask."""
-
-    kind: Kind
-    name: str
-    entry: str | QuestionSet
-    drawn: Drawn | None
-    """The questions of a question set; None for a task of lm_eval, which brings its own."""
-    key: str
-    """Hash of everything its result depends on."""
-    earlier: tuple[str, ...] = ()
-    """The keys of the same answers under the rules that graded them before."""
 
 
 def evaluate(
@@ -88,104 +72,6 @@ def _identity(model: Any) -> str:
     scales = {name: [adapter.lora_alpha, adapter.alpha_pattern] for name, adapter in getattr(model, "peft_config", {}).items()}
     off = any(getattr(module, "disable_adapters", False) is True for module in model.modules())
     return fingerprint([weights_fingerprint(model), scales, off])
-
-
-# --- what is asked ---------------------------------------------------------------------------------------------------
-
-
-def list_benchmarks(config: Config, identity: dict[str, Any]) -> list[Benchmark]:
-    """Every benchmark of the configuration, with its questions drawn, for the model of this identity.
-
-    Raises:
-        ConfigError: a name that cannot be a file name, or a question set that cannot be asked.
-    """
-    return [_benchmark(kind, entry, config, identity) for kind in KINDS for entry in getattr(config.evaluate, kind)]
-
-
-def _benchmark(kind: Kind, entry: str | QuestionSet, config: Config, identity: dict[str, Any]) -> Benchmark:
-    name = entry if isinstance(entry, str) else entry.name
-    if name.startswith(".") or set(name) & set('/\\:*?"<>|'):
-        raise ConfigError(f"evaluate: {name!r} is also a file name: use letters, digits, - and _")
-    drawn: Drawn | None = None
-    asked: Any = entry
-    if isinstance(entry, QuestionSet):
-        rows, examples = question_rows(entry), example_rows(entry)
-        drawn = draw(entry, rows, config.seed, examples)
-        asked = {key: value for key, value in to_dict(entry).items() if key != "split"} | {
-            "data": fingerprint(rows),
-            "examples": examples and fingerprint(examples),
-        }
-    depends = {
-        "kind": kind,
-        "entry": asked,
-        "limit": config.evaluate.limit if isinstance(entry, str) else None,
-        **prompt_facts(config.data),
-        "identity": identity,
-    }
-    # before a right answer to a prompt that ends in white space stood another space once
-    same = isinstance(entry, QuestionSet) and not (entry.prompt or "")[-1:].isspace()
-    before = [{}, *({"grading": rules} for rules in range(2, GRADING))] if same else []
-    earlier = tuple(fingerprint(depends | rules) for rules in before)
-    return Benchmark(kind, name, entry, drawn, fingerprint(depends | grading([entry])), earlier)
-
-
-def grading(entries: Sequence[str | QuestionSet]) -> dict[str, int]:
-    """By which of our rules these are graded; nothing for lm_eval's tasks, which have their own."""
-    read = any(isinstance(entry, QuestionSet) or entry.startswith("farss_") for entry in entries)
-    return {"grading": GRADING} if read else {}
-
-
-def check_reference(config: Config, tokenizer: Any) -> None:
-    """Find out before hours of training that T will have no value.
-
-    Args:
-        tokenizer: the base model's, which writes the prompts of a chat.
-
-    Raises:
-        FolderError: the full fine-tuning run of `evaluate.full_scores` was not asked the task, or other questions of it, or otherwise.
-    """
-    scores, folder = read_scores(Path(config.evaluate.full_scores or ""))
-    for each in list_benchmarks(config, {}):
-        if each.kind != "task":
-            continue
-        if each.name not in scores.task:
-            raise FolderError(
-                f"evaluate.full_scores={config.evaluate.full_scores}: that run was not asked the task {each.name!r}, so T would have no "
-                "value: name a run that was, or leave evaluate.full_scores out"
-            )
-        if not isinstance(each.entry, QuestionSet) or each.drawn is None:
-            limit = config.evaluate.limit
-            if limit and (scores.task[each.name].questions > limit or scores.meta.get("seed", config.seed) != config.seed):
-                raise FolderError(
-                    f"evaluate.full_scores={config.evaluate.full_scores} holds answers to other questions of {each.name!r} than will be "
-                    "asked: evaluate both with the same evaluate.limit and seed"
-                )
-            continue
-        asked = {str(row["id"]): row["answers"] for row in each.drawn.asked}
-        answered = {str(record["id"]): record["gold"] for record in questions(folder, each.name)}
-        if (asked, each.entry.metric) != (answered, scores.task[each.name].metric):
-            raise FolderError(
-                f"evaluate.full_scores={config.evaluate.full_scores} holds answers to other questions of {each.name!r} than will be "
-                "asked: evaluate both with the same file, limit, metric and seed"
-            )
-        if otherwise := _asked_otherwise(each.entry, each.drawn, config, scores.task[each.name], folder, tokenizer):
-            raise FolderError(
-                f"evaluate.full_scores={config.evaluate.full_scores}: that run was asked {each.name!r} with {otherwise}, so T would be a "
-                "ratio of unlike things: evaluate both in the same way"
-            )
-
-
-def _asked_otherwise(entry: QuestionSet, drawn: Drawn, config: Config, score: TaskScore, folder: Path, tokenizer: Any) -> str:
-    """How the answers in a folder were asked for, where it is not how they will be; empty where it is."""
-    path = folder / f"{entry.name}.json"
-    noted = read_json(path) if path.is_file() else {}
-    was = {"fewshot": score.fewshot, "max_tokens": noted.get("max_tokens", entry.max_tokens)}  # which older folders do not say
-    for key, value in was.items():
-        if value != (now := getattr(entry, key)):
-            return f"{key}={value}, and now {key}={now}"
-    prompts = prompts_of(drawn, prompt_of(entry, "task", config.data, tokenizer))
-    same = all(record["prompt"] == prompts[str(record["id"])] for record in questions(folder, entry.name))
-    return "" if same else "another prompt, template or other examples than now"
 
 
 # --- asking ----------------------------------------------------------------------------------------------------------

@@ -11,10 +11,10 @@ from farss.artifacts import Layer
 from farss.config import Config, DataConfig, EvaluateConfig, ModelConfig, QuestionSet
 from farss.data import Tokenized, check_length, load_examples
 from farss.errors import ConfigError
-from farss.evaluate import check_reference
 from farss.models import known_positions, layer_shapes, load_tokenizer
 from farss.recovery import recovery_rows
 from farss.rows import example_rows, knowledge_texts, question_rows, text_rows
+from farss.tasks.reference import check_reference
 
 Result = TypeVar("Result")
 

@@ -21,7 +21,7 @@ from farss.card import write_card
 from farss.config import Config, PlanConfig
 from farss.data import collate, prompt_facts
 from farss.errors import ConfigError, FolderError
-from farss.evaluate import evaluate, grading
+from farss.evaluate import evaluate
 from farss.folder import (
     BASE_KEYS,
     BOUNDARY_KEYS,
@@ -60,6 +60,7 @@ from farss.recovery import knowledge_alone, recover, recovery_rows
 from farss.report import write_report
 from farss.structure import check_unshared, left_out
 from farss.surveys import Surveys, check_fingerprint
+from farss.tasks.benchmarks import grading
 from farss.tasks.course import Course, prepare_course
 from farss.tasks.summary import Summary, summarise
 from farss.train import TrainResult, check_options, products, restore, train, training_steps

@@ -33,6 +33,15 @@ def test_configurations_for_other_trainers_have_their_keys():
     assert axolotl["lora_model_dir"] == factory["adapter_name_or_path"] == "runs/mine/prepared/adapter"
 
 
+def test_what_python_code_imports_is_there():
+    pages = [*DOCS.glob("*.md"), DOCS.parent / "README.md"]
+    blocks = [block for page in pages for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)]
+    assert len(blocks) >= 2
+    for block in blocks:
+        for line in re.findall(r"^(?:import|from) .*farss.*$", block, re.MULTILINE):
+            exec(line, {})
+
+
 def test_every_test_that_the_adapters_table_names_exists():
     page = (DOCS / "adapters.md").read_text()
     named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from farss.errors import ConfigError
-from farss.tasks.records import Logged, main_metric
+from farss.tasks.records import Logged, main_metric, question_score
 
 
 def logged(*samples):
@@ -25,3 +25,11 @@ def test_only_the_first_filter_counts():
     both = logged({"acc": 1.0}, {"acc": None})
     both.samples[1]["filter"] = "strict"
     assert main_metric(both) == "acc"
+
+
+@pytest.mark.parametrize(
+    ("value", "score"),
+    [(True, 1.0), (0.25, 0.25), ([True, False], 0.5), ((1, 1), 1.0), ((1, 0), 0.0), ("text", None), ([], None), (float("nan"), None)],
+)
+def test_metric_values_become_question_scores(value, score):
+    assert question_score(value) == score

@@ -1,0 +1,73 @@
+"""What is asked: every benchmark of a configuration, with its questions drawn and a hash of all that its result depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from farss.artifacts import KINDS, Kind, fingerprint
+from farss.config import Config, QuestionSet
+from farss.configfile import to_dict
+from farss.data import prompt_facts
+from farss.errors import ConfigError
+from farss.rows import example_rows, question_rows
+from farss.tasks.grading import GRADING
+from farss.tasks.questions import Drawn, draw
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One thing to ask."""
+
+    kind: Kind
+    name: str
+    entry: str | QuestionSet
+    drawn: Drawn | None
+    """The questions of a question set; None for a task of lm_eval, which brings its own."""
+    key: str
+    """Hash of everything its result depends on."""
+    earlier: tuple[str, ...] = ()
+    """The keys of the same answers under the rules that graded them before."""
+
+
+def list_benchmarks(config: Config, identity: dict[str, Any]) -> list[Benchmark]:
+    """Every benchmark of the configuration, with its questions drawn, for the model of this identity.
+
+    Raises:
+        ConfigError: a name that cannot be a file name, or a question set that cannot be asked.
+    """
+    return [_benchmark(kind, entry, config, identity) for kind in KINDS for entry in getattr(config.evaluate, kind)]
+
+
+def _benchmark(kind: Kind, entry: str | QuestionSet, config: Config, identity: dict[str, Any]) -> Benchmark:
+    name = entry if isinstance(entry, str) else entry.name
+    if name.startswith(".") or set(name) & set('/\\:*?"<>|'):
+        raise ConfigError(f"evaluate: {name!r} is also a file name: use letters, digits, - and _")
+    drawn: Drawn | None = None
+    asked: Any = entry
+    if isinstance(entry, QuestionSet):
+        rows, examples = question_rows(entry), example_rows(entry)
+        drawn = draw(entry, rows, config.seed, examples)
+        asked = {key: value for key, value in to_dict(entry).items() if key != "split"} | {
+            "data": fingerprint(rows),
+            "examples": examples and fingerprint(examples),
+        }
+    depends = {
+        "kind": kind,
+        "entry": asked,
+        "limit": config.evaluate.limit if isinstance(entry, str) else None,
+        **prompt_facts(config.data),
+        "identity": identity,
+    }
+    # before a right answer to a prompt that ends in white space stood another space once
+    same = isinstance(entry, QuestionSet) and not (entry.prompt or "")[-1:].isspace()
+    before = [{}, *({"grading": rules} for rules in range(2, GRADING))] if same else []
+    earlier = tuple(fingerprint(depends | rules) for rules in before)
+    return Benchmark(kind, name, entry, drawn, fingerprint(depends | grading([entry])), earlier)
+
+
+def grading(entries: Sequence[str | QuestionSet]) -> dict[str, int]:
+    """By which of our rules these are graded; nothing for lm_eval's tasks, which have their own."""
+    read = any(isinstance(entry, QuestionSet) or entry.startswith("farss_") for entry in entries)
+    return {"grading": GRADING} if read else {}

@@ -1,0 +1,66 @@
+"""Is the full fine-tuning that T is relative to one that was asked the same?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from farss.artifacts import TaskScore, questions, read_json
+from farss.config import Config, QuestionSet
+from farss.errors import FolderError
+from farss.tasks.benchmarks import list_benchmarks
+from farss.tasks.questions import Drawn, prompt_of, prompts_of
+from farss.tasks.summary import read_scores
+
+
+def check_reference(config: Config, tokenizer: Any) -> None:
+    """Find out before hours of training that T will have no value.
+
+    Args:
+        tokenizer: the base model's, which writes the prompts of a chat.
+
+    Raises:
+        FolderError: the full fine-tuning run of `evaluate.full_scores` was not asked the task, or other questions of it, or otherwise.
+    """
+    scores, folder = read_scores(Path(config.evaluate.full_scores or ""))
+    for each in list_benchmarks(config, {}):
+        if each.kind != "task":
+            continue
+        if each.name not in scores.task:
+            raise FolderError(
+                f"evaluate.full_scores={config.evaluate.full_scores}: that run was not asked the task {each.name!r}, so T would have no "
+                "value: name a run that was, or leave evaluate.full_scores out"
+            )
+        if not isinstance(each.entry, QuestionSet) or each.drawn is None:
+            limit = config.evaluate.limit
+            if limit and (scores.task[each.name].questions > limit or scores.meta.get("seed", config.seed) != config.seed):
+                raise FolderError(
+                    f"evaluate.full_scores={config.evaluate.full_scores} holds answers to other questions of {each.name!r} than will be "
+                    "asked: evaluate both with the same evaluate.limit and seed"
+                )
+            continue
+        asked = {str(row["id"]): row["answers"] for row in each.drawn.asked}
+        answered = {str(record["id"]): record["gold"] for record in questions(folder, each.name)}
+        if (asked, each.entry.metric) != (answered, scores.task[each.name].metric):
+            raise FolderError(
+                f"evaluate.full_scores={config.evaluate.full_scores} holds answers to other questions of {each.name!r} than will be "
+                "asked: evaluate both with the same file, limit, metric and seed"
+            )
+        if otherwise := _asked_otherwise(each.entry, each.drawn, config, scores.task[each.name], folder, tokenizer):
+            raise FolderError(
+                f"evaluate.full_scores={config.evaluate.full_scores}: that run was asked {each.name!r} with {otherwise}, so T would be a "
+                "ratio of unlike things: evaluate both in the same way"
+            )
+
+
+def _asked_otherwise(entry: QuestionSet, drawn: Drawn, config: Config, score: TaskScore, folder: Path, tokenizer: Any) -> str:
+    """How the answers in a folder were asked for, where it is not how they will be; empty where it is."""
+    path = folder / f"{entry.name}.json"
+    noted = read_json(path) if path.is_file() else {}
+    was = {"fewshot": score.fewshot, "max_tokens": noted.get("max_tokens", entry.max_tokens)}  # which older folders do not say
+    for key, value in was.items():
+        if value != (now := getattr(entry, key)):
+            return f"{key}={value}, and now {key}={now}"
+    prompts = prompts_of(drawn, prompt_of(entry, "task", config.data, tokenizer))
+    same = all(record["prompt"] == prompts[str(record["id"])] for record in questions(folder, entry.name))
+    return "" if same else "another prompt, template or other examples than now"

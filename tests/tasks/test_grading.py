@@ -1,0 +1,128 @@
+"""Right or wrong."""
+
+import itertools
+
+import pytest
+
+from farss.tasks.grading import contains, exact_match, final_number, normalise, number, same_mathematics
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "score"),
+    [
+        ("2 + 2 = 4\n#### 4", "#### 4", 1), ("The answer is: 42", "#### 42", 1), ("The answer is 42.", "#### 42", 1),
+        ("she has 7 left, 3 gone", "#### 3", 1), ("#### 1,234.50", "1234.5", 1), ("$18", "18.00", 1), ("-3", "3", 0),
+        ("The answer is: 5 and then 6", "5", 1), ("The answer is: none, 5 apples", "5", 1), ("no idea", "5", 0), ("", "5", 0),
+        ("The answer is: 1/2", "0.5", 1), ("1/0", "5", 0), ("#### \n The answer is:", "5", 0), ("0.1", ".1", 1),
+        ("#### Step 2: so it is 12", "12", 1), ("#### **42** (6 times 7)", "42", 1),
+        ("#### €40 for 2 people", "40", 1), ("#### -5", "-5", 1), ("it is − 7", "-7", 1), ("so\n  - 5 apples", "5", 1),
+        ("20-25", "25", 1), ("1e-05", "0.00001", 1), ("#### 1.5e3", "1500", 1), ("5e", "5", 1), ("3e4x", "3", 0),
+        ("-$3", "-3", 1), ("9" * 5000, "9", 0),
+    ],
+)  # fmt: skip
+def test_numbers(answer, gold, score):
+    assert number(answer, [gold]) == score
+
+
+@pytest.mark.parametrize(
+    ("answer", "accepted", "right"),
+    [
+        *(("C++", "C", 0), ("C#", "C", 0), ("x>=5", "x<=5", 0), ("a+b", "a-b", 0), ("x^2", "x2", 0), ("a*b", "ab", 0), ("A", "A+", 0)),
+        *(("**Paris**", "Paris", 1), ("#1", "1", 1), ("`C++`.", "c++", 1), ("non-fiction", "nonfiction", 1), ("> Paris", "Paris", 1)),
+    ],
+)
+def test_names_and_formulas_keep_what_they_are_made_of(answer, accepted, right):
+    assert exact_match(answer, [accepted]) == right
+
+
+@pytest.mark.parametrize(
+    ("answer", "accepted", "exact", "within"),
+    [
+        *(("北京。", "北京", 1, 1), ("答案是北京。", "北京", 0, 1), ("«Madrid»", "Madrid", 1, 1), ("¿Madrid?", "madrid", 1, 1)),
+        *(("Beyonce\u0301", "Beyonc\u00e9", 1, 1), ("서울입니다", "서울", 0, 1), ("Madrids", "Madrid", 0, 0)),
+    ],
+)
+def test_other_languages(answer, accepted, exact, within):
+    assert (exact_match(answer, [accepted]), contains(answer, [accepted])) == (exact, within)
+
+
+def test_a_text_without_a_number_has_none():
+    assert final_number("none") is None
+    assert number("none", ["none"]) == 0  # never an answer compared with itself
+
+
+def test_texts():
+    assert normalise(" The  U.S.A., an Answer!") == "usa answer"
+    assert exact_match("the Beatles.", ["Beatles"]) == 1
+    assert exact_match("Beatles band", ["Beatles"]) == 0
+    for answer, right in (
+        (" a ", 1),
+        ("A.", 1),
+        ("(A)", 1),
+        ("", 0),
+        ("the", 0),
+        ("+", 0),
+        ("A cat", 0),
+    ):  # nothing is left of "A", which is an article
+        assert exact_match(answer, ["A"]) == contains(answer, ["A"]) == right
+    assert [contains(answer, ["A"]) for answer in ("A. Paris", "It is A", "(A) Paris", "It is a cat", "B. A cat")] == [
+        1,
+        1,
+        1,
+        0,
+        0,
+    ]
+    assert [contains(answer, ["Vitamin A"]) for answer in ("vitamin C", "Vitamin A is one", "it is vitamin A")] == [0, 1, 1]
+    assert contains("It is Serie A", ["the Serie A"]) == 1
+    assert contains("king of France", ["the king of the France"]) == contains("the king of the France", ["king of France"]) == 1
+    assert contains("It was the Beatles band", ["beatles"]) == 1
+    assert contains("beetlesque", ["beetles", "the"]) == 0
+
+
+def test_numbers_are_equal_when_they_are_however_they_are_written():
+    values = [-1500.5, -15, -5, -1.5, -0.5, 0.5, 1.5, 5, 15, 50, 1500, 1500.5]
+    for way, other, unit in itertools.product(("{}", "{:.3f}", "{:,.2f}", "${:,}", "{:g}."), ("{}", "{:,.1f}", "**{}**"), ("", " km")):
+        for one, two in itertools.product(values, values):
+            answer, accepted = way.format(one) + unit, other.format(two) + unit
+            assert exact_match(answer, [accepted]) == (one == two), (answer, accepted)
+            assert contains(f"It is {answer}", [accepted]) == (one == two), (answer, accepted)
+
+
+@pytest.mark.parametrize(
+    ("answer", "accepted", "right"),
+    [
+        *(("15", "1.5", 0), ("5", "-5", 0), ("−5", "-5", 1), ("50", "5.0", 0), ("5", "5.0", 1), ("5.", "5", 1), ("1,000", "1000", 1)),
+        *(("$5", "5", 1), ("1.5%", "15%", 0), ("5%", "5", 1), ("007", "7", 0), ("007", "007", 1), ("6.30 pm", "6:30 pm", 1)),
+        *(("15 km", "1.5 km", 0), ("$843 million", "$84.3 million", 0), ("1.50 km", "1.5 km", 1), (".5", "0.5", 1), (".5", "5", 0)),
+        *(("12", "1/2", 0), ("1/2", "1/2", 1), ("2025", "20-25", 0), ("1914–1918", "1914-1918", 1), ("(-3)", "-3", 1), ("-$3", "3", 0)),
+        *(("1e-3", "1e3", 0), ("1E-3", "1e-3", 1)),
+        *(("1.2.3", "123", 0), ("No 5", "No. 5", 1), ("well-known", "wellknown", 1), ("...5", "5", 1), ("x-5", "x5", 1)),
+    ],
+)
+def test_numbers_in_answers_are_those_of_what_is_accepted(answer, accepted, right):
+    assert exact_match(answer, [accepted]) == right
+
+
+@pytest.mark.parametrize(
+    ("answer", "accepted", "right"),
+    [
+        *(("Paris/London", "Paris", 1), ("Paris—the capital", "Paris", 1), ("from 1914–1918", "1914", 1), ("Smith's", "Smith", 1)),
+        *(("Answer:Paris", "Paris", 1), ("rock'n'roll", "rock'n'roll", 1), ("1,000", "1", 0), ("1/2", "2", 0), ("6:30", "30", 0)),
+        *(("non-fiction", "fiction", 0), ("1.5", "5", 0), ("it is 15", "1.5", 0), ("it is 1.50 m", "1.5", 1), ("it is 5", "-5", 0)),
+        *(("the 1/2 mile", "12", 0), ("from 1914–1918", "1914-1918", 1), ("$5.", "5", 1), ("A-5", "5", 0)),
+    ],
+)
+def test_words_may_stand_close_together(answer, accepted, right):
+    assert contains(answer, [accepted]) == right
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [
+        ("The answer is: \\frac{1}{2}", 1), ("So \\boxed{0.5}", 1), ("The answer is: $\\frac{2}{4}$.\nNext", 1),
+        ("The answer is: 3", 0), ("", 0), ("\\frac{", 0),
+    ],
+)  # fmt: skip
+def test_mathematics(answer, score):
+    assert same_mathematics(answer, "Thus $\\boxed{\\frac{1}{2}}$.") == score
+    assert same_mathematics(answer, "no result") == 0
