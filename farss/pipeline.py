@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,56 +11,28 @@ from typing import Any
 
 import torch
 
-from farss.adapter import attach, check_residual
-from farss.artifacts import Plan, Scores, Survey, write_json
+from farss import handover
+from farss.adapter import attach
+from farss.answers import Answers
+from farss.artifacts import Plan, Scores, Survey
 from farss.boundary import Boundary, Prober, Setting, find
 from farss.boundary import prepare as prepare_search
-from farss.card import write_card
 from farss.config import Config, PlanConfig
 from farss.data import collate, prompt_facts
-from farss.errors import ConfigError, FolderError
-from farss.evaluate import evaluate
-from farss.folder import (
-    BASE_KEYS,
-    BOUNDARY_KEYS,
-    COMPRESSED_KEYS,
-    EVALUATE_KEYS,
-    EXPORT_KEYS,
-    LOADED_KEYS,
-    PLAN_KEYS,
-    RECOVERY_KEYS,
-    TRAIN_KEYS,
-    Folder,
-    is_run_folder,
-    options_of,
-    resolve,
-)
+from farss.errors import FolderError
+from farss.folder import BOUNDARY_KEYS, EXPORT_KEYS, PLAN_KEYS, TRAIN_KEYS, Folder, is_run_folder, options_of, resolve
 from farss.inputs import Inputs, Loaded
 from farss.jobs import Tell
-from farss.llamacpp import check_gguf, write_gguf
-from farss.merging import merge, merged_difference
-from farss.methods import Regime
-from farss.models import (
-    check_room,
-    computing_dtype,
-    device_of,
-    empty_model,
-    load_model,
-    loaded_dtype,
-    quiet,
-    stored_dtype,
-    will_be_quantised,
-)
+from farss.methods import Method, Regime
+from farss.models import check_room, device_of, empty_model, load_model, loaded_dtype, quiet, will_be_quantised
 from farss.plan import check_plan, make_plan, make_plan_without_survey, method_of, require_boundary
-from farss.portable import export, load_adapter, step_zero
+from farss.portable import step_zero
 from farss.prepared import check_method, write_prepared
-from farss.recovery import knowledge_alone, recover, recovery_rows
 from farss.report import write_report
 from farss.structure import check_unshared, left_out
 from farss.surveys import Surveys, check_fingerprint
-from farss.tasks.benchmarks import grading
 from farss.tasks.course import Course, prepare_course
-from farss.tasks.summary import Summary, summarise
+from farss.tasks.summary import Summary
 from farss.train import TrainResult, check_options, products, restore, train, training_steps
 from farss.versions import versions
 
@@ -101,7 +71,7 @@ class Run:
         quiet()
         self.config = resolve(self.config)
         self.folder = Folder(self.config.out)
-        method_of(self.config.plan)
+        self.method: Method = method_of(self.config.plan)
 
     # --- places -----------------------------------------------------------------------------------------------------
 
@@ -136,9 +106,10 @@ class Run:
         return Surveys(self.inputs, self.place, self.tell, self.beside)
 
     @cached_property
-    def method(self) -> Any:
-        """The fine-tuning method."""
-        return method_of(self.config.plan)
+    def answers(self) -> Answers:
+        """What it and the untouched model are asked."""
+        command = f"farss compare {self.shared / 'config.yaml'}" if self.shared else f"farss run {self.path / 'config.yaml'}"
+        return Answers(self.inputs, self.folder, self.common, self.tell, command)
 
     @property
     def searches(self) -> bool:
@@ -168,7 +139,7 @@ class Run:
         if self.has_trained:
             return  # they were usable
         if trains:
-            self._check_handover()
+            handover.check(self.config, self.inputs.shapes[0])
             recomputes = empty_model(self.config.model).supports_gradient_checkpointing
             check_options(self.config.train, device_of(self.config.model), self._trained_dtype, recomputes)
             check_room(self.config.model, whole=self.config.plan.method == "full")
@@ -177,39 +148,10 @@ class Run:
         for boundary in self.search_setting.schedule.candidates if self.searches else [self.config.plan.boundary]:
             check_plan(replace(self.config.plan, boundary=boundary), layers, blocks, self.config.calibration.svd)
 
-    def _check_handover(self) -> None:
-        """Find out before hours of training what cannot be handed over after it.
-
-        Raises:
-            ConfigError: a whole model is wanted of quantised weights, or weights would be rounded where their start is taken out.
-            ModelError: a change shall be written into weights that several layers share.
-            FarssError: llama.cpp does not know the architecture.
-        """
-        config, quantised = self.config, will_be_quantised(self.config.model)
-        if config.adapter.base == "residual" and self.method.takes_out:
-            rounded = [] if config.export.to == "merged" else [loaded_dtype(config.model)]
-            check_residual(empty_model(config.model), self.inputs.shapes[0], quantised, rounded, "adapter.base")
-        elif self._whole and config.plan.method != "full":
-            self._check_unshared()
-        if config.export.to == "gguf" and not self._whole:
-            check_gguf(empty_model(config.model).config)
-        if not quantised or config.plan.method == "full":
-            return
-        if not self.method.plain_lora:
-            raise ConfigError(
-                f"plan.method={config.plan.method!r} is handed over as a whole model, and nothing can be merged into quantised weights: "
-                "train on unquantised ones, or choose a method that exports as plain LoRA (`farss methods`)"
-            )
-        if config.export.to == "merged":
-            raise ConfigError("export.to='merged', but nothing can be merged into quantised weights: set export.to=peft")
-
     @property
     def _trained_dtype(self) -> torch.dtype:
         """The precision of the base's weights while it trains."""
         return torch.float32 if self.config.plan.method == "full" else loaded_dtype(self.config.model)
-
-    def _check_unshared(self) -> None:
-        check_unshared(empty_model(self.config.model), self.inputs.shapes[0])
 
     def check_unchanged(self) -> None:
         """Refuse a folder that holds results of other options.
@@ -363,7 +305,7 @@ class Run:
     def prepared(self) -> Path:
         """`prepared/`: a start for another trainer."""
         check_method(self.config.plan.method, will_be_quantised(self.config.model))
-        self._check_unshared()
+        check_unshared(empty_model(self.config.model), self.inputs.shapes[0])
         target, plan = self.path / "prepared", self.plan()
         if target.is_dir() and Plan.load(target / "plan.json") != plan:
             raise FolderError(f"{target} was prepared for another plan: delete it, or choose another out")
@@ -377,128 +319,53 @@ class Run:
         """`adapter/` (or `model/`): what is handed over."""
         self.train()
         plan, options = self.plan(), options_of(self.config, EXPORT_KEYS)
-        target = self.path / ("model" if self._whole else "adapter")
+        target = handover.place_of(self.config, self.path)
         if self.folder.is_done("export", options, redo=True) and target.is_dir():
             return target
         self.tell("export", 0, 1, "")
-        self.trained()  # first: where its weights are deleted, the record of what was exported stays
+        model = self.trained()  # first: where its weights are deleted, the record of what was exported stays
         with self.folder.step("export", options) as facts:
-            if self._whole:
-                merge(self.trained(), plan, self.inputs.tokenizer, target, stored_dtype(self.config.model), self.config.model.path)
-                facts_of_it = {"method": plan.method, "boundary": plan.boundary, "blocks": plan.blocks, "base": self.config.model.path}
-                facts_of_it |= prompt_facts(self.config.data)
-                # Where a GPU has room for one model only, the one that was written stays in its files and the CPU's memory.
-                written = replace(self.config.model, path=str(target), dtype="auto", quantization="none")
-                stored = load_model(written, device=torch.device("cpu"), as_stored=True)
-                facts |= {"logit_difference": merged_difference(self.trained(), stored, self._prompts(self.trained()))}
-                write_json(target / "farss.json", {**facts_of_it, "parameters": plan.parameters, **facts})
-                write_card(target, command=self._command)
-            else:
-                batch = self._prompts(self.trained())
-                choice, base, told = self.config.export, self.config.model.path, (self.inputs.tokenizer, prompt_facts(self.config.data))
-                done = export(self.trained(), plan, target, batch, base, choice.rank, choice.energy, *told)
-                facts |= {"logit_difference": done.logit_difference, "rank": done.rank, "lost": done.lost}
-            if self.config.export.to == "gguf" and not self._whole:
-                write_gguf(target, self.trained().get_base_model().config)
+            written = model, plan, self.inputs.tokenizer, self.config, self.path
+            target, exactness = handover.write(*written, self._prompts(model), self.answers.command)
+            facts |= exactness
         self.tell("export", 1, 1, "")
         return target
-
-    @property
-    def _whole(self) -> bool:
-        """Whether a model is handed over, and not an adapter."""
-        return self.config.export.to == "merged" or not self.method.plain_lora
-
-    @property
-    def _merged(self) -> bool:
-        """Whether that model's weights hold an adapter's change, rounded as the base's are."""
-        return self._whole and self.config.plan.method != "full"
 
     def evaluate(self) -> Summary:
         """`base/scores.json` (before), `scores.json` (after) and `summary.json`."""
         self.evaluate_base()
         self.train()
-        options = self._evaluate_options
-        asked = not self.folder.is_done("evaluate", options, redo=True)
-        if asked:
-            model = self._handed_over()
-            with self.folder.step("evaluate", options):
-                self._ask(model, self.path, "trained")
-        # a comparison's table has written one with T, which a single run does not know
-        return self.summarise(self.config.evaluate.full_scores, save=asked or not self.shared)
+        asked = self.answers.after(self._scored)
+        summary = self.answers.summarise(self.config.evaluate.full_scores)
+        if asked or not self.shared:  # a comparison's table has written one with T, which a single run does not know
+            self.answers.save(summary)
+        return summary
+
+    def evaluate_base(self) -> Scores:
+        """`base/`: the untouched model's scores."""
+        return self.answers.base(self._untouched)
 
     def recover_base(self) -> None:
         """`base-recovered/`: the untouched model after the steps of `recover`."""
-        self._recover("recover-base", self.common, "base-recovered", lambda: load_model(self.config.model), LOADED_KEYS)
+        self.answers.recovered_base(self._untouched)
 
     def recover(self) -> None:
         """`recovered/`: knowledge asked once more, after a few steps of question answering."""
         self.export()
         self.recover_base()
-        if self._recover("recover", self.folder, "recovered", self._as_handed_over, EXPORT_KEYS) or not self.shared:
+        if self.answers.recovered(self._read_back) or not self.shared:
             self.summarise(self.config.evaluate.full_scores)
 
-    def _recover(self, step: str, place: Folder, name: str, load: Callable[[], Any], keys: tuple[str, ...]) -> bool:
-        """Whether it was not done yet."""
-        config, target, options = self.common_config, place.path / name, self._recover_options(keys)
-        if place.is_done(step, options, redo=True):
-            return False
-        self._free()
-        # first: where its weights are deleted, or there are too few questions, what was measured stays
-        rows, model = recovery_rows(config, self.inputs.tokenizer), load()
-        if (place.record(step) or {"options": options})["options"] != options:
-            shutil.rmtree(target / "checkpoints", ignore_errors=True)  # of other steps, or of another model
-        with place.step(step, options):
-            model = recover(model, self.inputs.tokenizer, rows, config, target, lambda done, total, loss: self.tell(step, done, total, ""))
-            self._ask(model, target, step, knowledge_alone(config))
-        return True
+    def summarise(self, full_scores: str | Path | None, only: Callable[[str], bool] | None = None) -> Summary:
+        """`summary.json`, and the card with it.
 
-    @property
-    def _is_recovered(self) -> bool:
-        """Whether this model and the untouched one were asked once more, as it is configured now."""
-        steps = ((self.common, "recover-base", LOADED_KEYS), (self.folder, "recover", EXPORT_KEYS))
-        wanted = bool(self.config.evaluate.recovery)
-        return wanted and all(place.is_done(step, self._recover_options(keys), redo=True) for place, step, keys in steps)
-
-    def _as_handed_over(self) -> Any:
-        """The result as its user loads it."""
-        target = self.export()
-        if not any(target.glob("*.safetensors")):
-            raise FolderError(f"the weights in {target} are deleted (compare.keep=scores): what needs them takes another out")
-        if target.name == "model":
-            return load_model(replace(self.config.model, path=str(target), quantization="none"))
-        return load_adapter(load_model(self.config.model), target)
-
-    @property
-    def _command(self) -> str:
-        return f"farss compare {self.shared / 'config.yaml'}" if self.shared else f"farss run {self.path / 'config.yaml'}"
-
-    def evaluate_base(self) -> Scores:
-        """`base/`: the untouched model's scores."""
-        options = self._asked(BASE_KEYS)
-        if not self.common.is_done("evaluate-base", options, redo=True):
-            with self.common.step("evaluate-base", options):
-                self._ask(load_model(self.config.model), self.common.path / "base", "base")
-        return Scores.load(self.common.path / "base" / "scores.json")
-
-    def summarise(self, full_scores: str | Path | None, only: Callable[[str], bool] | None = None, save: bool = True) -> Summary:
-        """`summary.json`: K, T and KT from the stored scores, of all questions or those whose id `only` takes."""
-        full = Path(full_scores) if full_scores else None
-        summary = summarise(self.common.path / "base", self.path, full, self.common_config, only)
-        if self._is_recovered:
-            pair = self.common.path / "base-recovered", self.path / "recovered"
-            summary = replace(summary, recovered=summarise(*pair, None, self.common_config, only).K)
-        if save:
-            summary.save(self.path / "summary.json")
-            for target in (self.path / "adapter", self.path / "model"):
-                if (target / "farss.json").is_file() and self._was_asked(target):
-                    write_card(target, dataclasses.asdict(summary), self._command)
+        Args:
+            full_scores: of the full fine-tuning that T is relative to; None: there is no T.
+            only: which questions count, by their ids; None: all.
+        """
+        summary = self.answers.summarise(full_scores, only)
+        self.answers.save(summary)
         return summary
-
-    def _was_asked(self, target: Path) -> bool:
-        """Whether this is what was asked, and not an adapter that is compressed otherwise."""
-        exported, asked = ((self.folder.record(step) or {}).get("options") or {} for step in ("export", "evaluate"))
-        same = exported.get("export.to") != "merged" and all(exported.get(key) == asked.get(key) for key in COMPRESSED_KEYS)
-        return same or target.name == "model"
 
     def report(self) -> Path:
         """`report.html`, drawn from what the folder holds."""
@@ -548,32 +415,11 @@ class Run:
     def complete(self) -> bool:
         """Whether all of that is done, as it is configured now."""
         exported = (self.folder.record("export") or {"done": False})["done"]  # in whatever form: no score depends on it
-        steps = {"train": self._train_options}
-        steps |= {"evaluate": self._evaluate_options} if self.config.evaluate.asks else {}
-        steps |= {"recover": self._recover_options(EXPORT_KEYS)} if self.config.evaluate.recovery else {}
-        return exported and all(self.folder.is_done(step, options, redo=True) for step, options in steps.items())
-
-    @property
-    def _evaluate_options(self) -> dict[str, Any]:
-        if not self._whole:
-            return self._asked(EVALUATE_KEYS) | options_of(self.config, COMPRESSED_KEYS)
-        merged = {"merged": True} if self._merged else {}
-        return self._asked(EVALUATE_KEYS) | dict.fromkeys(COMPRESSED_KEYS) | merged
-
-    def _recover_options(self, keys: tuple[str, ...]) -> dict[str, Any]:
-        """`keys`: on which the model depends that is loaded."""
-        return self._asked(RECOVERY_KEYS) | options_of(self.config, keys)
-
-    def _asked(self, keys: tuple[str, ...]) -> dict[str, Any]:
-        """What answers depend on: these options, and how they are graded."""
-        return options_of(self.common_config, keys) | grading(self.common_config.evaluate.asked)
+        return exported and self.folder.is_done("train", self._train_options, redo=True) and self.answers.complete
 
     def drop_weights(self) -> None:
         """Delete the trained weights in every form; what was measured of them stays, and the run counts as done."""
-        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
-        for path in (self.path / name for name in ("adapter", "model", "recovered")):
-            for file in [*path.rglob("*.safetensors"), *path.rglob("*.gguf"), *path.rglob("*.bin")]:
-                file.unlink()
+        handover.delete_weights(self.path)
 
     # --- models -----------------------------------------------------------------------------------------------------
 
@@ -606,29 +452,19 @@ class Run:
         batch = collate(self.inputs.examples.rows[:CHECK_PROMPTS], self.inputs.tokenizer.pad_token_id)
         return {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
 
-    def _handed_over(self) -> Any:
-        """The trained model with the weights that are handed over: full fine-tuning trains in float32, and is saved as the
-        base was; a compressed adapter is another one than was trained, and a merged model is rounded."""
-        compressed = (self.config.export.rank or self.config.export.energy) and not self._whole
-        if compressed or self._merged:
+    def _scored(self) -> Any:
+        """The model whose answers are those of what is handed over."""
+        if not handover.is_as_trained(self.config):
             self.export()
-            self._free()
-            return self._as_handed_over()
-        model, stored = self.trained(), stored_dtype(self.config.model)
-        for parameter in [] if self.plan().layers else model.parameters():  # not the buffers: whoever loads it has exact rotary frequencies
-            parameter.data = parameter.data.to(stored).to(computing_dtype(stored, model.device))
-        return model
+            return self._read_back()
+        return self.trained() if self.plan().layers else handover.rounded(self.trained(), self.config)
 
-    def _ask(self, model: Any, folder: Path, who: str, config: Config | None = None) -> None:
-        options = self.config.model
-        meta = {"path": options.path, "method": "base" if who.endswith("base") else self.config.plan.method}
-        meta |= {"dtype": str(model.dtype).removeprefix("torch.")}  # another precision answers otherwise
-        meta |= {"quantization": options.quantization} if options.quantization != "none" else {}
-        evaluate(
-            model,
-            self.inputs.tokenizer,
-            config or self.common_config,
-            folder,
-            meta,
-            lambda name, done, total: self.tell(f"evaluate {who}", done, total, name),
-        )
+    def _read_back(self) -> Any:
+        """The result as its user loads it."""
+        self.export()
+        self._free()
+        return handover.read(self.config, self.path)
+
+    def _untouched(self) -> Any:
+        self._free()
+        return load_model(self.config.model)

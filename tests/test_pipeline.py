@@ -397,7 +397,7 @@ def test_a_compressed_adapter_is_what_is_asked(config):
     whole, _ = scored()
     compressed, run = scored("export.rank=1")
     assert compressed != whole
-    assert compressed == _identity(run._as_handed_over())
+    assert compressed == _identity(run._read_back())
 
 
 def test_full_fine_tuning_is_scored_as_it_is_handed_over(config):
@@ -405,9 +405,9 @@ def test_full_fine_tuning_is_scored_as_it_is_handed_over(config):
     run = Run(override(config, ["plan.method=full", "model.dtype=float32"]))
     run.claim()
     run.export()
-    scored, loaded = run._handed_over().state_dict(), run._as_handed_over()
+    scored, loaded = run._scored().state_dict(), run._read_back()
     for name, buffer in loaded.named_buffers():
-        assert torch.equal(dict(run._handed_over().named_buffers())[name], buffer), name
+        assert torch.equal(dict(run._scored().named_buffers())[name], buffer), name
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor.float(), scored[name].float()), name
 

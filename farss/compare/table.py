@@ -46,10 +46,10 @@ def write_table(
     named = [(name, one) for name, group in groups.items() for one in group]
     references = [*chosen.values(), *(one for _, one in named)]
     fulls = {seed: full_folder(config, [one for one in references if one.seed == seed]) for seed in seeds(config)}
-    rows = [_row(name, one, fulls[seed], only) for seed in seeds(config) for name, one in named if one.seed == seed]
-    shown = {one.run.path for _, one in named}
-    for one in (one for group in tried.values() for one in group if asks and one.run.path not in shown):
-        one.run.summarise(fulls[one.seed], only)
+    everyone = {one.run.path: one for one in (*(one for group in tried.values() for one in group), *(one for _, one in named))}
+    summaries = {path: one.run.summarise(fulls[one.seed], only) for path, one in everyone.items() if asks}
+    nothing = Summary(None, None, None, None)
+    rows = [_row(name, one, summaries.get(one.run.path, nothing)) for seed in seeds(config) for name, one in named if one.seed == seed]
     entries = {name: [Entry(one.run.path, fulls[one.seed], one.seed) for one in group] for name, group in groups.items()}
     base = mean_scores(folder / "base", only) if asks else {}
     found = standings(folder / "base", entries, config, only) if base else {}
@@ -89,12 +89,10 @@ def _how_sure(config: Config, gaps: list[dict[str, Any]]) -> list[str]:
     return [*notes, many] if gaps else notes
 
 
-def _row(name: str, entrant: Entrant, full: Path | None, only: Callable[[str], bool] | None) -> dict[str, Any]:
-    """One line of the table, and the run's own summary."""
+def _row(name: str, entrant: Entrant, summary: Summary) -> dict[str, Any]:
+    """One line of the table."""
     run = entrant.run
-    asks = run.config.evaluate.asks
     plan, trained = Plan.load(run.path / "plan.json"), TrainResult.load(run.path / "train.json")
-    summary = run.summarise(full, only) if asks else Summary(None, None, None, None)
     values = asdict(summary)
     before = [record for step in run.steps_before if (record := run.place.record(step))]
     return {

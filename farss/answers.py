@@ -1,0 +1,145 @@
+"""What the untouched model and the result of a run answer, and what their answers say. Nothing is asked twice."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from farss.artifacts import Scores
+from farss.card import write_card
+from farss.config import Config
+from farss.evaluate import evaluate
+from farss.folder import BASE_KEYS, COMPRESSED_KEYS, EVALUATE_KEYS, EXPORT_KEYS, LOADED_KEYS, RECOVERY_KEYS, Folder, options_of
+from farss.handover import is_merged, is_whole
+from farss.inputs import Inputs
+from farss.jobs import Tell
+from farss.recovery import knowledge_alone, recover, recovery_rows
+from farss.tasks.benchmarks import grading
+from farss.tasks.summary import Summary, summarise
+
+Load = Callable[[], Any]
+"""Gives the model that is asked."""
+BASE = "base"
+"""What `meta.method` says of the untouched model."""
+
+
+@dataclass
+class Answers:
+    """Of one run, and of the untouched model, which the runs of a comparison share."""
+
+    inputs: Inputs
+    folder: Folder
+    """The run's."""
+    common: Folder
+    """Holds `base/`."""
+    tell: Tell
+    command: str
+    """That makes the run again."""
+
+    def base(self, load: Load) -> Scores:
+        """`base/`: the untouched model's scores."""
+        options = self._asked(BASE_KEYS)
+        if not self.common.is_done("evaluate-base", options, redo=True):
+            with self.common.step("evaluate-base", options):
+                self._ask(load(), self.common.path / "base", "evaluate base", BASE)
+        return Scores.load(self.common.path / "base" / "scores.json")
+
+    def after(self, load: Load) -> bool:
+        """`scores.json`: those of what is handed over. Returns whether it was asked now."""
+        if self._is_asked:
+            return False
+        model = load()
+        with self.folder.step("evaluate", self._after_options):
+            self._ask(model, self.folder.path, "evaluate trained", self.inputs.config.plan.method)
+        return True
+
+    def recovered_base(self, load: Load) -> bool:
+        """`base-recovered/`: the untouched model after the steps of `farss.recovery`. Returns whether it was made now."""
+        return self._recover("recover-base", self.common, "base-recovered", load, LOADED_KEYS, BASE)
+
+    def recovered(self, load: Load) -> bool:
+        """`recovered/`: knowledge asked once more, after a few steps of question answering. Returns whether it was made now."""
+        return self._recover("recover", self.folder, "recovered", load, EXPORT_KEYS, self.inputs.config.plan.method)
+
+    def _recover(self, step: str, place: Folder, name: str, load: Load, keys: tuple[str, ...], method: str) -> bool:
+        config, target, options = self.inputs.common_config, place.path / name, self._recover_options(keys)
+        if place.is_done(step, options, redo=True):
+            return False
+        # first: where its weights are deleted, or there are too few questions, what was measured stays
+        model, rows = load(), recovery_rows(config, self.inputs.tokenizer)
+        if (place.record(step) or {"options": options})["options"] != options:
+            shutil.rmtree(target / "checkpoints", ignore_errors=True)  # of other steps, or of another model
+        with place.step(step, options):
+            model = recover(model, self.inputs.tokenizer, rows, config, target, lambda done, total, loss: self.tell(step, done, total, ""))
+            self._ask(model, target, f"evaluate {step}", method, knowledge_alone(config))
+        return True
+
+    def _ask(self, model: Any, folder: Path, step: str, method: str, config: Config | None = None) -> None:
+        options = self.inputs.config.model
+        meta = {"path": options.path, "method": method, "dtype": str(model.dtype).removeprefix("torch.")}  # another one answers otherwise
+        meta |= {"quantization": options.quantization} if options.quantization != "none" else {}
+        asked = config or self.inputs.common_config
+        evaluate(model, self.inputs.tokenizer, asked, folder, meta, lambda name, done, total: self.tell(step, done, total, name))
+
+    # --- what they say ----------------------------------------------------------------------------------------------
+
+    def summarise(self, full_scores: str | Path | None, only: Callable[[str], bool] | None = None) -> Summary:
+        """K, T and KT from the stored scores, of all questions or those whose id `only` takes."""
+        full, config = Path(full_scores) if full_scores else None, self.inputs.common_config
+        found = summarise(self.common.path / "base", self.folder.path, full, config, only)
+        if not self._is_recovered:
+            return found
+        pair = self.common.path / "base-recovered", self.folder.path / "recovered"
+        return replace(found, recovered=summarise(*pair, None, config, only).K)
+
+    def save(self, summary: Summary) -> None:
+        """`summary.json`, and the card of what was asked."""
+        summary.save(self.folder.path / "summary.json")
+        for target in (self.folder.path / "adapter", self.folder.path / "model"):
+            if (target / "farss.json").is_file() and self._was_asked(target):
+                write_card(target, asdict(summary), self.command)
+
+    def _was_asked(self, target: Path) -> bool:
+        """Whether this is what was asked, and not an adapter that is compressed otherwise."""
+        exported, asked = ((self.folder.record(step) or {}).get("options") or {} for step in ("export", "evaluate"))
+        same = exported.get("export.to") != "merged" and all(exported.get(key) == asked.get(key) for key in COMPRESSED_KEYS)
+        return same or target.name == "model"
+
+    # --- what is done -----------------------------------------------------------------------------------------------
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything was asked that shall be asked of the run's result, as it is configured now."""
+        wanted = self.inputs.config.evaluate
+        recovered = self.folder.is_done("recover", self._recover_options(EXPORT_KEYS), redo=True) if wanted.recovery else True
+        return recovered and (self._is_asked or not wanted.asks)
+
+    @property
+    def _is_asked(self) -> bool:
+        return self.folder.is_done("evaluate", self._after_options, redo=True)
+
+    @property
+    def _is_recovered(self) -> bool:
+        """Whether this model and the untouched one were asked once more, as it is configured now."""
+        steps = ((self.common, "recover-base", LOADED_KEYS), (self.folder, "recover", EXPORT_KEYS))
+        wanted = bool(self.inputs.config.evaluate.recovery)
+        return wanted and all(place.is_done(step, self._recover_options(keys), redo=True) for place, step, keys in steps)
+
+    @property
+    def _after_options(self) -> dict[str, Any]:
+        config = self.inputs.config
+        if not is_whole(config):
+            return self._asked(EVALUATE_KEYS) | options_of(config, COMPRESSED_KEYS)
+        return self._asked(EVALUATE_KEYS) | dict.fromkeys(COMPRESSED_KEYS) | ({"merged": True} if is_merged(config) else {})
+
+    def _recover_options(self, keys: tuple[str, ...]) -> dict[str, Any]:
+        """`keys`: on which the model depends that is loaded."""
+        return self._asked(RECOVERY_KEYS) | options_of(self.inputs.config, keys)
+
+    def _asked(self, keys: tuple[str, ...]) -> dict[str, Any]:
+        """What answers depend on: these options, and how they are graded."""
+        config = self.inputs.common_config
+        return options_of(config, keys) | grading(config.evaluate.asked)

@@ -1,0 +1,137 @@
+"""What is handed over: a plain LoRA for the untouched base, or a whole model. It is written, read back as its user loads it, and refused
+before hours of training where it cannot be."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from farss.adapter import check_residual
+from farss.artifacts import Plan, write_json
+from farss.card import write_card
+from farss.config import Config
+from farss.data import prompt_facts
+from farss.errors import ConfigError, FolderError
+from farss.llamacpp import check_gguf, write_gguf
+from farss.merging import merge, merged_difference
+from farss.models import computing_dtype, empty_model, load_model, loaded_dtype, stored_dtype, will_be_quantised
+from farss.plan import method_of
+from farss.portable import export, load_adapter
+from farss.structure import check_unshared
+
+
+def is_whole(config: Config) -> bool:
+    """Whether a model is handed over, and not an adapter."""
+    return config.export.to == "merged" or not method_of(config.plan).plain_lora
+
+
+def is_merged(config: Config) -> bool:
+    """Whether that model's weights hold an adapter's change, rounded as the base's are."""
+    return is_whole(config) and config.plan.method != "full"
+
+
+def place_of(config: Config, folder: Path) -> Path:
+    """Where it lies in a run's folder."""
+    return folder / ("model" if is_whole(config) else "adapter")
+
+
+def check(config: Config, layers: Iterable[str]) -> None:
+    """Find out before hours of training what cannot be handed over after it.
+
+    Args:
+        layers: names of the target layers.
+
+    Raises:
+        ConfigError: a whole model is wanted of quantised weights, or weights would be rounded where their start is taken out.
+        ModelError: a change shall be written into weights that several layers share.
+        FarssError: llama.cpp does not know the architecture.
+    """
+    model, method, quantised = config.model, method_of(config.plan), will_be_quantised(config.model)
+    if config.adapter.base == "residual" and method.takes_out:
+        rounded = [] if config.export.to == "merged" else [loaded_dtype(model)]
+        check_residual(empty_model(model), layers, quantised, rounded, "adapter.base")
+    elif is_merged(config):
+        check_unshared(empty_model(model), layers)
+    if config.export.to == "gguf" and not is_whole(config):
+        check_gguf(empty_model(model).config)
+    if not quantised or config.plan.method == "full":
+        return
+    if not method.plain_lora:
+        raise ConfigError(
+            f"plan.method={config.plan.method!r} is handed over as a whole model, and nothing can be merged into quantised weights: "
+            "train on unquantised ones, or choose a method that exports as plain LoRA (`farss methods`)"
+        )
+    if config.export.to == "merged":
+        raise ConfigError("export.to='merged', but nothing can be merged into quantised weights: set export.to=peft")
+
+
+def write(
+    trained: Any, plan: Plan, tokenizer: Any, config: Config, folder: Path, batch: dict[str, Tensor], command: str
+) -> tuple[Path, dict[str, Any]]:
+    """Write it into a run's folder.
+
+    Args:
+        trained: the trained model.
+        batch: a few real prompts, on which it is compared with what was written.
+        command: that makes it again.
+
+    Returns:
+        Where it lies, and how exact it is.
+    """
+    target, base, prompt = place_of(config, folder), config.model.path, prompt_facts(config.data)
+    if not is_whole(config):
+        done = export(trained, plan, target, batch, base, config.export.rank, config.export.energy, tokenizer, prompt)
+        if config.export.to == "gguf":
+            write_gguf(target, trained.get_base_model().config)
+        return target, {"logit_difference": done.logit_difference, "rank": done.rank, "lost": done.lost}
+    merge(trained, plan, tokenizer, target, stored_dtype(config.model), base)
+    # Where a GPU has room for one model only, the one that was written stays in its files and the CPU's memory.
+    written = replace(config.model, path=str(target), dtype="auto", quantization="none")
+    stored = load_model(written, device=torch.device("cpu"), as_stored=True)
+    exactness = {"logit_difference": merged_difference(trained, stored, batch)}
+    origin = {**prompt, "base": base, "boundary": plan.boundary, "blocks": plan.blocks, "parameters": plan.parameters}
+    write_json(target / "farss.json", {"method": plan.method, **origin, **exactness})
+    write_card(target, command=command)
+    return target, exactness
+
+
+def read(config: Config, folder: Path) -> Any:
+    """The result as its user loads it.
+
+    Raises:
+        FolderError: its weights are deleted.
+    """
+    target = place_of(config, folder)
+    if not any(target.glob("*.safetensors")):
+        raise FolderError(f"the weights in {target} are deleted (compare.keep=scores): what needs them takes another out")
+    if is_whole(config):
+        return load_model(replace(config.model, path=str(target), quantization="none"))
+    return load_adapter(load_model(config.model), target)
+
+
+def is_as_trained(config: Config) -> bool:
+    """Whether the trained model answers as what is handed over does: a compressed adapter is another one than was trained, and a merged
+    model is rounded."""
+    return not is_merged(config) and config.export.rank is None and config.export.energy is None
+
+
+def rounded(trained: Any, config: Config) -> Any:
+    """A model that was trained as a whole, in float32, with the weights that are handed over: those of the base's precision."""
+    stored = stored_dtype(config.model)
+    for parameter in trained.parameters():  # not the buffers: whoever loads it has exact rotary frequencies
+        parameter.data = parameter.data.to(stored).to(computing_dtype(stored, trained.device))
+    return trained
+
+
+def delete_weights(folder: Path) -> None:
+    """Delete a run's trained weights in every form."""
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    for path in (folder / name for name in ("adapter", "model", "recovered")):
+        for file in [*path.rglob("*.safetensors"), *path.rglob("*.gguf"), *path.rglob("*.bin")]:
+            file.unlink()
