@@ -8,7 +8,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+from runs import config, model_folder
 from small_models import ARCHITECTURES, small
+
+__all__ = ["config", "model_folder"]
 
 torch.set_num_threads(1)  # tiny products: more threads only wait for each other
 

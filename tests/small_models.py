@@ -6,7 +6,12 @@ import torch
 import transformers
 
 from farss import world
+from farss.adapter import attach
+from farss.config import PlanConfig
+from farss.data import batches, collate
+from farss.plan import make_plan
 from farss.structure import find_blocks, target_layers
+from farss.survey import survey
 
 VOCABULARY = 97
 MIXTURE = {
@@ -169,3 +174,47 @@ def examples(count=6, length=11, seed=0):
 def shapes(model):
     """The target layers of a model, and how many blocks it has, as `survey_cap` wants them."""
     return target_layers(model), len(find_blocks(model)[1])
+
+
+def collated(rows, size=2, side="right"):
+    return [collate(part, 0, side) for part in batches(rows, size)]
+
+
+def language_loss(model, row):
+    """Summed loss of one example's supervised tokens."""
+    batch = collate([row], 0)
+    labels = batch.pop("labels")
+    logits = model(**{k: v for k, v in batch.items() if k != "position_ids"}).logits[0, :-1]
+    return torch.nn.functional.cross_entropy(logits, labels[0, 1:], ignore_index=-100, reduction="sum")
+
+
+CONFIG = PlanConfig(boundary=2, rank=8, r_min=1, r_avg=4, r_max=6, alpha=16.0)
+
+
+def surveyed(kind, folder, dtype=torch.float32, **options):
+    model = small(kind, **options).to(dtype)
+    found = survey(model, [collate(part, 0) for part in batches(examples(), 3)], folder, cap=8)
+    return model, found, make_plan(CONFIG, found)
+
+
+def logits(model):
+    batch = collate(examples(), 0)
+    with torch.no_grad():
+        found = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return found[batch["attention_mask"].bool()]
+
+
+def trained(kind, folder, dtype=torch.float32):
+    """A model after a made-up training."""
+    model, found, plan = surveyed(kind, folder / "survey", dtype)
+    adapted = attach(model, plan, found)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+    return adapted.eval(), plan
+
+
+def prompts():
+    batch = collate(examples(3), 0)
+    return {key: batch[key] for key in ("input_ids", "attention_mask")}

@@ -2,31 +2,14 @@
 
 import pytest
 import torch
-from small_models import ARCHITECTURES, examples, small
+from small_models import ARCHITECTURES, logits, small, surveyed
 
 from farss.adapter import START, TRAINED, adapter_change, attach, lora_layers, untouched_base
 from farss.config import PlanConfig
-from farss.data import batches, collate
 from farss.errors import FarssError, ModelError
 from farss.maths.directions import decompose
-from farss.plan import make_plan, make_plan_without_survey
+from farss.plan import make_plan_without_survey
 from farss.structure import find_blocks, target_layers, weight_of
-from farss.survey import survey
-
-CONFIG = PlanConfig(boundary=2, rank=8, r_min=1, r_avg=4, r_max=6, alpha=16.0)
-
-
-def surveyed(kind, folder, dtype=torch.float32, **options):
-    model = small(kind, **options).to(dtype)
-    found = survey(model, [collate(part, 0) for part in batches(examples(), 3)], folder, cap=8)
-    return model, found, make_plan(CONFIG, found)
-
-
-def logits(model):
-    batch = collate(examples(), 0)
-    with torch.no_grad():
-        found = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    return found[batch["attention_mask"].bool()]
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)

@@ -5,8 +5,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from small_models import small
-from test_portable import prompts, trained
+from small_models import prompts, small, trained
 
 from farss.errors import FarssError
 from farss.llamacpp import write_gguf

@@ -1,74 +1,26 @@
 """The whole line on a small model: skipped when done, refused when changed, the same after a SIGKILL in any step."""
 
-import functools
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from runs import counted, killed, settings
 from safetensors.torch import load_file
-from small_models import save_small
 
-from farss import inputs, llamacpp, world
-from farss.artifacts import Plan, Survey, read_json, write_json
+from farss import inputs, world
+from farss.artifacts import Plan, Survey
 from farss.compare import compare
 from farss.configfile import from_dict, load, override
 from farss.errors import ConfigError, DataError, FarssError, FolderError, ModelError
-from farss.evaluate import _identity
-from farss.folder import EVALUATE_KEYS, READING_KEYS, alone, options_of, read_config, resolve
-from farss.models import load_model
 from farss.pipeline import Run
 from farss.train import train
-
-
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory):
-    """A small random LLaMA with the world's tokenizer, on disk."""
-    return save_small("llama-gqa", tmp_path_factory.mktemp("model"))
-
-
-def settings(model_folder, out):
-    return {
-        "model": {"path": str(model_folder)},
-        "data": {"train": str(world.TASK_TRAIN), "max_length": 96, "limit": 64},
-        "calibration": {"examples": 8, "batch_size": 4},
-        "plan": {"boundary": 1, "rank": 8, "r_avg": 4, "r_max": 6},
-        "train": {"learning_rate": 1e-3, "max_steps": 6, "batch_size": 4, "save_steps": 2, "logging_steps": 1, "precision": "fp32"},
-        "evaluate": {
-            "knowledge": [{"name": "facts", "data": str(world.KNOWLEDGE), "limit": 6, "max_tokens": 2}],
-            "task": [
-                {"name": "seals", "data": str(world.TASK_TEST), "question": "instruction", "answers": "output", "limit": 6, "max_tokens": 2}
-            ],
-            "text": str(world.TEXT),
-            "text_rows": 20,
-            "resamples": 100,
-        },
-        "out": str(out),
-    }
-
-
-@pytest.fixture
-def config(model_folder, tmp_path):
-    return from_dict(settings(model_folder, tmp_path / "run"))
-
-
-def counted(calls, name, function):
-    """The same function, which leaves its name among the calls."""
-
-    @functools.wraps(function)
-    def call(*arguments, **options):
-        calls.append(name)
-        return function(*arguments, **options)
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -149,31 +101,6 @@ def test_training_can_be_rebuilt_in_another_process(done):
     assert live is fresh.trained()
 
 
-def test_a_card_has_the_scores_of_its_own_adapter_alone(config):
-    run = Run(config)
-    run.all()
-    card = run.path / "adapter" / "README.md"
-    assert "| facts |" in card.read_text()
-    Run(override(config, ["export.rank=2"])).export()
-    Run(config).evaluate()  # of the exact one, which was asked before
-    assert "| facts |" not in card.read_text()
-    Run(override(config, ["export.rank=2"])).evaluate()
-    assert "| facts |" in card.read_text()
-    merged = Run(override(config, ["export.to=merged"]))
-    merged.export()
-    merged.evaluate()
-    assert "| facts |" in (run.path / "model" / "README.md").read_text()
-
-
-def test_shallow_ranks_are_the_same_plan_whether_they_are_named_or_not(config):
-    named, unnamed = (
-        options_of(override(config, ["plan.rank=16", f"plan.r_avg={average}", f"plan.r_max={largest}"]), ("plan",))
-        for average, largest in ((6, 8), ("null", "null"))
-    )
-    assert named == unnamed
-    assert (named["plan.r_avg"], named["plan.r_max"]) == (6, 8)
-
-
 def test_replanning_needs_no_new_survey(config):
     run = Run(config)
     run.claim()
@@ -184,18 +111,6 @@ def test_replanning_needs_no_new_survey(config):
     assert second.plan() != first
     assert (run.path / "survey" / "survey.json").stat().st_mtime_ns == stamp
     assert Plan.load(run.path / "plan.json").boundary == 2
-
-
-def test_a_survey_of_another_model_is_refused(config, model_folder, tmp_path):
-    run = Run(config)
-    run.claim()
-    run.plan()
-    file = run.path / "survey" / "survey.json"
-    values = json.loads(file.read_text())
-    values["meta"]["model"] = "0123456789abcdef"
-    file.write_text(json.dumps(values))
-    with pytest.raises(FolderError, match=r"fingerprint 0123456789abcdef, but this one has [0-9a-f]{16}"):
-        Run(config).train()
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -248,13 +163,6 @@ def test_every_kind_of_method_goes_the_whole_way(config, method, changes, readin
     assert (run.path / "plan.json").stat().st_mtime_ns == before
 
 
-@pytest.mark.usefixtures("no_figures")
-def test_general_text_alone_is_measured_too(config):
-    run = Run(override(config, ["evaluate.knowledge=[]", "evaluate.task=[]"]))
-    run.all()
-    assert run.summarise(None).forgetting is not None
-
-
 def test_a_name_that_is_wrong_is_found_before_anything_is_done(config):
     for name, message in (
         ("cosin", "did you mean 'cosine'"),
@@ -297,33 +205,6 @@ def test_a_survey_asks_for_no_room_for_a_whole_model(config, monkeypatch):
         stored.write_text(before)
 
 
-def test_a_residual_base_of_quantised_weights_is_found_before_anything_is_done(config):
-    with pytest.raises(ConfigError, match=r"adapter.base='residual' takes the start out of weights that are quantised"):
-        Run(override(config, ["adapter.base=residual", "model.quantization=nf4"])).all()
-    assert not Path(config.out).exists()
-
-
-@pytest.mark.parametrize("changes", [["export.to=merged"], ["plan.method=dora"], ["adapter.base=residual", "model.dtype=float32"]])
-def test_a_change_of_weights_that_lie_quantised_is_found_before_anything_is_done(config, tmp_path, changes):
-    folder = save_small("llama-gqa", tmp_path / "quantised")
-    stored = json.loads((folder / "config.json").read_text())
-    stored["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    (folder / "config.json").write_text(json.dumps(stored))
-    with pytest.raises(ConfigError, match="quantised"):
-        Run(override(config, [f"model.path={folder}", *changes])).all()
-    assert not Path(config.out).exists()
-
-
-@pytest.mark.parametrize("changes", [["export.to=merged"], ["plan.method=dora"], ["plan.method=pissa", "adapter.base=residual"]])
-def test_weights_that_layers_share_take_no_change(config, tmp_path, changes):
-    """Every second block of Zamba 2 is the same one."""
-    options = [f"model.path={save_small('zamba2', tmp_path / 'zamba')}", "model.targets=[q_proj,o_proj]", "plan.method=lora"]
-    Run(override(config, options)).check_inputs()
-    with pytest.raises(ModelError, match=r"layers.1.shared_transformer.self_attn.q_proj shares its weight with model.layers.3."):
-        Run(override(config, [*options, *changes])).all()
-    assert not Path(config.out).exists()
-
-
 def test_a_start_that_cannot_be_prepared_is_refused_before_anything_is_looked_at(config):
     for method, message in (
         ("full", "trains the model itself"),
@@ -349,69 +230,6 @@ def test_a_training_that_made_no_step_is_no_reason_to_refuse(config, monkeypatch
         Run(override(config, ["train.learning_rate=1e-4"])).claim()
 
 
-def killed(*_, **__):
-    raise KeyboardInterrupt
-
-
-@pytest.mark.usefixtures("no_figures")
-def test_a_finished_run_holds_to_the_knowledge_it_looked_at(config):
-    config = override(config, ["plan.method=lora-null", f"calibration.knowledge={world.KNOWLEDGE}"])
-    Run(config).all()
-    for change in ("calibration.knowledge=null", "calibration.examples=6"):
-        with pytest.raises(FolderError, match=rf"holds a null-space made with {change.partition('=')[0]}="):
-            Run(override(config, [change])).claim()
-
-
-@pytest.mark.usefixtures("no_figures")
-def test_answers_are_those_of_the_form_that_is_handed_over(config):
-    """A compressed adapter's answers are not those of the whole model that is merged afterwards."""
-    config = override(config, ["plan.method=lora", "train.learning_rate=0.02", "export.rank=1"])
-    Run(config).all()
-    compressed = asked(config)
-    merged = override(config, ["export.to=merged", "export.rank=null"])
-    assert not Run(merged).complete
-    Run(merged).all()
-    assert Run(merged).complete
-    assert asked(config) != compressed
-
-
-def asked(config):
-    return json.loads((Path(config.out) / "scores.json").read_text())["meta"]["weights"]
-
-
-@pytest.mark.usefixtures("no_figures")
-def test_what_changes_no_answer_asks_nothing_again(config):
-    config = override(config, ["plan.method=lora", "evaluate.recovery=1"])
-    Run(config).all()
-    assert Run(override(config, ["evaluate.resamples=200", "evaluate.looks=0", "evaluate.batch_size=3"])).complete
-    assert not Run(override(config, ["evaluate.recovery=2"])).complete
-
-
-@pytest.mark.usefixtures("no_figures")
-def test_a_compressed_adapter_is_what_is_asked(config):
-    def scored(*changes):
-        run = Run(override(config, ["plan.method=lora", "train.learning_rate=0.02", *changes]))
-        run.all()
-        return json.loads((run.path / "scores.json").read_text())["meta"]["weights"], Run(run.config)
-
-    whole, _ = scored()
-    compressed, run = scored("export.rank=1")
-    assert compressed != whole
-    assert compressed == _identity(run._read_back())
-
-
-def test_full_fine_tuning_is_scored_as_it_is_handed_over(config):
-    """In the precision of the base's files, and with the exact rotary frequencies that whoever loads it has."""
-    run = Run(override(config, ["plan.method=full", "model.dtype=float32"]))
-    run.claim()
-    run.export()
-    scored, loaded = run._scored().state_dict(), run._read_back()
-    for name, buffer in loaded.named_buffers():
-        assert torch.equal(dict(run._scored().named_buffers())[name], buffer), name
-    for name, tensor in loaded.state_dict().items():
-        assert torch.equal(tensor.float(), scored[name].float()), name
-
-
 def test_a_prepared_start_of_another_plan_is_not_handed_out(config):
     run = Run(config)
     run.claim()
@@ -421,29 +239,6 @@ def test_a_prepared_start_of_another_plan_is_not_handed_out(config):
     other.claim()
     with pytest.raises(FolderError, match=r"prepared was prepared for another plan: delete it, or choose another out"):
         other.prepared()
-
-
-def test_another_precision_is_another_untouched_model(config):
-    def base(*changes):
-        run = Run(override(config, list(changes)))
-        return run.evaluate_base(), (run.path / "base" / "scores.json").stat().st_mtime_ns
-
-    first, written = base("model.dtype=float32")
-    assert base("model.dtype=float32")[1] == written
-    second, written_again = base("model.dtype=bfloat16")
-    assert written_again > written
-    assert second.knowledge["facts"].gold_loglikelihood != first.knowledge["facts"].gold_loglikelihood
-
-
-def test_what_a_length_takes_away_is_told(config):
-    lengths = sorted(len(row["input_ids"]) for row in Run(config).inputs.examples.rows)
-    run = Run(override(config, [f"data.max_length={lengths[len(lengths) // 2]}", "train.max_steps=2"]))
-    run.claim()
-    found, data = run.train(), run.inputs.examples
-    assert (found.examples, found.truncated, found.dropped) == (len(data.rows), data.truncated, data.dropped)
-    assert found.truncated + found.dropped > 0
-    assert found.examples + found.dropped == 64
-    assert f"Of 64 training examples the end of {found.truncated} was cut off" in found.cut
 
 
 def test_the_versions_are_those_of_the_training(config):
@@ -456,48 +251,6 @@ def test_the_versions_are_those_of_the_training(config):
     Run(run.config).claim()
     assert json.loads(file.read_text())["torch"] == "1.0"
     assert "# torch 1.0\n" in (run.path / "config.yaml").read_text()
-
-
-def test_knowledge_may_have_columns_of_other_names(config, tmp_path):
-    file = tmp_path / "webqs.jsonl"
-    rows = [json.loads(line) for line in world.KNOWLEDGE.read_text().splitlines()]
-    file.write_text("".join(json.dumps({"qText": row["question"], "golden": row["answers"]}) + "\n" for row in rows))
-    named = f"calibration.knowledge={{name: webqs, data: {file}, question: qText, answers: golden}}"
-    run, other = (Run(override(config, ["plan.method=lora-null", text])) for text in (named, f"calibration.knowledge={world.KNOWLEDGE}"))
-    assert run.surveys.knowledge() == other.surveys.knowledge()
-    run.claim()
-    run.statistics()
-    file.write_text(file.read_text()[:-1])
-    assert not run.place.is_done("null-space", options_of(resolve(run.config), READING_KEYS["knowledge"]), redo=True)
-
-
-def test_a_folder_from_before_an_option_existed_is_taken_up(config):
-    run = Run(config)
-    run.claim()
-    run.train()
-    for step in ("plan", "train"):
-        file = run.path / "steps" / f"{step}.json"
-        record = json.loads(file.read_text())
-        del record["options"]["plan.kasa_beta"]
-        file.write_text(json.dumps(record))
-    begun = (run.path / "train.json").stat().st_mtime_ns
-    Run(config).train()
-    assert (run.path / "train.json").stat().st_mtime_ns == begun
-    with pytest.raises(FolderError, match=r"made with plan.kasa_beta=0.0001, and now plan.kasa_beta=0.5"):
-        Run(override(config, ["plan.kasa_beta=0.5"])).claim()
-
-
-def test_a_question_set_from_before_an_option_existed_is_the_same(config):
-    run = Run(config)
-    run.claim()
-    options = options_of(run.config, EVALUATE_KEYS)
-    older = json.loads(json.dumps(options))
-    del older["evaluate.knowledge"][0]["split"]
-    write_json(run.path / "steps" / "evaluate.json", {"options": older, "done": True})
-    assert run.folder.is_done("evaluate", options, redo=True)
-    older["evaluate.knowledge"][0]["limit"] = 3
-    write_json(run.path / "steps" / "evaluate.json", {"options": older, "done": True})
-    assert not run.folder.is_done("evaluate", options, redo=True)
 
 
 @pytest.mark.parametrize(
@@ -536,20 +289,6 @@ def test_bad_input_is_refused_before_anything_is_written(config, tmp_path, chang
     assert not (tmp_path / "run").exists()
 
 
-def test_what_llama_cpp_does_not_know_is_refused_before_anything_is_written(config, tmp_path):
-    folder = save_small("gpt2", tmp_path / "gpt2")
-    with pytest.raises(FarssError, match="no GGUF adapter for gpt2"):
-        Run(override(config, ["export.to=gguf", f"model.path={folder}"])).all()
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_missing_package_is_refused_before_anything_is_written(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(llamacpp, "find_spec", lambda name: None)
-    with pytest.raises(FarssError, match=r"a GGUF file needs the package gguf: pip install"):
-        Run(override(config, ["export.to=gguf"])).all()
-    assert not (tmp_path / "run").exists()
-
-
 def test_what_is_named_after_a_survey_is_checked_before_the_training(config):
     first = Run(config)
     first.claim(trains=False)
@@ -557,65 +296,6 @@ def test_what_is_named_after_a_survey_is_checked_before_the_training(config):
     with pytest.raises(FolderError, match=r"there is no /nowhere/scores\.json"):
         Run(override(config, ["evaluate.full_scores=/nowhere"])).all()
     assert not (Path(config.out) / "checkpoints").exists()
-
-
-def test_a_folder_that_is_not_ours_is_left_alone(config, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "thesis.txt").write_text("precious")
-    with pytest.raises(FolderError, match="is not empty and is no run folder"):
-        Run(config).all()
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
-
-
-def test_a_configuration_of_somebody_elses_is_no_run_folder(config, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_text("defaults: [hydra]\n")
-    with pytest.raises(FolderError, match="is not empty and is no run folder"):
-        Run(config).all()
-    assert (tmp_path / "run" / "config.yaml").read_text() == "defaults: [hydra]\n"
-
-
-def test_a_run_folder_that_was_moved_is_where_it_is(config, tmp_path):
-    Run(config).claim(trains=False)
-    moved = (tmp_path / "run").rename(tmp_path / "elsewhere")
-    assert read_config(moved / "config.yaml").out == str(moved)
-    assert read_config(moved / "config.yaml", [f"out={tmp_path / 'other'}"]).out == str(tmp_path / "other")
-    shutil.copy(moved / "config.yaml", tmp_path / "config.yaml")  # of no run folder
-    assert read_config(tmp_path / "config.yaml").out == str(tmp_path / "run")
-
-
-def test_two_processes_do_not_work_in_one_folder(tmp_path):
-    code = f"from pathlib import Path; from farss.folder import alone\nwith alone(Path({str(tmp_path)!r})): print('in')"
-    with alone(tmp_path):
-        beside = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        assert "is in use by another farss process" in beside.stderr
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "in\n"
-
-
-def test_examples_longer_than_the_model_can_read_are_refused(config, tmp_path):
-    folder = save_small("gpt2", tmp_path / "gpt2")
-    stored = (folder / "config.json").read_text()
-    (folder / "config.json").write_text(stored.replace('"n_positions": 256', '"n_positions": 16'))
-    with pytest.raises(DataError, match=r"the longest example has \d+ tokens .*, and the model knows 16 positions: set data.max_length=16"):
-        Run(override(config, [f"model.path={folder}"])).all()
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_system_message_that_would_not_be_asked_with_is_refused(config, tmp_path, model_folder):
-    folder = shutil.copytree(model_folder, tmp_path / "chat")
-    options = json.loads((folder / "tokenizer_config.json").read_text())
-    options["chat_template"] = (
-        "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
-    )
-    (folder / "tokenizer_config.json").write_text(json.dumps(options))
-    file = tmp_path / "chats.jsonl"
-    roles = ["system", "user", "assistant"]
-    file.write_text(json.dumps({"messages": [{"role": role, "content": f"the {role}"} for role in roles]}) + "\n")
-    changed = override(config, [f"model.path={folder}", f"data.train={file}", "data.template=chat"])
-    with pytest.raises(ConfigError, match=r"begins with the system message 'the system', .*: set data.system to the same text, or to ''"):
-        Run(changed).check_inputs()
-    for system in ("the system", "''"):
-        Run(override(changed, [f"data.system={system}"])).check_inputs()
 
 
 def test_a_finished_training_is_one_on_a_machine_of_another_precision(config, monkeypatch):
@@ -630,28 +310,6 @@ def test_a_finished_training_is_one_on_a_machine_of_another_precision(config, mo
         assert len(calls) == steps
         assert run.folder.record("train")["options"]["train.precision"] == "bf16"
 
-
-def test_a_merged_model_is_asked_as_it_is_written(config):
-    """In bfloat16 its weights are rounded, and it answers otherwise than the adapter that was trained."""
-    config = override(config, ["plan.method=lora", "train.learning_rate=0.02", "model.dtype=bfloat16"])
-    merged = override(config, ["export.to=merged"])
-    Run(config).all()
-    adapter = asked(config)
-    Run(merged).all()
-    model = load_model(replace(merged.model, path=str(Path(config.out) / "model")))
-    assert read_json(Path(config.out) / "scores.json")["meta"]["weights"] == _identity(model)
-    assert asked(config) != adapter
-
-
-def test_paths_are_absolute_and_variables_expanded(config, monkeypatch, tmp_path):
-    monkeypatch.setenv("PLACE", str(world.TASK_TRAIN.parent))
-    monkeypatch.chdir(tmp_path)
-    found = resolve(override(config, ["data.train=${PLACE}/task_train.jsonl", "out=here"]))
-    assert found.data.train == str(world.TASK_TRAIN)
-    assert found.out == str(tmp_path / "here")
-
-
-# --- killed in any step ----------------------------------------------------------------------------------------------
 
 MOMENTS = {
     "evaluate the base": "base/scores/facts.json",

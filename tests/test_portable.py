@@ -9,8 +9,7 @@ import torch
 from peft import PeftModel
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
-from small_models import small
-from test_adapter import logits, surveyed
+from small_models import examples, logits, prompts, small, trained
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from farss import portable as portable_module
@@ -26,24 +25,6 @@ from farss.models import base_fingerprint, fingerprint, local_folder
 from farss.plan import make_plan
 from farss.portable import CHECKED_TOKENS, SERVED_RANKS, export, in_float32, load_adapter
 from farss.survey import survey
-
-from small_models import examples  # isort: skip
-
-
-def trained(kind, folder, dtype=torch.float32):
-    """A model after a made-up training."""
-    model, found, plan = surveyed(kind, folder / "survey", dtype)
-    adapted = attach(model, plan, found)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
-    return adapted.eval(), plan
-
-
-def prompts():
-    batch = collate(examples(3), 0)
-    return {key: batch[key] for key in ("input_ids", "attention_mask")}
 
 
 @pytest.mark.parametrize("kind", ["llama-gqa", "gemma3", "gpt2", "phi3", "gpt-neox", "deepseek-v3", "glm4-moe"])

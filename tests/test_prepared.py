@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_adapter import logits, surveyed
+from small_models import logits, surveyed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from farss import prepared, world

@@ -8,8 +8,8 @@ import textwrap
 
 import pytest
 import torch
+from runs import settings
 from small_models import save_small
-from test_pipeline import settings
 
 from farss.artifacts import Survey
 
@@ -18,8 +18,7 @@ SCRIPT = textwrap.dedent("""
     sys.path.insert(0, sys.argv[1])
     import torch
     torch.set_num_threads(1)
-    from small_models import examples, small
-    from test_survey import collated
+    from small_models import collated, examples, small
     from farss import processes
     from farss.methods import METHODS
     from farss.survey import read_layers, survey

@@ -4,10 +4,7 @@ import pytest
 import torch
 from bitsandbytes.functional import has_avx512bf16
 from peft import PeftModel
-from small_models import examples, small
-from test_adapter import CONFIG, logits
-from test_portable import prompts
-from test_survey import collated
+from small_models import CONFIG, collated, examples, logits, prompts, small
 from trainings import tokenizer
 
 from farss.adapter import attach

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+from runs import settings
 from small_models import save_small
-from test_pipeline import settings
 
 from farss import world
 from farss.artifacts import questions

@@ -13,11 +13,11 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from small_models import examples, small
+from small_models import collated, examples, language_loss, small
 
 from farss.artifacts import Survey
 from farss.config import CalibrationConfig
-from farss.data import batches, calibration_batches, collate
+from farss.data import calibration_batches, collate
 from farss.errors import ConfigError, FarssError, FolderError, ModelError, NumericalError
 from farss.maths.directions import decompose, direction_scores, select
 from farss.maths.fisher import quadratic_form
@@ -26,18 +26,6 @@ from farss.structure import left_out, target_layers, weight_of
 from farss.survey import read_layers, survey
 from farss.survey.passage import enter, sampled, through
 from farss.survey.sweep import shallow_end
-
-
-def collated(rows, size=2, side="right"):
-    return [collate(part, 0, side) for part in batches(rows, size)]
-
-
-def language_loss(model, row):
-    """Summed loss of one example's supervised tokens."""
-    batch = collate([row], 0)
-    labels = batch.pop("labels")
-    logits = model(**{k: v for k, v in batch.items() if k != "position_ids"}).logits[0, :-1]
-    return torch.nn.functional.cross_entropy(logits, labels[0, 1:], ignore_index=-100, reduction="sum")
 
 
 def brute_force(model, rows, loss=language_loss):
@@ -205,8 +193,7 @@ def test_a_killed_survey_goes_on_to_the_same_bytes(tmp_path, moment):
     script = textwrap.dedent("""
         import sys, os, signal
         sys.path.insert(0, sys.argv[1])
-        from small_models import examples, small
-        from test_survey import collated
+        from small_models import collated, examples, small
         from farss.survey import survey
         def tell(done, total, line):
             if line.startswith(sys.argv[4]) and sys.argv[3] == "kill": os.kill(os.getpid(), signal.SIGKILL)

@@ -1,9 +1,7 @@
 """A comparison on a small model, that takes seconds."""
 
 import pytest
-from test_pipeline import model_folder, settings
-
-__all__ = ["model_folder"]  # a fixture
+from runs import settings
 
 
 @pytest.fixture

@@ -4,8 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from small_models import examples, shapes, small
-from test_survey import collated, language_loss
+from small_models import collated, examples, language_loss, shapes, small
 
 from farss.adapter import TRAINED, activate, attach, lora_layers, start_of
 from farss.config import PlanConfig

@@ -6,8 +6,7 @@ import itertools
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from small_models import examples, shapes, small
-from test_survey import collated
+from small_models import collated, examples, shapes, small
 
 from farss.adapter import attach
 from farss.config import PlanConfig

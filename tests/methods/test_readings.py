@@ -11,10 +11,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.eva import get_eva_state_dict
-from small_models import examples, shapes, small
-from test_adapter import logits
-from test_portable import prompts
-from test_survey import collated
+from small_models import collated, examples, logits, prompts, shapes, small
 
 from farss.adapter import START, TRAINED, attach, lora_layers, start_of
 from farss.config import PlanConfig

@@ -6,9 +6,7 @@ import pytest
 import torch
 from peft import AdaLoraConfig, KasaConfig, LoraConfig, get_peft_model
 from peft.tuners.lora.variants import _kasa_layer_regularization_loss
-from small_models import small
-from test_adapter import logits
-from test_portable import prompts
+from small_models import logits, prompts, small
 from trainings import difference, options, tokenizer, weights, whole_model
 from trainings import examples as rows_to_learn
 

@@ -5,8 +5,7 @@ import dataclasses
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from small_models import examples, small
-from test_survey import collated
+from small_models import collated, examples, small
 
 from farss.adapter import START, TRAINED, attach, lora_layers, start_of
 from farss.config import PlanConfig

@@ -1,0 +1,48 @@
+"""What is read is checked before hours of training."""
+
+import json
+import shutil
+
+import pytest
+from small_models import save_small
+
+from farss.configfile import override
+from farss.errors import ConfigError, DataError
+from farss.pipeline import Run
+
+
+def test_what_a_length_takes_away_is_told(config):
+    lengths = sorted(len(row["input_ids"]) for row in Run(config).inputs.examples.rows)
+    run = Run(override(config, [f"data.max_length={lengths[len(lengths) // 2]}", "train.max_steps=2"]))
+    run.claim()
+    found, data = run.train(), run.inputs.examples
+    assert (found.examples, found.truncated, found.dropped) == (len(data.rows), data.truncated, data.dropped)
+    assert found.truncated + found.dropped > 0
+    assert found.examples + found.dropped == 64
+    assert f"Of 64 training examples the end of {found.truncated} was cut off" in found.cut
+
+
+def test_examples_longer_than_the_model_can_read_are_refused(config, tmp_path):
+    folder = save_small("gpt2", tmp_path / "gpt2")
+    stored = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(stored.replace('"n_positions": 256', '"n_positions": 16'))
+    with pytest.raises(DataError, match=r"the longest example has \d+ tokens .*, and the model knows 16 positions: set data.max_length=16"):
+        Run(override(config, [f"model.path={folder}"])).all()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_system_message_that_would_not_be_asked_with_is_refused(config, tmp_path, model_folder):
+    folder = shutil.copytree(model_folder, tmp_path / "chat")
+    options = json.loads((folder / "tokenizer_config.json").read_text())
+    options["chat_template"] = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    (folder / "tokenizer_config.json").write_text(json.dumps(options))
+    file = tmp_path / "chats.jsonl"
+    roles = ["system", "user", "assistant"]
+    file.write_text(json.dumps({"messages": [{"role": role, "content": f"the {role}"} for role in roles]}) + "\n")
+    changed = override(config, [f"model.path={folder}", f"data.train={file}", "data.template=chat"])
+    with pytest.raises(ConfigError, match=r"begins with the system message 'the system', .*: set data.system to the same text, or to ''"):
+        Run(changed).check_inputs()
+    for system in ("the system", "''"):
+        Run(override(changed, [f"data.system={system}"])).check_inputs()
