@@ -18,8 +18,9 @@ from farss.config import Config
 from farss.maths.frontier import Point, area, kept_at, learned_at
 from farss.maths.metrics import interval
 from farss.report import comparison_csv, comparison_markdown
+from farss.tasks.outcomes import Estimate
 from farss.tasks.standing import Entry, Standing, differences, mean_scores, standings
-from farss.tasks.summary import Estimate, Summary
+from farss.tasks.summary import Summary
 from farss.train import TrainResult
 
 LEVELS = 3

@@ -11,9 +11,9 @@ from farss.compare.entrants import Entrant, has_own_full
 from farss.config import Config, QuestionSet
 from farss.errors import ConfigError, FarssError
 from farss.maths.metrics import balance
+from farss.tasks.outcomes import Estimate, outcomes_of, read_scores
 from farss.tasks.questions import draw_from_files
 from farss.tasks.standing import Entry, standings, task_score
-from farss.tasks.summary import Estimate, outcomes_of, read_scores
 
 
 def check_tuning(config: Config) -> None:

@@ -9,8 +9,8 @@ from farss.artifacts import TaskScore, questions, read_json
 from farss.config import Config, QuestionSet
 from farss.errors import FolderError
 from farss.tasks.benchmarks import list_benchmarks
+from farss.tasks.outcomes import read_scores
 from farss.tasks.questions import Drawn, prompt_of, prompts_of
-from farss.tasks.summary import read_scores
 
 
 def check_reference(config: Config, tokenizer: Any) -> None:

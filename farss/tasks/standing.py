@@ -24,7 +24,7 @@ import numpy as np
 from farss.artifacts import KINDS, Kind
 from farss.config import Config
 from farss.maths.metrics import Array, balance, balances, bootstrap, interval, ratios, simultaneous_p_values, t_quantiles
-from farss.tasks.summary import Estimate, Outcomes, outcomes_of, read_scores
+from farss.tasks.outcomes import Estimate, Outcomes, outcomes_of, read_scores
 
 NATS = ("kept", "learned")
 METRICS = ("K", "T", "KT", "retained", *NATS)
@@ -89,7 +89,7 @@ def standings(
         still = _means([each.still for each in outcomes], resamples, seed) if letter == "K" else []
         marks = scores
         if letter == "T" and config.evaluate.learned_by == "likelihood":
-            marks = changes if len(changes) == len(scores) else []  # as in `summarise`: every benchmark or none
+            marks = changes if len(changes) == len(scores) else []  # every benchmark or none
         for method, group in methods.items():
             places = [place[entry.folder] for entry in group]
             if marks and (letter == "K" or all(entry.full is not None for entry in group)):

@@ -2,37 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import numpy as np
-
-from farss.artifacts import KINDS, Kind, Scores, TaskScore, questions, write_json
+from farss.artifacts import KINDS, Kind, Scores, write_json
 from farss.config import Config
 from farss.errors import FarssError, FolderError
-from farss.maths.metrics import (
-    Array,
-    balance,
-    balances,
-    bootstrap,
-    interval,
-    knowledge_kept,
-    mean_ratios,
-    paired_difference,
-    task_learned,
-)
+from farss.maths.metrics import Array, bootstrap, interval, knowledge_kept, paired_difference, task_learned
+from farss.tasks.outcomes import Estimate, Outcomes, outcomes_of, read_scores
+from farss.tasks.standing import Entry, standings
 
+Metric = Callable[[dict[str, float], dict[str, float]], float]
+"""Scores of the benchmarks above and below the line -> their ratio."""
 BEFORE, AFTER, FULL = 0, 1, 2
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A value with its 95 % bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -96,76 +79,6 @@ class Summary:
         write_json(path, asdict(self))
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Outcomes:
-    """One benchmark's outcomes, row by row of the same questions."""
-
-    score: TaskScore
-    kind: Kind
-    scores: Array
-    """`[models, questions]`, in the order of the runs: before, after and, where it was asked, full fine-tuning."""
-    gold: Array
-    """`[models, questions]` gold log-likelihoods; NaN where there is none."""
-
-    @property
-    def still(self) -> Array:
-        """`scores`, of what the first model answers right."""
-        return self.scores * self.scores[:1]
-
-    @property
-    def known(self) -> Array:
-        """`gold` of the questions where every model has one."""
-        found: Array = self.gold[:, np.isfinite(self.gold).all(axis=0)]
-        return found
-
-    @property
-    def gains(self) -> Array:
-        """How much likelier (nats) the right answers of these are than before."""
-        return self.known - self.known[:1]
-
-
-def read_scores(folder: Path) -> tuple[Scores, Path]:
-    """The scores and the folder of the per-question records; `folder` may also be the scores.json itself.
-
-    Raises:
-        FolderError: it is neither.
-    """
-    if folder.is_file() and folder.suffix != ".json":
-        raise FolderError(f"{folder} holds no scores: name a scores.json, or the folder of one")
-    path = folder if folder.suffix == ".json" else folder / "scores.json"
-    return Scores.load(path), path.parent / "scores"
-
-
-def outcomes_of(name: str, kind: Kind, runs: Sequence[tuple[Scores, Path]], only: Callable[[str], bool] | None = None) -> Outcomes:
-    """Line up one benchmark's records of several runs.
-
-    Args:
-        only: which questions count, by their ids; None: all.
-
-    Raises:
-        FolderError: the runs answered different questions, or were scored differently.
-    """
-    tables = []
-    for scores, folder in runs:
-        records = {str(record["id"]): record for record in questions(folder, name)}
-        tables.append({key: record for key, record in records.items() if only is None or only(key)})
-        metric, first = getattr(scores, kind)[name].metric, getattr(runs[0][0], kind)[name].metric
-        asked, here = ({key: (record.get("prompt"), record["gold"]) for key, record in table.items()} for table in (tables[0], tables[-1]))
-        if metric != first or list(asked.items()) != list(here.items()):
-            raise FolderError(
-                f"{folder} and {runs[0][1]} hold answers to different questions of {name!r}: evaluate both with the "
-                "same question file, prompt, examples, limit, metric and seed"
-            )
-    if not tables[0]:
-        raise FolderError(f"no question of {name!r} is left to be scored: ask more questions, or change compare.held_out")
-    scored = [[record["score"] for record in table.values()] for table in tables]
-    gold_likelihoods = [[record["gold_loglikelihood"] for record in table.values()] for table in tables]
-    return Outcomes(getattr(runs[0][0], kind)[name], kind, np.array(scored, float), np.array(gold_likelihoods, float))
-
-
 # --- summarising -----------------------------------------------------------------------------------------------------
 
 
@@ -187,25 +100,26 @@ def summarise(before: Path, after: Path, full: Path | None, config: Config, only
         for name in getattr(runs[0][0], kind)
         if name in getattr(runs[1][0], kind)
     ]
+    notes = _unpaired(runs[0][0], runs[1][0]) + _unlike(runs[0][0], runs[1][0], reference[0][0] if reference else None)
+    asked = {kind: [each for each in outcomes if each.kind == kind] for kind in KINDS}
+    no_k = _why_no("K", knowledge_kept, asked["knowledge"], BEFORE)
+    no_t = _why_no_t(asked["task"], bool(reference), config)
+    found = standings(before, {"run": [Entry(after, None if no_t else full)]}, config, only)["run"].estimates
+    notes += [*no_k, *no_t, *(_about_t(reference[0][0], config) if "T" in found else [])]
     resamples, seed = config.evaluate.resamples, config.seed
-    # Each kind anew, as in `standings`: a run's intervals are those of its row in a comparison.
+    # each kind anew, as in `standings`, so that a benchmark's interval does not depend on what else is asked
     of_kinds = [[each.scores for each in outcomes if each.kind == kind] for kind in KINDS]
     draws = [drawn for scores in of_kinds for drawn in bootstrap(scores, resamples, seed)]
-    notes = _unpaired(runs[0][0], runs[1][0]) + _unlike(runs[0][0], runs[1][0], reference[0][0] if reference else None)
-    k, k_draws = _kept(outcomes, draws, notes)
-    still = {each.score.name: each.still for each in outcomes if each.kind == "knowledge"}
-    drawn_still = bootstrap([*still.values()], resamples, seed)
-    retained = _ratio(still, drawn_still, BEFORE, "retained", knowledge_kept, [])[0] if k is not None else None
-    t, t_draws = _learned(outcomes, draws, full is not None, config, notes)
-    if t is not None and (method := reference[0][0].meta.get("method", "full")) != "full":
-        notes.append(f"T is relative to the run of {method} that evaluate.full_scores names, and not to full fine-tuning.")
-    kt = None
-    if k is not None and t is not None and k_draws is not None and t_draws is not None:
-        kt = Estimate(balance(k.value, t.value), *interval(balances(k_draws, t_draws)))
     losses = (runs[0][0].text_loss, runs[1][0].text_loss)
-    forgetting = losses[1] - losses[0] if losses[0] is not None and losses[1] is not None else None
-    lines = [_line(each, drawn, resamples, seed) for each, drawn in zip(outcomes, draws, strict=True)]
-    return Summary(k, t, kt, forgetting, lines, resamples, seed, notes, learned_by=config.evaluate.learned_by, retained=retained)
+    return Summary(
+        **{metric: found.get(metric) for metric in ("K", "T", "KT", "retained")},  # type: ignore[arg-type]
+        forgetting=losses[1] - losses[0] if losses[0] is not None and losses[1] is not None else None,
+        benchmarks=[_line(each, drawn, resamples, seed) for each, drawn in zip(outcomes, draws, strict=True)],
+        resamples=resamples,
+        seed=seed,
+        notes=notes,
+        learned_by=config.evaluate.learned_by,
+    )
 
 
 def _beside(
@@ -243,69 +157,43 @@ def _unlike(before: Scores, after: Scores, full: Scores | None) -> list[str]:
     return found
 
 
-def _kept(outcomes: list[Outcomes], draws: list[Array], notes: list[str]) -> tuple[Estimate | None, Array | None]:
-    """K and its draws; None and a note where it has no value."""
-    marks, drawn = _of_kind("knowledge", outcomes, draws)
-    if not marks:
-        return None, None
-    return _ratio(marks, drawn, BEFORE, "K", knowledge_kept, notes)
+def _why_no(letter: str, metric: Metric, outcomes: list[Outcomes], bottom: int) -> list[str]:
+    """Why a ratio has no value; nothing where nothing was asked."""
+    tops, bottoms = ({each.score.name: float(each.scores[model].mean()) for each in outcomes} for model in (AFTER, bottom))
+    try:
+        metric(tops, bottoms) if outcomes else None
+    except FarssError as error:
+        return [f"{letter} is not computed: {error}."]
+    return []
 
 
-def _learned(
-    outcomes: list[Outcomes], draws: list[Array], has_full: bool, config: Config, notes: list[str]
-) -> tuple[Estimate | None, Array | None]:
-    """T and its draws; None and a note where it has no value."""
-    marks, drawn = _of_kind("task", outcomes, draws)
-    if not marks:
-        return None, None
+def _why_no_t(tasks: list[Outcomes], has_full: bool, config: Config) -> list[str]:
+    if not tasks:
+        return []
     if not has_full:
-        notes.append(
+        return [
             "T is not computed: it is relative to full fine-tuning, of which there is no run yet: compare with full, or name its scores in "
             "evaluate.full_scores."
-        )
-        return None, None
-    lacking = [name for name, each in marks.items() if len(each) <= FULL]
-    if lacking:
-        notes.append(f"T is not computed: the full fine-tuning run was not asked {lacking[0]!r}.")
-        return None, None
+        ]
+    if lacking := [each.score.name for each in tasks if len(each.scores) <= FULL]:
+        return [f"T is not computed: the full fine-tuning run was not asked {lacking[0]!r}."]
+    if config.evaluate.learned_by == "score":
+        return _why_no("T", task_learned, tasks, FULL)
+    if silent := [each.score.name for each in tasks if not each.gains.size or each.gains[FULL].mean() <= 0]:
+        return [f"T is not computed: full fine-tuning made the right answers of {silent[0]!r} no likelier, or they have no likelihood."]
+    return []
+
+
+def _about_t(full: Scores, config: Config) -> list[str]:
+    """What T is, where that is not plain."""
+    notes = []
     if config.evaluate.learned_by == "likelihood":
-        marks = {each.score.name: each.gains for each in outcomes if each.kind == "task"}
-        silent = [name for name, each in marks.items() if not each.size or each[FULL].mean() <= 0]
-        if silent:
-            notes.append(
-                f"T is not computed: full fine-tuning made the right answers of {silent[0]!r} no likelier, or they have no likelihood."
-            )
-            return None, None
-        drawn = bootstrap([*marks.values()], config.evaluate.resamples, config.seed)
         notes.append(
             "T says how much likelier right answers became, against full fine-tuning (evaluate.learned_by), and not how many are given."
         )
-    return _ratio(marks, drawn, FULL, "T", task_learned, notes)
-
-
-def _of_kind(kind: Kind, outcomes: list[Outcomes], draws: list[Array]) -> tuple[dict[str, Array], list[Array]]:
-    """The scores of the benchmarks of a kind, and their draws."""
-    chosen = [(each, drawn) for each, drawn in zip(outcomes, draws, strict=True) if each.kind == kind]
-    return {each.score.name: each.scores for each, _ in chosen}, [drawn for _, drawn in chosen]
-
-
-def _ratio(
-    marks: dict[str, Array],
-    draws: list[Array],
-    bottom: int,
-    letter: str,
-    metric: Callable[[dict[str, float], dict[str, float]], float],
-    notes: list[str],
-) -> tuple[Estimate | None, Array | None]:
-    tops, bottoms = ({name: float(each[model].mean()) for name, each in marks.items()} for model in (AFTER, bottom))
-    try:
-        value = metric(tops, bottoms)
-    except FarssError as error:
-        notes.append(f"{letter} is not computed: {error}.")
-        return None, None
-    # Resamples in which a reference happens to score 0 have no ratio; the interval is that of the others.
-    drawn = mean_ratios(draws, AFTER, bottom)
-    return Estimate(value, *interval(drawn)), drawn
+    if (method := full.meta.get("method", "full")) != "full":
+        notes.append(f"T is relative to the run of {method} that evaluate.full_scores names, and not to full fine-tuning.")
+    return notes
 
 
 def _line(each: Outcomes, drawn: Array, resamples: int, seed: int) -> BenchmarkSummary:

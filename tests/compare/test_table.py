@@ -8,8 +8,8 @@ import pytest
 from farss.compare.table import equals, levels
 from farss.maths.frontier import kept_at
 from farss.report import comparison_markdown
+from farss.tasks.outcomes import Estimate
 from farss.tasks.standing import Standing
-from farss.tasks.summary import Estimate
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 

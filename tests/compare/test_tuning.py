@@ -14,7 +14,7 @@ from farss.configfile import from_dict, override
 from farss.errors import ConfigError, FarssError
 from farss.pipeline import Run, silent
 from farss.report import comparison_markdown
-from farss.tasks.summary import Estimate
+from farss.tasks.outcomes import Estimate
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 

@@ -11,8 +11,9 @@ from farss.artifacts import Scores
 from farss.config import DataConfig, QuestionSet
 from farss.errors import FolderError
 from farss.evaluate import evaluate
+from farss.tasks.outcomes import read_scores
 from farss.tasks.reference import check_reference
-from farss.tasks.summary import read_scores, summarise
+from farss.tasks.summary import summarise
 
 pytest.importorskip("lm_eval")
 
