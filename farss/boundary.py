@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from farss.artifacts import Plan, Survey, fingerprint, read_json, write_json
+from farss.artifacts import Plan, Survey
 from farss.config import Config, QuestionSet
 from farss.data import Row, Tokenized, choose
 from farss.errors import ConfigError, NumericalError
+from farss.files import fingerprint, read_json, reading, write_json
 from farss.memory import freed_memory_kept
 from farss.plan import make_plan
 from farss.search import Candidate, Found, Outcomes, Round, Schedule, candidates, fit, halved, search
@@ -77,10 +78,11 @@ class Boundary:
     def load(cls, path: Path) -> Boundary:
         """Read `boundary.json`."""
         values = read_json(path)
-        values.pop("sentence", None)  # it follows from the others
-        values["candidates"] = [Candidate(**each) for each in values["candidates"]]
-        values["rounds"] = [[Candidate(**each) for each in one] for one in values["rounds"]]
-        return cls(**values)
+        with reading(path, "search for a boundary"):
+            values.pop("sentence", None)  # it follows from the others
+            values["candidates"] = [Candidate(**each) for each in values["candidates"]]
+            values["rounds"] = [[Candidate(**each) for each in one] for one in values["rounds"]]
+            return cls(**values)
 
     @property
     def sentence(self) -> str:

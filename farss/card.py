@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from farss.artifacts import read_json, write_text
+from farss.files import read_json, write_text
 from farss.models import local_folder
 
 PROMPTS = {

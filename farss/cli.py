@@ -412,8 +412,8 @@ def _run(config: Config) -> None:
 
 
 def _run_comparison(config: Config) -> None:
-    from farss.artifacts import read_json
     from farss.compare import compare
+    from farss.files import read_json
     from farss.folder import alone, run_folder
 
     with alone(run_folder(config)), bars() as tell:
@@ -427,8 +427,9 @@ def _run_comparison(config: Config) -> None:
 
 def _facts(folder: Path) -> None:
     """What the report says, briefly: the table of a comparison, or the ranks and the scores of a run."""
-    from farss.artifacts import Plan, read_json
+    from farss.artifacts import Plan
     from farss.boundary import Boundary
+    from farss.files import read_json
     from farss.terminal import boundary_departure, comparison_table, rank_map, summary_table
     from farss.train import TrainResult
 

@@ -10,10 +10,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from farss.artifacts import KINDS, Scores, TaskScore, fingerprint, questions, read_json, write_json, write_text
+from farss.artifacts import KINDS, Scores, TaskScore, questions
 from farss.config import Config, DataConfig, QuestionSet
 from farss.data import choose, prompt_text, separator
 from farss.errors import FarssError
+from farss.files import fingerprint, read_json, write_json, write_text
 from farss.memory import fits, freed_memory_kept
 from farss.models import fingerprint as weights_fingerprint
 from farss.rows import text_rows

@@ -16,10 +16,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from farss import processes
-from farss.artifacts import KINDS, disk_cure, read_json, write_json, write_text
+from farss.artifacts import KINDS
 from farss.config import Config, QuestionSet
 from farss.configfile import dump, from_dict, load, to_dict
 from farss.errors import ConfigError, FarssError, FolderError
+from farss.files import disk_cure, read_json, write_json, write_text
 
 SURVEY_KEYS = (
     "model.path",

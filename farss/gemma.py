@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from farss.artifacts import whole_folder
 from farss.errors import FarssError, FolderError
+from farss.files import whole_folder
 
 
 def convert(folder: Path | str) -> Path:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from farss.adapter import check_residual
-from farss.artifacts import Plan, write_json
+from farss.artifacts import Plan
 from farss.card import write_card
 from farss.config import Config
 from farss.data import prompt_facts
 from farss.errors import ConfigError, FolderError
+from farss.files import write_json
 from farss.llamacpp import check_gguf, write_gguf
 from farss.merging import merge, merged_difference
 from farss.models import computing_dtype, empty_model, load_model, loaded_dtype, stored_dtype, will_be_quantised

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from farss import processes
 from farss.adapter import TRAINED, activate, attach, check_residual, load_trained
-from farss.artifacts import Plan, Survey, read_json, write_json
+from farss.artifacts import Plan, Survey
 from farss.config import Base, CalibrationConfig, DataConfig, PlanConfig
 from farss.data import (
     Row,
@@ -31,6 +31,7 @@ from farss.data import (
     unlearnt,
 )
 from farss.errors import ConfigError, FarssError
+from farss.files import read_json, write_json
 from farss.methods import Method, Reading, check_elsewhere
 from farss.models import base_fingerprint, fingerprint
 from farss.plan import check_plan, make_plan, make_plan_without_survey, method_of, survey_cap

@@ -9,8 +9,8 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from farss.artifacts import read_json, whole_file
 from farss.errors import FarssError
+from farss.files import read_json, whole_file
 
 ARCHITECTURES = {
     "gemma2": "GEMMA2",

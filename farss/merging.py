@@ -14,8 +14,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from farss.adapter import changed_weight
-from farss.artifacts import Plan, whole_folder, write_json, write_tensors
+from farss.artifacts import Plan
 from farss.errors import FarssError
+from farss.files import whole_folder, write_json, write_tensors
 from farss.models import INDEX, PLAIN, local_folder, weight_files
 from farss.portable import in_float32, logits
 from farss.structure import base_weights, check_unshared, holds_packed, is_transposed

@@ -15,9 +15,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from farss.artifacts import Layer, read_json
+from farss.artifacts import Layer
 from farss.config import ModelConfig
 from farss.errors import ConfigError, ModelError
+from farss.files import read_json
 from farss.structure import base_weights, find_blocks, keep_gradients, positions, target_layers
 
 INDEX = "model.safetensors.index.json"

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from farss.adapter import activate, adapter_change, untouched_base
-from farss.artifacts import Plan, read_json, whole_folder, write_json, write_tensors
+from farss.artifacts import Plan
 from farss.card import write_card
 from farss.config import ExportConfig
 from farss.errors import FarssError, FolderError
+from farss.files import read_json, whole_folder, write_json, write_tensors
+from farss.forward import accepts_or_hands_on, evaluating
 from farss.maths.compress import compress
 from farss.models import base_fingerprint, tokenizer_fingerprint
-from farss.structure import accepts_or_hands_on, evaluating, find_blocks, is_linear, is_packed, weight_of
+from farss.structure import find_blocks, is_linear, is_packed, weight_of
 from farss.survey.places import outside, placed, placed_in_turn
 
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from farss.adapter import TRAINED, lora_config, lora_layers
-from farss.artifacts import Plan, read_json, whole_folder, write_json, write_tensors, write_text
+from farss.artifacts import Plan
 from farss.config import ModelConfig
 from farss.errors import FarssError, FolderError
+from farss.files import read_json, whole_folder, write_json, write_tensors, write_text
 from farss.merging import write_model
 from farss.methods import METHODS, check_elsewhere
 from farss.models import load_model, load_tokenizer

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from farss import processes
-from farss.artifacts import Survey, write_text
+from farss.artifacts import Survey
 from farss.config import PlanConfig
 from farss.data import Row, calibration_batches, choose, plain_rows, unlearnt
 from farss.errors import FolderError
+from farss.files import write_text
 from farss.folder import READING_KEYS, SURVEY_KEYS, Folder, options_of
 from farss.inputs import Inputs
 from farss.jobs import Tell

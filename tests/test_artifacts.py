@@ -1,107 +1,33 @@
-"""Files that exist are whole, and a full disk is one sentence."""
+"""What one step wrote, the next one reads, and nothing else."""
 
-import errno
-import pathlib
+import json
 
 import pytest
-import torch
 
-from farss.artifacts import disk_cure, questions, read_json, whole_file, whole_folder, write_json, write_tensors
-from farss.errors import FarssError, FolderError
-
-
-def test_a_file_appears_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "a" / "x.json"
-    with pytest.raises(KeyError):
-        write_half(path)
-    assert list(path.parent.iterdir()) == []
-    write_json(path, {"a": 1})
-    with pytest.raises(KeyError):
-        write_half(path)
-    assert read_json(path) == {"a": 1}
-    assert [file.name for file in path.parent.iterdir()] == ["x.json"]
+from farss.artifacts import Plan, Scores, Survey, questions
+from farss.boundary import Boundary
+from farss.errors import FolderError
+from farss.train import TrainResult
 
 
-def test_a_folder_appears_whole_or_not_at_all(tmp_path):
-    for text in ("first", "second"):
-        with whole_folder(tmp_path / "a") as folder:
-            folder.mkdir()
-            (folder / "x").write_text(text)
-        assert [*tmp_path.iterdir()] == [tmp_path / "a"]
-    with pytest.raises(KeyError):
-        begin_folder(tmp_path / "a")
-    assert [*tmp_path.iterdir()] == [tmp_path / "a"]
-    assert (tmp_path / "a" / "x").read_text() == "second"
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [(Plan, "plan"), (Scores, "scores"), (TrainResult, "result of a training"), (Boundary, "search for a boundary")],
+)
+@pytest.mark.parametrize("text", ["[]", '{"rows": []}', '{"layers": {"a": {}}}', '{"knowledge": {"facts": {"K": 1}}}'])
+def test_another_file_is_named(tmp_path, kind, what, text):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(FolderError, match=rf"x\.json holds no {what}: name another file"):
+        kind.load(tmp_path / "x.json")
 
 
-@pytest.mark.parametrize("kept", ["link", "mount", "here"])
-def test_a_folder_that_cannot_be_replaced_is_filled(tmp_path, monkeypatch, kept):
-    place = tmp_path / "a"
-    real = tmp_path / "elsewhere" / "b" if kept == "link" else place
-    real.mkdir(parents=True)
-    if kept == "link":
-        place.symlink_to(real)
-    elif kept == "mount":
-        monkeypatch.setattr("os.path.ismount", lambda path: path == place)
-        monkeypatch.setattr(type(place), "rename", lambda *_: pytest.fail("a mount point has no other name"))
-    else:
-        monkeypatch.chdir(place)
-        place = pathlib.Path()
-    number = real.stat().st_ino
-    for text in ("first", "second"):
-        with whole_folder(place) as folder:
-            (folder / "inner").mkdir(parents=True)
-            (folder / "inner" / text).write_text(text)
-        assert [*real.rglob("*")] == [real / "inner", real / "inner" / text]
-    assert kept == "link" or real.stat().st_ino == number
-    assert kept != "link" or place.is_symlink()
-    assert [*real.parent.iterdir()] == [real]
+def test_a_folder_of_something_else_is_no_survey(tmp_path):
+    (tmp_path / "survey.json").write_text(json.dumps({"layers": {"a": {"block": 0}}}))
+    with pytest.raises(FolderError, match=r"survey\.json holds no survey"):
+        Survey.load(tmp_path)
 
 
-def begin_folder(path):
-    """A folder that is cut off."""
-    with whole_folder(path) as folder:
-        folder.mkdir()
-        raise KeyError
-
-
-def write_half(path):
-    """A write that is cut off."""
-    with whole_file(path) as temporary:
-        temporary.write_text("half")
-        raise KeyError
-
-
-def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
-    with pytest.raises(FarssError, match=r"the disk is full, or your quota of it: .* free some space"), whole_file(tmp_path / "x"):
-        raise OSError(errno.EDQUOT, "Disk quota exceeded")
-    with pytest.raises(FolderError, match=r"x cannot be written \(Permission denied\): check the permissions"), whole_file(tmp_path / "x"):
-        raise PermissionError(errno.EACCES, "Permission denied")
-    with pytest.raises(FarssError, match="the disk is full"), disk_cure(tmp_path):
-        raise OSError(errno.ENOSPC, "No space left on device")
-    with pytest.raises(RuntimeError, match="unexpected pos"), disk_cure(tmp_path):
-        raise RuntimeError("unexpected pos")  # the disk has room: another error, which must be seen
-    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 0}))
-    with pytest.raises(FarssError, match="the disk is full"), disk_cure(tmp_path):
-        raise RuntimeError("unexpected pos")
-
-
-def test_safetensors_on_a_full_disk(tmp_path, monkeypatch):
-    def full(*args):
-        raise ValueError("Error while serializing: No space left on device (os error 28)")
-
-    monkeypatch.setattr("farss.artifacts.save_file", full)
-    with pytest.raises(FarssError, match="the disk is full"):
-        write_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(1)})
-    assert not list(tmp_path.iterdir())
-
-
-def test_broken_and_missing_files_are_named(tmp_path):
-    with pytest.raises(FolderError, match=r"there is no .*x\.json: run the step that writes it"):
-        read_json(tmp_path / "x.json")
-    (tmp_path / "x.json").write_text("{")
-    with pytest.raises(FolderError, match="is not valid JSON"):
-        read_json(tmp_path / "x.json")
+def test_answers_that_are_not_there_are_named(tmp_path):
     with pytest.raises(FolderError, match="run `farss evaluate` first"):
         questions(tmp_path, "facts")
 

@@ -8,9 +8,9 @@ import sys
 import pytest
 
 from farss import world
-from farss.artifacts import write_json
 from farss.configfile import override
 from farss.errors import FolderError
+from farss.files import write_json
 from farss.folder import EVALUATE_KEYS, alone, options_of, read_config, resolve
 from farss.pipeline import Run
 

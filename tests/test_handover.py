@@ -10,10 +10,10 @@ from runs import asked
 from small_models import save_small
 
 from farss import llamacpp
-from farss.artifacts import read_json
 from farss.configfile import override
 from farss.errors import ConfigError, FarssError, ModelError
 from farss.evaluate import _identity
+from farss.files import read_json
 from farss.models import load_model
 from farss.pipeline import Run
 

@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from farss import prepared, world
 from farss.adapter import attach
-from farss.artifacts import read_json, write_json, write_tensors
 from farss.config import PlanConfig
 from farss.errors import FarssError, FolderError
+from farss.files import read_json, write_json, write_tensors
 from farss.models import base_fingerprint, load_model
 from farss.plan import make_plan_without_survey
 from farss.portable import load_adapter

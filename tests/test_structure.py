@@ -6,7 +6,8 @@ import transformers
 from small_models import small
 
 from farss.errors import ModelError
-from farss.structure import accepts, accepts_or_hands_on, evaluating, holds_packed, is_linear, is_packed, target_layers, weight_of
+from farss.forward import accepts, accepts_or_hands_on, evaluating
+from farss.structure import holds_packed, is_linear, is_packed, target_layers, weight_of
 
 
 def test_eight_bit_floats_are_packed():

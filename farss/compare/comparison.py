@@ -8,13 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from farss.artifacts import read_json
 from farss.compare.entrants import Entrant, Item, check_labels, factors, seeds
 from farss.compare.table import notes_of, write_table
 from farss.compare.tuning import best_full, check_tuning, choose
 from farss.config import Config
 from farss.configfile import load
 from farss.errors import ConfigError, FarssError
+from farss.files import read_json
 from farss.folder import TABLE_KEYS, Folder, options_of, resolve
 from farss.inputs import Loaded
 from farss.jobs import Tell, do_all

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from farss.artifacts import Plan, write_json, write_text
+from farss.artifacts import Plan
 from farss.boundary import Boundary
 from farss.compare.entrants import Entrant, seeds, settings_of
 from farss.compare.tuning import full_folder, right_answers, the_rest
 from farss.config import Config
+from farss.files import write_json, write_text
 from farss.maths.frontier import Point, area, kept_at, learned_at
 from farss.maths.metrics import interval
 from farss.report import comparison_csv, comparison_markdown

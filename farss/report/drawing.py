@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from farss.artifacts import whole_file
+from farss.files import whole_file
 from farss.report.figures import NAMES, Choice, Figure, Trace
 
 WIDTH = 960

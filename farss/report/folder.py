@@ -9,8 +9,9 @@ from typing import Any
 
 import yaml
 
-from farss.artifacts import Plan, Survey, held_out, questions, read_json
+from farss.artifacts import Plan, Survey, held_out, questions
 from farss.errors import FolderError
+from farss.files import read_json
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from farss.artifacts import write_text
 from farss.errors import FolderError
+from farss.files import write_text
 from farss.report import candidates, examples, figures, planned, results, story, tables, training, words
 from farss.report.drawing import save_figures
 from farss.report.figures import Figure

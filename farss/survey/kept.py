@@ -14,8 +14,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from farss import processes
-from farss.artifacts import write_tensors
 from farss.errors import FarssError
+from farss.files import write_tensors
 
 INPUT = "input"
 """What enters a block, [b, t, d] a batch."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from farss.structure import evaluating
+from farss.forward import evaluating
 
 LENGTH = 128
 """Tokens of a text at most."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from farss.errors import ModelError, NumericalError
-from farss.structure import accepts, accepts_or_hands_on, hooked
+from farss.forward import accepts, accepts_or_hands_on, hooked
 
 Batch = dict[str, Tensor]
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from farss.forward import modes_kept
 from farss.models import computing_dtype, is_quantised
-from farss.structure import modes_kept
 from farss.survey.passage import Batch
 
 

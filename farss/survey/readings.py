@@ -18,7 +18,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from farss.artifacts import Layer, Survey, fingerprint, write_json
+from farss.artifacts import Layer, Survey
+from farss.files import fingerprint, write_json
 from farss.maths.fisher import output_energy
 from farss.maths.moments import Covariance, ExampleMoment, Moment
 from farss.memory import freed_memory_kept, give_back_if_scarce, peak_gib

@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from farss import processes
-from farss.artifacts import Layer, Survey, fingerprint, read_json, write_json, write_tensors
+from farss.artifacts import Layer, Survey
 from farss.errors import FolderError
+from farss.files import fingerprint, read_json, write_json, write_tensors
 from farss.survey.kept import Kept
 from farss.survey.passage import Batch, counted
 

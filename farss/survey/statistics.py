@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from farss import processes
 from farss.artifacts import Layer, layer_tensors
 from farss.errors import ModelError, NumericalError
+from farss.forward import hooked
 from farss.maths.directions import Decomposition, decompose, direction_scores, ends, far_rows, overlap, select
 from farss.maths.fisher import importance
 from farss.maths.moments import Moment, energies, kept_rows
-from farss.structure import hooked, weight_of
+from farss.structure import weight_of
 
 
 @dataclass

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from farss import processes
-from farss.artifacts import Layer, Survey, fingerprint, write_json
+from farss.artifacts import Layer, Survey
 from farss.errors import FarssError
+from farss.files import fingerprint, write_json
 from farss.maths.directions import decompose
 from farss.memory import freed_memory_kept, peak_gib, used_gib
 from farss.models import fingerprint as model_fingerprint

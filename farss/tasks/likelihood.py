@@ -14,8 +14,8 @@ from farss.artifacts import Kind
 from farss.config import Config, QuestionSet
 from farss.data import Row, batches, choose, collate, tokenize
 from farss.errors import ConfigError, NumericalError
+from farss.forward import accepts, evaluating
 from farss.rows import question_rows, text_rows
-from farss.structure import accepts, evaluating
 from farss.tasks.questions import Prompt, draw_from_files, prompt_of
 from farss.tasks.text import rows_that_fit
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from farss.errors import ConfigError, FarssError, ModelError
+from farss.forward import accepts, evaluating
 from farss.memory import give_back_if_scarce
 from farss.processes import environment
-from farss.structure import accepts, evaluating
 from farss.tasks.prefix import Prefix, shared_prefix
 from farss.tasks.text import rows_that_fit
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from farss.structure import accepts
+from farss.forward import accepts
 
 BY_SLOT = ("mpt",)
 """Models that count positions by the slot, padding or not: it cannot be moved in them."""

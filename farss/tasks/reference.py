@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from farss.artifacts import TaskScore, questions, read_json
+from farss.artifacts import TaskScore, questions
 from farss.config import Config, QuestionSet
 from farss.errors import FolderError
+from farss.files import read_json
 from farss.tasks.benchmarks import list_benchmarks
 from farss.tasks.outcomes import read_scores
 from farss.tasks.questions import Drawn, prompt_of, prompts_of

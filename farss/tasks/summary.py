@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from farss.artifacts import KINDS, Kind, Scores, write_json
+from farss.artifacts import KINDS, Kind, Scores
 from farss.config import Config
 from farss.errors import FarssError, FolderError
+from farss.files import write_json
 from farss.maths.metrics import Array, bootstrap, interval, knowledge_kept, paired_difference, task_learned
 from farss.tasks.outcomes import Estimate, Outcomes, outcomes_of, read_scores
 from farss.tasks.standing import Entry, standings

@@ -16,8 +16,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from farss.artifacts import read_json, write_json, write_tensors
 from farss.errors import FolderError
+from farss.files import read_json, write_json, write_tensors
 from farss.models import base_fingerprint
 
 WEIGHTS = "weights.safetensors"

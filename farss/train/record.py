@@ -13,8 +13,8 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from farss.artifacts import read_json, write_json
 from farss.errors import FolderError, NumericalError
+from farss.files import read_json, reading, write_json
 from farss.memory import peak_gib, reset_peak
 from farss.methods import Regime
 from farss.models import base_fingerprint
@@ -70,7 +70,9 @@ class TrainResult:
     @classmethod
     def load(cls, path: Path) -> TrainResult:
         """Read `train.json`."""
-        return cls(**read_json(path))
+        values = read_json(path)
+        with reading(path, "result of a training"):
+            return cls(**values)
 
 
 class Record:

@@ -12,13 +12,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from farss.artifacts import write_tensors
 from farss.config import Config, TrainConfig
 from farss.data import Tokenized
 from farss.errors import ConfigError, nearest
+from farss.files import write_tensors
+from farss.forward import modes_kept
 from farss.memory import give_back_if_scarce
 from farss.models import multiplies_in
-from farss.structure import modes_kept
 from farss.train.checkpoints import REGIME, read_weights, write_weights
 from farss.train.record import Record
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from farss.artifacts import fingerprint
 from farss.config import Config
 from farss.data import Tokenized
 from farss.errors import FarssError
+from farss.files import fingerprint
 from farss.memory import fits, freed_memory_kept
 from farss.methods import Regime
 from farss.tasks.course import Course

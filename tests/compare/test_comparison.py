@@ -8,12 +8,13 @@ from comparisons import read
 from transformers import Trainer
 
 from farss import surveys
-from farss.artifacts import Survey, write_json
+from farss.artifacts import Survey
 from farss.cli import app
 from farss.compare import compare, run_within, write_so_far
 from farss.compare.comparison import _possible
 from farss.configfile import from_dict, load, override
 from farss.errors import ConfigError, FolderError, UsageError
+from farss.files import write_json
 from farss.folder import resolve
 from farss.inputs import Loaded
 from farss.methods import METHODS

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from farss.artifacts import Layer, LayerPlan, Plan, Survey, read_json, write_json, write_tensors, write_text
+from farss.artifacts import Layer, LayerPlan, Plan, Survey
+from farss.files import read_json, write_json, write_tensors, write_text
 
 KINDS = {
     "self_attn.q_proj": (48, 48),

@@ -10,8 +10,9 @@ from typing import Any
 from folders import CONFIG, rewrite, write_boundary, write_survey
 from pages import draw
 
-from farss.artifacts import Plan, write_json, write_text
+from farss.artifacts import Plan
 from farss.boundary import Boundary
+from farss.files import write_json, write_text
 from farss.report import candidates
 from farss.search import Candidate
 from farss.terminal import boundary_departure

@@ -13,8 +13,9 @@ import pytest
 from folders import HOSTILE, RTL, poison, rewrite, write_boundary, write_standings, write_survey, write_variant
 from pages import Page, draw
 
-from farss.artifacts import Plan, read_json, write_json
+from farss.artifacts import Plan
 from farss.errors import FolderError
+from farss.files import read_json, write_json
 from farss.report import read_run, write_report
 from farss.report.examples import groups
 from farss.report.page import plotly_script, script_json

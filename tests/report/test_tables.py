@@ -12,7 +12,8 @@ import pytest
 from folders import write_standings
 from rich.console import Console
 
-from farss.artifacts import Plan, Survey, read_json
+from farss.artifacts import Plan, Survey
+from farss.files import read_json
 from farss.report import comparison_csv, comparison_markdown, write_report
 from farss.terminal import comparison_table, importance_table, rank_map, summary_table
 

@@ -88,5 +88,5 @@ def test_a_reference_is_a_scores_file_or_the_folder_of_one(three, tokenizer):
 @pytest.mark.parametrize("text", ["[]", '{"rows": []}', '{"knowledge": {"facts": {"K": 1}}}'])
 def test_another_file_than_scores_is_refused(tmp_path, text):
     (tmp_path / "comparison.json").write_text(text)
-    with pytest.raises(FolderError, match=r"comparison.json holds no scores: name a scores.json"):
+    with pytest.raises(FolderError, match=r"comparison.json holds no scores: name another file"):
         Scores.load(tmp_path / "comparison.json")

@@ -1,0 +1,69 @@
+"""How a model is called: what its forward takes, and what is as it was afterwards."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+
+def accepts(model: Any, argument: str) -> bool:
+    """Whether the forward of a model, or of the model in a `PeftModel`, takes an argument of this name."""
+    return argument in _parameters(model)
+
+
+def accepts_or_hands_on(model: Any, argument: str) -> bool:
+    """Whether it takes the argument, or whatever else it is given, for the model inside (Granite's mixtures take `use_cache` so)."""
+    return accepts(model, argument) or any(parameter.kind is parameter.VAR_KEYWORD for parameter in _parameters(model).values())
+
+
+def _parameters(model: Any) -> Mapping[str, inspect.Parameter]:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inspect.signature(base.forward).parameters
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while, on compact rows."""
+    with modes_kept(model), compact_head(model):
+        model.eval()
+        yield
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Give every module its own mode back afterwards."""
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in training:
+            module.training = mode
+
+
+@contextmanager
+def compact_head(model: Any) -> Iterator[None]:
+    """Give the output layer contiguous rows.
+
+    Where only the last positions of each row are kept, they are a view with gaps. On CPUs torch multiplies such a view by a copy of
+    the whole output weight for each row. For the last 20 of 80 positions of 40 rows on Gemma 3 270M: 8.0 s instead of 3.5 s in
+    float32, 54 s instead of 0.9 s in bfloat16.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    heads = [] if head is None else [head]
+    with hooked([head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:])) for head in heads]):
+        yield
+
+
+@contextmanager
+def hooked(hooks: list[RemovableHandle]) -> Iterator[None]:
+    """Remove these hooks afterwards."""
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
