@@ -371,6 +371,11 @@ class ExportConfig:
             )
 
 
+def method_of_label(label: str) -> str:
+    """The method that a label of a comparison names: `farss@wide` is a variant of farss."""
+    return label.partition("@")[0]
+
+
 @dataclass(frozen=True)
 class CompareConfig:
     """Several methods side by side; `farss run` runs them all when `methods` is not empty."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from farss.config import Config, PlanConfig
+from farss.config import Config, PlanConfig, method_of_label
 from farss.configfile import from_dict, set_key, to_dict
 from farss.errors import ConfigError, nearest
 from farss.folder import READING_KEYS, SURVEY_KEYS, options_of, replaced, resolve
@@ -90,17 +90,17 @@ def configured(config: Config, label: str) -> Config:
 def settings_of(config: Config, label: str) -> dict[str, Any]:
     """The options that differ for a label: a variant has those of its method, unless its own say otherwise."""
     settings = config.compare.settings
-    return settings.get(label.partition("@")[0], {}) | settings.get(label, {})
+    return settings.get(method_of_label(label), {}) | settings.get(label, {})
 
 
 def _options(config: Config, label: str) -> dict[str, Any]:
     """The same, with its method."""
-    return {"plan.method": label.partition("@")[0]} | settings_of(config, label)
+    return {"plan.method": method_of_label(label)} | settings_of(config, label)
 
 
 def has_own_full(config: Config) -> bool:
     """Whether full fine-tuning takes part: T is relative to it, whatever `evaluate.full_scores` names."""
-    return any(label.partition("@")[0] == "full" for label in config.compare.methods)
+    return any(method_of_label(label) == "full" for label in config.compare.methods)
 
 
 def plans_of(config: Config) -> list[PlanConfig]:
@@ -140,7 +140,7 @@ def check_labels(config: Config) -> None:
             cure = nearest(label, variants) if variants else "add them"
             raise ConfigError(f"compare.methods names the variant {label!r}, and compare.settings has no options for it: {cure}")
     for label, options in settings.items():
-        if str(label).partition("@")[0] not in METHODS:
+        if method_of_label(str(label)) not in METHODS:
             raise ConfigError(f"compare.settings has options for {label!r}, which is no method: {nearest(str(label), METHODS)}")
         if not isinstance(options, dict) or any("." not in str(key) for key in set(options) - {"seed", "out"}):
             raise ConfigError(f"compare.settings.{label}={options!r}: write its options as train.learning_rate: 1e-4, with their sections")

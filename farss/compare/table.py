@@ -14,7 +14,7 @@ from farss.artifacts import Plan
 from farss.boundary import Boundary
 from farss.compare.entrants import Entrant, seeds, settings_of
 from farss.compare.tuning import full_folder, right_answers, the_rest
-from farss.config import Config
+from farss.config import Config, method_of_label
 from farss.files import write_json, write_text
 from farss.maths.frontier import Point, area, kept_at, learned_at
 from farss.maths.metrics import interval
@@ -154,7 +154,7 @@ def equals(curves: dict[str, list[Standing]], learned: str, kept: str) -> dict[s
         for label, curve in curves.items()
     }
     points = {label: np.array(own).transpose(2, 0, 1) for label, own in pairs.items() if own}  # [1 + resamples, runs, 2]
-    rivals = [own[0] for label, own in points.items() if label.partition("@")[0] != "full"] or [own[0] for own in points.values()]
+    rivals = [own[0] for label, own in points.items() if method_of_label(label) != "full"] or [own[0] for own in points.values()]
     at, of = (levels([own[:, axis].tolist() for own in rivals]) for axis in (0, 1))
     ways: dict[str, list[Callable[[list[Point]], float | None]]] = {
         "kept at learned": [partial(kept_at, t=t) for t in at],

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from farss.artifacts import KINDS, Kind
-from farss.config import Config
+from farss.config import Config, method_of_label
 from farss.maths.metrics import Array, balance, balances, bootstrap, interval, ratios, simultaneous_p_values, t_quantiles
 from farss.tasks.outcomes import Estimate, Outcomes, outcomes_of, read_scores
 
@@ -174,7 +174,7 @@ def differences(found: dict[str, Standing], reference: str = "lora") -> list[dic
         `{method, against, metric, value, low, high, p_value}` each; full fine-tuning, the reference of T, is no rival.
     """
     rows = []
-    rivals = {method: standing for method, standing in found.items() if method.partition("@")[0] != "full"}
+    rivals = {method: standing for method, standing in found.items() if method_of_label(method) != "full"}
     for metric in METRICS:
         known = [method for method, standing in rivals.items() if metric in standing.estimates]
         values = {method: rivals[method].estimates[metric].value for method in known}
