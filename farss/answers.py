@@ -11,7 +11,7 @@ from typing import Any
 from farss.artifacts import Scores
 from farss.card import write_card
 from farss.config import Config
-from farss.evaluate import evaluate
+from farss.evaluate import evaluate, grade_again
 from farss.folder import BASE_KEYS, COMPRESSED_KEYS, EVALUATE_KEYS, EXPORT_KEYS, LOADED_KEYS, RECOVERY_KEYS, Folder, options_of
 from farss.handover import is_merged, is_whole
 from farss.inputs import Inputs
@@ -42,7 +42,7 @@ class Answers:
     def base(self, load: Load) -> Scores:
         """`base/`: the untouched model's scores."""
         options = self._asked(BASE_KEYS)
-        if not self.common.is_done("evaluate-base", options, redo=True):
+        if not self._is_graded("evaluate-base", self.common, options, self.common.path / "base", self.inputs.common_config):
             with self.common.step("evaluate-base", options):
                 self._ask(load(), self.common.path / "base", "evaluate base", BASE)
         return Scores.load(self.common.path / "base" / "scores.json")
@@ -51,6 +51,8 @@ class Answers:
         """`scores.json`: those of what is handed over. Returns whether it was asked now."""
         if self._is_asked:
             return False
+        if self._is_graded("evaluate", self.folder, self._after_options, self.folder.path, self.inputs.common_config):
+            return True
         model = load()
         with self.folder.step("evaluate", self._after_options):
             self._ask(model, self.folder.path, "evaluate trained", self.inputs.config.plan.method)
@@ -68,6 +70,8 @@ class Answers:
         config, target, options = self.inputs.common_config, place.path / name, self._recover_options(keys)
         if place.is_done(step, options, redo=True):
             return False
+        if self._is_graded(step, place, options, target, knowledge_alone(config)):
+            return True
         # first: where its weights are deleted, or there are too few questions, what was measured stays
         model, rows = load(), recovery_rows(config, self.inputs.tokenizer)
         if (place.record(step) or {"options": options})["options"] != options:
@@ -76,6 +80,17 @@ class Answers:
             model = recover(model, self.inputs.tokenizer, rows, config, target, lambda done, total, loss: self.tell(step, done, total, ""))
             self._ask(model, target, f"evaluate {step}", method, knowledge_alone(config))
         return True
+
+    def _is_graded(self, step: str, place: Folder, options: dict[str, Any], folder: Path, config: Config) -> bool:
+        """Whether everything is asked and graded; where the rules of grading alone are others, it is graded again, which needs no model."""
+        if place.is_done(step, options, redo=True):
+            return True
+        if not place.is_done(step, {key: value for key, value in options.items() if key != "grading"}, redo=True):
+            return False
+        if grade_again(config, folder) is None:
+            return False
+        with place.step(step, options):
+            return True
 
     def _ask(self, model: Any, folder: Path, step: str, method: str, config: Config | None = None) -> None:
         options = self.inputs.config.model

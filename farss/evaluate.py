@@ -62,10 +62,25 @@ def evaluate(
         for each in waiting:
             results[each.name] = _ask_and_write(each, live, config, manager, folder / "scores")
         loss = _text_loss(model, asks, config, identity, folder / "scores", on_progress)
-    found = {kind: {x.name: results[x.name] for x in benchmarks if x.kind == kind} for kind in KINDS}
-    scores = Scores(**found, text_loss=loss, meta=identity)  # type: ignore[arg-type]
+    scores = Scores(**_by_kind(benchmarks, results), text_loss=loss, meta=identity)
     scores.save(folder / "scores.json")
     return scores
+
+
+def grade_again(config: Config, folder: Path) -> Scores | None:
+    """The scores in a folder by the rules of today, without the model; None where something would have to be asked again."""
+    known = Scores.load(folder / "scores.json")
+    benchmarks = list_benchmarks(config, known.meta)
+    results = {each.name: _finished(folder / "scores", each) for each in benchmarks}
+    if None in results.values():
+        return None
+    scores = replace(known, **_by_kind(benchmarks, results))
+    scores.save(folder / "scores.json")
+    return scores
+
+
+def _by_kind(benchmarks: list[Benchmark], results: dict[str, TaskScore | None]) -> dict[str, Any]:
+    return {kind: {each.name: results[each.name] for each in benchmarks if each.kind == kind} for kind in KINDS}
 
 
 def _identity(model: Any) -> str:

@@ -3,7 +3,9 @@
 import pytest
 
 from farss.configfile import override
+from farss.files import read_json
 from farss.pipeline import Run
+from farss.tasks.grading import GRADING, METRICS
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -31,3 +33,27 @@ def test_another_precision_is_another_untouched_model(config):
     second, written_again = base("model.dtype=bfloat16")
     assert written_again > written
     assert second.knowledge["facts"].gold_loglikelihood != first.knowledge["facts"].gold_loglikelihood
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_other_rules_of_grading_need_no_model(config, monkeypatch):
+    """Also where the weights are deleted: what was answered is there."""
+    config = override(config, ["plan.method=lora", "evaluate.recovery=1"])
+    run = Run(config)
+    run.all()
+    run.drop_weights()
+    scores = [run.common.path / name / "scores.json" for name in ("base", ".", "base-recovered", "recovered")]
+    before = [read_json(path) for path in scores]
+    monkeypatch.setattr("farss.tasks.benchmarks.GRADING", GRADING + 1)
+    monkeypatch.setitem(METRICS, "exact_match", lambda answer, accepted: 0.25)
+    monkeypatch.setattr("farss.pipeline.load_model", None)
+    again = Run(config)
+    assert not again.complete
+    again.evaluate()
+    again.recover()
+    assert again.complete
+    for path, known in zip(scores, before, strict=True):
+        found = read_json(path)
+        assert found["meta"] == known["meta"]
+        assert found["text_loss"] == known["text_loss"]
+        assert {score["score"] for kind in ("knowledge", "task") for score in found[kind].values()} == {0.25}
