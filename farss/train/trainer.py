@@ -181,12 +181,10 @@ def _classes() -> tuple[Any, Any]:
             return loss
 
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-            ours = self.fused or return_outputs
-            result = (
-                super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-                if ours
-                else own_loss(model, inputs, num_items_in_batch)
-            )
+            if self.fused:
+                result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            else:
+                result = own_loss(model, inputs, num_items_in_batch)
             penalty = self.run.regime.penalty()
             if penalty is None:
                 return result
