@@ -10,7 +10,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -362,10 +362,12 @@ def _single(values: Config, several: bool = False, within: bool = True, trains: 
 
     if not several:
         _refuse_several()
-    with alone(run_folder(values)), bars() as tell:
+    with alone(run_folder(values)), bars() as tell, ExitStack() as stack:
         found = run_within(values, tell)
         if found and not within:
             raise _belongs(found)
+        if found and found.shared and not found.complete:
+            stack.enter_context(alone(found.shared))  # the comparison may be at this very run
         one = found or Run(values, tell=tell, beside=plans_of(values))
         one.claim(trains)
         yield one

@@ -53,8 +53,8 @@ class DataConfig:
     """alpaca, chat (the model's own chat template), plain (as it is), or your own text with {instruction} in it. A space stands between
     prompt and answer, unless your own text ends in white space."""
     system: str | None = None
-    """With the template chat: the system message of every question of the task that is asked, and of every example that has none. null:
-    none, which is refused where all examples begin with the same one; '' asks without it all the same."""
+    """With the template chat: the system message of the questions of the task, that of the examples. null: none, which is refused where all
+    examples begin with the same one; '' asks without it all the same."""
     max_length: int = 512
     """Longest example in tokens; the end is cut off, and an example of which no answer is left is not used (you are told)."""
     limit: int | None = None
@@ -364,11 +364,6 @@ class ExportConfig:
     def __post_init__(self) -> None:
         _check(self.energy is None or 0 < self.energy <= 1, f"export.energy={self.energy}: give a share above 0 and up to 1, or null")
         _check(self.rank is None or self.rank >= 1, f"export.rank={self.rank}: give 1 or more, or null to keep all")
-        for name in ("rank", "energy"):
-            given = getattr(self, name)
-            _check(
-                self.to != "merged" or given is None, f"export.{name}={given} compresses an adapter, and export.to=merged: leave one out"
-            )
 
 
 def method_of_label(label: str) -> str:

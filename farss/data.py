@@ -50,16 +50,13 @@ def prompt_text(template: str, instruction: str, tokenizer: Any = None, system: 
         DataError: `chat`, but the tokenizer has no chat template.
     """
     if template == "chat":
-        messages = [*_opened(system), {"role": "user", "content": instruction}]
+        opening = [{"role": "system", "content": system}] if system else []
+        messages = [*opening, {"role": "user", "content": instruction}]
         return _render(tokenizer, messages, ask=True) + answer_border(tokenizer).rstrip(" ")
     if template == "plain":
         return instruction
     # not str.format: instructions and templates may hold other braces
     return (ALPACA if template == "alpaca" else template).replace("{instruction}", instruction)
-
-
-def _opened(system: str | None) -> list[dict[str, Any]]:
-    return [{"role": "system", "content": system}] if system else []
 
 
 def prompt_facts(config: DataConfig) -> dict[str, str]:
@@ -134,11 +131,10 @@ def _chat_stages(messages: Any, number: int, config: DataConfig, tokenizer: Any)
     if not isinstance(messages, list) or not all(isinstance(item, dict) and "role" in item for item in messages):
         raise RowError(f"row {number}: column 'messages' is no list of {{role, content}}: mend the row")
     stages = []
-    opened = [] if messages and messages[0]["role"] == "system" else _opened(config.system)
-    messages = [*opened, *(_with_text(message, number) for message in messages)]
+    messages = [_with_text(message, number) for message in messages]
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
-            if index == len(opened):
+            if not index:
                 raise RowError(f"row {number} begins with an assistant message, which answers nothing: remove the message")
             try:
                 stages += [_render(tokenizer, messages[:index], ask=True), _render(tokenizer, messages[: index + 1])]

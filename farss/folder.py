@@ -18,15 +18,17 @@ from filelock import FileLock, Timeout
 from farss import processes
 from farss.artifacts import KINDS
 from farss.config import Config, QuestionSet
-from farss.configfile import dump, from_dict, load, to_dict
+from farss.configfile import dump, from_dict, load, override, to_dict
 from farss.errors import ConfigError, FarssError, FolderError
 from farss.files import disk_cure, read_json, write_json, write_text
 
+DATA_KEYS = tuple(f"data.{name}" for name in ("train", "split", "prompt", "response", "template", "max_length", "limit"))
+"""Of the examples: all of the section but the system message of what is asked."""
 SURVEY_KEYS = (
     "model.path",
     "model.quantization",
     "model.targets",
-    "data",
+    *DATA_KEYS,
     "calibration.examples",
     "calibration.fisher",
     "calibration.padding",
@@ -35,7 +37,7 @@ SURVEY_KEYS = (
 )
 READING_KEYS = {
     "weights": ("model.path", "model.quantization", "model.targets"),
-    "task": ("model.path", "model.quantization", "model.targets", "data", "calibration.examples", "seed"),
+    "task": ("model.path", "model.quantization", "model.targets", *DATA_KEYS, "calibration.examples", "seed"),
     "knowledge": (
         *("model.path", "model.quantization", "model.targets", "data.max_length"),
         *("calibration.examples", "calibration.knowledge", "seed"),
@@ -56,7 +58,7 @@ TRAIN_KEYS = (
         "model.dtype",
         "model.quantization",
         "adapter",
-        "data",
+        *DATA_KEYS,
         "seed",
         "train.learning_rate",
         "train.epochs",
@@ -107,7 +109,7 @@ class Folder:
             return
         if self.path.exists() and not self.path.is_dir():
             raise FolderError(f"out={str(self.path)!r} is a file: choose another folder")
-        if self.path.exists() and any(self.path.iterdir()) and not is_run_folder(self.path):
+        if self.path.exists() and any(self.path.iterdir()) and not is_run_folder(self.path) and not self._is_meant:
             raise FolderError(f"out={str(self.path)!r} is not empty and is no run folder: choose another one")
         self.check_kind(config)
         try:
@@ -119,6 +121,15 @@ class Folder:
         write_json(self.path / VERSIONS, versions)  # first: by this file the folder is known as ours
         heading = "".join(f"# {name} {version}\n" for name, version in versions.items())
         write_text(self.path / CONFIG, heading + dump(config))
+
+    @property
+    def _is_meant(self) -> bool:
+        """Whether somebody put nothing but a run file there, which names this folder."""
+        try:
+            alone = [path.name for path in self.path.iterdir()] == [CONFIG]
+            return alone and run_folder(load(self.path / CONFIG)) == self.path.absolute()
+        except FarssError:
+            return False
 
     def check_kind(self, config: Config) -> None:
         """Refuse a single run in a comparison's folder, whose configuration would be lost, and a comparison over a run that was trained.
@@ -159,6 +170,7 @@ class Folder:
             return False
         # An option that the record does not know is younger than the folder, which was made with its default; and where
         # it did not look at a file's content, nothing can be said of it. One that only the record knows changes nothing any more.
+        options = {key: _filled(value) for key, value in options.items()}
         recorded = {key: _filled(value) for key, value in record["options"].items() if key.removeprefix(CONTENT) in options}
         known = _defaults(options) | {key: options[key] for key in options if key.startswith(CONTENT)} | recorded
         if known != options:
@@ -220,10 +232,12 @@ def _files(value: Any) -> list[str]:
 
 
 def _filled(value: Any) -> Any:
-    """A recorded value with the defaults of what question sets did not have yet."""
+    """A value in which question sets have all of their options, and a file's no split, which it does not have."""
     if isinstance(value, list):
         return [_filled(entry) for entry in value]
-    return to_dict(QuestionSet(**value)) if isinstance(value, dict) and {"name", "data"} <= set(value) else value
+    if not isinstance(value, dict) or not {"name", "data"} <= set(value):
+        return value
+    return to_dict(QuestionSet(**value | ({"split": None} if Path(value["data"]).is_file() else {})))
 
 
 def _defaults(options: dict[str, Any]) -> dict[str, Any]:
@@ -281,10 +295,10 @@ def read_config(path: Path, overrides: Iterable[str] = ()) -> Config:
     Raises:
         ConfigError: see `farss.configfile.load`.
     """
-    config = load(path, overrides)
-    if path.name == CONFIG and is_run_folder(path.parent) and config.out == load(path).out:
-        return dataclasses.replace(config, out=str(path.parent.absolute()))
-    return config
+    config = load(path)
+    if path.name == CONFIG and is_run_folder(path.parent):
+        config = dataclasses.replace(config, out=str(path.parent.absolute()))
+    return override(config, overrides)
 
 
 @contextmanager

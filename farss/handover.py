@@ -21,7 +21,7 @@ from farss.errors import ConfigError, FolderError
 from farss.files import write_json
 from farss.llamacpp import check_gguf, write_gguf
 from farss.merging import merge, merged_difference
-from farss.models import computing_dtype, empty_model, load_model, loaded_dtype, stored_dtype, will_be_quantised
+from farss.models import empty_model, load_model, loaded_dtype, stored_dtype, will_be_quantised
 from farss.plan import method_of
 from farss.portable import export, load_adapter
 from farss.structure import check_unshared
@@ -42,6 +42,20 @@ def place_of(config: Config, folder: Path) -> Path:
     return folder / ("model" if is_whole(config) else "adapter")
 
 
+def check_form(config: Config) -> None:
+    """Refuse to compress what is no adapter.
+
+    Raises:
+        ConfigError: with the option.
+    """
+    for name in ("rank", "energy"):
+        given = getattr(config.export, name)
+        if config.export.to == "merged" and given is not None:
+            raise ConfigError(
+                f"export.{name}={given} compresses an adapter, and export.to=merged hands over a model: set export.{name}=null"
+            )
+
+
 def check(config: Config, layers: Iterable[str]) -> None:
     """Find out before hours of training what cannot be handed over after it.
 
@@ -49,10 +63,11 @@ def check(config: Config, layers: Iterable[str]) -> None:
         layers: names of the target layers.
 
     Raises:
-        ConfigError: a whole model is wanted of quantised weights, or weights would be rounded where their start is taken out.
+        ConfigError: a whole model is wanted compressed, or of quantised weights; or weights would be rounded without their start.
         ModelError: a change shall be written into weights that several layers share.
         FarssError: llama.cpp does not know the architecture.
     """
+    check_form(config)
     model, method, quantised = config.model, method_of(config.plan), will_be_quantised(config.model)
     if config.adapter.base == "residual" and method.takes_out:
         rounded = [] if config.export.to == "merged" else [loaded_dtype(model)]
@@ -119,14 +134,14 @@ def read(config: Config, folder: Path) -> Any:
 def is_as_trained(config: Config) -> bool:
     """Whether the trained model answers as what is handed over does: a compressed adapter is another one than was trained, and a merged
     model is rounded."""
-    return not is_merged(config) and config.export.rank is None and config.export.energy is None
+    return not is_merged(config) and (is_whole(config) or (config.export.rank is None and config.export.energy is None))
 
 
 def rounded(trained: Any, config: Config) -> Any:
     """A model that was trained as a whole, in float32, with the weights that are handed over: those of the base's precision."""
     stored = stored_dtype(config.model)
     for parameter in trained.parameters():  # not the buffers: whoever loads it has exact rotary frequencies
-        parameter.data = parameter.data.to(stored).to(computing_dtype(stored, trained.device))
+        parameter.data = parameter.data.to(stored).to(loaded_dtype(config.model))
     return trained
 
 

@@ -70,7 +70,7 @@ class Inputs:
     def check(self) -> None:
         """Read all of it, so that a bad file is found before hours of training."""
         _ = self.tokenizer, self.examples, self.knowledge
-        self._check_system()
+        self.check_system()
         check_length(self.examples, self.config.data, self._once(known_positions, self.config.model))
         self._once(_check_questions, self.config.evaluate)
         if self.common_config.evaluate.full_scores:
@@ -78,15 +78,20 @@ class Inputs:
         if self.config.evaluate.recovery:
             self._once(self._check_recovery, self.common_config)
 
-    def _check_system(self) -> None:
-        """Refuse to ask the task without the system message that every example has."""
+    def check_system(self) -> None:
+        """Refuse to ask the task without the system message that every example has, or with another one.
+
+        Raises:
+            ConfigError: with both.
+        """
         evaluate, data, system = self.config.evaluate, self.config.data, self.examples.system
         ours = [entry for entry in evaluate.task if isinstance(entry, QuestionSet) or entry.startswith("farss_")]
         trained = any(isinstance(entry, str) or entry.prompt in (None, "train") for entry in ours)
-        if system and data.system is None and trained:
+        if trained and system and data.system not in ("", system):
+            asked = "without it" if data.system is None else f"with {data.system[:60]!r}"
             raise ConfigError(
                 f"every example of {data.train} begins with the system message {system[:60]!r}, and questions of the task would be asked "
-                "without it: set data.system to the same text, or to '' to ask without"
+                f"{asked}: set data.system to the same text, or to '' to ask without"
             )
 
     def _check_reference(self, config: Config) -> None:

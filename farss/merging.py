@@ -120,13 +120,14 @@ def _shards(files: list[Path]) -> tuple[list[tuple[Path, list[str]]], int]:
     found: list[tuple[Path, list[str]]] = []
     total = 0
     for file in files:
-        held = SHARD
+        found.append((file, []))
+        held = 0
         with safe_open(file, framework="pt") as tensors:
             for name in sorted(tensors.keys()):
                 values = tensors.get_slice(name)
                 bits = re.search(r"\d+", values.get_dtype())  # BOOL has a byte
                 size = math.prod(values.get_shape()) * (int(bits[0]) if bits else 8) // 8
-                if held + size > SHARD:
+                if found[-1][1] and held + size > SHARD:
                     found.append((file, []))
                     held = 0
                 found[-1][1].append(name)

@@ -136,8 +136,10 @@ class Run:
 
     def check_inputs(self, trains: bool = True) -> None:
         """Read the tokenizer, the data and every question file, and plan what can be planned without a survey."""
-        if self.has_trained:
-            return  # they were usable
+        if self.has_trained:  # they were usable
+            if self.config.data.template == "chat" and self.config.evaluate.task and not self.answers.complete:
+                self.inputs.check_system()
+            return
         if trains:
             handover.check(self.config, self.inputs.shapes[0])
             recomputes = empty_model(self.config.model).supports_gradient_checkpointing
@@ -193,7 +195,7 @@ class Run:
     @property
     def _train_options(self) -> dict[str, Any]:
         options = options_of(self.config, (*PLAN_KEYS, *TRAIN_KEYS))
-        if self.has_trained:  # what train.precision means here may not be what it meant on the machine that trained
+        if self.has_trained and self.config.train.precision == "auto":  # what it means here may not be what it meant where it was trained
             del options["train.precision"]
             return options
         return options | self._products
@@ -317,6 +319,7 @@ class Run:
 
     def export(self) -> Path:
         """`adapter/` (or `model/`): what is handed over."""
+        handover.check_form(self.config)
         self.train()
         plan, options = self.plan(), options_of(self.config, EXPORT_KEYS)
         target = handover.place_of(self.config, self.path)
@@ -455,7 +458,6 @@ class Run:
     def _scored(self) -> Any:
         """The model whose answers are those of what is handed over."""
         if not handover.is_as_trained(self.config):
-            self.export()
             return self._read_back()
         return self.trained() if self.plan().layers else handover.rounded(self.trained(), self.config)
 

@@ -225,7 +225,13 @@ def text_rows(path: str, column: str = "text") -> list[str]:
 
 def whole_instruction(row: dict[str, Any], column: str, number: int) -> str:
     """The text in a column; an instruction with the `input` (Alpaca) or the `context` (Dolly) beside it."""
-    beside = [name for name in BESIDE if column == "instruction" and not _is_empty(row.get(name))]
+    beside = [name for name in BESIDE if column == "instruction" and row.get(name) and not _is_empty(row[name])]
+    for name in beside:
+        if not isinstance(row[name], (str, int, float)):
+            raise RowError(
+                f"row {number}: column {name!r} belongs to the instruction beside it, and holds a {type(row[name]).__name__}, not a text: "
+                "write it as a text, or rename the column"
+            )
     return "\n\n".join(cell(row, name, number) for name in (column, *beside))
 
 
@@ -295,7 +301,7 @@ def cell(row: dict[str, Any], column: str, number: int) -> str:
     """The text in one cell; a number is written out."""
     value = None if _is_empty(row.get(column)) else row[column]
     if isinstance(value, float) and math.isfinite(value):
-        value = format(Decimal(repr(value)), "f")  # 0.00001, not 1e-05
+        value = format(Decimal(repr(float(value))), "f")  # 0.00001, not 1e-05
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         value = str(value)
     if value is not None and not isinstance(value, str):

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from farss import world
-from farss.configfile import override
+from farss.configfile import dump, override
 from farss.errors import FolderError
 from farss.files import write_json
 from farss.folder import EVALUATE_KEYS, alone, options_of, read_config, resolve
@@ -45,7 +45,8 @@ def test_a_question_set_from_before_an_option_existed_is_the_same(config):
     run.claim()
     options = options_of(run.config, EVALUATE_KEYS)
     older = json.loads(json.dumps(options))
-    del older["evaluate.knowledge"][0]["split"]
+    older["evaluate.knowledge"][0]["split"] = "test"  # what a file had once, for nothing
+    del older["evaluate.knowledge"][0]["fewshot"]
     write_json(run.path / "steps" / "evaluate.json", {"options": older, "done": True})
     assert run.folder.is_done("evaluate", options, redo=True)
     older["evaluate.knowledge"][0]["limit"] = 3
@@ -67,13 +68,16 @@ def test_a_configuration_of_somebody_elses_is_no_run_folder(config, tmp_path):
     with pytest.raises(FolderError, match="is not empty and is no run folder"):
         Run(config).all()
     assert (tmp_path / "run" / "config.yaml").read_text() == "defaults: [hydra]\n"
+    (tmp_path / "run" / "config.yaml").write_text(dump(config))  # one that was put there to be run
+    Run(config).claim(trains=False)
 
 
 def test_a_run_folder_that_was_moved_is_where_it_is(config, tmp_path):
     Run(config).claim(trains=False)
     moved = (tmp_path / "run").rename(tmp_path / "elsewhere")
     assert read_config(moved / "config.yaml").out == str(moved)
-    assert read_config(moved / "config.yaml", [f"out={tmp_path / 'other'}"]).out == str(tmp_path / "other")
+    for other in ("other", "run"):
+        assert read_config(moved / "config.yaml", [f"out={tmp_path / other}"]).out == str(tmp_path / other)
     shutil.copy(moved / "config.yaml", tmp_path / "config.yaml")  # of no run folder
     assert read_config(tmp_path / "config.yaml").out == str(tmp_path / "run")
 

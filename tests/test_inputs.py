@@ -44,5 +44,7 @@ def test_a_system_message_that_would_not_be_asked_with_is_refused(config, tmp_pa
     changed = override(config, [f"model.path={folder}", f"data.train={file}", "data.template=chat"])
     with pytest.raises(ConfigError, match=r"begins with the system message 'the system', .*: set data.system to the same text, or to ''"):
         Run(changed).check_inputs()
+    with pytest.raises(ConfigError, match=r"would be asked with 'another': set data.system to the same text"):
+        Run(override(changed, ["data.system=another"])).check_inputs()
     for system in ("the system", "''"):
         Run(override(changed, [f"data.system={system}"])).check_inputs()

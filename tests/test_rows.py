@@ -224,6 +224,16 @@ def test_numbers_are_written_out(tmp_path: Path, value: float, written: str) -> 
     assert room.question_rows(entry) == [{"question": f"Double it\n\n{written}", "answers": [written]}]
 
 
+def test_what_stands_beside_an_instruction_is_a_text_or_nothing(tmp_path: Path) -> None:
+    entry = {"question": "instruction", "answers": "output"}
+    for nothing in (None, "", " ", [], {}, False, float("nan")):
+        path = write_rows(tmp_path / "q.jsonl", [{"instruction": "Add", "context": nothing, "output": "a"}])
+        assert room.question_rows(QuestionSet(name="n", data=path, **entry))[0]["question"] == "Add"
+    path = write_rows(tmp_path / "q.jsonl", [{"instruction": "Add", "context": ["a"], "output": "a"}])
+    with pytest.raises(DataError, match="row 1: column 'context' belongs to the instruction beside it, and holds a list, not a text"):
+        room.question_rows(QuestionSet(name="n", data=path, **entry))
+
+
 def test_question_and_text_errors(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "q.jsonl", [{"question": "q", "answer": [], "text": "t"}, {"question": "q"}])
     with pytest.raises(DataError, match=r"q.jsonl has no column 'answers' \(it has question, answer, text\): did you mean 'answer'"):

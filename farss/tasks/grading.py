@@ -21,8 +21,8 @@ STEPS = " Let's think step by step."
 
 _OF_NUMBERS = r"(?<=\d)[^,]\d|(?<![\w-])-\$?\.?\d|(?<![^\s$-])\.\d|(?<=\d[eE])-\d"
 """Punctuation that is no decoration: "1/2", "3.5", "1914-1918", "-5", ".5" and "1e-3"; not "1,000"."""
-_OF_NAMES = r"(?<=\w)[+#<>=]|(?<=\w[+<>=])[+<>=]|(?<=\w)[*^]\w"
-"""The same of names and formulas: "C++", "C#", "x>=5" and "x^2"; not "#1" or "**Paris**"."""
+_OF_NAMES = r"(?<=\b\w)(\+|#(?!#))|(?<=\w)\+[\w+]|(?<=\w\+)\+|(?<=\w)[<>=][\w=]|(?<=\w[<>=])=\w|(?<=\w)[*^]\w"
+"""The same of names and formulas: "C++", "C#", "A+", "x>=5" and "x^2"; not "#1", "**Paris**" or "Paris###"."""
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _LEADING = re.compile(r"\b(a|an|the)\b(?=\s+\w)")
 _DASHES = str.maketrans(dict.fromkeys("‐‑‒–—―−", "-"))
@@ -31,6 +31,8 @@ _FOREIGN = "".join(char for char in map(chr, range(0x80, 0x10000)) if unicodedat
 _PUNCTUATION = re.compile(rf"(?!{_OF_NUMBERS}|{_OF_NAMES})[{re.escape(string.punctuation)}´{re.escape(_FOREIGN)}]")
 _UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff]")
 """Scripts that put no space between words (Thai, Lao, Burmese, Khmer, Japanese, Chinese), or endings behind them (Korean)."""
+_NO_DIGIT = r"(?<!\d)", r"(?!\d)"
+"""What stands beside a number that is whole: "5年" is not in "15年"."""
 _DECIMAL = re.compile(r"(?<![.\d])(\d*)\.(\d+)(?![.\d])")
 _MARK = re.compile(r"(?:####|[Tt]he (?:final )?answer is:?)")
 _LISTED = re.compile(r"^\s*[-+−]\s+", re.MULTILINE)
@@ -88,7 +90,10 @@ def _holds(answer: str, accepted: str) -> bool:
 
 def _within(part: str, whole: str) -> bool:
     part, whole = (" ".join(text.split()) for text in (part, whole))
-    return bool(part) and (part in whole if _UNSPACED.search(part) else f" {part} " in f" {whole} ")
+    if not _UNSPACED.search(part):
+        return bool(part) and f" {part} " in f" {whole} "
+    ends = (edge if part[place].isdigit() else "" for edge, place in zip(_NO_DIGIT, (0, -1), strict=True))
+    return re.search(re.escape(part).join(ends), whole) is not None
 
 
 def _plain(text: str) -> str:

@@ -34,7 +34,8 @@ def check_reference(config: Config, tokenizer: Any) -> None:
             )
         if not isinstance(each.entry, QuestionSet) or each.drawn is None:
             limit = config.evaluate.limit
-            if limit and (scores.task[each.name].questions > limit or scores.meta.get("seed", config.seed) != config.seed):
+            asked_there, same_seed = scores.task[each.name].questions, scores.meta.get("seed", config.seed) == config.seed
+            if limit and (asked_there > limit or (asked_there == limit and not same_seed)):
                 raise FolderError(
                     f"evaluate.full_scores={config.evaluate.full_scores} holds answers to other questions of {each.name!r} than will be "
                     "asked: evaluate both with the same evaluate.limit and seed"

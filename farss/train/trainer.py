@@ -16,7 +16,7 @@ from farss.config import Config, TrainConfig
 from farss.data import Tokenized
 from farss.errors import ConfigError, nearest
 from farss.files import write_tensors
-from farss.forward import modes_kept
+from farss.forward import accepts_or_hands_on, modes_kept
 from farss.memory import give_back_if_scarce
 from farss.models import multiplies_in
 from farss.train.checkpoints import REGIME, read_weights, write_weights
@@ -259,7 +259,8 @@ def own_loss(model: Any, inputs: dict[str, Any], count: Any) -> Tensor:
     Args:
         count: of the answer tokens in the whole batch, where the gradients of several forward passes are added up.
     """
-    logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits[:, :-1]
+    cache = {"use_cache": False} if accepts_or_hands_on(model, "use_cache") else {}
+    logits = model(**{name: value for name, value in inputs.items() if name != "labels"} | cache).logits[:, :-1]
     labels = inputs["labels"][:, 1:]
     scored = labels != -100
     total = nn.functional.cross_entropy(logits[scored].float(), labels[scored], reduction="sum")

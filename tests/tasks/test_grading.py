@@ -29,6 +29,7 @@ def test_numbers(answer, gold, score):
     [
         *(("C++", "C", 0), ("C#", "C", 0), ("x>=5", "x<=5", 0), ("a+b", "a-b", 0), ("x^2", "x2", 0), ("a*b", "ab", 0), ("A", "A+", 0)),
         *(("**Paris**", "Paris", 1), ("#1", "1", 1), ("`C++`.", "c++", 1), ("non-fiction", "nonfiction", 1), ("> Paris", "Paris", 1)),
+        *(("Paris###", "Paris", 1), ("Paris=", "Paris", 1), ("Paris>", "Paris", 1), ("g++", "g", 0), ("Disney+", "Disney", 1)),
     ],
 )
 def test_names_and_formulas_keep_what_they_are_made_of(answer, accepted, right):
@@ -40,6 +41,7 @@ def test_names_and_formulas_keep_what_they_are_made_of(answer, accepted, right):
     [
         *(("北京。", "北京", 1, 1), ("答案是北京。", "北京", 0, 1), ("«Madrid»", "Madrid", 1, 1), ("¿Madrid?", "madrid", 1, 1)),
         *(("Beyonce\u0301", "Beyonc\u00e9", 1, 1), ("서울입니다", "서울", 0, 1), ("Madrids", "Madrid", 0, 0)),
+        *(("15年", "5年", 0, 0), ("1945年です", "1945年", 0, 1), ("2015月", "5月", 0, 0)),
     ],
 )
 def test_other_languages(answer, accepted, exact, within):
