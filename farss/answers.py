@@ -118,10 +118,12 @@ class Answers:
                 write_card(target, asdict(summary), self.command)
 
     def _was_asked(self, target: Path) -> bool:
-        """Whether this is what was asked, and not an adapter that is compressed otherwise."""
+        """Whether this is what was asked, and not another form of it: an adapter that is compressed otherwise, or its merged model."""
         exported, asked = ((self.folder.record(step) or {}).get("options") or {} for step in ("export", "evaluate"))
+        if target.name == "model":
+            return "merged" in asked or self.inputs.config.plan.method == "full"
         same = exported.get("export.to") != "merged" and all(exported.get(key) == asked.get(key) for key in COMPRESSED_KEYS)
-        return same or target.name == "model"
+        return same and "merged" not in asked
 
     # --- what is done -----------------------------------------------------------------------------------------------
 

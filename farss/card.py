@@ -37,6 +37,7 @@ def write_card(folder: Path, summary: dict[str, Any] | None = None, command: str
     shallow = f", the first {facts['boundary']} of them shallow" if facts.get("boundary") else ""
     if facts.get("parameters"):
         lines.append(f"- trained as: {method}, {facts['parameters']:,} parameters, {facts['blocks']} blocks{shallow}")
+    lines += [f"- base's precision: {facts['base_dtype']}"] if facts.get("base_dtype") else []
     system = f", with the system message {facts['system']!r}" if facts.get("system") else ""
     lines += [f"- prompt: {PROMPTS.get(template, repr(template))}{system}"] if (template := facts.get("template")) else []
     lines += [f"- made by: `{command}`"] if command else []

@@ -24,7 +24,8 @@ class ModelConfig:
     path: str = ""
     """Folder of the base model (safetensors and tokenizer), or its name on a hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the frozen weights; auto: as they are stored, or float32 on a CPU that cannot compute with 16 bits."""
+    """Precision of the frozen weights; auto: as they are stored, or float32 on a CPU that cannot compute with 16 bits. float16 trains where
+    products are bf16."""
     quantization: Literal["none", "nf4"] = "none"
     """nf4: hold the frozen weights in bitsandbytes' 4-bit format while training, as QLoRA does."""
     device: str = "auto"
@@ -40,8 +41,8 @@ class DataConfig:
     """The task: what the model shall learn."""
 
     train: str = ""
-    """Training examples: a .jsonl, .json, .csv or .parquet file (.gz too), or a data set's name on a hub, its configuration behind a
-    colon (openai/gsm8k:main). A column input or context beside instruction is added to it, unless data.prompt
+    """Training examples: a .jsonl, .json, .csv or .parquet file (all but .parquet also as .gz), or a data set's name on a hub, its
+    configuration behind a colon (openai/gsm8k:main). A column input or context beside instruction is added to it, unless data.prompt
     is named."""
     split: str = "train"
     """Split of a hub data set."""
@@ -53,8 +54,8 @@ class DataConfig:
     """alpaca, chat (the model's own chat template), plain (as it is), or your own text with {instruction} in it. A space stands between
     prompt and answer, unless your own text ends in white space."""
     system: str | None = None
-    """With the template chat: the system message of the questions of the task, that of the examples. null: none, which is refused where all
-    examples begin with the same one; '' asks without it all the same."""
+    """With the template chat: the system message with which questions are asked in the training's prompt. The examples must have it in
+    their messages. null: none, which is refused where all examples begin with the same one; '' asks without it all the same."""
     max_length: int = 512
     """Longest example in tokens; the end is cut off, and an example of which no answer is left is not used (you are told)."""
     limit: int | None = None
@@ -81,9 +82,10 @@ class QuestionSet:
     name: str = ""
     """How the table calls it."""
     data: str = ""
-    """A .jsonl, .json, .csv or .parquet file (.gz too), or a data set's name on a hub, its configuration behind a colon."""
+    """A .jsonl, .json, .csv or .parquet file (all but .parquet also as .gz), or a data set's name on a hub, its configuration behind a
+    colon."""
     split: str | None = None
-    """Split of a hub data set; null: test, and train for what is shown before the questions and for calibration.knowledge."""
+    """Split of a hub data set; null: test, and train for calibration.knowledge. What `examples` names is of its train split."""
     question: str = "question"
     """Column with the question. A column input or context beside instruction is added to it."""
     answers: str = "answers"
@@ -261,8 +263,8 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Precision of the matrix products; fp32: that of the weights (model.dtype); auto: bf16 where the machine has units for it. Trainable
-    weights and their updates are always float32."""
+    """Precision of the matrix products; bf16; fp32: that of the weights (float32, if model.dtype says so); auto: bf16 where the machine has
+    units for it. Trainable weights and their updates are always float32."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a third more time."""
     save_steps: int = 100

@@ -181,8 +181,8 @@ class Tokenized:
     """Examples whose whole answer lay beyond `max_length`."""
     truncated: int = 0
     """Examples that were cut and still have some of their answer."""
-    system: str = ""
-    """The system message with which every one of them begins, if it is the same."""
+    system: str | None = None
+    """The system message with which every one of them begins, empty where none does; None: they differ."""
 
     def dataset(self) -> Any:
         """The same as a `datasets.Dataset`, with `labels` beside the mask: TRL takes it as it is."""
@@ -232,10 +232,10 @@ def tokenize_rows(rows: Sequence[dict[str, Any]], config: DataConfig, tokenizer:
     return replace(_cut(whole, config.max_length), system=_shared_system([row.get(columns[0]) for _, row in chosen]))
 
 
-def _shared_system(chats: Sequence[Any]) -> str:
-    """The system message with which all chats begin; empty where they are none, or differ."""
+def _shared_system(chats: Sequence[Any]) -> str | None:
+    """The system message with which all chats begin; empty where they have or are none, None where they differ."""
     first = {_text_of(chat[0]) if isinstance(chat, list) and chat and chat[0].get("role") == "system" else "" for chat in chats}
-    return first.pop() if len(first) == 1 else ""
+    return first.pop() if len(first) == 1 else None
 
 
 def tokenize(stages: Sequence[Sequence[str]], tokenizer: Any, chat: bool = False) -> list[Row]:

@@ -87,11 +87,12 @@ class Inputs:
         evaluate, data, system = self.config.evaluate, self.config.data, self.examples.system
         ours = [entry for entry in evaluate.task if isinstance(entry, QuestionSet) or entry.startswith("farss_")]
         trained = any(isinstance(entry, str) or entry.prompt in (None, "train") for entry in ours)
-        if trained and system and data.system not in ("", system):
-            asked = "without it" if data.system is None else f"with {data.system[:60]!r}"
+        if trained and system is not None and data.system != "" and (data.system or "") != system:
+            begins = f"begins with the system message {system[:60]!r}" if system else "begins without a system message"
+            asked = f"with {data.system[:60]!r}" if data.system else "without it"
             raise ConfigError(
-                f"every example of {data.train} begins with the system message {system[:60]!r}, and questions of the task would be asked "
-                f"{asked}: set data.system to the same text, or to '' to ask without"
+                f"every example of {data.train} {begins}, and questions of the task would be asked {asked}: set data.system to "
+                f"{'the same text, or to ' if system else ''}'' to ask without"
             )
 
     def _check_reference(self, config: Config) -> None:

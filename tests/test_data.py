@@ -140,7 +140,8 @@ def test_a_system_message_is_asked_with_as_it_is_trained_with(tmp_path: Path) ->
 
     found = load([[system, user, answer]] * 2)
     assert found.system == "s"
-    assert load([[system, user, answer], [user, answer]]).system == ""
+    assert load([[system, user, answer], [user, answer]]).system is None
+    assert load([[user, answer]]).system == ""
     assert load([[system, user, answer]], system="other").rows == found.rows[:1]  # what is trained is the examples'
     asked = prompt_of(QuestionSet(name="x", data="x"), "task", DataConfig(template="chat", system="s"), tokenizer).text("q")
     assert text(tokenizer, found.rows[0]).startswith(asked)

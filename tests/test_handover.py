@@ -32,6 +32,9 @@ def test_a_card_has_the_scores_of_its_own_adapter_alone(config):
     merged.export()
     merged.evaluate()
     assert "| facts |" in (run.path / "model" / "README.md").read_text()
+    before = (run.path / "model" / "README.md").read_text()
+    Run(config).evaluate()  # of the adapter, whose scores are not the model's
+    assert (run.path / "model" / "README.md").read_text() == before
 
 
 def test_a_residual_base_of_quantised_weights_is_found_before_anything_is_done(config):
