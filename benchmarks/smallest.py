@@ -49,7 +49,8 @@ def main() -> None:
             rows.append(
                 {"cut off in every layer": f"{count} {end}", "of the squared norm": f"{lost:.3%}", "loss (nats a token)": f"{nats:.2f}"}
             )
-    write_section("smallest", f"{table(rows)}\n\n({len(texts)} texts of WikiText-2's validation set, computed in float32; {environment()})", "results.md")
+    how = f"{len(texts)} texts of WikiText-2's validation set, computed in float32; {environment()}"
+    write_section("smallest", f"{table(rows)}\n\n({how})", "results.md")
 
 
 if __name__ == "__main__":
