@@ -195,7 +195,9 @@ class Run:
     @property
     def _train_options(self) -> dict[str, Any]:
         options = options_of(self.config, (*PLAN_KEYS, *TRAIN_KEYS))
-        if self.has_trained and self.config.train.precision == "auto":  # what it means here may not be what it meant where it was trained
+        if self.config.train.precision != "auto":
+            return options
+        if self.has_trained:  # what auto means here may not be what it meant where it was trained
             del options["train.precision"]
             return options
         return options | self._products
