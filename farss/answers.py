@@ -41,20 +41,21 @@ class Answers:
 
     def base(self, load: Load) -> Scores:
         """`base/`: the untouched model's scores."""
-        options = self._asked(BASE_KEYS)
-        if not self._is_graded("evaluate-base", self.common, options, self.common.path / "base", self.inputs.common_config):
-            with self.common.step("evaluate-base", options):
-                self._ask(load(), self.common.path / "base", "evaluate base", BASE)
-        return Scores.load(self.common.path / "base" / "scores.json")
+        step, options, folder, config = "evaluate-base", self._asked(BASE_KEYS), self.common.path / "base", self.inputs.common_config
+        if not self.common.is_done(step, options, redo=True) and not self._graded_again(step, self.common, options, folder, config):
+            with self.common.step(step, options):
+                self._ask(load(), folder, "evaluate base", BASE)
+        return Scores.load(folder / "scores.json")
 
     def after(self, load: Load) -> bool:
         """`scores.json`: those of what is handed over. Returns whether it was asked now."""
         if self._is_asked:
             return False
-        if self._is_graded("evaluate", self.folder, self._after_options, self.folder.path, self.inputs.common_config):
+        options = self._after_options
+        if self._graded_again("evaluate", self.folder, options, self.folder.path, self.inputs.common_config):
             return True
         model = load()
-        with self.folder.step("evaluate", self._after_options):
+        with self.folder.step("evaluate", options):
             self._ask(model, self.folder.path, "evaluate trained", self.inputs.config.plan.method)
         return True
 
@@ -70,7 +71,7 @@ class Answers:
         config, target, options = self.inputs.common_config, place.path / name, self._recover_options(keys)
         if place.is_done(step, options, redo=True):
             return False
-        if self._is_graded(step, place, options, target, knowledge_alone(config)):
+        if self._graded_again(step, place, options, target, knowledge_alone(config)):
             return True
         # first: where its weights are deleted, or there are too few questions, what was measured stays
         model, rows = load(), recovery_rows(config, self.inputs.tokenizer)
@@ -81,10 +82,8 @@ class Answers:
             self._ask(model, target, f"evaluate {step}", method, knowledge_alone(config))
         return True
 
-    def _is_graded(self, step: str, place: Folder, options: dict[str, Any], folder: Path, config: Config) -> bool:
-        """Whether everything is asked and graded; where the rules of grading alone are others, it is graded again, which needs no model."""
-        if place.is_done(step, options, redo=True):
-            return True
+    def _graded_again(self, step: str, place: Folder, options: dict[str, Any], folder: Path, config: Config) -> bool:
+        """Grade what is asked by the rules of today, where nothing else changed; that needs no model. Returns whether it was done."""
         if not place.is_done(step, {key: value for key, value in options.items() if key != "grading"}, redo=True):
             return False
         if grade_again(config, folder) is None:

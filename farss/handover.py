@@ -21,7 +21,7 @@ from farss.errors import ConfigError, FolderError
 from farss.files import write_json
 from farss.llamacpp import check_gguf, write_gguf
 from farss.merging import merge, merged_difference
-from farss.models import empty_model, load_model, loaded_dtype, stored_dtype, will_be_quantised
+from farss.models import load_model, loaded_dtype, stored_dtype, will_be_quantised
 from farss.plan import method_of
 from farss.portable import export, load_adapter
 from farss.structure import check_unshared
@@ -56,10 +56,11 @@ def check_form(config: Config) -> None:
             )
 
 
-def check(config: Config, layers: Iterable[str]) -> None:
+def check(config: Config, model: Any, layers: Iterable[str]) -> None:
     """Find out before hours of training what cannot be handed over after it.
 
     Args:
+        model: with its weights or without.
         layers: names of the target layers.
 
     Raises:
@@ -68,14 +69,14 @@ def check(config: Config, layers: Iterable[str]) -> None:
         FarssError: llama.cpp does not know the architecture.
     """
     check_form(config)
-    model, method, quantised = config.model, method_of(config.plan), will_be_quantised(config.model)
+    method, quantised = method_of(config.plan), will_be_quantised(config.model)
     if config.adapter.base == "residual" and method.takes_out:
-        rounded = [] if config.export.to == "merged" else [loaded_dtype(model)]
-        check_residual(empty_model(model), layers, quantised, rounded, "adapter.base")
+        rounded = [] if config.export.to == "merged" else [loaded_dtype(config.model)]
+        check_residual(model, layers, quantised, rounded, "adapter.base")
     elif is_merged(config):
-        check_unshared(empty_model(model), layers)
+        check_unshared(model, layers)
     if config.export.to == "gguf" and not is_whole(config):
-        check_gguf(empty_model(model).config)
+        check_gguf(model.config)
     if not quantised or config.plan.method == "full":
         return
     if not method.plain_lora:

@@ -11,9 +11,10 @@ from farss.artifacts import Layer
 from farss.config import Config, DataConfig, EvaluateConfig, ModelConfig, QuestionSet
 from farss.data import Tokenized, check_length, load_examples
 from farss.errors import ConfigError
-from farss.models import known_positions, layer_shapes, load_tokenizer
+from farss.models import empty_model, layer_shapes, load_tokenizer
 from farss.recovery import recovery_rows
 from farss.rows import example_rows, knowledge_texts, question_rows, text_rows
+from farss.structure import positions
 from farss.tasks.reference import check_reference
 
 Result = TypeVar("Result")
@@ -39,6 +40,11 @@ class Inputs:
     def tokenizer(self) -> Any:
         """The base model's tokenizer."""
         return self._once(load_tokenizer, self.config.model)
+
+    @cached_property
+    def architecture(self) -> Any:
+        """The model without its weights: what can be known of it before it is loaded."""
+        return self._once(empty_model, self.config.model)
 
     @cached_property
     def shapes(self) -> tuple[dict[str, Layer], int]:
@@ -71,7 +77,7 @@ class Inputs:
         """Read all of it, so that a bad file is found before hours of training."""
         _ = self.tokenizer, self.examples, self.knowledge
         self.check_system()
-        check_length(self.examples, self.config.data, self._once(known_positions, self.config.model))
+        check_length(self.examples, self.config.data, positions(self.architecture))
         self._once(_check_questions, self.config.evaluate)
         if self.common_config.evaluate.full_scores:
             self._once(self._check_reference, self.common_config)

@@ -19,7 +19,7 @@ from farss.artifacts import Layer
 from farss.config import ModelConfig
 from farss.errors import ConfigError, ModelError
 from farss.files import read_json
-from farss.structure import base_weights, find_blocks, keep_gradients, positions, target_layers
+from farss.structure import base_weights, find_blocks, keep_gradients, target_layers
 
 INDEX = "model.safetensors.index.json"
 PLAIN = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -288,11 +288,6 @@ def layer_shapes(config: ModelConfig) -> tuple[dict[str, Layer], int]:
     """Target layers and number of blocks from `config.json` alone, without loading a weight."""
     model = empty_model(config)
     return target_layers(model, config.targets), len(find_blocks(model)[1])
-
-
-def known_positions(config: ModelConfig) -> int | None:
-    """See `farss.structure.positions`, from `config.json` alone."""
-    return positions(empty_model(config))
 
 
 def empty_model(config: ModelConfig) -> Any:

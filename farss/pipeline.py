@@ -24,7 +24,7 @@ from farss.folder import BOUNDARY_KEYS, EXPORT_KEYS, PLAN_KEYS, TRAIN_KEYS, Fold
 from farss.inputs import Inputs, Loaded
 from farss.jobs import Tell
 from farss.methods import Method, Regime
-from farss.models import check_room, device_of, empty_model, load_model, loaded_dtype, quiet, will_be_quantised
+from farss.models import check_room, device_of, load_model, loaded_dtype, quiet, will_be_quantised
 from farss.plan import check_plan, make_plan, make_plan_without_survey, method_of, require_boundary
 from farss.portable import step_zero
 from farss.prepared import check_method, write_prepared
@@ -141,8 +141,8 @@ class Run:
                 self.inputs.check_system()
             return
         if trains:
-            handover.check(self.config, self.inputs.shapes[0])
-            recomputes = empty_model(self.config.model).supports_gradient_checkpointing
+            handover.check(self.config, self.inputs.architecture, self.inputs.shapes[0])
+            recomputes = self.inputs.architecture.supports_gradient_checkpointing
             check_options(self.config.train, device_of(self.config.model), self._trained_dtype, recomputes)
             check_room(self.config.model, whole=self.config.plan.method == "full")
         self.inputs.check()
@@ -270,7 +270,7 @@ class Run:
             found = self.boundary()
             config, notes = replace(config, boundary=found.chosen), [found.sentence]
         made = make_plan(config, known) if known else make_plan_without_survey(config, *self.inputs.shapes)
-        notes += [*made.notes, *(left_out(empty_model(self.config.model)) if made.layers else [])]
+        notes += [*made.notes, *(left_out(self.inputs.architecture) if made.layers else [])]
         result = replace(made, notes=notes)
         handed_over = "" if self.method.plain_lora else ", handed over as a whole model: no plain LoRA computes it"
         self.tell("plan", 1, 1, f"{result.parameters:,} parameters{handed_over}" if result.layers else "every weight trains")
@@ -309,7 +309,7 @@ class Run:
     def prepared(self) -> Path:
         """`prepared/`: a start for another trainer."""
         check_method(self.config.plan.method, will_be_quantised(self.config.model))
-        check_unshared(empty_model(self.config.model), self.inputs.shapes[0])
+        check_unshared(self.inputs.architecture, self.inputs.shapes[0])
         target, plan = self.path / "prepared", self.plan()
         if target.is_dir() and Plan.load(target / "plan.json") != plan:
             raise FolderError(f"{target} was prepared for another plan: delete it, or choose another out")

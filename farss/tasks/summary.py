@@ -109,8 +109,7 @@ def summarise(before: Path, after: Path, full: Path | None, config: Config, only
     notes += [*no_k, *no_t, *(_about_t(reference[0][0], config) if "T" in found else [])]
     resamples, seed = config.evaluate.resamples, config.seed
     # each kind anew, as in `standings`, so that a benchmark's interval does not depend on what else is asked
-    of_kinds = [[each.scores for each in outcomes if each.kind == kind] for kind in KINDS]
-    draws = [drawn for scores in of_kinds for drawn in bootstrap(scores, resamples, seed)]
+    draws = [drawn for of_kind in asked.values() for drawn in bootstrap([each.scores for each in of_kind], resamples, seed)]
     losses = (runs[0][0].text_loss, runs[1][0].text_loss)
     return Summary(
         **{metric: found.get(metric) for metric in ("K", "T", "KT", "retained")},  # type: ignore[arg-type]
