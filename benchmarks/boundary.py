@@ -24,7 +24,7 @@ from farss.config import Config
 from farss.configfile import override, to_dict
 from farss.folder import Folder
 from farss.jobs import Tell, do_all
-from farss.maths.metrics import Array, balance, balances, bootstrap, interval, mean_ratios
+from farss.maths.metrics import Array, balances, interval, mean_ratios, observed_and_resampled
 from farss.models import layer_shapes
 from farss.pipeline import Run
 from farss.progress import bars
@@ -91,17 +91,10 @@ def balanced(folder: Path, wanted: list[int], config: Config) -> tuple[dict[int,
     for kind in ("knowledge", "task"):
         names = [entry["name"] for entry in to_dict(config)["evaluate"][kind]]
         outcomes[kind] = [np.array([[row["score"] for row in questions(place / "scores", name)] for place in places]) for name in names]
-    means = {kind: [each.mean(axis=1)[None] for each in outcomes[kind]] for kind in outcomes}
-    draws = bootstrap([*outcomes["knowledge"], *outcomes["task"]], config.evaluate.resamples, config.seed)
-    known, learned = draws[: len(outcomes["knowledge"])], draws[len(outcomes["knowledge"]) :]
-
-    def value(place: int) -> float:
-        k, t = mean_ratios(means["knowledge"], place, BASE), mean_ratios(means["task"], place, FULL)
-        return balance(float(k[0]), float(t[0]))
-
-    values = {n: value(place) for place, n in enumerate(wanted, 2)}
-    resampled = {n: balances(mean_ratios(known, place, BASE), mean_ratios(learned, place, FULL)) for place, n in enumerate(wanted, 2)}
-    return values, resampled
+    means = observed_and_resampled([*outcomes["knowledge"], *outcomes["task"]], config.evaluate.resamples, config.seed)
+    known, learned = means[: len(outcomes["knowledge"])], means[len(outcomes["knowledge"]) :]
+    found = {n: balances(mean_ratios(known, place, BASE), mean_ratios(learned, place, FULL)) for place, n in enumerate(wanted, 2)}
+    return {n: float(each[0]) for n, each in found.items()}, {n: each[1:] for n, each in found.items()}
 
 
 def written(measured: Measured, arguments: list[str]) -> str:

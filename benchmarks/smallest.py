@@ -16,7 +16,7 @@ from farss.config import ModelConfig
 from farss.models import load_model, load_tokenizer
 from farss.rows import text_rows
 from farss.structure import target_layers
-from farss.tasks.text import text_loss
+from farss.tasks.likelihood import text_loss
 
 CUT = (1, 8, 32, 64)
 """Components of every layer."""

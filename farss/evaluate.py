@@ -20,11 +20,11 @@ from farss.models import fingerprint as weights_fingerprint
 from farss.rows import text_rows
 from farss.tasks.benchmarks import Benchmark, list_benchmarks
 from farss.tasks.grading import METRICS, STEPS
+from farss.tasks.likelihood import text_loss
 from farss.tasks.live import Progress, asking, live_model, prompt_tokenizer, require_harness
 from farss.tasks.names import task_manager
 from farss.tasks.questions import prompt_of, task_settings
 from farss.tasks.records import Logged, Record, main_metric, metric_label, records_of
-from farss.tasks.text import text_loss
 
 
 def evaluate(

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from farss.errors import ConfigError, FarssError
-from farss.maths.metrics import Array, balance, balances, bootstrap, interval, mean_ratios, ratios
+from farss.maths.metrics import Array, balances, interval, mean_ratios, observed_and_resampled, ratios
 
 BASE = 0
 """The column of the base model; the candidates follow."""
@@ -223,19 +223,19 @@ def score(
             f"plan.boundary=auto: after {steps} steps no probe has a lower loss on held-out examples than the base model: "
             "give plan.boundary a number, raise boundary.probe, or lower boundary.rate if the loss has risen"
         )
-    *known, learned = bootstrap([*knowledge, task], resamples, seed)
+    *known, learned = observed_and_resampled([*knowledge, task], resamples, seed)
     found, draws = [], []
     for place, (boundary, own) in enumerate(outcomes.items(), 1):
-        k = float(np.mean([each[place].mean() / each[BASE].mean() for each in knowledge]))
-        t = reach * float(_learned(task.mean(axis=1)[None], place, best)[0])
-        draws.append(balances(mean_ratios(known, place, BASE), reach * _learned(learned, place, best)))
-        found.append(Candidate(boundary, steps, t, k, balance(k, t), *interval(draws[-1]), own.parameters, False))
+        k, t = mean_ratios(known, place, BASE), reach * _learned(learned, place, best)  # [1 + resamples]
+        kt = balances(k, t)
+        draws.append(kt[1:])
+        found.append(Candidate(boundary, steps, float(t[0]), float(k[0]), float(kt[0]), *interval(kt[1:]), own.parameters, False))
     return found, np.stack(draws)
 
 
 def _learned(means: Array, place: int, best: int) -> Array:
-    """The fall of the loss, relative to the best candidate's, of every resample `[resamples]`; 0 where it rose."""
-    gains = means - means[:, [BASE]]  # [resamples, models]
+    """The fall of the loss, relative to the best candidate's, sample by sample `[samples]`; 0 where it rose."""
+    gains = means - means[:, [BASE]]  # [samples, models]
     return ratios(gains[:, place], gains[:, best])
 
 

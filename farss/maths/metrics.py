@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,22 +16,27 @@ CHUNK = 4_000_000
 """Outcomes gathered at once: bounds the memory of the bootstrap to a few times 32 MB."""
 
 
-def knowledge_kept(after: Mapping[str, float], before: Mapping[str, float]) -> float:
-    """K (eq. 36): the mean over knowledge benchmarks of after / before.
+def ratios(tops: ArrayLike, bottoms: ArrayLike) -> Array:
+    """`tops / bottoms`; 0 where something was lost and not gained, NaN where the reference is not above 0."""
+    above, below = np.asarray(tops, dtype=np.float64), np.asarray(bottoms, dtype=np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shares: Array = np.where(below > 0, np.maximum(above, 0.0) / below, np.nan)
+    return shares
 
-    Raises:
-        FarssError: a benchmark is missing on one side, or the base model scores 0 on it.
+
+def mean_ratios(means: Sequence[Array], top: int | list[int], bottom: int | list[int]) -> Array:
+    """K (eq. 36) or T (eq. 37), sample by sample: the mean over benchmarks of a model's score / a reference's, which is the base model for
+    K and full fine-tuning for T. For scores may stand what was gained, in nats. NaN where a reference is not above 0.
+
+    Args:
+        means: for each benchmark `[samples, models]`.
+        top, bottom: columns of the models and of their references: one, or as many as there are models.
+
+    Returns:
+        `[samples]`, or `[samples, models]`.
     """
-    return _mean_ratio(after, before, "the base model")
-
-
-def task_learned(scores: Mapping[str, float], full: Mapping[str, float]) -> float:
-    """T (eq. 37): the mean over task benchmarks of the score / full fine-tuning's score. For scores may stand what was gained, in nats.
-
-    Raises:
-        FarssError: a benchmark is missing on one side, or full fine-tuning scores 0 on it.
-    """
-    return _mean_ratio(scores, full, "full fine-tuning")
+    shares: Array = np.mean([ratios(each[:, top], each[:, bottom]) for each in means], axis=0)
+    return shares
 
 
 def balance(k: float, t: float) -> float:
@@ -40,23 +44,12 @@ def balance(k: float, t: float) -> float:
     return 2 * k * t / (k + t) if k + t > 0 else 0.0
 
 
-def _mean_ratio(scores: Mapping[str, float], reference: Mapping[str, float], who: str) -> float:
-    if not scores or set(scores) != set(reference):
-        missing = sorted(set(scores) ^ set(reference))
-        what = f"{missing[0]!r} was asked only once" if missing else "there is no benchmark"
-        raise FarssError(f"{what}: a ratio to {who} needs the same benchmarks on both sides")
-    for name, value in reference.items():
-        if value <= 0:
-            raise FarssError(f"{who} scores {value:.3g} on {name!r}, so a ratio to it means nothing: leave {name!r} out, or ask more")
-    return float(np.mean([ratios(scores[name], reference[name]) for name in scores]))
-
-
-def ratios(tops: ArrayLike, bottoms: ArrayLike) -> Array:
-    """`tops / bottoms`; 0 where something was lost and not gained, NaN where the reference is not above 0."""
-    above, below = np.asarray(tops, dtype=np.float64), np.asarray(bottoms, dtype=np.float64)
+def balances(k: Array, t: Array) -> Array:
+    """KT of every resample, `[resamples]`; NaN where K or T has no value."""
+    total = k + t
     with np.errstate(divide="ignore", invalid="ignore"):
-        shares: Array = np.where(below > 0, np.maximum(above, 0.0) / below, np.nan)
-    return shares
+        means: Array = np.where(total == 0, 0.0, 2 * k * t / total)
+    return means
 
 
 # --- uncertainty -----------------------------------------------------------------------------------------------------
@@ -75,6 +68,12 @@ def bootstrap(outcomes: Sequence[ArrayLike], resamples: int, seed: int) -> list[
     """
     generator = np.random.default_rng(seed)
     return [_resampled_means(np.atleast_2d(np.asarray(each, dtype=np.float64)), resamples, generator) for each in outcomes]
+
+
+def observed_and_resampled(outcomes: Sequence[Array], resamples: int, seed: int) -> list[Array]:
+    """For each benchmark `[1 + resamples, models]`: the mean over its questions, and those of `bootstrap`."""
+    drawn = bootstrap(outcomes, resamples, seed)
+    return [np.vstack([each.mean(axis=1), draws]) for each, draws in zip(outcomes, drawn, strict=True)]
 
 
 def _resampled_means(outcomes: Array, resamples: int, generator: np.random.Generator) -> Array:
@@ -116,37 +115,8 @@ def t_quantiles(degrees: int, count: int) -> Array:
     return quantiles
 
 
-def mean_ratios(means: Sequence[Array], top: int, bottom: int) -> Array:
-    """K or T of every resample: the mean over benchmarks of column `top` / column `bottom`; NaN where one has no value.
-
-    Args:
-        means: for each benchmark `[resamples, models]`, from `bootstrap`.
-
-    Returns:
-        `[resamples]`.
-    """
-    shares: Array = np.mean([ratios(each[:, top], each[:, bottom]) for each in means], axis=0)
-    return shares
-
-
-def balances(k: Array, t: Array) -> Array:
-    """KT of every resample, `[resamples]`; NaN where K or T has no value."""
-    total = k + t
-    with np.errstate(divide="ignore", invalid="ignore"):
-        means: Array = np.where(total == 0, 0.0, 2 * k * t / total)
-    return means
-
-
-class Difference(NamedTuple):
-    """How much `a` exceeds `b` on the same questions."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def paired_difference(a: ArrayLike, b: ArrayLike, resamples: int = 2000, seed: int = 0) -> Difference:
-    """Mean difference `a - b` of two models' outcomes on the same questions, `[questions]` each.
+def paired_difference(a: ArrayLike, b: ArrayLike, resamples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+    """Mean difference `a - b` of two models' outcomes on the same questions, `[questions]` each, and its 95 % interval.
 
     Raises:
         ValueError: the two have different lengths, or there is no question.
@@ -155,7 +125,7 @@ def paired_difference(a: ArrayLike, b: ArrayLike, resamples: int = 2000, seed: i
     if gap is None or not gap.size:
         raise ValueError(f"outcomes of the same questions are needed, got {np.shape(a)} and {np.shape(b)}")
     draws = bootstrap([gap], resamples, seed)[0][:, 0]
-    return Difference(float(gap.mean()), *interval(draws))
+    return float(gap.mean()), *interval(draws)
 
 
 def simultaneous_p_values(gaps: Array, values: Array) -> Array:

@@ -13,17 +13,23 @@ from torch import Tensor
 from farss.artifacts import Kind
 from farss.config import Config, QuestionSet
 from farss.data import Row, batches, choose, collate, tokenize
-from farss.errors import ConfigError, NumericalError
+from farss.errors import DataError, NumericalError
 from farss.forward import accepts, evaluating
 from farss.rows import question_rows, text_rows
 from farss.tasks.questions import Prompt, draw_from_files, prompt_of
-from farss.tasks.text import rows_that_fit
 
 FORWARD = 0.5
 """What a scored token costs of a trained one. Training also goes backwards, and forward again where activations are
 recomputed: two to three times a forward pass."""
 LEAST = 8
 """The fewest questions, and the fewest held-out examples."""
+LOGITS = 2**28
+"""Logits held at once (1 GiB in float32): with a vocabulary of 262,144 a batch of long rows would need many GiB."""
+
+
+def rows_that_fit(batch_size: int, length: int, vocabulary: int) -> int:
+    """Rows of `length` tokens whose logits fit, at most `batch_size` and at least 1."""
+    return max(1, min(batch_size, LOGITS // (max(1, length) * vocabulary)))
 
 
 def token_loglikelihoods(
@@ -47,7 +53,7 @@ def token_loglikelihoods(
             if on_progress:
                 on_progress(done, len(rows))
     if not all(math.isfinite(value) for value in found):
-        raise NumericalError("the log-likelihood of an answer is not finite: the model has NaN or infinite weights")
+        raise NumericalError("a log-likelihood is not finite: the model has NaN or infinite weights")
     return found
 
 
@@ -114,14 +120,41 @@ def _without_end(row: Row, eos: int) -> Row:
 
 
 def text_tokens(config: Config, tokenizer: Any, limit: int) -> list[Row]:
-    """General text, every token but the first marked."""
+    """General text to be scored."""
     assert config.evaluate.text is not None
-    texts = choose(text_rows(config.evaluate.text), limit, config.seed)
-    rows = [tokenizer(text, truncation=True, max_length=config.data.max_length).input_ids for text in texts]
-    rows = [ids for ids in rows if len(ids) > 1]
-    if not rows:
-        raise ConfigError(f"evaluate.text={config.evaluate.text!r} has no row with two tokens: give longer texts")
-    return [{"input_ids": ids, "completion_mask": [0] + [1] * (len(ids) - 1)} for ids in rows]
+    return _marked(choose(text_rows(config.evaluate.text), limit, config.seed), tokenizer, config.data.max_length)
+
+
+def text_loss(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    batch_size: int,
+    max_length: int,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> float:
+    """Mean loss (nats a token) of general text; its rise is what PEFT's method comparison calls forgetting.
+
+    Each text is tokenised with the tokenizer's beginning-of-sequence token and cut off after `max_length` tokens; its
+    first token is not predicted. Every token counts the same, so the batches do not matter.
+
+    Raises:
+        DataError: no text has two tokens.
+        NumericalError: the loss is not finite.
+    """
+    rows = _marked(texts, tokenizer, max_length)
+    means = token_loglikelihoods(model, rows, batch_size, tokenizer.pad_token_id, on_progress)
+    counts = [sum(row["completion_mask"]) for row in rows]
+    return -sum(mean * count for mean, count in zip(means, counts, strict=True)) / sum(counts)
+
+
+def _marked(texts: Sequence[str], tokenizer: Any, max_length: int) -> list[Row]:
+    """Every token of a text but the first marked."""
+    rows = [tokenizer(text, truncation=True, max_length=max_length).input_ids for text in texts]
+    found = [{"input_ids": ids, "completion_mask": [0] + [1] * (len(ids) - 1)} for ids in rows if len(ids) > 1]
+    if not found:
+        raise DataError("the general text has no token to predict: give evaluate.text a file with longer texts")
+    return found
 
 
 def affordable(rows: Sequence[Row], limit: int, room: float) -> int:

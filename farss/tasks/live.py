@@ -15,8 +15,8 @@ from farss.errors import ConfigError, FarssError, ModelError
 from farss.forward import accepts, evaluating
 from farss.memory import give_back_if_scarce
 from farss.processes import environment
+from farss.tasks.likelihood import rows_that_fit
 from farss.tasks.prefix import Prefix, shared_prefix
-from farss.tasks.text import rows_that_fit
 
 Progress = Callable[[str, int, int], None]
 """Called with (benchmark, prompts done, prompts in all)."""

@@ -23,7 +23,7 @@ import numpy as np
 
 from farss.artifacts import KINDS, Kind
 from farss.config import Config, method_of_label
-from farss.maths.metrics import Array, balance, balances, bootstrap, interval, ratios, simultaneous_p_values, t_quantiles
+from farss.maths.metrics import Array, balance, balances, interval, mean_ratios, observed_and_resampled, simultaneous_p_values, t_quantiles
 from farss.tasks.outcomes import Estimate, Outcomes, outcomes_of, read_scores
 
 NATS = ("kept", "learned")
@@ -84,9 +84,9 @@ def standings(
         folders = [*(own if letter == "K" else with_full)]  # K needs no full fine-tuning, which may have been asked the task alone
         place = {folder: index for index, folder in enumerate(folders)}
         outcomes = _outcomes([read[folder] for folder in folders], kind, only)
-        scores = _means([each.scores for each in outcomes], resamples, seed)
-        changes = _means([gains for each in outcomes if (gains := each.gains).size], resamples, seed)
-        still = _means([each.still for each in outcomes], resamples, seed) if letter == "K" else []
+        scores = observed_and_resampled([each.scores for each in outcomes], resamples, seed)
+        changes = observed_and_resampled([gains for each in outcomes if (gains := each.gains).size], resamples, seed)
+        still = observed_and_resampled([each.still for each in outcomes], resamples, seed) if letter == "K" else []
         marks = scores
         if letter == "T" and config.evaluate.learned_by == "likelihood":
             marks = changes if len(changes) == len(scores) else []  # every benchmark or none
@@ -94,9 +94,9 @@ def standings(
             places = [place[entry.folder] for entry in group]
             if marks and (letter == "K" or all(entry.full is not None for entry in group)):
                 below = [0 if letter == "K" or entry.full is None else place[entry.full] for entry in group]
-                found[method][letter] = np.mean([ratios(each[:, places], each[:, below]) for each in marks], axis=0)
+                found[method][letter] = mean_ratios(marks, places, below)
             if letter == "K" and scores:
-                found[method]["retained"] = np.mean([ratios(each[:, places], each[:, [0]]) for each in still], axis=0)
+                found[method]["retained"] = mean_ratios(still, places, [0])
             if changes:
                 found[method][nats] = np.mean([each[:, places] for each in changes], axis=0)
     return {method: _standing(method, letters, [entry.seed for entry in methods[method]]) for method, letters in found.items()}
@@ -106,12 +106,6 @@ def _outcomes(runs: list[Any], kind: Kind, only: Only | None) -> list[Outcomes]:
     """Each benchmark of a kind that every run was asked."""
     names = [name for name in getattr(runs[0][0], kind) if all(name in getattr(run[0], kind) for run in runs)]
     return [outcomes_of(name, kind, runs, only) for name in names]
-
-
-def _means(outcomes: list[Array], resamples: int, seed: int) -> list[Array]:
-    """For each benchmark `[1 + resamples, models]`: the mean over its questions, and over those of each resample."""
-    drawn = bootstrap(outcomes, resamples, seed)
-    return [np.vstack([each.mean(axis=1), draws]) for each, draws in zip(outcomes, drawn, strict=True)]
 
 
 def _chance(values: Array, resamples: int, *names: str) -> Array:

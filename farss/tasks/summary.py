@@ -8,14 +8,12 @@ from pathlib import Path
 
 from farss.artifacts import KINDS, Kind, Scores
 from farss.config import Config
-from farss.errors import FarssError, FolderError
+from farss.errors import FolderError
 from farss.files import write_json
-from farss.maths.metrics import Array, bootstrap, interval, knowledge_kept, paired_difference, task_learned
+from farss.maths.metrics import Array, bootstrap, interval, paired_difference
 from farss.tasks.outcomes import Estimate, Outcomes, outcomes_of, read_scores
 from farss.tasks.standing import Entry, standings
 
-Metric = Callable[[dict[str, float], dict[str, float]], float]
-"""Scores of the benchmarks above and below the line -> their ratio."""
 BEFORE, AFTER, FULL = 0, 1, 2
 
 
@@ -103,7 +101,7 @@ def summarise(before: Path, after: Path, full: Path | None, config: Config, only
     ]
     notes = _unpaired(runs[0][0], runs[1][0]) + _unlike(runs[0][0], runs[1][0], reference[0][0] if reference else None)
     asked = {kind: [each for each in outcomes if each.kind == kind] for kind in KINDS}
-    no_k = _why_no("K", knowledge_kept, asked["knowledge"], BEFORE)
+    no_k = _why_no("K", asked["knowledge"], BEFORE, "the base model")
     no_t = _why_no_t(asked["task"], bool(reference), config)
     found = standings(before, {"run": [Entry(after, None if no_t else full)]}, config, only)["run"].estimates
     notes += [*no_k, *no_t, *(_about_t(reference[0][0], config) if "T" in found else [])]
@@ -157,13 +155,13 @@ def _unlike(before: Scores, after: Scores, full: Scores | None) -> list[str]:
     return found
 
 
-def _why_no(letter: str, metric: Metric, outcomes: list[Outcomes], bottom: int) -> list[str]:
-    """Why a ratio has no value; nothing where nothing was asked."""
-    tops, bottoms = ({each.score.name: float(each.scores[model].mean()) for each in outcomes} for model in (AFTER, bottom))
-    try:
-        metric(tops, bottoms) if outcomes else None
-    except FarssError as error:
-        return [f"{letter} is not computed: {error}."]
+def _why_no(letter: str, outcomes: list[Outcomes], reference: int, who: str) -> list[str]:
+    """Why a ratio of scores has no value, if it has none."""
+    for each in outcomes:
+        if (value := float(each.scores[reference].mean())) <= 0:
+            name = each.score.name
+            cure = f"so a ratio to it means nothing: leave {name!r} out, or ask more"
+            return [f"{letter} is not computed: {who} scores {value:.3g} on {name!r}, {cure}."]
     return []
 
 
@@ -178,7 +176,7 @@ def _why_no_t(tasks: list[Outcomes], has_full: bool, config: Config) -> list[str
     if lacking := [each.score.name for each in tasks if len(each.scores) <= FULL]:
         return [f"T is not computed: the full fine-tuning run was not asked {lacking[0]!r}."]
     if config.evaluate.learned_by == "score":
-        return _why_no("T", task_learned, tasks, FULL)
+        return _why_no("T", tasks, FULL, "full fine-tuning")
     if silent := [each.score.name for each in tasks if not each.gains.size or each.gains[FULL].mean() <= 0]:
         return [f"T is not computed: full fine-tuning made the right answers of {silent[0]!r} no likelier, or they have no likelihood."]
     return []

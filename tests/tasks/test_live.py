@@ -96,7 +96,7 @@ def test_one_long_answer_makes_only_its_own_batches_small(model, tokenizer, tmp_
     path.write_text("".join(json.dumps({"question": "q" * place, "answers": "a" * n}) + "\n" for place, n in enumerate(lengths, 1)))
     asks = asking([QuestionSet("known", str(path), max_tokens=2)])
     expected = [row["gold_loglikelihood"] for row in records(evaluate_once(model, tokenizer, asks, tmp_path / "whole"))]
-    monkeypatch.setattr("farss.tasks.text.LOGITS", room * len(tokenizer))
+    monkeypatch.setattr("farss.tasks.likelihood.LOGITS", room * len(tokenizer))
     seen, call = [], model.forward
 
     def forward(*ids, logits_to_keep=0, **options):

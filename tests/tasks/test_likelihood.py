@@ -1,11 +1,11 @@
-"""The loss of general text."""
+"""The loss of general text, and how much is scored at once."""
 
 import pytest
 import torch
 from taught import asking
 
 from farss.evaluate import evaluate
-from farss.tasks.text import rows_that_fit
+from farss.tasks.likelihood import rows_that_fit
 
 pytest.importorskip("lm_eval")
 
