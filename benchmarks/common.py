@@ -173,7 +173,7 @@ def environment() -> str:
     """Date, machine, whether its products are in bfloat16 where that is asked for, and versions."""
     import torch
 
-    from farss.models import multiplies_in
+    from farss.precision import multiplies_in
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     products = "bfloat16 products" if multiplies_in(torch.bfloat16, device) else "float32 products"

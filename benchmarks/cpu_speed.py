@@ -23,7 +23,7 @@ from unittest import mock
 import torch
 from transformers import TrainerCallback
 
-from farss import models
+from farss import forward, precision
 from farss.adapter import attach
 from farss.configfile import from_dict
 from farss.evaluate import evaluate
@@ -134,7 +134,7 @@ def show(what: str, before: float, after: float) -> None:
 
 def float32(model: str, data: Path) -> None:
     """What a CPU without units for 16-bit products takes if it is not spared them."""
-    if models.multiplies_in(torch.bfloat16, torch.device("cpu")):
+    if precision.multiplies_in(torch.bfloat16, torch.device("cpu")):
         print("(this CPU has units for bfloat16 products, and uses them)")
         return
 
@@ -142,7 +142,7 @@ def float32(model: str, data: Path) -> None:
         return step_seconds(model, data, "lora", "Banking77", [ALL])[ALL], question_seconds(model, data)
 
     now = measured()
-    with without(models, "multiplies_in", True), without(trainer, "multiplies_in", True):
+    with without(precision, "multiplies_in", True), without(trainer, "multiplies_in", True):
         before = measured()
     for what, *seconds in zip(("lora, a step of 16 examples of Banking77", f"{QUESTIONS} five-shot questions"), before, now, strict=True):
         show(f"float32 instead of bfloat16: {what}", *seconds)
@@ -163,7 +163,7 @@ def questions(model: str, data: Path) -> None:
     """What each measure saves of asking questions."""
     now = question_seconds(model, data)
     for room, measure, words, nothing in (
-        (models, "compact_head", "compact output layer", contextlib.nullcontext()),
+        (forward, "compact_head", "compact output layer", contextlib.nullcontext()),
         (live, "shared_prefix", "examples read once", None),
     ):
         with without(room, measure, nothing):

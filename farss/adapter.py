@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from farss.artifacts import Plan, Survey
 from farss.config import Base
-from farss.errors import ConfigError, FarssError
+from farss.errors import ConfigError, FarssError, FolderError
 from farss.methods import METHODS, Regime
 from farss.methods.base import Start
 from farss.structure import ORIGINAL, check_readable, check_unshared, is_packed, is_transposed, keep_gradients, shape_of
@@ -149,10 +149,17 @@ def activate(adapted: Any) -> None:
 
 
 def load_trained(adapted: Any, checkpoint: Path) -> None:
-    """Take up the weights of a checkpoint of transformers' trainer."""
+    """Take up the weights of a checkpoint of transformers' trainer.
+
+    Raises:
+        FolderError: the folder holds none.
+    """
     from peft import set_peft_model_state_dict
 
-    state = load_file(checkpoint / TRAINED / "adapter_model.safetensors")
+    file = checkpoint / TRAINED / "adapter_model.safetensors"
+    if not file.is_file():
+        raise FolderError(f"{checkpoint} is no checkpoint of a model from farss.prepare: there is no {file.relative_to(checkpoint)} in it")
+    state = load_file(file)
     set_peft_model_state_dict(adapted, state, adapter_name=TRAINED)
     activate(adapted)
 
@@ -223,15 +230,19 @@ def adapter_change(adapted: Any, name: str) -> tuple[Tensor, Tensor]:
     left, right = [], []
     for adapter in (TRAINED, START):
         if adapter in module.lora_A:
-            b, a = (side[adapter].weight.detach().double() for side in (module.lora_B, module.lora_A))
+            b, a = (_in_float64(side[adapter].weight) for side in (module.lora_B, module.lora_A))
             if adapter in getattr(module, "lora_E", {}):
-                values = module.lora_E[adapter].weight.detach().double()
+                values = _in_float64(module.lora_E[adapter].weight)
                 kept = values[:, 0] != 0
                 b, a = b[:, kept], (values * a)[kept]
             left.append(module.scaling[adapter] * b)
             right.append(a)
     assert left[0].shape[0] == shape_of(module.base_layer)[0], name
     return torch.cat(left, 1), torch.cat(right, 0)
+
+
+def _in_float64(weight: Tensor) -> Tensor:
+    return (weight.cpu() if weight.device.type == "mps" else weight).detach().double()  # Apple's GPUs have no float64
 
 
 def changed_weight(adapted: Any, name: str, weight: Tensor) -> Tensor:

@@ -120,9 +120,9 @@ class Answers:
         """Whether this is what was asked, and not another form of it: an adapter that is compressed otherwise, or its merged model."""
         exported, asked = ((self.folder.record(step) or {}).get("options") or {} for step in ("export", "evaluate"))
         if target.name == "model":
-            return "merged" in asked or self.inputs.config.plan.method == "full"
+            return bool(asked.get("merged")) or self.inputs.config.plan.method == "full"
         same = exported.get("export.to") != "merged" and all(exported.get(key) == asked.get(key) for key in COMPRESSED_KEYS)
-        return same and "merged" not in asked
+        return same and not asked.get("merged")
 
     # --- what is done -----------------------------------------------------------------------------------------------
 
@@ -148,8 +148,8 @@ class Answers:
     def _after_options(self) -> dict[str, Any]:
         config = self.inputs.config
         if not is_whole(config):
-            return self._asked(EVALUATE_KEYS) | options_of(config, COMPRESSED_KEYS)
-        return self._asked(EVALUATE_KEYS) | dict.fromkeys(COMPRESSED_KEYS) | ({"merged": True} if is_merged(config) else {})
+            return self._asked(EVALUATE_KEYS) | options_of(config, COMPRESSED_KEYS) | {"merged": None}
+        return self._asked(EVALUATE_KEYS) | dict.fromkeys(COMPRESSED_KEYS) | {"merged": True if is_merged(config) else None}
 
     def _recover_options(self, keys: tuple[str, ...]) -> dict[str, Any]:
         """`keys`: on which the model depends that is loaded."""

@@ -366,8 +366,9 @@ def _single(values: Config, several: bool = False, within: bool = True, trains: 
         found = run_within(values, tell)
         if found and not within:
             raise _belongs(found)
-        if found and found.shared and not found.complete:
-            stack.enter_context(alone(found.shared))  # the comparison may be at this very run
+        compared = found and dataclasses.replace(found, config=dataclasses.replace(found.config, export=found.common_config.export))
+        if compared and compared.shared and not compared.complete:
+            stack.enter_context(alone(compared.shared))  # the comparison may be at this very run
         one = found or Run(values, tell=tell, beside=plans_of(values))
         one.claim(trains)
         yield one

@@ -172,7 +172,7 @@ class Folder:
         # it did not look at a file's content, nothing can be said of it. One that only the record knows changes nothing any more.
         options = {key: _filled(value) for key, value in options.items()}
         recorded = {key: _filled(value) for key, value in record["options"].items() if key.removeprefix(CONTENT) in options}
-        known = _defaults(options) | {key: options[key] for key in options if key.startswith(CONTENT)} | recorded
+        known = dict.fromkeys(options) | _defaults(options) | {key: options[key] for key in options if key.startswith(CONTENT)} | recorded
         if known != options:
             if redo:
                 return False

@@ -21,6 +21,11 @@ def accepts_or_hands_on(model: Any, argument: str) -> bool:
     return accepts(model, argument) or any(parameter.kind is parameter.VAR_KEYWORD for parameter in _parameters(model).values())
 
 
+def without_cache(model: Any) -> dict[str, Any]:
+    """The argument that spares the keys and values of every token, where a forward takes it."""
+    return {"use_cache": False} if accepts_or_hands_on(model, "use_cache") else {}
+
+
 def _parameters(model: Any) -> Mapping[str, inspect.Parameter]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return inspect.signature(base.forward).parameters

@@ -140,9 +140,9 @@ def is_as_trained(config: Config) -> bool:
 
 def rounded(trained: Any, config: Config) -> Any:
     """A model that was trained as a whole, in float32, with the weights that are handed over: those of the base's precision."""
-    stored = stored_dtype(config.model)
+    stored, loaded = stored_dtype(config.model), loaded_dtype(config.model)
     for parameter in trained.parameters():  # not the buffers: whoever loads it has exact rotary frequencies
-        parameter.data = parameter.data.to(stored).to(loaded_dtype(config.model))
+        parameter.data = parameter.data.to(stored).to(loaded)
     return trained
 
 

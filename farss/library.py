@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from farss import processes
@@ -33,13 +34,14 @@ from farss.data import (
 from farss.errors import ConfigError, FarssError
 from farss.files import read_json, write_json
 from farss.methods import Method, Reading, check_elsewhere
-from farss.models import base_fingerprint, fingerprint
+from farss.models import base_fingerprint, fingerprint, is_quantised
 from farss.plan import check_plan, make_plan, make_plan_without_survey, method_of, survey_cap
 from farss.portable import Exported
 from farss.portable import export as export_adapter
 from farss.rows import cell, knowledge_texts
-from farss.structure import find_blocks, holds_packed, positions, target_layers
+from farss.structure import find_blocks, holds_packed, is_sharded, positions, target_layers
 from farss.survey import LENGTH, Progress, own_text, read_layers, survey
+from farss.survey.places import placed, tensors_of
 
 CHECK_ROWS = 4
 
@@ -168,6 +170,10 @@ def _place(wanted: PlanConfig, folder: Path | str | None, model: Any) -> Path:
     place = Path(processes.shared(tempfile.mkdtemp(prefix="farss-survey-") if processes.rank() == 0 else None))
     if processes.rank() == 0:
         weakref.finalize(model, shutil.rmtree, place, ignore_errors=True)
+    if not processes.shared(all(processes.gathered(place.is_dir()))):
+        raise FarssError(
+            "processes on several machines share no temporary folder: give farss.prepare a folder= on a disk that all of them see"
+        )
     return place
 
 
@@ -189,6 +195,12 @@ class _Look:
     seed: int
     on_progress: Progress | None
 
+    @property
+    def device(self) -> torch.device | None:
+        """The GPU, for a model that its trainer is still to move there, and that may be moved; None: where the model is."""
+        waits = torch.cuda.is_available() and self.model.device.type == "cpu" and not is_quantised(self.model)
+        return torch.device("cuda", torch.cuda.current_device()) if waits else None
+
     def of(self, method: Method) -> Survey | None:
         """What a method looks at; None: nothing."""
         if isinstance(method.needs, Reading):
@@ -200,14 +212,15 @@ class _Look:
         calibration, meta = self.calibration, {"model": fingerprint(self.model)}
         parts = calibration_batches(self.examples.rows, calibration, self.tokenizer.pad_token_id, self.seed, self.max_length)
         asked = self.targets, calibration.fisher, self.seed, meta, self.on_progress, calibration.svd
-        return survey(self.model, parts, self.place, self.cap, *asked)
+        return survey(self.model, parts, self.place, self.cap, *asked, self.device)
 
     def reading(self, needs: Reading) -> Survey:
         """What another method looks at; the first process does it for all, unless two texts go through a sweep."""
         texts = processes.shared([self._batches(text) for text in needs.texts] if processes.rank() == 0 else None)
         if processes.rank() == 0 or len(texts) == 2:
             meta = {"model": fingerprint(self.model)}
-            read_layers(self.model, self.place, needs.read, self.cap, texts, self.targets, meta, self.on_progress, over=needs.over)
+            asked = self.targets, meta, self.on_progress, self.device, needs.over
+            read_layers(self.model, self.place, needs.read, self.cap, texts, *asked)
         processes.wait()
         return Survey.load(self.place)
 
@@ -222,11 +235,14 @@ class _Look:
         asked = self.calibration.examples, min(LENGTH, self.max_length), self.seed
         path = self.place / f"own-text-{'-'.join(map(str, asked))}.json"
         if not path.is_file():  # kept, for another device or another kernel would write another one when it is prepared again
-            write_json(path, own_text(self.model, self.tokenizer, *asked))
+            with placed(tensors_of(self.model), self.device):
+                write_json(path, own_text(self.model, self.tokenizer, *asked))
         return unlearnt(read_json(path))
 
 
-def export(model: Any, folder: Path | str, rank: int | None = None, energy: float | None = None) -> Exported | None:
+def export(
+    model: Any, folder: Path | str, rank: int | None = None, energy: float | None = None, checkpoint: Path | str | None = None
+) -> Exported | None:
     """Write the portable adapter of a model from `prepare`, checked on its untouched base.
 
     Args:
@@ -234,6 +250,8 @@ def export(model: Any, folder: Path | str, rank: int | None = None, energy: floa
         folder: where the adapter goes.
         rank: compress to this rank; None: exact.
         energy: compress each layer to this share of its change's squared Frobenius norm; None: exact.
+        checkpoint: a folder in which a trainer saved the model's adapters, whose weights are taken up first: of a training whose
+            weights were spread over processes. The model is then one that was prepared with the same arguments.
 
     Returns:
         What was written; None in any process but the first, which writes.
@@ -244,6 +262,13 @@ def export(model: Any, folder: Path | str, rank: int | None = None, energy: floa
     prepared = getattr(model, "farss", None)
     if not isinstance(prepared, Prepared):
         raise FarssError("this model was not made by farss.prepare: export the object that it returned, unwrapped from any trainer")
+    if spread := [name for name, parameter in model.named_parameters() if f".{TRAINED}" in name and is_sharded(parameter)]:
+        raise FarssError(
+            f"{spread[0]} is spread over the processes (FSDP or ZeRO-3): save the model with its trainer (trainer.save_model), prepare it "
+            "once more in a single process with the same arguments, and name that folder in farss.export(..., checkpoint=...)"
+        )
+    if checkpoint is not None:
+        load_trained(model, Path(checkpoint))
     batch = {key: value.to(model.device) for key, value in prepared.batch.items()}
     base = getattr(model.get_base_model().config, "_name_or_path", "")
     if processes.rank():

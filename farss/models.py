@@ -7,18 +7,18 @@ import importlib.util
 import json
 import logging
 import os
-import platform
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from farss.artifacts import Layer
 from farss.config import ModelConfig
 from farss.errors import ConfigError, ModelError
 from farss.files import read_json
+from farss.precision import computing_dtype
 from farss.structure import base_weights, find_blocks, keep_gradients, target_layers
 
 INDEX = "model.safetensors.index.json"
@@ -36,31 +36,6 @@ def device_of(config: ModelConfig) -> torch.device:
         raise ConfigError(f"model.device={config.device!r} cannot be used on this machine: choose auto or cpu") from error
 
 
-def multiplies_in(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a device has units for matrix products in this precision.
-
-    A CPU without them goes through 16-bit products slower than through float32 ones (three times, where it has AVX-512: docs/results.md).
-    """
-    if device.type == "cuda" and dtype == torch.bfloat16:
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
-        return True
-    try:
-        if dtype == torch.float16:
-            return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
-        # oneDNN says yes to bfloat16 on every x86 CPU with AVX-512, and emulates it where its units are missing
-        x86 = platform.machine().lower() in ("x86_64", "amd64")
-        units = not x86 or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return bool(units and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    except (AttributeError, RuntimeError):  # a torch that was built without oneDNN, or decides otherwise
-        return False
-
-
-def computing_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The precision in which to compute with values of a precision: float32, which holds them exactly, on a CPU without units for it."""
-    return dtype if device.type != "cpu" or multiplies_in(dtype, device) else torch.float32
-
-
 def stored_dtype(config: ModelConfig) -> torch.dtype:
     """The precision in which the base model's weights are stored (or used, if the configuration says so)."""
     from transformers import AutoConfig
@@ -74,8 +49,11 @@ def stored_dtype(config: ModelConfig) -> torch.dtype:
 def _dtype_in_files(folder: Path) -> torch.dtype:
     """The precision of the first weights in a folder, which is what transformers goes by where `config.json` names none."""
     for file in weight_files(folder):
-        with safe_open(file, framework="pt") as tensors:
-            kinds = [tensors.get_slice(name).get_dtype() for name in tensors.keys()]  # noqa: SIM118 (it is no dictionary)
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                kinds = [tensors.get_slice(name).get_dtype() for name in tensors.keys()]  # noqa: SIM118 (it is no dictionary)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"model.path={str(folder)!r}: {file.name} is missing or damaged ({_first_sentence(error)})") from error
         if found := next((PLAIN[kind] for kind in kinds if kind in PLAIN), None):
             return found
     return torch.float32
@@ -156,12 +134,13 @@ def load_model(config: ModelConfig, dtype: torch.dtype | None = None, device: to
 
     place = device or device_of(config)
     wanted = dtype or _dtype(config, place, as_stored)
+    options: dict[str, Any] = {}
     if config.quantization != "none" and dtype is None:
-        bits = _four_bits(computing_dtype(torch.bfloat16, place))
-        model = _from_pretrained(AutoModelForCausalLM, config, dtype=wanted, quantization_config=bits, device_map={"": place})
-    else:
-        model = _from_pretrained(AutoModelForCausalLM, config, dtype=wanted)
-        model = model if is_quantised(model) else model.to(place)
+        options["quantization_config"] = _four_bits(computing_dtype(torch.bfloat16, place))
+    if options or _stored(config) is not None:
+        options["device_map"] = {"": place}  # what is quantised is not moved afterwards
+    model = _from_pretrained(AutoModelForCausalLM, config, dtype=wanted, **options)
+    model = model if is_quantised(model) else model.to(place)
     keep_gradients(model)
     return model.requires_grad_(False).eval()
 

@@ -143,7 +143,10 @@ class Run:
         if trains:
             handover.check(self.config, self.inputs.architecture, self.inputs.shapes[0])
             recomputes = self.inputs.architecture.supports_gradient_checkpointing
-            check_options(self.config.train, device_of(self.config.model), self._trained_dtype, recomputes)
+            # after a training in float32 the recovery trains adapters on weights as they are loaded
+            dtypes = {self._trained_dtype, *([loaded_dtype(self.config.model)] if self.config.evaluate.recovery else [])}
+            for dtype in dtypes:
+                check_options(self.config.train, device_of(self.config.model), dtype, recomputes)
             check_room(self.config.model, whole=self.config.plan.method == "full")
         self.inputs.check()
         layers, blocks = self.inputs.shapes

@@ -21,9 +21,10 @@ from farss.card import write_card
 from farss.config import ExportConfig
 from farss.errors import FarssError, FolderError
 from farss.files import read_json, whole_folder, write_json, write_tensors
-from farss.forward import accepts_or_hands_on, evaluating
+from farss.forward import evaluating, without_cache
 from farss.maths.compress import compress
 from farss.models import base_fingerprint, tokenizer_fingerprint
+from farss.precision import float32_products
 from farss.structure import find_blocks, is_linear, is_packed, weight_of
 from farss.survey.places import outside, placed, placed_in_turn
 
@@ -243,7 +244,7 @@ def check(adapted: Any, folder: Path, batch: dict[str, Tensor]) -> tuple[float, 
 def logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """[tokens, vocabulary] float32, on the CPU: of the first `CHECKED_TOKENS` real tokens of each prompt, one prompt at a time."""
     found = []
-    options = {"use_cache": False} if accepts_or_hands_on(model, "use_cache") else {}
+    options = without_cache(model)
     with torch.no_grad():
         for ids, mask in zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True):
             prompt = ids[mask][None, :CHECKED_TOKENS].to(model.device)
@@ -275,8 +276,23 @@ def in_float32(model: Any) -> Iterator[None]:
     parts = [*find_blocks(model)[1], *filter(None, (base.get_input_embeddings(), base.get_output_embeddings()))]
     packed = [module for module in model.modules() if is_linear(module) and is_packed(module)]
     rest = placed(outside(model, parts), None, torch.float32)
-    with evaluating(model), rest, placed_in_turn(parts, None, torch.float32), _dequantised(packed):
+    turns = placed_in_turn(parts, None, torch.float32)
+    with evaluating(model), float32_products("highest"), _attention_in_float32(base), rest, turns, _dequantised(packed):
         yield
+
+
+@contextlib.contextmanager
+def _attention_in_float32(model: Any) -> Iterator[None]:
+    """Attention by PyTorch's own functions: kernels such as FlashAttention's take 16-bit numbers alone."""
+    chosen = getattr(model.config, "_attn_implementation", None)
+    if chosen in (None, "eager", "sdpa"):
+        yield
+        return
+    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(chosen)
 
 
 @contextlib.contextmanager

@@ -20,37 +20,42 @@ def started_as_several() -> bool:
 
 
 _group: Any = None
-"""Ours, beside the one that a trainer made; None: the default one."""
+"""Ours, beside the default one."""
+_beside: Any = None
+"""The default one that it was made beside: a trainer may end it and begin another."""
 
 
-def join() -> None:
+def join() -> bool:
     """Join the other processes, if there are any and nobody did yet, each with its own GPU where there are GPUs. They wait for each
-    other for a day: one may decompose a layer, or write text, for long. A trainer's group, which may know GPUs alone and wait for
-    minutes, stays as it is: a group beside it is ours."""
-    global _group
-    if not started_as_several() or _group is not None:
-        return
-    backend, timeout = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timedelta(days=1)
-    if _several():
-        _group = dist.new_group(backend=backend, timeout=timeout)
-        return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    dist.init_process_group(backend, timeout=timeout)
-    _group = dist.group.WORLD
+    other for a day, in a group of ours: one may decompose a layer, or write text, for long. The default one, which is a trainer's too,
+    keeps its few minutes.
+
+    Returns:
+        Whether this began the default one.
+    """
+    global _group, _beside
+    if not started_as_several() or (_several() and _beside is dist.group.WORLD):
+        return False
+    backend, begins = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", not _several()
+    if begins:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        dist.init_process_group(backend)
+    _group, _beside = dist.new_group(backend=backend, timeout=timedelta(days=1)), dist.group.WORLD
+    return begins
 
 
 @contextmanager
 def joined() -> Iterator[None]:
     """Be one of several processes for a while, if they were started."""
-    global _group
-    join()
+    global _group, _beside
+    begun = join()
     try:
         yield
     finally:
-        if _several() and _group is dist.group.WORLD:  # a trainer's stays
+        if begun and _several():  # a trainer's stays
             dist.destroy_process_group()
-        _group = None
+            _group = _beside = None
 
 
 def rank() -> int:

@@ -72,17 +72,23 @@ def is_transposed(module: nn.Module) -> bool:
 def is_packed(module: nn.Module) -> bool:
     """Whether a linear layer's weight is quantised."""
     weight: Tensor = module.weight  # type: ignore[assignment]
-    return not _unscaled(weight) or weight.dim() != 2 or type(weight) not in (Tensor, nn.Parameter)
+    return not holds_numbers(weight) or weight.dim() != 2
 
 
-def _unscaled(weight: Tensor) -> bool:
-    """Whether each entry is a number by itself: 8-bit floats are multiplied by scales that lie beside them."""
-    return weight.is_floating_point() and weight.element_size() > 1
+def holds_numbers(tensor: Tensor) -> bool:
+    """Whether each entry is a number by itself: 8-bit floats are multiplied by scales that lie beside them, and what a library packs may
+    call itself bfloat16."""
+    return tensor.is_floating_point() and tensor.element_size() > 1 and type(tensor) in (Tensor, nn.Parameter)
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether a process holds no more than a part of a matrix, as with FSDP and DeepSpeed's ZeRO-3."""
+    return parameter.dim() < 2 or not parameter.numel() or hasattr(parameter, "full_tensor")
 
 
 def holds_packed(model: nn.Module) -> bool:
     """Whether some of a model's weights are quantised."""
-    return not all(_unscaled(parameter) for parameter in model.parameters())
+    return not all(holds_numbers(parameter) for parameter in model.parameters())
 
 
 def shape_of(module: nn.Module) -> tuple[int, int]:

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from farss.config import ModelConfig
-from farss.models import device_of, multiplies_in
+from farss.models import device_of
+from farss.precision import multiplies_in
 
 
 def versions() -> dict[str, str]:

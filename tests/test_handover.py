@@ -75,6 +75,11 @@ def test_answers_are_those_of_the_form_that_is_handed_over(config):
     Run(merged).all()
     assert Run(merged).complete
     assert asked(config) != compressed
+    exact = override(merged, ["export.to=peft"])
+    assert not Run(exact).complete  # those of the merged model are rounded
+    Run(exact).all()
+    assert Run(exact).complete
+    assert not Run(merged).complete
 
 
 @pytest.mark.usefixtures("no_figures")

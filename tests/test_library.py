@@ -207,3 +207,23 @@ def test_a_second_task_on_top_of_a_first(tokenizer, rows, tmp_path):
     assert (alone - expected).abs().max() > 0.01
     with pytest.raises(farss.FarssError, match="was made for a base with fingerprint"):
         farss.load_adapter(base(tokenizer), tmp_path / "second")  # it is the second half of something
+
+
+def test_a_training_that_was_spread_over_processes_is_exported_from_its_checkpoint(tokenizer, rows, tmp_path):
+    def prepared():
+        calibration = farss.CalibrationConfig(examples=8)
+        return farss.prepare(base(tokenizer), tokenizer, rows, plan=PLAN, calibration=calibration, folder=tmp_path / "survey")
+
+    model, batch = prepared(), tokenizer("Name the seal for this letter: Good day.", return_tensors="pt")
+    own_loop(model, batch)
+    model.save_pretrained(str(tmp_path / "saved"))
+    expected = logits(model, batch)
+    parameter = next(parameter for parameter in model.parameters() if parameter.requires_grad)
+    parameter.full_tensor = None  # as of torch's DTensor, of which every process holds a part
+    with pytest.raises(farss.FarssError, match=r"is spread over the processes .*checkpoint="):
+        farss.export(model, tmp_path / "adapter")
+    with pytest.raises(farss.FarssError, match=r"is no checkpoint of a model from farss\.prepare"):
+        farss.export(prepared(), tmp_path / "adapter", checkpoint=tmp_path)
+    done = farss.export(prepared(), tmp_path / "adapter", checkpoint=tmp_path / "saved")
+    stock = PeftModel.from_pretrained(base(tokenizer), str(done.folder))
+    assert (logits(stock, batch) - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max().item())

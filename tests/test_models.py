@@ -1,18 +1,16 @@
 """A CPU that cannot compute with 16 bits computes in float32: with the same values, and nothing else changes."""
 
 import json
-import platform
-from pathlib import Path
 
 import pytest
 import torch
 from small_models import examples, save_small, small
 
-from farss import models
+from farss import precision
 from farss.config import ModelConfig, TrainConfig
 from farss.data import batches, collate
 from farss.methods import METHODS
-from farss.models import computing_dtype, fingerprint, load_model, multiplies_in, stored_dtype
+from farss.models import fingerprint, load_model, stored_dtype
 from farss.survey import read_layers, survey
 from farss.train import products
 
@@ -22,8 +20,8 @@ CPU, BFLOAT16 = torch.device("cpu"), torch.bfloat16
 @pytest.fixture(params=[True, False], ids=["with units", "without"])
 def units(request, monkeypatch):
     """A CPU with units for 16-bit products, and one without."""
-    monkeypatch.setattr(models, "multiplies_in", lambda dtype, device: request.param or dtype not in (torch.float16, BFLOAT16))
-    monkeypatch.setattr("farss.train.trainer.multiplies_in", models.multiplies_in)
+    monkeypatch.setattr("farss.precision.multiplies_in", lambda dtype, device: request.param or dtype not in (torch.float16, BFLOAT16))
+    monkeypatch.setattr("farss.train.trainer.multiplies_in", precision.multiplies_in)
     return request.param
 
 
@@ -33,28 +31,6 @@ def stored(tmp_path):
     folder = save_small("llama-gqa", tmp_path / "model")
     load_model(ModelConfig(path=str(folder)), BFLOAT16).save_pretrained(folder)
     return folder
-
-
-def test_the_machine_is_asked_for_each_precision():
-    assert multiplies_in(torch.float32, CPU)
-    assert multiplies_in(torch.float64, CPU)
-    assert computing_dtype(torch.float64, CPU) == torch.float64
-
-
-X86, CPUINFO = platform.machine().lower() in ("x86_64", "amd64"), Path("/proc/cpuinfo")
-
-
-@pytest.mark.skipif(X86 and not CPUINFO.exists(), reason="reads what Linux says of an x86 CPU")
-def test_only_a_cpu_with_units_for_bfloat16_has_them():
-    """oneDNN is believed, but for an x86 CPU that emulates them, as those with AVX-512 alone do."""
-    units = not X86 or bool({"avx512_bf16", "amx_bf16"} & set(CPUINFO.read_text().split()))
-    assert multiplies_in(BFLOAT16, CPU) == (units and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def test_a_torch_without_onednn_has_no_units(monkeypatch):
-    monkeypatch.delattr(torch.ops, "mkldnn", raising=False)
-    monkeypatch.setattr(torch.ops, "mkldnn", object(), raising=False)
-    assert not multiplies_in(BFLOAT16, CPU)
 
 
 def test_a_model_is_loaded_as_this_machine_computes(stored, units):
@@ -93,7 +69,7 @@ def test_training_multiplies_in_what_the_machine_has(units):
 
 
 def without_units(monkeypatch):
-    monkeypatch.setattr(models, "multiplies_in", lambda dtype, device: dtype not in (torch.float16, BFLOAT16))
+    monkeypatch.setattr("farss.precision.multiplies_in", lambda dtype, device: dtype not in (torch.float16, BFLOAT16))
 
 
 def as_batches():
@@ -135,10 +111,10 @@ def test_a_survey_goes_on_where_another_kind_of_machine_left_it(tmp_path, monkey
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(models, "multiplies_in", lambda dtype, device: first)
+        patch.setattr("farss.precision.multiplies_in", lambda dtype, device: first)
         with pytest.raises(KeyboardInterrupt):
             survey(narrow, as_batches(), tmp_path / "moved", cap=4, on_progress=stop)
-    monkeypatch.setattr(models, "multiplies_in", lambda dtype, device: not first)
+    monkeypatch.setattr("farss.precision.multiplies_in", lambda dtype, device: not first)
     found = survey(narrow, as_batches(), tmp_path / "moved", cap=4)
     for name in found.layers:
         torch.testing.assert_close(found.directions(name).scores, expected.directions(name).scores, rtol=0.1, atol=0)

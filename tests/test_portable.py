@@ -10,7 +10,8 @@ from peft import PeftModel
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 from small_models import examples, logits, prompts, small, trained
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from farss import portable as portable_module
 from farss import world
@@ -24,6 +25,7 @@ from farss.merging import holds_layers, merge, write_model
 from farss.models import base_fingerprint, fingerprint, local_folder
 from farss.plan import make_plan
 from farss.portable import CHECKED_TOKENS, SERVED_RANKS, export, in_float32, load_adapter
+from farss.precision import float32_products
 from farss.survey import survey
 
 
@@ -38,6 +40,23 @@ def test_stock_peft_on_the_untouched_base(kind, tmp_path):
     assert (logits(stock) - expected).abs().max() <= tolerance
     assert done.logit_difference <= tolerance
     assert (logits(small(kind).float()) - expected).abs().max() > 100 * tolerance  # training did change something
+
+
+def test_the_check_is_exact_whatever_the_user_computes_with(tmp_path):
+    """Attention kernels that take 16-bit numbers alone, and float32 products that are rounded."""
+
+    def sixteen_bits(module, query, *args, **kwargs):
+        assert query.dtype.itemsize == 2, "FlashAttention only supports fp16 and bf16"
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, *args, **kwargs)
+
+    AttentionInterface.register("sixteen_bits", sixteen_bits)
+    adapted, plan = trained("llama", tmp_path)
+    adapted.get_base_model().set_attn_implementation("sixteen_bits")
+    with float32_products("medium"):
+        done = export(adapted, plan, tmp_path / "adapter", prompts())
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    assert done.logit_difference < 1e-5
+    assert adapted.get_base_model().config._attn_implementation == "sixteen_bits"
 
 
 def test_stock_peft_merges_adds_and_swaps(tmp_path):

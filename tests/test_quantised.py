@@ -6,6 +6,7 @@ from bitsandbytes.functional import has_avx512bf16
 from peft import PeftModel
 from small_models import CONFIG, collated, examples, logits, prompts, small
 from trainings import tokenizer
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from farss.adapter import attach
 from farss.config import ModelConfig
@@ -15,10 +16,11 @@ from farss.errors import ConfigError, FarssError, ModelError
 from farss.merging import merge
 from farss.models import base_fingerprint, load_model
 from farss.plan import make_plan
-from farss.portable import export
+from farss.portable import export, in_float32
 from farss.prepared import write_prepared
-from farss.structure import base_weights, keep_gradients, target_layers, weight_of
+from farss.structure import base_weights, holds_packed, keep_gradients, target_layers, weight_of
 from farss.survey import survey
+from farss.survey.places import placed, tensors_of
 from farss.train import train
 
 
@@ -50,6 +52,20 @@ def test_statistics_are_those_of_the_dequantised_weights(folder, tmp_path):
         assert one.layers[name].shape == two.layers[name].shape
         torch.testing.assert_close(one.directions(name).sigma, two.directions(name).sigma)
         torch.testing.assert_close(one.directions(name).lam, two.directions(name).lam, rtol=0.02, atol=0)
+
+
+def test_what_is_packed_into_numbers_of_another_kind_is_not_converted(folder):
+    """As FSDP wants it: `bnb_4bit_quant_storage=torch.bfloat16`."""
+    bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_quant_storage=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=bits, device_map={"": "cpu"})
+    layer = model.get_submodule(next(iter(target_layers(model))))
+    assert layer.weight.dtype == torch.bfloat16
+    assert holds_packed(model)
+    before = weight_of(layer).float()
+    with placed(tensors_of(layer), None, torch.float32):
+        assert torch.equal(weight_of(layer).float(), before)
+    with in_float32(model):
+        logits(model)
 
 
 def test_training_and_export_on_a_4_bit_base(folder, tmp_path):

@@ -122,7 +122,7 @@ def test_weak_directions_equal_brute_force(llama, tmp_path):
 
 def test_bfloat16_models_agree_with_float64_sums(tmp_path, monkeypatch):
     """Sums of a bfloat16 model are float32 or better: they are those of float64 sums of the same rows to 1e-4."""
-    monkeypatch.setattr("farss.models.multiplies_in", lambda dtype, device: True)  # computed in bfloat16 on every machine
+    monkeypatch.setattr("farss.precision.multiplies_in", lambda dtype, device: True)  # computed in bfloat16 on every machine
     model, rows = small("llama-gqa").bfloat16(), examples()
     found = survey(model, collated(rows), tmp_path, cap=4)
     layers, blocks = target_layers(model), model.model.layers

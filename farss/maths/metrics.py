@@ -55,7 +55,7 @@ def balances(k: Array, t: Array) -> Array:
 # --- uncertainty -----------------------------------------------------------------------------------------------------
 
 
-def bootstrap(outcomes: Sequence[ArrayLike], resamples: int, seed: int) -> list[Array]:
+def bootstrap(outcomes: Sequence[ArrayLike], resamples: int, seed: int | Sequence[int]) -> list[Array]:
     """Mean scores on resampled questions; every model sees the same resample, so ratios and differences are paired.
 
     Args:
@@ -70,7 +70,7 @@ def bootstrap(outcomes: Sequence[ArrayLike], resamples: int, seed: int) -> list[
     return [_resampled_means(np.atleast_2d(np.asarray(each, dtype=np.float64)), resamples, generator) for each in outcomes]
 
 
-def observed_and_resampled(outcomes: Sequence[Array], resamples: int, seed: int) -> list[Array]:
+def observed_and_resampled(outcomes: Sequence[Array], resamples: int, seed: int | Sequence[int]) -> list[Array]:
     """For each benchmark `[1 + resamples, models]`: the mean over its questions, and those of `bootstrap`."""
     drawn = bootstrap(outcomes, resamples, seed)
     return [np.vstack([each.mean(axis=1), draws]) for each, draws in zip(outcomes, drawn, strict=True)]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from farss.precision import float32_products
 
 STRIPS = 4
 """A symmetric product in 4 strips takes 10 / 16 of the whole one; more strips are too thin to be computed fast."""
@@ -30,7 +32,7 @@ class Moment:
         rows = rows.to(self.dtype) if self.through is None else product(rows, self.through, self.dtype)
         if self.total is None:
             self.total = rows.new_zeros(rows.shape[1], rows.shape[1])
-        with _bfloat16_units(rows_are_exact):
+        with _exact_products(rows_are_exact):
             add_square(self.total, rows)
         self.count += rows.shape[0]
 
@@ -101,20 +103,13 @@ def _strips(total: Tensor) -> Iterator[tuple[int, int]]:
 def product(rows: Tensor, matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """`x M [t, w]` of rows `[t, d]` and `M [d, w]`, with sums of at least float32."""
     exact = rows.dtype == matrix.dtype == torch.bfloat16 and dtype == torch.float32
-    with _bfloat16_units(exact):
+    with _exact_products(exact):
         return rows.to(dtype) @ matrix.to(dtype)
 
 
-@contextmanager
-def _bfloat16_units(allowed: bool) -> Iterator[None]:
-    """Let float32 products run on bfloat16 matrix units, which is exact for factors that hold bfloat16 values."""
-    before = torch.get_float32_matmul_precision()
-    if allowed:
-        torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+def _exact_products(of_bfloat16: bool) -> AbstractContextManager[None]:
+    """Multiply float32 exactly; numbers that bfloat16 holds may go through its matrix units, which are exact for them."""
+    return float32_products("medium" if of_bfloat16 else "highest")
 
 
 def kept_rows(x: Tensor, mask: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from farss.errors import ModelError, NumericalError
-from farss.forward import accepts, accepts_or_hands_on, hooked
+from farss.forward import accepts, hooked, without_cache
 
 Batch = dict[str, Tensor]
 
@@ -148,7 +148,7 @@ def _short(batch: Batch) -> Batch:
 
 def _arguments(model: nn.Module, batch: Batch) -> dict[str, Any]:
     arguments: dict[str, Any] = {key: value for key, value in batch.items() if key != "labels" and accepts(model, key)}
-    return {**arguments, "use_cache": False} if accepts_or_hands_on(model, "use_cache") else arguments
+    return arguments | without_cache(model)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from farss.forward import modes_kept
-from farss.models import computing_dtype, is_quantised
+from farss.models import is_quantised
+from farss.precision import computing_dtype
+from farss.structure import holds_numbers
 from farss.survey.passage import Batch
 
 
@@ -31,7 +33,7 @@ def placed(tensors: list[Tensor], device: torch.device | None, dtype: torch.dtyp
     before = [tensor.data for tensor in tensors]
     for tensor in tensors:
         place = device or tensor.device
-        wanted = dtype if dtype and tensor.is_floating_point() else computing_dtype(tensor.dtype, place)
+        wanted = (dtype or computing_dtype(tensor.dtype, place)) if holds_numbers(tensor) else tensor.dtype
         tensor.data = tensor.data.to(place, wanted)
     try:
         yield
@@ -77,6 +79,8 @@ def outside(model: nn.Module, parts: Iterable[nn.Module]) -> list[Tensor]:
 
 
 def computing_device(model: nn.Module, device: torch.device | None) -> torch.device:
-    """Where a model computes: the device that is asked for, unless it is quantised, which ties it to where it lies."""
+    """Where a model computes: the device that is asked for, unless it is quantised, which ties it to where it lies. Not on Apple's GPUs,
+    which have no float64."""
     own: torch.device = next(model.parameters()).device
-    return device if device is not None and not is_quantised(model) else own
+    place = device if device is not None and not is_quantised(model) else own
+    return place if place.type != "mps" else torch.device("cpu")

@@ -13,7 +13,7 @@ from typing import Any
 
 from farss.data import prompt_text
 
-GRADING = 5
+GRADING = 6
 """Goes up when answers are graded by other rules: those of a run folder are then graded again (of lm_eval's tasks, asked for again), so
 that none that were graded by the old rules stand beside the new."""
 STEPS = " Let's think step by step."
@@ -21,7 +21,7 @@ STEPS = " Let's think step by step."
 
 _OF_NUMBERS = r"(?<=\d)[^,]\d|(?<![\w-])-\$?\.?\d|(?<![^\s$-])\.\d|(?<=\d[eE])-\d"
 """Punctuation that is no decoration: "1/2", "3.5", "1914-1918", "-5", ".5" and "1e-3"; not "1,000"."""
-_OF_NAMES = r"(?<=\b\w)(\+|#(?!#))|(?<=\w)\+[\w+]|(?<=\w\+)\+|(?<=\w)[<>=][\w=]|(?<=\w[<>=])=\w|(?<=\w)[*^]\w"
+_OF_NAMES = r"(?<=\b[^\W\d])(\+|#(?!#))|(?<=\w)\+[\w+]|(?<=\w\+)\+|(?<=\w)[<>=][\w=]|(?<=\w[<>=])=\w|(?<=\w)[*^]\w"
 """The same of names and formulas: "C++", "C#", "A+", "x>=5" and "x^2"; not "#1", "**Paris**" or "Paris###"."""
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _LEADING = re.compile(r"\b(a|an|the)\b(?=\s+\w)")

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from farss.errors import ConfigError, FarssError, ModelError
-from farss.forward import accepts, evaluating
+from farss.forward import accepts, evaluating, without_cache
 from farss.memory import give_back_if_scarce
+from farss.precision import float32_products
 from farss.processes import environment
 from farss.tasks.likelihood import rows_that_fit
 from farss.tasks.prefix import Prefix, shared_prefix
@@ -56,12 +57,8 @@ def _tensor_cores(model: Any) -> Iterator[None]:
     if model.device.type != "cuda" or model.dtype.itemsize > 2:
         yield
         return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
+    with float32_products("high"):
         yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 @contextlib.contextmanager
@@ -265,19 +262,21 @@ class Asking(Base):
                 return count
         return 1
 
-    def _model_call(self, inps: Any, *rest: Any, **options: Any) -> Any:
+    def _model_call(self, inps: Any, *rest: Any, **_: Any) -> Any:
+        options = without_cache(self.model)
         if accepts(self.model, "logits_to_keep"):
             # HFLM counts from the end where it is given fewer logits than tokens
-            span, known, options = answer_span(inps.tolist(), self.answers), self.prefix, {}
+            span, known = answer_span(inps.tolist(), self.answers), self.prefix
             if known is not None and known.begins(inps) and span <= inps.shape[1] - len(known.ids):
                 inps, options = inps[:, len(known.ids) :], {"cache": known.spread(inps.shape[0])}
-            logits = self.model(inps, logits_to_keep=span, **options).logits
-        else:
-            logits = super()._model_call(inps, *rest, **options)
+            options["logits_to_keep"] = span
+        logits = self.model(inps, **options).logits
         self.advance(inps.shape[0])
         return logits
 
     def _model_generate(self, context: Any, max_length: int, stop: list[str], **options: Any) -> Any:
+        # or the model's own `max_new_tokens`, where it has one, would go before
+        options |= {"max_new_tokens": max_length - context.shape[1], "min_new_tokens": None, "min_length": 0}
         known = self.prefix and self.prefix.to_front(context, options["attention_mask"])
         if self.prefix and known:
             context, mask = known

@@ -77,9 +77,10 @@ def standings(
     own = dict.fromkeys([base, *(entry.folder for entry in everyone)])
     with_full = own | dict.fromkeys(entry.full for entry in everyone if entry.full)
     read = {folder: read_scores(folder) for folder in with_full}
-    resamples, seed = config.evaluate.resamples, config.seed
+    resamples = config.evaluate.resamples
     found: dict[str, dict[str, Array]] = {method: {} for method in methods}
     for kind in kinds:
+        seed = stream_of(config.seed, kind)
         letter, nats = ("K", "kept") if kind == "knowledge" else ("T", "learned")
         folders = [*(own if letter == "K" else with_full)]  # K needs no full fine-tuning, which may have been asked the task alone
         place = {folder: index for index, folder in enumerate(folders)}
@@ -100,6 +101,12 @@ def standings(
             if changes:
                 found[method][nats] = np.mean([each[:, places] for each in changes], axis=0)
     return {method: _standing(method, letters, [entry.seed for entry in methods[method]]) for method, letters in found.items()}
+
+
+def stream_of(seed: int, kind: Kind) -> list[int]:
+    """Seeds the draws of the questions of a kind: not those of another, or a hundred facts and a hundred messages would be drawn alike, and
+    K and T would rise and fall together."""
+    return [seed, KINDS.index(kind)]
 
 
 def _outcomes(runs: list[Any], kind: Kind, only: Only | None) -> list[Outcomes]:

@@ -12,7 +12,7 @@ from farss.errors import FolderError
 from farss.files import write_json
 from farss.maths.metrics import Array, bootstrap, interval, paired_difference
 from farss.tasks.outcomes import Estimate, Outcomes, outcomes_of, read_scores
-from farss.tasks.standing import Entry, standings
+from farss.tasks.standing import Entry, standings, stream_of
 
 BEFORE, AFTER, FULL = 0, 1, 2
 
@@ -107,7 +107,9 @@ def summarise(before: Path, after: Path, full: Path | None, config: Config, only
     notes += [*no_k, *no_t, *(_about_t(reference[0][0], config) if "T" in found else [])]
     resamples, seed = config.evaluate.resamples, config.seed
     # each kind anew, as in `standings`, so that a benchmark's interval does not depend on what else is asked
-    draws = [drawn for of_kind in asked.values() for drawn in bootstrap([each.scores for each in of_kind], resamples, seed)]
+    draws = [
+        drawn for kind, of_kind in asked.items() for drawn in bootstrap([each.scores for each in of_kind], resamples, stream_of(seed, kind))
+    ]
     losses = (runs[0][0].text_loss, runs[1][0].text_loss)
     return Summary(
         **{metric: found.get(metric) for metric in ("K", "T", "KT", "retained")},  # type: ignore[arg-type]

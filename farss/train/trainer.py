@@ -16,9 +16,9 @@ from farss.config import Config, TrainConfig
 from farss.data import Tokenized
 from farss.errors import ConfigError, nearest
 from farss.files import write_tensors
-from farss.forward import accepts_or_hands_on, modes_kept
+from farss.forward import modes_kept, without_cache
 from farss.memory import give_back_if_scarce
-from farss.models import multiplies_in
+from farss.precision import multiplies_in
 from farss.train.checkpoints import REGIME, read_weights, write_weights
 from farss.train.record import Record
 
@@ -259,7 +259,7 @@ def own_loss(model: Any, inputs: dict[str, Any], count: Any) -> Tensor:
     Args:
         count: of the answer tokens in the whole batch, where the gradients of several forward passes are added up.
     """
-    cache = {"use_cache": False} if accepts_or_hands_on(model, "use_cache") else {}
+    cache = without_cache(model)
     logits = model(**{name: value for name, value in inputs.items() if name != "labels"} | cache).logits[:, :-1]
     labels = inputs["labels"][:, 1:]
     scored = labels != -100

@@ -28,7 +28,15 @@ def test_numbers(answer, gold, score):
     ("answer", "accepted", "right"),
     [
         *(("C++", "C", 0), ("C#", "C", 0), ("x>=5", "x<=5", 0), ("a+b", "a-b", 0), ("x^2", "x2", 0), ("a*b", "ab", 0), ("A", "A+", 0)),
-        *(("**Paris**", "Paris", 1), ("#1", "1", 1), ("`C++`.", "c++", 1), ("non-fiction", "nonfiction", 1), ("> Paris", "Paris", 1)),
+        *(
+            ("**Paris**", "Paris", 1),
+            ("#1", "1", 1),
+            ("`C++`.", "c++", 1),
+            ("non-fiction", "nonfiction", 1),
+            ("> Paris", "Paris", 1),
+            ("5+", "5", 1),
+            ("3#", "3", 1),
+        ),
         *(("Paris###", "Paris", 1), ("Paris=", "Paris", 1), ("Paris>", "Paris", 1), ("g++", "g", 0), ("Disney+", "Disney", 1)),
     ],
 )

@@ -53,6 +53,17 @@ def test_generation_uses_the_cache_even_after_gradient_checkpointing(model, toke
     assert model.is_gradient_checkpointing
 
 
+def test_a_models_own_settings_make_no_answer_longer_or_shorter(model, tokenizer, files, tmp_path):
+    """Qwen's generation_config.json says max_new_tokens: 2048."""
+    config = asking([QuestionSet("known", files["known"], max_tokens=2)])
+    evaluate(model, tokenizer, config, tmp_path / "plain")
+    model.generation_config.max_new_tokens, model.generation_config.min_new_tokens = 40, 30
+    evaluate(model, tokenizer, config, tmp_path / "own")
+    plain, own = ([row["answer"] for row in questions(tmp_path / name / "scores", "known")] for name in ("plain", "own"))
+    assert own == plain
+    assert max(map(len, own)) == 1  # a token a character, of which the space before the answer is one
+
+
 @pytest.mark.usefixtures("whole_prompts")
 def test_a_peft_model_is_asked_without_a_merge(model, tokenizer, files, tmp_path):
     base = evaluate(model, tokenizer, asking([QuestionSet("mixed", files["mixed"])]), tmp_path / "base")

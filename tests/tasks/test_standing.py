@@ -177,6 +177,18 @@ def test_methods_with_other_seeds_are_compared_all_the_same():
     assert row["low"] < -4.95 < row["high"] < 0
 
 
+def test_what_is_drawn_of_knowledge_says_nothing_of_what_is_drawn_of_the_task(asked, monkeypatch):
+    """As many riddles as intents, with the same outcomes: drawn alike, K and T would rise and fall together, and KT would seem less sure
+    than it is."""
+    monkeypatch.setitem(QUESTIONS, "riddles", ("knowledge", QUESTIONS["intents"][1]))
+    for name in ("facts", "places"):
+        monkeypatch.delitem(QUESTIONS, name)
+    base, full = (asked(name, 0, riddles=1.0, intents=1.0) for name in ("base", "full"))
+    found = standings(base, {"run": [Entry(asked("run", 5), full)]}, drawing(2000))["run"]
+    assert found.estimates["K"].value == found.estimates["T"].value
+    assert abs(np.corrcoef(found.draws["K"], found.draws["T"])[0, 1]) < 0.1
+
+
 def test_one_seed_has_the_chance_of_the_questions_alone(runs):
     base, _, groups = runs
     one = {"lora": groups["lora"][:1]}
