@@ -105,7 +105,7 @@ def test_blocks_that_hand_on_more_than_one_state_a_token_are_refused(tmp_path):
 
 
 def test_a_model_that_cannot_be_kept_from_caching_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("farss.survey.passage.accepts_or_hands_on", lambda model, argument: False)
+    monkeypatch.setattr("farss.forward.accepts_or_hands_on", lambda model, argument: False)
     with pytest.raises(ModelError, match=r"LlamaForCausalLM caches keys and values whatever it is told"):
         survey(small("llama"), collated(examples()), tmp_path, cap=4)
 

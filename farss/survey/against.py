@@ -70,7 +70,7 @@ class Against(Sweep):
         task, knowledge = ({name: Moment(sums_of(module)) for name, module in modules.items()} for _ in range(2))
         with self.timed("statistics"):
             gradients = self.walk(index, passages, lambda mask: recording_pull(modules, task, mask))
-            for text, state in zip(self.texts, self.kept.read(KNOWLEDGE, index, self.device), strict=True):
+            for text, state in zip(self.texts, self.kept.read(KNOWLEDGE, index), strict=True):
                 with torch.no_grad(), recording_inputs(modules, knowledge, text.mask):
                     through(self.blocks[index], index, text, state)
             add_up([*task.values(), *knowledge.values()])

@@ -9,7 +9,6 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -41,10 +40,10 @@ class Kept:
         """Keep one tensor a batch."""
         write_tensors(self.path(kind, block), {str(place): state.cpu() for place, state in enumerate(states)})
 
-    def read(self, kind: str, block: int, device: torch.device) -> list[Tensor]:
-        """Read one tensor a batch; on a CPU they stay on disk until they are used."""
+    def read(self, kind: str, block: int) -> list[Tensor]:
+        """Read one tensor a batch; they stay on disk until they are used."""
         with safe_open(self.path(kind, block), framework="pt") as file:
-            return [file.get_tensor(str(place)).to(device) for place in range(len(file.keys()))]
+            return [file.get_tensor(str(place)) for place in range(len(file.keys()))]
 
     def drop(self, kind: str, block: int) -> None:
         """Forget a block's states."""

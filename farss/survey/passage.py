@@ -98,10 +98,10 @@ def enter(model: nn.Module, blocks: nn.ModuleList, batch: Batch, returned: int, 
 
 
 def through(block: nn.Module, index: int, passage: Passage, hidden: Tensor) -> Tensor:
-    """The output [b, t, d] of a block for its input [b, t, d]."""
+    """The output [b, t, d] of a block for its input [b, t, d], wherever that lies."""
     args, kwargs = passage.calls[index]
     # states that another kind of machine left on disk may be in another precision than its computing
-    output = block(hidden.to(passage.start.dtype), *args, **kwargs)
+    output = block(hidden.to(passage.start), *args, **kwargs)
     result: Tensor = output[0] if isinstance(output, tuple) else output
     return result
 

@@ -31,7 +31,7 @@ from farss.survey.passage import Batch, check_finite, check_passage, counted, en
 from farss.survey.places import computing_device, frozen, moved, outside, placed, placed_in_turn, tensors_of
 from farss.survey.record import PROGRESS, begin, finish, mark_file, same_survey, write_block
 from farss.survey.statistics import check_counts, finite_moment, finite_weight, recording_inputs, sums_of
-from farss.survey.sweep import Progress, carry_out, real_tokens, silent
+from farss.survey.sweep import Progress, batches_fit, carry_out, real_tokens, silent
 
 Over = Literal["tokens", "answers", "examples"]
 KINDS: dict[Over, type[Moment]] = {"tokens": Moment, "answers": Covariance, "examples": ExampleMoment}
@@ -81,7 +81,7 @@ def read_layers(
     if batches and over == "answers":
         batches = [{**batch, "counted": (batch["labels"] != -100).long()} for batch in batches]
     rows = _rows(batches, over)
-    with frozen(model), freed_memory_kept(place):
+    with frozen(model), freed_memory_kept(place), batches_fit(batches):
         walk = _moments(model, blocks, layers, batches, folder, place, KINDS[over]) if batches else _alone(blocks, layers, folder, place)
         for index, moments in walk:
             inside = {name: layer for name, layer in layers.items() if layer.block == index}
@@ -151,11 +151,11 @@ def _moments(
         for index in undone:
             modules = {name: model.get_submodule(name) for name, layer in layers.items() if layer.block == index}
             moments = {name: kind(sums_of(module)) for name, module in modules.items()}
-            states = kept.read(INPUT, index, device)
+            states = kept.read(INPUT, index)
             with placed(tensors_of(blocks[index]), device):
                 for place, passage in enumerate(passages):  # no name is left to a state that lies in the file, which is then deleted
                     with torch.no_grad(), recording_inputs(modules, moments, passage.mask):
-                        states[place] = through(blocks[index], index, passage, states[place])
+                        states[place] = through(blocks[index], index, passage, states[place]).cpu()
                 check_finite(states, f"what leaves block {index}", partial(_check_weights, modules, layers))
                 kept.write(INPUT, index + 1, states)
                 yield index, moments

@@ -26,7 +26,7 @@ from farss.artifacts import Layer, Survey
 from farss.errors import FarssError
 from farss.files import fingerprint, write_json
 from farss.maths.directions import decompose
-from farss.memory import freed_memory_kept, peak_gib, used_gib
+from farss.memory import fits, freed_memory_kept, peak_gib, used_gib
 from farss.models import fingerprint as model_fingerprint
 from farss.search import shallow_end
 from farss.structure import find_blocks, keep_gradients, target_layers
@@ -128,13 +128,18 @@ def carry_out(
         seconds = round(before["seconds"] + time.monotonic() - started, 1)
         return {"seconds": seconds, "parts": {name: round(spent, 1) for name, spent in sweep.parts.items()}}
 
-    with frozen(model), freed_memory_kept(place):
+    with frozen(model), freed_memory_kept(place), batches_fit(batches):
         sweep.run(batches, draws, lambda: write_json(folder / PROGRESS, {**before, **so_far()}))
     if processes.rank() == 0:
         facts = {**facts, "key": key, "processes": processes.size(), **so_far(), "peak_memory_gib": round(peak_gib(place), 2)}
         finish(folder, layers, len(blocks), cap, batches, facts)
     processes.wait()
     return Survey.load(folder)
+
+
+def batches_fit(batches: list[Batch]) -> AbstractContextManager[None]:
+    """Say what filled the GPU's memory, if something does."""
+    return fits(max((len(batch["input_ids"]) for batch in batches), default=1), "examples at a time", "calibration.batch_size")
 
 
 def check_share(batches: list[Batch]) -> None:
@@ -203,7 +208,10 @@ class Sweep:
     def forwards(self, passages: list[Passage]) -> None:
         """Send every batch through each block in turn, and the last block's output through the loss."""
         states = self.through_all(passages, INPUT)
-        gradients = [output_gradient(self.model, self.blocks, *pair) for pair in zip(passages, states, strict=True)]
+        gradients = [
+            output_gradient(self.model, self.blocks, passage, state.to(passage.start)).cpu()
+            for passage, state in zip(passages, states, strict=True)
+        ]
         check_finite(gradients, "the loss's gradient at the last block")
         self.kept.write(GRADIENT, len(self.blocks) - 1, gradients)
 
@@ -216,9 +224,9 @@ class Sweep:
             passage.start = passage.start.new_empty(0)
         for index in range(first, len(self.blocks)):
             self.tell(0, len(self.blocks), f"forward pass, block {index}")
-            states = self.kept.read(kind, index, self.device)
-            with placed(tensors_of(self.blocks[index]), self.device), torch.no_grad():
-                states = [through(self.blocks[index], index, *pair) for pair in zip(passages, states, strict=True)]
+            states = self.kept.read(kind, index)
+            with placed(tensors_of(self.blocks[index]), self.device), torch.no_grad():  # on a GPU one batch's states at a time
+                states = [through(self.blocks[index], index, *pair).cpu() for pair in zip(passages, states, strict=True)]
             check_finite(states, f"what leaves block {index}", partial(self._weights, index))
             if index < len(self.blocks) - 1:
                 self.kept.write(kind, index + 1, states)
@@ -274,13 +282,13 @@ class Sweep:
         Returns:
             The gradients of its input, [b, t, d] a batch.
         """
-        inputs, gradients = self.kept.read(INPUT, index, self.device), self.kept.read(GRADIENT, index, self.device)
+        inputs, gradients = self.kept.read(INPUT, index), self.kept.read(GRADIENT, index)
         result = []
         for passage, state, gradient in zip(passages, inputs, gradients, strict=True):
-            hidden = state.detach().requires_grad_(True)
+            hidden = state.to(passage.start).detach().requires_grad_(True)
             with torch.enable_grad(), recorded(passage.mask):
                 output = through(self.blocks[index], index, passage, hidden)
-                result.append(torch.autograd.grad(output, hidden, gradient.to(output.dtype))[0])
+                result.append(torch.autograd.grad(output, hidden, gradient.to(output))[0].cpu())
         return result
 
     def _write(self, index: int, readouts: dict[str, Readout]) -> None:
