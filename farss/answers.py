@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +21,7 @@ from farss.recovery import knowledge_alone, recover, recovery_rows
 from farss.tasks.benchmarks import grading
 from farss.tasks.summary import Summary, summarise
 
+log = logging.getLogger(__name__)
 Load = Callable[[], Any]
 """Gives the model that is asked."""
 BASE = "base"
@@ -45,6 +47,9 @@ class Answers:
         if not self.common.is_done(step, options, redo=True) and not self._graded_again(step, self.common, options, folder, config):
             with self.common.step(step, options):
                 self._ask(load(), folder, "evaluate base", BASE)
+            for name, score in Scores.load(folder / "scores.json").knowledge.items():
+                if not score.score:
+                    log.warning(f"The untouched model answers none of the {score.questions:,} questions of {name!r}: K will have no value.")
         return Scores.load(folder / "scores.json")
 
     def after(self, load: Load) -> bool:

@@ -7,14 +7,18 @@ import re
 from pathlib import Path
 from typing import Any
 
+from farss.data import prompt_text
 from farss.files import read_json, write_text
 from farss.models import local_folder
 
-PROMPTS = {
-    "alpaca": "Alpaca's, with the instruction between `### Instruction:` and `### Response:` (`data.template: alpaca`)",
-    "chat": "the model's own chat template (`data.template: chat`)",
-    "plain": "the instruction as it is (`data.template: plain`)",
-}
+ASK = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer{imports}
+
+tokenizer = AutoTokenizer.from_pretrained("{base}")
+model = AutoModelForCausalLM.from_pretrained("{loaded}", dtype="auto", device_map="auto"){adapter}
+{inputs}
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=200)[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```"""
 
 
 def write_card(folder: Path, summary: dict[str, Any] | None = None, command: str = "") -> None:
@@ -28,7 +32,7 @@ def write_card(folder: Path, summary: dict[str, Any] | None = None, command: str
     base, method = facts.get("base") or "its base model", facts["method"]
     adapter = (folder / "adapter_config.json").is_file()
     known = {"base_model": base} if not Path(base).exists() else {}  # a hub takes names of models, and no folders of ours
-    front = {**known, "library_name": "peft" if adapter else "transformers", "tags": ["farss", method]}
+    front = {**known, "library_name": "peft" if adapter else "transformers", "tags": [*dict.fromkeys(("farss", method))]}
     licence = base_licence(base)
     front |= {"license": licence} if licence else {}
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", ""]
@@ -38,12 +42,34 @@ def write_card(folder: Path, summary: dict[str, Any] | None = None, command: str
     if facts.get("parameters"):
         lines.append(f"- trained as: {method}, {facts['parameters']:,} parameters, {facts['blocks']} blocks{shallow}")
     lines += [f"- base's precision: {facts['base_dtype']}"] if facts.get("base_dtype") else []
-    system = f", with the system message {facts['system']!r}" if facts.get("system") else ""
-    lines += [f"- prompt: {PROMPTS.get(template, repr(template))}{system}"] if (template := facts.get("template")) else []
     lines += [f"- made by: `{command}`"] if command else []
     lines.append(f"- licence: that of the base model ({licence or 'see its card'})")
+    lines += ["", *_asking(facts, base, folder, adapter)] if facts.get("template") else []
     lines += ["", *_measured(summary)] if summary else []
     write_text(folder / "README.md", "\n".join(lines) + "\n")
+
+
+def _asking(facts: dict[str, Any], base: str, folder: Path, adapter: bool) -> list[str]:
+    """How to ask it: as it was trained."""
+    template = facts["template"]
+    if template == "chat":
+        opening = [{"role": "system", "content": facts["system"]}] if facts.get("system") else []
+        inputs = (
+            f"messages = {[*opening, {'role': 'user', 'content': '...'}]!r}\n"
+            'inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)'
+            ".to(model.device)"
+        )
+    else:
+        prompt = prompt_text(template, "Your question here.")
+        inputs = f'prompt = {prompt!r}\ninputs = tokenizer(prompt, return_tensors="pt").to(model.device)'
+    code = ASK.format(
+        imports="\nfrom peft import PeftModel" if adapter else "",
+        base=base if adapter else folder.name,
+        loaded=base if adapter else folder.name,
+        adapter=f'\nmodel = PeftModel.from_pretrained(model, "{folder.name}")' if adapter else "",
+        inputs=inputs,
+    )
+    return ["## Asking it", "", "In the prompt of its training:", "", code]
 
 
 def _adapter_lines(facts: dict[str, Any]) -> list[str]:

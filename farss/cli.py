@@ -26,7 +26,6 @@ from farss.errors import FarssError, UsageError
 from farss.progress import bars, console
 
 app = typer.Typer(
-    help="Fine-tune a language model on your data without losing what it knew.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -43,10 +42,19 @@ Overrides = Annotated[
 ]
 
 
+class Told(logging.Handler):
+    """Warnings on stderr, above the progress bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one."""
+        name = record.name.partition(".")[0]
+        errors.print(f"[yellow]{name}:[/] {escape(record.getMessage())}", highlight=False, soft_wrap=True)
+
+
 def main() -> None:
     """Entry point: user errors become one sentence and an exit code, everything else is our bug and shows itself."""
     warnings.filterwarnings("ignore")
-    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, handlers=[Told()])
     codecs.register_error("farss", _spelt)
     for stream in (sys.stdout, sys.stderr):  # redirected on Windows, they take no "■"
         if isinstance(stream, io.TextIOWrapper):
@@ -72,6 +80,21 @@ def _spelt(error: UnicodeError) -> tuple[str, int]:
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        console.print(f"farss {version('farss')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def farss(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Fine-tune a language model on your data without losing what it knew. Each command does what is still missing before it."""
 
 
 @app.command()
@@ -202,7 +225,7 @@ def _show_boundary(found: Any) -> None:
 
 @app.command()
 def train(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Fine-tune; a killed run continues from its newest checkpoint."""
+    """Fine-tune, after a survey and a plan where they are missing; a killed training continues from its newest checkpoint."""
     with _single(_read(config, overrides)) as one:
         result = one.train()
     console.print(f"{result.steps} steps, loss {result.loss:.4f}, {result.seconds:.0f} s, peak memory {result.peak_memory_gib:.1f} GiB")
@@ -217,7 +240,7 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
 
 @app.command()
 def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Ask the questions before and after, and compute K, T and KT."""
+    """Ask the questions before and after, and compute K, T and KT; trains first where nothing is trained."""
     from farss.terminal import summary_table
 
     wanted = _read(config, overrides)
@@ -238,11 +261,12 @@ def export(
     rank: Annotated[int | None, typer.Option(help="Compress to this rank; default: export.rank.")] = None,
     energy: Annotated[float | None, typer.Option(help="Compress to this share of each change; default: export.energy.")] = None,
 ) -> None:
-    """Write the portable adapter (or the merged model), checked on the untouched base."""
+    """Write the portable adapter (or the merged model), checked on the untouched base; trains first where nothing is trained."""
     extra = [f"export.to={to}"] if to else []
     extra += [f"export.rank={rank}"] if rank is not None else []
     extra += [f"export.energy={energy}"] if energy is not None else []
     with _single(_read(config, [*(overrides or []), *extra])) as one:
+        one.warn()
         target = one.export()
     facts = one.folder.record("export") or {}
     if "rank" in facts:
@@ -411,7 +435,8 @@ def _run(config: Config) -> None:
         one = Run(config, tell=tell)
         one.all()
     _facts(one.path)
-    _where({"adapter": _handed_over(one.path), "report": one.path / "report.html", "everything": one.path})
+    made = _handed_over(one.path)
+    _where({made.name: made, "report": one.path / "report.html", "everything": one.path})
 
 
 def _run_comparison(config: Config) -> None:

@@ -55,7 +55,8 @@ class DataConfig:
     prompt and answer, unless your own text ends in white space."""
     system: str | None = None
     """With the template chat: the system message with which questions are asked in the training's prompt. The examples must have it in
-    their messages. null: none, which is refused where all examples begin with the same one; '' asks without it all the same."""
+    their messages. null: none; where every example begins
+    with one, repeat it here, or write '' to leave it out on purpose."""
     max_length: int = 512
     """Longest example in tokens; the end is cut off, and an example of which no answer is left is not used (you are told)."""
     limit: int | None = None
@@ -261,10 +262,10 @@ class TrainConfig:
     dropout: float = 0.05
     """Dropout on the adapter's input."""
     max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm."""
+    """Gradients are clipped to this norm; 0: they are not."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Precision of the matrix products; bf16; fp32: that of the weights (float32, if model.dtype says so); auto: bf16 where the machine has
-    units for it. Trainable weights and their updates are always float32."""
+    """In what matrices are multiplied. bf16; fp32: in the weights' own precision (for float32 set model.dtype=float32 too); auto: bf16
+    where the machine has units for it. What trains, and its updates, are always float32."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a third more time."""
     save_steps: int = 100
@@ -281,6 +282,8 @@ class TrainConfig:
         _check(self.batch_size >= 1, f"train.batch_size={self.batch_size}: give 1 or more")
         _check(0 <= self.warmup_ratio < 1, f"train.warmup_ratio={self.warmup_ratio}: give 0 or more, below 1")
         _check(0 <= self.dropout < 1, f"train.dropout={self.dropout}: give 0 or more, below 1")
+        _check(self.weight_decay >= 0, f"train.weight_decay={self.weight_decay}: give 0 or more")
+        _check(self.max_grad_norm >= 0, f"train.max_grad_norm={self.max_grad_norm}: give 0 (no clipping) or more")
         _check(self.save_steps >= 1, f"train.save_steps={self.save_steps}: give 1 or more")
         _check(self.logging_steps >= 1, f"train.logging_steps={self.logging_steps}: give 1 or more")
         micro = self.micro_batch_size

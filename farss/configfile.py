@@ -19,11 +19,35 @@ import yaml
 from farss.config import Config, QuestionSet
 from farss.errors import ConfigError, nearest
 
+CONFIG = "config.yaml"
+"""What the configuration is called in a run folder."""
+CALLED = {
+    **dict.fromkeys(("lr", "learning_rate"), "train.learning_rate"),
+    **dict.fromkeys(("num_train_epochs", "num_epochs"), "train.epochs"),
+    **dict.fromkeys(("per_device_train_batch_size", "train_batch_size", "micro_batch"), "train.micro_batch_size"),
+    **dict.fromkeys(("lr_scheduler_type", "lr_scheduler"), "train.scheduler"),
+    **dict.fromkeys(("lora_dropout",), "train.dropout"),
+    **dict.fromkeys(("bf16", "fp16", "tf32"), "train.precision"),
+    **dict.fromkeys(("r", "lora_r", "lora_rank"), "plan.rank"),
+    **dict.fromkeys(("lora_alpha",), "plan.alpha"),
+    **dict.fromkeys(("target_modules", "lora_target_modules"), "model.targets"),
+    **dict.fromkeys(("load_in_4bit", "load_in_8bit", "quantization_config"), "model.quantization: nf4"),
+    **dict.fromkeys(("model_name_or_path", "model_name", "base_model"), "model.path"),
+    **dict.fromkeys(("device_map",), "model.device"),
+    **dict.fromkeys(("torch_dtype",), "model.dtype"),
+    **dict.fromkeys(("dataset", "datasets", "dataset_name", "train_file"), "data.train"),
+    **dict.fromkeys(("max_seq_length", "max_seq_len", "cutoff_len", "sequence_len"), "data.max_length"),
+    **dict.fromkeys(("output_dir", "output"), "out"),
+}
+"""Our keys, by what others call them."""
 REFUSED = {
     "rslora": "FARSS scales its factors by alpha / R itself, and rsLoRA would scale the start too: set plan.alpha",
-    "dora": "DoRA rescales the rows of W + s B A, so with FARSS's start the model would not begin as the base model",
+    "dora": "DoRA is a method of its own, for FARSS's start is not the base model once its rows are rescaled: set plan.method=dora",
+    "gradient_accumulation_steps": "train.batch_size is that of a whole step: set train.micro_batch_size to what fits at a time",
+    "optim": "AdamW trains, and there is no other: leave it out",
+    "packing": "examples are not packed: leave it out",
 }
-"""Why PEFT options that people ask for together with FARSS are not options here."""
+"""Why options of others are not options here."""
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -36,6 +60,8 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder: give a configuration file, such as {path / CONFIG}")
     if not path.is_file():
         raise ConfigError(f"there is no configuration file {path}: `farss config > {path}` makes one")
     try:
@@ -52,7 +78,8 @@ def _read(path: Path) -> dict[str, Any]:
 def _told(error: Exception) -> str:
     """What PyYAML finds wrong, in one line."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
-        return f"{error.problem}, in line {error.problem_mark.line + 1}"
+        cure = "; indent with spaces" if "'\\t'" in (error.problem or "") else ""
+        return f"{error.problem}, in line {error.problem_mark.line + 1}{cure}"
     return " ".join(str(error).split())
 
 
@@ -96,7 +123,8 @@ def set_key(values: dict[str, Any], key: str, value: Any) -> None:
 
 def _unknown(key: str, known: list[str]) -> ConfigError:
     last = key.rpartition(".")[2].removeprefix("use_").lower()
-    return ConfigError(f"unknown key {key!r}: {REFUSED.get(last) or nearest(key, known)}")
+    meant = f"did you mean {CALLED[last]!r}?" if last in CALLED else nearest(key, known)
+    return ConfigError(f"unknown key {key!r}: {REFUSED.get(last, meant)}")
 
 
 def all_keys() -> list[str]:
@@ -148,13 +176,22 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return value
     if origin is list:
         if not isinstance(value, list):
-            raise ConfigError(f"{where}={value!r}: give a list, such as [{value}]")
+            raise ConfigError(f"{where}={value!r}: give a list{_such_as(value)}")
         return [_convert(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value)]
     if origin is dict or kind is Any:
         return value
     if dataclasses.is_dataclass(kind):
         return _build(kind, value if value is not None else {}, where)
     return _convert_plain(kind, value, where)
+
+
+def _such_as(value: Any) -> str:
+    """An example of what was probably meant."""
+    if value == "all-linear":  # PEFT's word
+        return "; an empty one, [], is every linear layer"
+    if isinstance(value, str) and Path(value).suffix in (".jsonl", ".json", ".csv", ".parquet", ".gz"):
+        return f" of question sets, such as [{{name: mine, data: {value}, question: question, answers: answers}}]"
+    return f", such as [{yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10_000).split(chr(10))[0]}]"
 
 
 def _convert_union(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
@@ -179,7 +216,8 @@ def _convert_plain(kind: type, value: Any, where: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not kind:
-        raise ConfigError(f"{where}={value!r}: give {names[kind]}")
+        unquoted = " without quotes" if isinstance(value, str) and re.fullmatch(r"[-+.\d]+(e[-+]?\d+)?", value) else ""
+        raise ConfigError(f"{where}={value!r}: give {names[kind]}{unquoted}")
     return value
 
 
@@ -208,9 +246,9 @@ def dump(config: Config) -> str:
     return text
 
 
-def commented(config: Config | None = None) -> str:
-    """The configuration as YAML, each option under its help text."""
-    config = config or Config()
+def commented() -> str:
+    """The defaults as YAML, each option under its help text."""
+    config = Config()
     lines = ["# A farss run. Start it with `farss run FILE`; `farss run FILE key=value` overrides an option."]
     for entry in dataclasses.fields(config):
         value = getattr(config, entry.name)
@@ -251,10 +289,5 @@ def _comment(text: str, indent: str = "") -> list[str]:
 
 
 def _line(name: str, value: Any, indent: str = "") -> str:
-    if isinstance(value, (list, dict)) and value:
-        items = value if isinstance(value, dict) else None
-        plain = items or [to_dict(item) if dataclasses.is_dataclass(item) else item for item in value]
-        body = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True).rstrip().replace("\n", f"\n{indent}  ")
-        return f"{indent}{name}:\n{indent}  {body}"
     text = yaml.safe_dump(value, default_flow_style=True, width=10_000).strip()
     return f"{indent}{name}: {text.removesuffix('...').strip()}"

@@ -102,11 +102,14 @@ def _stages(rows: Sequence[tuple[int, dict[str, Any]]], columns: tuple[str, str]
             row = _first_turn(row.get(prompt), prompt, number)
             instruction, answer = cell(row, "human", number), cell(row, "assistant", number)
         else:
-            # somebody who names data.prompt gets just that column
-            instruction = whole_instruction(row, prompt, number) if config.prompt is None else cell(row, prompt, number)
-            answer = cell(row, response, number)
+            instruction, answer = _instruction(row, prompt, number, config), cell(row, response, number)
         result.append(_pair_stages(instruction, answer, number, config, tokenizer))
     return result
+
+
+def _instruction(row: dict[str, Any], column: str, number: int, config: DataConfig) -> str:
+    """Somebody who names data.prompt gets just that column."""
+    return whole_instruction(row, column, number) if config.prompt is None else cell(row, column, number)
 
 
 def _first_turn(turns: Any, column: str, number: int) -> dict[str, Any]:
@@ -183,6 +186,8 @@ class Tokenized:
     """Examples that were cut and still have some of their answer."""
     system: str | None = None
     """The system message with which every one of them begins, empty where none does; None: they differ."""
+    instructions: frozenset[int] = frozenset()
+    """`same_words` of what they ask."""
 
     def dataset(self) -> Any:
         """The same as a `datasets.Dataset`, with `labels` beside the mask: TRL takes it as it is."""
@@ -196,10 +201,25 @@ class Tokenized:
             }
         )
 
+    @property
+    def cut(self) -> str:
+        """What `data.max_length` took away, for people; empty where that is nothing."""
+        return told_cut(len(self.rows), self.truncated, self.dropped)
+
     @cached_property
     def tokens(self) -> int:
         """Number of tokens, prompts included."""
         return sum(len(row["input_ids"]) for row in self.rows)
+
+
+def told_cut(used: int, truncated: int, dropped: int) -> str:
+    """What became of examples that are longer than `data.max_length`; empty where there are none."""
+    if not (truncated or dropped):
+        return ""
+    return (
+        f"Of {used + dropped:,} training examples the end of {truncated:,} is cut off at data.max_length, and {dropped:,} are left out "
+        "because no answer fits into it."
+    )
 
 
 def labels_of(row: Row) -> list[int]:
@@ -224,12 +244,42 @@ def tokenize_rows(rows: Sequence[dict[str, Any]], config: DataConfig, tokenizer:
     """The same for rows that are in memory; `config.train` is not looked at."""
     if not rows:
         raise DataError("the data set has no rows: give at least one example")
+    rows = [_with_messages(row) for row in rows]
     columns = find_columns(rows, config.prompt, config.response)
     numbered = list(enumerate(rows, 1))
     chosen = choose(numbered, config.limit or len(rows), seed)
     stages = _stages(chosen, columns, config, tokenizer)
     whole = tokenize(stages, tokenizer, chat=config.template == "chat")
-    return replace(_cut(whole, config.max_length), system=_shared_system([row.get(columns[0]) for _, row in chosen]))
+    return replace(
+        _cut(whole, config.max_length),
+        system=_shared_system([row.get(columns[0]) for _, row in chosen]),
+        instructions=frozenset(same_words(text) for number, row in chosen for text in _asked(row, columns, number, config)),
+    )
+
+
+def _asked(row: dict[str, Any], columns: tuple[str, str], number: int, config: DataConfig) -> list[str]:
+    """What an example asks: its instruction, or what the user says in a chat."""
+    prompt, response = columns
+    if prompt != response:
+        return [_instruction(row, prompt, number, config)]
+    return [str(_text_of(turn)) for turn in row[prompt] if turn.get("role") == "user"]
+
+
+def same_words(text: str) -> int:
+    """Equal for texts that differ in case and white space alone; in this process."""
+    return hash(" ".join(text.lower().split()))
+
+
+ROLES = {"human": "user", "gpt": "assistant"}
+"""ShareGPT's names."""
+
+
+def _with_messages(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose `conversations` are ShareGPT's (`from`, `value`) with them as `messages`; any other as it is."""
+    turns = row.get("conversations")
+    if "messages" in row or not isinstance(turns, list) or not all(isinstance(turn, dict) and "from" in turn for turn in turns):
+        return row
+    return row | {"messages": [{"role": ROLES.get(turn["from"], turn["from"]), "content": turn.get("value")} for turn in turns]}
 
 
 def _shared_system(chats: Sequence[Any]) -> str | None:

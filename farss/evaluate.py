@@ -58,9 +58,10 @@ def evaluate(
     memory = fits(config.evaluate.batch_size, "prompts at a time", "evaluate.batch_size")
     with freed_memory_kept(model.device), memory, asking(model, config.evaluate.run_generated_code):
         asks = prompt_tokenizer(tokenizer)
+        tasks = {each.name: _load(each, asks, config, manager) for each in waiting}  # what cannot be reached is known before any is asked
         live = live_model(model, asks, config.evaluate.batch_size, on_progress) if waiting else None
         for each in waiting:
-            results[each.name] = _ask_and_write(each, live, config, manager, folder / "scores")
+            results[each.name] = _ask_and_write(each, tasks.pop(each.name), live, config, folder / "scores")
         loss = _text_loss(model, asks, config, identity, folder / "scores", on_progress)
     scores = Scores(**_by_kind(benchmarks, results), text_loss=loss, meta=identity)
     scores.save(folder / "scores.json")
@@ -93,11 +94,11 @@ def _identity(model: Any) -> str:
 # --- asking ----------------------------------------------------------------------------------------------------------
 
 
-def _ask_and_write(benchmark: Benchmark, live: Any, config: Config, manager: Any, folder: Path) -> TaskScore:
+def _ask_and_write(benchmark: Benchmark, tasks: dict[str, Any], live: Any, config: Config, folder: Path) -> TaskScore:
     """Ask one benchmark and write its records and its score; the score comes last and says that it is complete."""
     started = time.monotonic()
     live.start(benchmark.name, _writes_special_tokens(benchmark, config))
-    logged = _run(benchmark, live, config, manager)
+    logged = _run(benchmark, tasks, live, config)
     metrics = [main_metric(each) for each in logged]
     records: list[Record] = []
     for each, metric in zip(logged, metrics, strict=True):
@@ -135,11 +136,10 @@ def _writes_special_tokens(benchmark: Benchmark, config: Config) -> bool:
     return prompt_of(benchmark.entry, benchmark.kind, config.data, None).complete
 
 
-def _run(benchmark: Benchmark, live: Any, config: Config, manager: Any) -> list[Logged]:
+def _run(benchmark: Benchmark, tasks: dict[str, Any], live: Any, config: Config) -> list[Logged]:
     """Put the questions of one benchmark to the model through lm_eval's evaluator."""
     from lm_eval.evaluator import evaluate as harness_evaluate
 
-    tasks = _load(benchmark, live.tokenizer, config, manager)
     for task in tasks.values():
         task.set_config("num_fewshot", task.get_config("num_fewshot") or 0)
         task.set_fewshot_seed(config.seed)

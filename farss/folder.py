@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from farss import processes
 from farss.artifacts import KINDS
 from farss.config import Config, QuestionSet
-from farss.configfile import dump, from_dict, load, override, to_dict
+from farss.configfile import CONFIG, dump, from_dict, load, override, to_dict
 from farss.errors import ConfigError, FarssError, FolderError
 from farss.files import disk_cure, read_json, write_json, write_text
 
@@ -50,7 +50,7 @@ PATHS = (("model", "path"), ("data", "train"), ("calibration", "knowledge"), ("e
 FILES = ("data.train", "calibration.knowledge", "evaluate.knowledge", "evaluate.task", "evaluate.other", "evaluate.text")
 """Options whose files a result depends on."""
 CONTENT = "content of "
-CONFIG, VERSIONS = "config.yaml", "versions.json"
+VERSIONS = "versions.json"
 PLAN_KEYS = ("model.path", "model.targets", "plan")
 TRAIN_KEYS = (
     *(

@@ -8,8 +8,8 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from farss.artifacts import Layer
-from farss.config import Config, DataConfig, EvaluateConfig, ModelConfig, QuestionSet
-from farss.data import Tokenized, check_length, load_examples
+from farss.config import Config, DataConfig, EvaluateConfig, ModelConfig, QuestionSet, method_of_label
+from farss.data import Tokenized, check_length, load_examples, same_words
 from farss.errors import ConfigError
 from farss.models import empty_model, layer_shapes, load_tokenizer
 from farss.recovery import recovery_rows
@@ -72,6 +72,26 @@ class Inputs:
         """The user's knowledge text; empty where none is named."""
         source = self.common_config.calibration.knowledge
         return self._once(knowledge_texts, source) if source else []
+
+    def warnings(self) -> list[str]:
+        """What is known before anything is done, and would be missed at the end."""
+        config, found = self.config, [self.examples.cut] if self.examples.cut else []
+        asked = {"knowledge": "lost", "task": "learned"}
+        for kind, what in asked.items():
+            if not getattr(config.evaluate, kind):
+                found.append(f"No {kind} questions are given (evaluate.{kind}): nothing will say what was {what}.")
+        methods = {config.plan.method, *map(method_of_label, config.compare.methods)}
+        if config.evaluate.task and not config.evaluate.full_scores and "full" not in methods:
+            found.append(
+                "T and KT will be missing: they are relative to full fine-tuning, or to another run in its place. Name its scores in "
+                "evaluate.full_scores, or compare with full."
+            )
+        for entry in config.evaluate.asked:
+            if isinstance(entry, QuestionSet):
+                questions = [row["question"] for row in question_rows(entry)]
+                if count := sum(same_words(question) in self.examples.instructions for question in questions):
+                    found.append(f"{count:,} of the {len(questions):,} questions in {entry.data} are training examples too.")
+        return found
 
     def check(self) -> None:
         """Read all of it, so that a bad file is found before hours of training."""

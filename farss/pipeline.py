@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -36,6 +37,7 @@ from farss.tasks.summary import Summary
 from farss.train import TrainResult, check_options, products, restore, train, training_steps
 from farss.versions import versions
 
+log = logging.getLogger(__name__)
 CHECK_PROMPTS = 4
 """Real examples on which an exported adapter is compared with the trained model."""
 
@@ -381,8 +383,17 @@ class Run:
 
     def all(self) -> Path:
         """Every step."""
+        self.claim()
+        self.warn()
         self.all_but_report()
         return self.report()
+
+    def warn(self) -> None:
+        """Say what would be missed at the end."""
+        if self.config.export.to == "gguf" and handover.is_whole(self.config):
+            log.warning(f"export.to=gguf writes adapters, and {self.config.plan.method} hands over a whole model: llama.cpp converts it.")
+        for sentence in [] if self.has_trained else self.inputs.warnings():
+            log.warning(sentence)
 
     def base(self) -> None:
         """What is measured of the untouched model."""

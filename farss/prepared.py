@@ -18,7 +18,7 @@ from torch import Tensor
 from farss.adapter import TRAINED, lora_config, lora_layers
 from farss.artifacts import Plan
 from farss.config import ModelConfig
-from farss.errors import FarssError, FolderError
+from farss.errors import ConfigError, FarssError, FolderError
 from farss.files import read_json, whole_folder, write_json, write_tensors, write_text
 from farss.merging import write_model
 from farss.methods import METHODS, check_elsewhere
@@ -33,20 +33,20 @@ def check_method(name: str, quantised: bool) -> None:
     """Refuse what cannot be prepared, before it is looked at for hours.
 
     Raises:
-        FarssError: the method takes nothing out of the base, so that it needs no change, or needs a trainer of its own; or the base is
+        ConfigError: the method takes nothing out of the base, so that it needs no change, or needs a trainer of its own; or the base is
             quantised.
     """
     method = METHODS[name]
     check_elsewhere(method)
     if method.needs == "nothing":
-        raise FarssError(f"method {name!r} starts at zero: its adapter goes on the base as it is, nothing needs preparing")
+        raise ConfigError(f"method {name!r} starts at zero: its adapter goes on the base as it is, nothing needs preparing")
     if not method.takes_out:
-        raise FarssError(
+        raise ConfigError(
             f"method {name!r} takes nothing out of the base, so there is no other base to train on: call farss.prepare in a script "
-            "of yours, which gives the start to any trainer, or use `farss train`"
+            "of yours, which gives the start to any trainer, or let `farss run` train it"
         )
     if quantised:
-        raise FarssError(
+        raise ConfigError(
             "the model's weights are quantised, and nothing can be subtracted from them: prepare the unquantised model "
             "(model.quantization=none), or train here, with the untouched base"
         )

@@ -34,7 +34,7 @@ KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 
 
 def read_rows(path: str, split: str = "train") -> list[dict[str, Any]]:
-    """Read a table: a .jsonl, .json, .csv or .parquet file (.gz too), or a data set on a hub.
+    """Read a table: a .jsonl, .json, .csv (these also as .gz) or .parquet file, or a data set on a hub.
 
     Args:
         path: the file; or the data set's name, with its configuration behind a colon (`openai/gsm8k:main`).
@@ -48,6 +48,8 @@ def read_rows(path: str, split: str = "train") -> list[dict[str, Any]]:
     file = Path(path).expanduser()
     if file.is_file():
         rows = _read_file(file)
+    elif file.is_dir() and [*file.glob("*.*")]:
+        raise DataError(f"{path} is a folder: name a file in it")
     elif _looks_local(path) and not file.is_dir():
         raise DataError(f"there is no file {path}: check the path, or give a data set's name on a hub")
     else:
@@ -182,12 +184,12 @@ def find_columns(rows: Sequence[dict[str, Any]], prompt: str | None, response: s
     """Find the columns with the instruction and the answer; both are the same one where it holds whole chats.
 
     Raises:
-        DataError: a named column is missing, or none is named and none has a usual name.
+        RowError: a named column is missing, or none is named and none has a usual name.
     """
     columns = columns_of(rows)
     for key, name in (("data.prompt", prompt), ("data.response", response)):
         if name is not None and name not in columns:
-            raise DataError(f"{key}={name!r}: there is no such column; {nearest(name, columns)}")
+            raise RowError(f"columns {', '.join(columns)}: {key}={name!r} is none of them; {nearest(name, columns)}")
     chat = next((name for name in CHATS if name in columns), None)
     found_prompt = prompt or next((name for name in PROMPTS if name in columns), None)
     found_response = response or next((name for name in RESPONSES if name in columns and name != found_prompt), None)
@@ -198,7 +200,8 @@ def find_columns(rows: Sequence[dict[str, Any]], prompt: str | None, response: s
     if chat and prompt is None and response is None:
         return chat, chat
     missing = "an instruction" if not found_prompt else "an answer"
-    raise DataError(f"no column looks like {missing}; the columns are {', '.join(columns)}: name yours with data.prompt and data.response")
+    cure = "name yours with data.prompt and data.response" if len(columns) > 1 else "a prompt and its answer are needed, or messages"
+    raise RowError(f"columns {', '.join(columns)}: none looks like {missing}; {cure}")
 
 
 def _named_columns(rows: Sequence[dict[str, Any]], names: Iterable[str], path: str) -> None:

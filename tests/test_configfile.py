@@ -8,7 +8,7 @@ import yaml
 
 from farss.compare.entrants import Entrant, check_labels
 from farss.config import Config, PlanConfig, QuestionSet
-from farss.configfile import all_keys, commented, dump, field_help, from_dict, load, override, to_dict
+from farss.configfile import CALLED, all_keys, commented, dump, field_help, from_dict, load, override, to_dict
 from farss.errors import ConfigError
 from farss.inputs import Loaded
 from farss.methods import METHODS
@@ -48,14 +48,11 @@ def test_printed_configuration_is_the_default_and_documents_every_option(tmp_pat
             assert f"# {help_text}" in text
 
 
-def test_round_trip_with_question_sets(tmp_path):
+def test_round_trip_with_question_sets():
     config = override(
         Config(), ["evaluate.knowledge=[triviaqa, {name: ours, data: q.jsonl, fewshot: 5}]", "compare.settings={full: {seed: 3}}"]
     )
     assert from_dict(yaml.safe_load(dump(config))) == config
-    path = tmp_path / "run.yaml"
-    path.write_text(commented(config), encoding="utf-8")
-    assert load(path) == config
 
 
 def test_numbers_as_people_write_them():
@@ -140,7 +137,7 @@ def test_plain_dictionaries_only():
     assert from_dict(to_dict(Config())) == Config()
 
 
-@pytest.mark.parametrize(("key", "reason"), [("adapter.use_dora", "DoRA rescales the rows"), ("plan.rslora", "set plan.alpha")])
+@pytest.mark.parametrize(("key", "reason"), [("adapter.use_dora", "set plan.method=dora"), ("plan.rslora", "set plan.alpha")])
 def test_options_of_peft_that_do_not_go_with_farss_say_why(key, reason):
     with pytest.raises(ConfigError, match=reason):
         override(Config(), [f"{key}=true"])
@@ -187,3 +184,38 @@ def test_the_ablations_are_runs_of_known_methods(file):
     assert full == load(ROOT / "configs" / "gemma-gsm8k.yaml").compare.settings["full"]
     for label in config.compare.methods:
         assert Entrant(label, None, 0, config, Loaded(), lambda *_: None).method in METHODS
+
+
+@pytest.mark.parametrize(
+    ("given", "cure"),
+    [
+        ("train.lr=1", "did you mean 'train.learning_rate'"),
+        ("model.load_in_4bit=true", "did you mean 'model.quantization: nf4'"),
+        ("plan.target_modules=[q_proj]", "did you mean 'model.targets'"),
+        ("output_dir=here", "did you mean 'out'"),
+        ("train.gradient_accumulation_steps=4", "set train.micro_batch_size"),
+        ("plan.use_dora=true", "set plan.method=dora"),
+        ("evaluate.knowledge=know.jsonl", r"such as \[{name: mine, data: know.jsonl, question: question, answers: answers}\]"),
+        ("evaluate.knowledge={name: a, data: b}", r"such as \[{name: a, data: b}\]"),
+        ("model.targets=all-linear", "is every linear layer"),
+        ("model.targets=q_proj", r"such as \[q_proj\]"),
+        ("train.learning_rate='2e-4'", "give a number without quotes"),
+        ("train.learning_rate=fast", "give a number$"),
+        ("train.max_grad_norm=-1", r"give 0 \(no clipping\) or more"),
+    ],
+)
+def test_the_cure_is_what_was_meant(given, cure):
+    with pytest.raises(ConfigError, match=cure):
+        override(Config(), [given])
+
+
+def test_every_key_that_is_meant_is_one():
+    assert {meant.partition(":")[0] for meant in CALLED.values()} <= set(all_keys())
+
+
+def test_a_folder_and_tabs_are_told(tmp_path):
+    with pytest.raises(ConfigError, match=r"is a folder: give a configuration file, such as .*config.yaml"):
+        load(tmp_path)
+    (tmp_path / "run.yaml").write_text("train:\n\tepochs: 1\n")
+    with pytest.raises(ConfigError, match="indent with spaces"):
+        load(tmp_path / "run.yaml")

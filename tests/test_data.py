@@ -328,3 +328,15 @@ def test_a_chat_template_that_rewrites_history_is_refused(tmp_path: Path) -> Non
     path = write_rows(tmp_path / "x.jsonl", [{"question": "q", "answer": "a"}])
     with pytest.raises(DataError, match="row 1: the chat template writes earlier messages differently"):
         data.load_examples(DataConfig(train=path, template="chat"), byte_tokenizer(forgetful), seed=0)
+
+
+def test_sharegpts_conversations_are_chats() -> None:
+    turns = [("system", "be kind"), ("human", "hi"), ("gpt", "hello"), ("human", "bye"), ("gpt", "see you")]
+    roles = {"human": "user", "gpt": "assistant"}
+    shared = {"id": 7, "conversations": [{"from": who, "value": text} for who, text in turns]}
+    own = {"messages": [{"role": roles.get(who, who), "content": text} for who, text in turns]}
+    tokenizer, config = byte_tokenizer(CHAT), DataConfig(template="chat", system="be kind")
+    found, expected = (data.tokenize_rows([row], config, tokenizer, 0) for row in (shared, own))
+    assert found == expected
+    assert found.system == "be kind"
+    assert found.instructions == {data.same_words("HI"), data.same_words(" bye")}

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from small_models import save_small
@@ -19,7 +20,7 @@ def test_what_a_length_takes_away_is_told(config):
     assert (found.examples, found.truncated, found.dropped) == (len(data.rows), data.truncated, data.dropped)
     assert found.truncated + found.dropped > 0
     assert found.examples + found.dropped == 64
-    assert f"Of 64 training examples the end of {found.truncated} was cut off" in found.cut
+    assert f"Of 64 training examples the end of {found.truncated} is cut off" in found.cut
 
 
 def test_examples_longer_than_the_model_can_read_are_refused(config, tmp_path):
@@ -48,3 +49,26 @@ def test_a_system_message_that_would_not_be_asked_with_is_refused(config, tmp_pa
         Run(override(changed, ["data.system=another"])).check_inputs()
     for system in ("the system", "''"):
         Run(override(changed, [f"data.system={system}"])).check_inputs()
+
+
+def test_what_would_be_missed_at_the_end_is_told_before_anything_is_done(config, tmp_path, caplog):
+    def told(*changes):
+        return "\n".join(Run(override(config, list(changes))).inputs.warnings())
+
+    lengths = sorted(len(row["input_ids"]) for row in Run(config).inputs.examples.rows)
+    assert "are left out because no answer fits" in told(f"data.max_length={lengths[len(lengths) // 2]}")
+    assert "No knowledge questions are given (evaluate.knowledge): nothing will say what was lost." in told("evaluate.knowledge=[]")
+    assert "nothing will say what was learned" in told("evaluate.task=[]")
+    assert "T and KT will be missing" in told()
+    assert "T and KT will be missing" not in told("plan.method=full")
+    assert "T and KT will be missing" not in told("compare.methods=[full, lora]")
+    rows = [json.loads(line) for line in Path(config.data.train).read_text().splitlines()]
+    first = next(iter(rows[0]))
+    asked = tmp_path / "asked.jsonl"
+    questions = f" {rows[0][first].upper()}", "something new"
+    asked.write_text("".join(json.dumps({"question": text, "answers": "x"}) + "\n" for text in questions))
+    asking = f"evaluate.task=[{{name: mine, data: {asked}}}]"
+    assert f"1 of the 2 questions in {asked} are training examples too." in told("data.limit=null", asking)
+    assert "training examples" not in told()
+    Run(override(config, ["evaluate.knowledge=[]", "evaluate.task=[]", "plan.method=lora", "train.max_steps=1"])).all()
+    assert "nothing will say what was lost" in caplog.text

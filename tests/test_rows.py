@@ -156,12 +156,18 @@ def test_named_columns_win_and_half_a_name_is_enough() -> None:
 
 
 def test_column_errors() -> None:
-    with pytest.raises(DataError, match=r"the columns are text, category: name yours with data.prompt and data.response"):
-        room.find_columns([{"text": "", "category": ""}], None, None)
-    with pytest.raises(DataError, match=r"looks like an answer; the columns are question, reply"):
-        room.find_columns([{"question": "", "reply": ""}], None, None)
-    with pytest.raises(DataError, match=r"data.response='anser': there is no such column; did you mean 'answer'\?"):
-        room.find_columns([{"question": "", "answer": ""}], None, "anser")
+    for columns, named, expected in (
+        (
+            ("text", "category"),
+            None,
+            r"text, category: none looks like an instruction; name yours with data\.prompt and data\.response",
+        ),
+        (("question", "reply"), None, "columns question, reply: none looks like an answer"),
+        (("text",), None, "columns text: none looks like an instruction; a prompt and its answer are needed, or messages"),
+        (("question", "answer"), "anser", r"columns question, answer: data.response='anser' is none of them; did you mean 'answer'\?"),
+    ):
+        with pytest.raises(DataError, match=expected):
+            room.find_columns([dict.fromkeys(columns, "")], None, named)
 
 
 # --- questions and text ----------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ class Compressed(NamedTuple):
     a: Tensor
     """[r, n]"""
     lost: float
-    """Relative Frobenius error, 0 .. 1."""
+    """Relative Frobenius error, 0 .. 1; of rounding alone 0."""
 
 
 def compress(left: Tensor, right: Tensor, rank: int | None = None, energy: float | None = None) -> Compressed:
@@ -33,8 +33,8 @@ def compress(left: Tensor, right: Tensor, rank: int | None = None, energy: float
     q_right, r_right = torch.linalg.qr(right.double().T)
     u, sigma, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
     noise = torch.finfo(torch.float64).eps * max(left.shape[1], 1) * r_left.norm() * r_right.norm()
-    keep = int((sigma > noise).sum())
-    keep = keep if rank is None else min(keep, rank)
+    sigma = sigma[sigma > noise]
+    keep = len(sigma) if rank is None else min(len(sigma), rank)
     if energy is not None:
         shares = sigma.square().cumsum(0) / sigma.square().sum().clamp_min(torch.finfo(sigma.dtype).tiny)
         keep = min(keep, int((shares < energy).sum()) + 1)

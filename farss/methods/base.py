@@ -11,7 +11,7 @@ from torch import Tensor
 
 from farss.artifacts import Layer, Plan, Survey, layer_tensors
 from farss.config import PlanConfig
-from farss.errors import FarssError
+from farss.errors import ConfigError
 from farss.maths.directions import factors
 
 
@@ -144,11 +144,11 @@ def check_elsewhere(method: Method) -> None:
     """Refuse what only the trainer of `farss train` can do.
 
     Raises:
-        FarssError: the method trains the model itself or by rules of its own, or becomes no plain LoRA.
+        ConfigError: the method trains the model itself or by rules of its own, or becomes no plain LoRA.
     """
     if method.name == "full":
-        raise FarssError("method 'full' trains the model itself: there is nothing to prepare")
+        raise ConfigError("method 'full' trains the model itself: there is nothing to prepare")
     if method.regime is not None:
-        raise FarssError(f"method {method.name!r} trains by rules of its own, which no other trainer knows: use `farss run`")
+        raise ConfigError(f"method {method.name!r} trains by rules of its own, which no other trainer knows: use `farss run`")
     if not method.plain_lora:
-        raise FarssError(f"method {method.name!r} becomes no plain LoRA: use `farss run`, which hands over a whole model")
+        raise ConfigError(f"method {method.name!r} becomes no plain LoRA: use `farss run`, which hands over a whole model")

@@ -170,6 +170,8 @@ def _why_no(letter: str, outcomes: list[Outcomes], reference: int, who: str) -> 
 def _why_no_t(tasks: list[Outcomes], has_full: bool, config: Config) -> list[str]:
     if not tasks:
         return []
+    if not has_full and config.plan.method == "full":
+        return ["T is not computed: this run is what it is relative to. Other runs name its scores.json in evaluate.full_scores."]
     if not has_full:
         return [
             "T is not computed: it is relative to full fine-tuning, of which there is no run yet: compare with full, or name its scores in "

@@ -13,6 +13,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from farss.data import told_cut
 from farss.errors import FolderError, NumericalError
 from farss.files import read_json, reading, write_json
 from farss.memory import peak_gib, reset_peak
@@ -56,12 +57,7 @@ class TrainResult:
     @property
     def cut(self) -> str:
         """What `data.max_length` took away, for people; empty where that is nothing."""
-        if not (self.truncated or self.dropped):
-            return ""
-        return (
-            f"Of {self.examples + self.dropped:,} training examples the end of {self.truncated:,} was cut off at data.max_length, and "
-            f"{self.dropped:,} were left out because no answer fits into it."
-        )
+        return told_cut(self.examples, self.truncated, self.dropped)
 
     def save(self, path: Path) -> None:
         """Write `train.json`."""

@@ -150,7 +150,8 @@ def check_options(options: TrainConfig, device: torch.device, dtype: torch.dtype
     installed = get_available_reporting_integrations()
     for name in options.report_to:
         if name not in installed:
-            raise ConfigError(f"train.report_to: {name!r} is not installed or not known: `pip install` it, or choose of {installed}")
+            cure = f", or choose of {', '.join(installed)}" if installed else " (none is installed yet)"
+            raise ConfigError(f"train.report_to: {name!r} is not installed or not known: `pip install` it{cure}")
 
 
 @functools.cache
