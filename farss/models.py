@@ -201,7 +201,13 @@ def _from_pretrained(kind: Any, config: ModelConfig, **options: Any) -> Any:
     try:
         return kind.from_pretrained(config.path, trust_remote_code=config.trust_remote_code, **options)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise ModelError(f"model.path={config.path!r} cannot be read: {_first_sentence(error)}") from error
+        reason = _first_sentence(error)
+        if not Path(config.path).exists():
+            raise ModelError(
+                f"model.path={config.path!r} is no folder here, and cannot be read from a hub ({reason}): check the path, the name and "
+                "the network; a gated model wants its licence accepted, and `hf auth login`"
+            ) from error
+        raise ModelError(f"model.path={config.path!r} cannot be read: {reason}") from error
     except Exception as error:
         if "safetensor" in type(error).__name__.lower():  # safetensors' own error type is not importable by name
             raise ModelError(f"model.path={config.path!r} holds a damaged safetensors file: {error}") from error

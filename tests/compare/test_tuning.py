@@ -9,9 +9,12 @@ from comparisons import read
 
 from farss.artifacts import questions
 from farss.compare import compare
-from farss.compare.tuning import held_out, measured, the_rest
+from farss.compare.entrants import Entrant
+from farss.compare.tuning import choose, held_out, measured, the_rest
 from farss.configfile import from_dict, override
 from farss.errors import ConfigError, FarssError
+from farss.folder import resolve
+from farss.inputs import Loaded
 from farss.pipeline import Run, silent
 from farss.report import comparison_markdown
 from farss.tasks.outcomes import Estimate
@@ -42,6 +45,27 @@ def test_learning_rates_are_chosen_on_questions_that_the_table_leaves_out(values
     text = comparison_markdown(comparison)
     assert "Learning rate | KT %" in text
     assert "(chosen)" in text
+
+
+def test_held_out_questions_alone_choose(values):
+    """One rate is right on these and on nothing else; the other on all others, of which there are more."""
+    values["compare"] = {"methods": ["full", "lora"], "tune": [0.5, 2], "held_out": 0.3}
+    config = resolve(from_dict(values))
+    folder, chooses = compare(config, silent), held_out(0.3)
+    tried = {label: [Entrant(label, factor, 0, config, Loaded(), silent) for factor in (0.5, 2)] for label in ("full", "lora")}
+    for wanted in (0.5, 2):
+        for place in (folder / "base", *(one.run.path for group in tried.values() for one in group)):
+            for file in (place / "scores").glob("*.jsonl"):
+                records = [json.loads(line) for line in file.read_text().splitlines()]
+                held = [chooses(str(record["id"])) for record in records]
+                assert 0 < sum(held) < len(held) / 2
+                best = place.name in {one.run.path.name for group in tried.values() for one in group if one.factor == wanted}
+                for record, one_of_them in zip(records, held, strict=True):
+                    record["score"] = float(one_of_them == best or place.name == "base")
+                file.write_text("".join(json.dumps(record) + "\n" for record in records))
+        chosen, measure = choose(config, tried)
+        assert measure == "KT"
+        assert {label: one.factor for label, one in chosen.items()} == {"full": wanted, "lora": wanted}
 
 
 def test_learning_rates_are_chosen_by_kt_where_it_has_a_value(values, tmp_path):

@@ -13,10 +13,15 @@ def test_beaten_points_are_left_out():
     assert frontier([(0.3, 0.3), (0.3, 0.4)]) == [(0.3, 0.4)]
 
 
-def test_a_point_more_never_lowers_the_curve():
-    for extra in ((0.1, 0.1), (0.9, 0.5), (0.7, 0.95), (1.2, 0.0)):
-        for t in (0.2, 0.5, 0.65, 0.8, 0.93, 1.0):
-            assert kept_at([*CURVE, extra], t) >= kept_at(CURVE, t) - 1e-12
+def test_a_point_above_the_curve_lifts_it_and_one_that_is_beaten_leaves_it():
+    assert kept_at([*CURVE, (0.9, 0.5)], 0.9) == 0.5 > kept_at(CURVE, 0.9)
+    for t in (0.2, 0.5, 0.65, 0.8, 0.93, 1.0):
+        assert kept_at([*CURVE, (0.7, 0.59)], t) == kept_at(CURVE, t)
+
+
+def test_a_point_between_shows_where_the_straight_line_was_too_high():
+    """So a method of which more rates were tried is not ahead for that alone."""
+    assert kept_at([*CURVE, (0.65, 0.7)], 0.65) == 0.7 < kept_at(CURVE, 0.65)
 
 
 def test_between_the_points_beyond_them_and_the_other_way_round():

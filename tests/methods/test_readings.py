@@ -28,8 +28,8 @@ CONFIG = PlanConfig(rank=6)
 READINGS = ["olora", "corda-ipm", "corda-kpm", "lora-null", "eva", "farss-plus"]
 
 
-def planned(method, model, folder, batches=None):
-    config = dataclasses.replace(CONFIG, method=method)
+def planned(method, model, folder, batches=None, **options):
+    config = dataclasses.replace(CONFIG, method=method, **options)
     needs = METHODS[method].needs
     known = read_layers(model, folder, needs.read, survey_cap(config, *shapes(model)), [batches] * len(needs.texts), over=needs.over)
     return known, make_plan(config, known)
@@ -98,6 +98,19 @@ def corda_of_peft(kind, model, batches, layers):
     config = LoraConfig(r=6, lora_alpha=6, target_modules=layers, init_lora_weights="corda", corda_config=chosen)
     preprocess_corda(model, config, run)
     return config
+
+
+@pytest.mark.parametrize("method", ["pissa", "milora", "kasa", "olora", "corda-ipm", "corda-kpm", "lora-null"])
+def test_a_start_is_the_same_part_of_the_weight_however_it_is_scaled(method, tmp_path):
+    model, found = small("llama-gqa").float(), []
+    for alpha in (6, 24):
+        known, plan = planned(method, model, tmp_path, collated(examples()), alpha=alpha)
+        start = {name: start_of(plan, known, name) for name in plan.layers}
+        scales = {name: 1.0 if method == "olora" else layer.scaling for name, layer in plan.layers.items()}  # whose Q and R are as they are
+        found.append({name: scales[name] * torch.matmul(*(each.removed or each.trained)) for name, each in start.items()})
+    for name, part in found[0].items():
+        assert part.norm() > 0
+        torch.testing.assert_close(found[1][name], part, rtol=1e-5, atol=1e-7)
 
 
 def test_corda_factors_rebuild_the_weight(tmp_path):
