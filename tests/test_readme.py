@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.main import get_command
 
 from farss.cli import app
+from farss.configfile import _Loader, from_dict
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -39,6 +41,13 @@ def test_the_configurations_that_ship_are_valid(monkeypatch):
 
     for path in (ROOT / "configs").glob("*.yaml"):
         assert load(path).data.train
+
+
+def test_the_run_file_that_the_readme_shows_is_valid():
+    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    config = from_dict(yaml.load(block, _Loader))
+    assert config.evaluate.knowledge[0].answers == "answers"
+    assert config.train.learning_rate == 2e-5
 
 
 def test_own_trainer_example_runs(tmp_path):
