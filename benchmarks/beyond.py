@@ -46,7 +46,7 @@ from farss.jobs import do_all
 from farss.maths.directions import select
 from farss.maths.moments import Moment, kept_rows
 from farss.methods import METHODS, Regime
-from farss.models import fingerprint, layer_shapes, load_model
+from farss.models import layer_shapes, load_model, weights_fingerprint
 from farss.pipeline import Run
 from farss.progress import bars
 from farss.structure import target_layers
@@ -194,7 +194,7 @@ class Variant(Run):
         parts = calibration_batches(rows, config.calibration, self.inputs.tokenizer.pad_token_id, config.seed, config.data.max_length)
         cap = max(min(layer.shape) for layer in layer_shapes(config.model)[0].values())
         model = self.surveys.base_model()
-        meta = {"model": fingerprint(model)}
+        meta = {"model": weights_fingerprint(model)}
         return survey(model, parts, place, cap, config.model.targets, config.calibration.fisher, config.seed, meta)
 
     def statistics(self) -> Survey | None:

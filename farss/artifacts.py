@@ -55,14 +55,17 @@ class Directions:
         return direction_scores(self.sigma, self.lam, self.gam)
 
 
-def layer_tensors(sigma: Tensor, lam: Tensor, gam: Tensor, kept: Tensor, u: Tensor, v: Tensor) -> dict[str, Tensor]:
+def layer_tensors(
+    sigma: Tensor, kept: Tensor, u: Tensor, v: Tensor, lam: Tensor | None = None, gam: Tensor | None = None
+) -> dict[str, Tensor]:
     """What a survey's file holds of one layer.
 
     Args:
-        sigma, lam, gam: [k] of every direction.
+        sigma, lam, gam: [k] of every direction; None: ones.
         kept: [c] int64, indices of the directions whose vectors are kept.
         u, v: [m, c] and [n, c].
     """
+    lam, gam = (torch.ones_like(sigma) if each is None else each for each in (lam, gam))
     found = {"sigma": sigma.float(), "lam": lam.float(), "gam": gam.float(), "kept": kept, "u": u.float(), "v": v.float()}
     return {part: tensor.cpu().contiguous() for part, tensor in found.items()}
 
@@ -107,6 +110,17 @@ class Survey:
             )
         rows = torch.tensor([place[index] for index in directions], dtype=torch.long)
         return u[:, rows], v[:, rows]
+
+    def check_cap(self, cap: int) -> None:
+        """Refuse a survey of which so many directions at each end were not kept.
+
+        Raises:
+            FolderError: with both numbers.
+        """
+        if self.cap < cap and not self.holds_all:
+            raise FolderError(
+                f"{self.folder} kept {self.cap} directions at each end, and {cap} may be needed: choose another folder, or delete it"
+            )
 
     @property
     def holds_all(self) -> bool:

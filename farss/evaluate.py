@@ -16,7 +16,7 @@ from farss.data import choose, prompt_text, separator
 from farss.errors import FarssError
 from farss.files import fingerprint, read_json, write_json, write_text
 from farss.memory import fits, freed_memory_kept
-from farss.models import fingerprint as weights_fingerprint
+from farss.models import weights_fingerprint
 from farss.rows import text_rows
 from farss.tasks.benchmarks import Benchmark, list_benchmarks
 from farss.tasks.grading import METRICS, STEPS

@@ -65,6 +65,20 @@ def compact_head(model: Any) -> Iterator[None]:
 
 
 @contextmanager
+def attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Set an attribute for a while; afterwards it is what it was, the owner's own or its class's."""
+    before, own = vars(owner).get(name), name in vars(owner)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
+
+
+@contextmanager
 def hooked(hooks: list[RemovableHandle]) -> Iterator[None]:
     """Remove these hooks afterwards."""
     try:

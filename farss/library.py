@@ -34,7 +34,7 @@ from farss.data import (
 from farss.errors import ConfigError, FarssError
 from farss.files import read_json, write_json
 from farss.methods import Method, Reading, check_elsewhere
-from farss.models import base_fingerprint, fingerprint, is_quantised
+from farss.models import base_fingerprint, is_quantised, weights_fingerprint
 from farss.plan import check_plan, make_plan, make_plan_without_survey, method_of, survey_cap
 from farss.portable import Exported
 from farss.portable import export as export_adapter
@@ -209,7 +209,7 @@ class _Look:
 
     def survey(self) -> Survey:
         """FARSS's statistics of the task."""
-        calibration, meta = self.calibration, {"model": fingerprint(self.model)}
+        calibration, meta = self.calibration, {"model": weights_fingerprint(self.model)}
         parts = calibration_batches(self.examples.rows, calibration, self.tokenizer.pad_token_id, self.seed, self.max_length)
         asked = self.targets, calibration.fisher, self.seed, meta, self.on_progress, calibration.svd
         return survey(self.model, parts, self.place, self.cap, *asked, self.device)
@@ -218,7 +218,7 @@ class _Look:
         """What another method looks at; the first process does it for all, unless two texts go through a sweep."""
         texts = processes.shared([self._batches(text) for text in needs.texts] if processes.rank() == 0 else None)
         if processes.rank() == 0 or len(texts) == 2:
-            meta = {"model": fingerprint(self.model)}
+            meta = {"model": weights_fingerprint(self.model)}
             asked = self.targets, meta, self.on_progress, self.device, needs.over
             read_layers(self.model, self.place, needs.read, self.cap, texts, *asked)
         processes.wait()

@@ -6,10 +6,13 @@ import math
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import safe_open
 from torch import Tensor
 
@@ -51,10 +54,8 @@ def merge(adapted: Any, plan: Plan, tokenizer: Any, folder: Path | str, dtype: t
         )
     check_unshared(model, plan.layers)
 
-    def change(name: str, weight: Tensor) -> Tensor:
-        return with_change(adapted, plan, name, weight)
-
     with whole_folder(folder) as unfinished:
+        change = in_layers(adapted, plan, partial(changed_weight, adapted))
         write_model(model, plan, tokenizer, unfinished, dtype, Path(source), change)
     return folder
 
@@ -103,43 +104,36 @@ def _rewrite_files(source: Path, target: Path, change: Change) -> None:
     for file in sorted(source.iterdir()):
         if file.suffix in COPIED and file.name not in (INDEX, "params.json"):  # Mistral's, which belongs to the file that is left out
             shutil.copyfile(file, target / file.name)
-    shards, total = _shards(weight_files(source))
-    weight_map: dict[str, str] = {}
-    for number, (file, names) in enumerate(shards, 1):
-        written = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        with safe_open(file, framework="pt") as tensors:
-            changed = {name: change(name, tensors.get_tensor(name)) for name in names}
-        write_tensors(target / written, changed, {"format": "pt"})
-        weight_map |= dict.fromkeys(names, written)
-    if len(shards) > 1:
-        write_json(target / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    with ExitStack() as opened:
+        files = [opened.enter_context(safe_open(file, framework="pt")) for file in weight_files(source)]
+        held = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
+        split = split_state_dict_into_shards_factory(
+            {name: file.get_slice(name) for name, file in held.items()},
+            get_storage_size=_bytes,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=SHARD,
+        )
+        for written, names in split.filename_to_tensors.items():
+            write_tensors(target / written, {name: change(name, held[name].get_tensor(name)) for name in names}, {"format": "pt"})
+    if split.is_sharded:
+        write_json(target / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
 
 
-def _shards(files: list[Path]) -> tuple[list[tuple[Path, list[str]]], int]:
-    """The names of the weights in each file, at most `SHARD` bytes together (a larger weight alone), and the bytes of all."""
-    found: list[tuple[Path, list[str]]] = []
-    total = 0
-    for file in files:
-        found.append((file, []))
-        held = 0
-        with safe_open(file, framework="pt") as tensors:
-            for name in sorted(tensors.keys()):
-                values = tensors.get_slice(name)
-                bits = re.search(r"\d+", values.get_dtype())  # BOOL has a byte
-                size = math.prod(values.get_shape()) * (int(bits[0]) if bits else 8) // 8
-                if found[-1][1] and held + size > SHARD:
-                    found.append((file, []))
-                    held = 0
-                found[-1][1].append(name)
-                held, total = held + size, total + size
-    return found, total
+def _bytes(values: Any) -> int:
+    """Of a weight that is not read yet."""
+    bits = re.search(r"\d+", values.get_dtype())  # BOOL has a byte
+    return int(math.prod(values.get_shape())) * (int(bits[0]) if bits else 8) // 8
 
 
-def with_change(adapted: Any, plan: Plan, name: str, weight: Tensor) -> Tensor:
-    """A weight with the trained change of its layer, if it has one, added in float32 and rounded once."""
-    layer = name.removesuffix(".weight")
-    if layer not in plan.layers or not name.endswith(".weight"):
-        return weight
-    if is_transposed(adapted.base_model.model.get_submodule(layer).base_layer):
-        return changed_weight(adapted, layer, weight.T).T.to(weight.dtype)
-    return changed_weight(adapted, layer, weight).to(weight.dtype)
+def in_layers(adapted: Any, plan: Plan, changed: Callable[[str, Tensor], Tensor]) -> Change:
+    """What becomes of a weight where planned layers change: `changed(layer, W [m, n])`, float32, rounded once."""
+
+    def change(name: str, weight: Tensor) -> Tensor:
+        layer = name.removesuffix(".weight")
+        if layer not in plan.layers or not name.endswith(".weight"):
+            return weight
+        turned = is_transposed(adapted.base_model.model.get_submodule(layer).base_layer)
+        result = changed(layer, weight.T if turned else weight)
+        return (result.T if turned else result).to(weight.dtype)
+
+    return change

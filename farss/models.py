@@ -230,11 +230,11 @@ def _first_sentence(error: BaseException) -> str:
 
 
 def base_fingerprint(model: Any) -> str:
-    """The `fingerprint` of a model's untouched base, whether adapters are on it or not."""
+    """The `weights_fingerprint` of a model's untouched base, whether adapters are on it or not."""
     return _hash(base_weights(model.get_base_model() if hasattr(model, "get_base_model") else model))
 
 
-def fingerprint(model: nn.Module) -> str:
+def weights_fingerprint(model: nn.Module) -> str:
     """Hash of the names and shapes of all weights and of a spread of every one, independent of the precision it is loaded in
     as long as that precision holds the stored values."""
     return _hash(model.state_dict())

@@ -21,7 +21,7 @@ from farss.card import write_card
 from farss.config import ExportConfig
 from farss.errors import FarssError, FolderError
 from farss.files import read_json, whole_folder, write_json, write_tensors
-from farss.forward import evaluating, without_cache
+from farss.forward import attribute, evaluating, without_cache
 from farss.maths.compress import compress
 from farss.models import base_fingerprint, tokenizer_fingerprint
 from farss.precision import float32_products
@@ -298,16 +298,10 @@ def _attention_in_float32(model: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def _dequantised(layers: list[nn.Module]) -> Iterator[None]:
     """Let quantised layers compute in float32, one dequantised weight at a time."""
-    before = [vars(layer).get("forward") for layer in layers]
-    for layer in layers:
-        layer.forward = functools.partial(_float32_product, layer)
-    try:
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(attribute(layer, "forward", functools.partial(_float32_product, layer)))
         yield
-    finally:
-        for layer, forward in zip(layers, before, strict=True):
-            del layer.forward
-            if forward is not None:
-                layer.forward = forward
 
 
 def _float32_product(layer: Any, x: Tensor) -> Tensor:

@@ -20,11 +20,11 @@ from farss.artifacts import Plan
 from farss.config import ModelConfig
 from farss.errors import ConfigError, FarssError, FolderError
 from farss.files import read_json, whole_folder, write_json, write_tensors, write_text
-from farss.merging import write_model
+from farss.merging import in_layers, write_model
 from farss.methods import METHODS, check_elsewhere
 from farss.models import load_model, load_tokenizer
 from farss.portable import Exported, origin_of, portable, target_names, write_adapter, write_facts
-from farss.structure import check_unshared, holds_packed, is_transposed
+from farss.structure import check_unshared, holds_packed
 
 PREFIX = "base_model.model."
 
@@ -83,18 +83,13 @@ def write_prepared(
     check_unshared(adapted.get_base_model(), plan.layers)
     start = _start(adapted, plan)
 
-    def residual(name: str, weight: Tensor) -> Tensor:
-        layer = name.removesuffix(".weight")
-        if layer not in start or not name.endswith(".weight"):
-            return weight
+    def residual(layer: str, weight: Tensor) -> Tensor:
         b, a = start[layer]
-        part = (plan.layers[layer].scaling * b.double() @ a.double()).float()
-        transposed = is_transposed(adapted.base_model.model.get_submodule(layer).base_layer)
-        return (weight.cpu().float() - (part.T if transposed else part)).to(weight.dtype)
+        return weight.cpu().float() - (plan.layers[layer].scaling * b.double() @ a.double()).float()
 
     model = adapted.get_base_model()
     with whole_folder(folder) as unfinished:
-        write_model(model, plan, tokenizer, unfinished / "base", next(model.parameters()).dtype, source, residual)
+        write_model(model, plan, tokenizer, unfinished / "base", next(model.parameters()).dtype, source, in_layers(adapted, plan, residual))
         state = {f"{PREFIX}{name}.lora_{side}.weight": x for name, pair in start.items() for side, x in zip("BA", pair, strict=True)}
         write_tensors(unfinished / "adapter" / "adapter_model.safetensors", state, {"format": "pt"})
         config = lora_config(plan, 0.0)

@@ -21,7 +21,7 @@ from farss.inputs import Inputs
 from farss.jobs import Tell
 from farss.memory import peak_gib, reset_peak
 from farss.methods import Reading
-from farss.models import check_room, device_of, fingerprint, load_model, tokenizer_fingerprint
+from farss.models import check_room, device_of, load_model, tokenizer_fingerprint, weights_fingerprint
 from farss.plan import method_of, survey_cap
 from farss.survey import LENGTH, own_text, read_layers, survey
 
@@ -139,7 +139,7 @@ class Surveys:
 
     def _meta(self, model: Any) -> dict[str, str]:
         path = self.inputs.common_config.model.path
-        return {"model": fingerprint(model), "tokenizer": tokenizer_fingerprint(self.inputs.tokenizer), "path": path}
+        return {"model": weights_fingerprint(model), "tokenizer": tokenizer_fingerprint(self.inputs.tokenizer), "path": path}
 
     def _cap(self, needs: str | Reading, *beside: PlanConfig) -> int:
         """How many directions at each end the statistics hold that our plan, and those of these that look at the same, can be made of."""
@@ -147,12 +147,8 @@ class Surveys:
         return max((survey_cap(plan, *self.inputs.shapes) for plan in plans), default=1)
 
     def _wide_enough(self, place: Path, needs: str | Reading) -> Survey:
-        found, cap = Survey.load(place), self._cap(needs)
-        if found.cap < cap and not found.holds_all:
-            raise FolderError(
-                f"{found.folder} kept {found.cap} directions at each end, and this plan may need {cap}: "
-                f"choose another out, or delete that folder"
-            )
+        found = Survey.load(place)
+        found.check_cap(self._cap(needs))
         return found
 
 
@@ -166,7 +162,7 @@ def check_fingerprint(found: Survey, model: Any) -> None:
     Raises:
         FolderError: with both fingerprints.
     """
-    expected, actual = found.meta.get("model"), fingerprint(model)
+    expected, actual = found.meta.get("model"), weights_fingerprint(model)
     if expected != actual:
         raise FolderError(
             f"{found.folder} was made of a model with fingerprint {expected}, but this one has {actual}: survey again in a new folder"

@@ -10,7 +10,7 @@ from farss import precision
 from farss.config import ModelConfig, TrainConfig
 from farss.data import batches, collate
 from farss.methods import METHODS
-from farss.models import fingerprint, load_model, stored_dtype
+from farss.models import load_model, stored_dtype, weights_fingerprint
 from farss.survey import read_layers, survey
 from farss.train import products
 
@@ -38,7 +38,7 @@ def test_a_model_is_loaded_as_this_machine_computes(stored, units):
     kept, used = load_model(config, as_stored=True), load_model(config)
     assert kept.dtype == BFLOAT16
     assert used.dtype == (BFLOAT16 if units else torch.float32)
-    assert fingerprint(kept) == fingerprint(used)
+    assert weights_fingerprint(kept) == weights_fingerprint(used)
     assert all(torch.equal(a.float(), b.float()) for a, b in zip(kept.parameters(), used.parameters(), strict=True))
 
 
@@ -50,10 +50,10 @@ def test_a_precision_that_no_configuration_names_is_that_of_the_files(stored):
 
 def test_a_change_of_all_columns_but_the_first_is_another_fingerprint():
     model = torch.nn.Linear(4096, 1024, bias=False)
-    before = fingerprint(model)
+    before = weights_fingerprint(model)
     with torch.no_grad():
         model.weight[:, 1:] += 1
-    assert fingerprint(model) != before
+    assert weights_fingerprint(model) != before
 
 
 def test_a_precision_that_is_asked_for_is_used(stored, units):

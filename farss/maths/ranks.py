@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -81,8 +82,5 @@ BUDGETS: dict[str, Callable[[Sequence[float], float, int, Sequence[int]], list[i
 
 def matched_rank(parameters: Callable[[int], int], target: int, largest: int) -> int:
     """The rank in `1 .. largest` whose parameter count is nearest to `target`; `parameters` must not fall."""
-    low, high = 1, largest
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (middle + 1, high) if parameters(middle) < target else (low, middle)
-    return min((max(1, low - 1), low), key=lambda rank: (abs(parameters(rank) - target), rank))
+    first = 1 + bisect.bisect_left(range(1, largest), target, key=parameters)  # with as many, or the largest
+    return min((max(1, first - 1), first), key=lambda rank: (abs(parameters(rank) - target), rank))

@@ -71,8 +71,7 @@ def from_directions(u: Tensor, sigma: Tensor, v: Tensor, scaling: float) -> Star
 def of_the_inputs(weight: Tensor, scores: Tensor, v: Tensor) -> dict[str, Tensor]:
     """What is kept of a layer for `from_directions`: directions of its inputs `v [n, c]` and their scores `[c]`, descending."""
     count = len(scores)
-    ones = torch.ones(count)
-    return layer_tensors(ones, scores, ones.clone(), torch.arange(count), weight.new_zeros(weight.shape[0], count), v)
+    return layer_tensors(torch.ones(count), torch.arange(count), weight.new_zeros(weight.shape[0], count), v, lam=scores)
 
 
 class Regime:

@@ -25,9 +25,9 @@ def read(weight: Tensor, cap: int, moment: Tensor) -> dict[str, Tensor]:
     """`W = U diag(sigma) (C^-1 V)^T` with `W C = U diag(sigma) V^T`, at both ends of sigma."""
     covariance, factor = damped(moment.double())
     parts = decompose(weight.double() @ covariance)
-    ones, kept = torch.ones(parts.sigma.numel()), ends_of_spectrum(parts.sigma, cap)
+    kept = ends_of_spectrum(parts.sigma, cap)
     u, v = parts.vectors(kept)
-    return layer_tensors(parts.sigma, ones, ones.clone(), kept, u, torch.cholesky_solve(v, factor))
+    return layer_tensors(parts.sigma, kept, u, torch.cholesky_solve(v, factor))
 
 
 def damped(covariance: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,9 +22,8 @@ def read(weight: Tensor, cap: int, moment: Tensor) -> dict[str, Tensor]:
     energy, vectors = torch.linalg.eigh(moment.double())
     count = min(weight.shape)  # no adapter has a larger rank
     energy, vectors = energy[:count].clamp_min(0), vectors[:, : min(cap, count)]
-    ones = torch.ones(count)
     kept = torch.arange(vectors.shape[1])
-    return layer_tensors(ones, energy, ones.clone(), kept, weight.double() @ vectors, vectors)
+    return layer_tensors(torch.ones(count), kept, weight.double() @ vectors, vectors, lam=energy)
 
 
 def start(u: Tensor, sigma: Tensor, v: Tensor, scaling: float) -> Start:

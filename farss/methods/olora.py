@@ -16,8 +16,7 @@ def read(weight: Tensor, cap: int) -> dict[str, Tensor]:
     """The first `cap` columns of Q and rows of R; a direction's score falls with its place."""
     q, r = torch.linalg.qr(weight.double())
     count = q.shape[1]
-    ones, kept = torch.ones(count), torch.arange(min(cap, count))
-    return layer_tensors(ones, torch.arange(count, 0, -1), ones.clone(), kept, q[:, :cap], r[:cap].T)
+    return layer_tensors(torch.ones(count), torch.arange(min(cap, count)), q[:, :cap], r[:cap].T, lam=torch.arange(count, 0, -1))
 
 
 def start(u: Tensor, sigma: Tensor, v: Tensor, scaling: float) -> Start:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from farss.artifacts import layer_tensors
@@ -14,8 +13,7 @@ def read(weight: Tensor, cap: int) -> dict[str, Tensor]:
     """The ends of the spectrum. It is FARSS's survey with A = G = I: a direction's score is its squared singular value."""
     parts = decompose(weight)
     kept = ends_of_spectrum(parts.sigma, cap)
-    ones = torch.ones(parts.sigma.numel())
-    return layer_tensors(parts.sigma, ones, ones.clone(), kept, *parts.vectors(kept))
+    return layer_tensors(parts.sigma, kept, *parts.vectors(kept))
 
 
 def ends_of_spectrum(sigma: Tensor, cap: int) -> Tensor:

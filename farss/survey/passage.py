@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from farss.errors import ModelError, NumericalError
-from farss.forward import accepts, hooked, without_cache
+from farss.forward import accepts, attribute, hooked, without_cache
 
 Batch = dict[str, Tensor]
 
@@ -159,14 +159,10 @@ def replaced(blocks: nn.ModuleList, stand_in: Callable[..., Tensor], returned: i
         hidden = stand_in(*args, **kwargs)
         return (hidden, *[None] * (returned - 1)) if returned else hidden
 
-    originals = [block.forward for block in blocks]
-    for index, block in enumerate(blocks):
-        block.forward = partial(forward, index)
-    try:
+    with contextlib.ExitStack() as stack:
+        for index, block in enumerate(blocks):
+            stack.enter_context(attribute(block, "forward", partial(forward, index)))
         yield
-    finally:
-        for block, original in zip(blocks, originals, strict=True):
-            block.forward = original
 
 
 def check_finite(states: list[Tensor], what: str, blame: Callable[[], object] = lambda: None) -> None:

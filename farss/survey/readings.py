@@ -23,7 +23,7 @@ from farss.files import fingerprint, write_json
 from farss.maths.fisher import output_energy
 from farss.maths.moments import Covariance, ExampleMoment, Moment
 from farss.memory import freed_memory_kept, give_back_if_scarce, peak_gib
-from farss.models import fingerprint as model_fingerprint
+from farss.models import weights_fingerprint
 from farss.structure import find_blocks, keep_gradients, target_layers
 from farss.survey.against import Against, Read
 from farss.survey.kept import INPUT, Kept
@@ -69,7 +69,7 @@ def read_layers(
     keep_gradients(model)
     layers, (_, blocks) = target_layers(model, targets), find_blocks(model)
     batches: list[Batch] = [*itertools.chain(*texts)]
-    looked_at = [f"{read.__module__}.{read.__qualname__}", model_fingerprint(model), list(layers), real_tokens(batches)]
+    looked_at = [f"{read.__module__}.{read.__qualname__}", weights_fingerprint(model), list(layers), real_tokens(batches)]
     key = fingerprint(looked_at if over == "tokens" else [*looked_at, over])
     if len(texts) == 2:
         make = partial(Against, read=read, knowledge=texts[1])

@@ -26,10 +26,7 @@ def same_survey(found: Survey, key: str, cap: int) -> Survey:
     """
     if found.meta.get("key") != key:
         raise FolderError(f"{found.folder} holds a survey of another model or of other data: choose another folder, or delete it")
-    if found.cap < cap:
-        raise FolderError(
-            f"{found.folder} kept {found.cap} directions at each end, and {cap} are wanted: choose another folder, or delete it"
-        )
+    found.check_cap(cap)
     return found
 
 

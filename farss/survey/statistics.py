@@ -215,7 +215,7 @@ def read_out(known: Statistics, cap: int, tokens: int, check: bool) -> Readout:
     scores = direction_scores(sigma, lam, gam)
     compared = _overlap(scores, direction_scores(*_scored(known, decompose(known.weight))), cap) if check else None
     kept = ends(scores, cap)
-    return Readout(worth, layer_tensors(sigma, lam, gam, kept, *known.parts.vectors(kept)), compared)
+    return Readout(worth, layer_tensors(sigma, kept, *known.parts.vectors(kept), lam, gam), compared)
 
 
 def _importance(known: Statistics) -> float:

@@ -27,7 +27,7 @@ from farss.errors import FarssError
 from farss.files import fingerprint, write_json
 from farss.maths.directions import decompose
 from farss.memory import fits, freed_memory_kept, peak_gib, used_gib
-from farss.models import fingerprint as model_fingerprint
+from farss.models import weights_fingerprint
 from farss.search import shallow_end
 from farss.structure import find_blocks, keep_gradients, target_layers
 from farss.survey.kept import GRADIENT, INPUT, KINDS, Kept, check_space
@@ -341,7 +341,7 @@ class Sweep:
 
 def identity(model: nn.Module, batches: list[Batch], layers: list[str], fisher: str, seed: int, svd: Svd) -> str:
     """Hash of everything a survey's numbers depend on; how the examples are batched and padded is not among it."""
-    return fingerprint([model_fingerprint(model), real_tokens(batches), layers, fisher, seed, svd])
+    return fingerprint([weights_fingerprint(model), real_tokens(batches), layers, fisher, seed, svd])
 
 
 def real_tokens(batches: list[Batch]) -> list[list[list[int]]]:

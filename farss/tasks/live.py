@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from farss.errors import ConfigError, FarssError, ModelError
-from farss.forward import accepts, evaluating, without_cache
+from farss.forward import accepts, attribute, evaluating, without_cache
 from farss.memory import give_back_if_scarce
 from farss.precision import float32_products
 from farss.processes import environment
@@ -86,12 +86,8 @@ def _no_bar() -> Iterator[None]:
         return
     import lm_eval.api.task as harness_task
 
-    bar = harness_task.tqdm
-    harness_task.tqdm = lambda iterable, **_: iterable
-    try:
+    with attribute(harness_task, "tqdm", lambda iterable, **_: iterable):
         yield
-    finally:
-        harness_task.tqdm = bar
 
 
 def prompt_tokenizer(tokenizer: Any) -> Any:

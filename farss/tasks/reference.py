@@ -23,7 +23,13 @@ def check_reference(config: Config, tokenizer: Any) -> None:
     Raises:
         FolderError: the full fine-tuning run of `evaluate.full_scores` was not asked the task, or other questions of it, or otherwise.
     """
-    scores, folder = read_scores(Path(config.evaluate.full_scores or ""))
+    named = Path(config.evaluate.full_scores or "")
+    if not named.exists():
+        raise FolderError(
+            f"evaluate.full_scores={named}: there is no such file; it is the scores.json of full fine-tuning, or of another run in its "
+            "place, which comes first"
+        )
+    scores, folder = read_scores(named)
     for each in list_benchmarks(config, {}):
         if each.kind != "task":
             continue

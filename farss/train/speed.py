@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from farss.forward import attribute
+
 TILE = 2048
 """Columns of the logits that are computed at a time on a CPU: with a batch's answer tokens they stay in its cache."""
 LEVELS = 2**16
@@ -64,12 +66,5 @@ def cheap_dropout() -> contextlib.AbstractContextManager[None]:
 @contextlib.contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Set an attribute for a while; not where a library of another version has none of that name, which is slower at worst."""
-    before = getattr(owner, name, None)
-    if before is None:
+    with attribute(owner, name, value) if hasattr(owner, name) else contextlib.nullcontext():
         yield
-        return
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
