@@ -219,7 +219,7 @@ class Variant(Run):
         for kind in ("stay", "thin", "diagonal", "decay"):
             if kind in self.changes:
                 self._regime = Stay(kind, float(self.changes[kind]), self._factors, plan)
-        chosen = self.surveys.reading(CONTRASTS[self.changes["contrast"]]) if "contrast" in self.changes else None
+        chosen = self.surveys.of(CONTRASTS[self.changes["contrast"]]) if "contrast" in self.changes else None
         for name, module in lora_layers(adapted, plan).items() if plan.layers else ():
             first = module.lora_A[TRAINED].weight
             if chosen:
@@ -252,7 +252,7 @@ def share(run: Variant) -> None:
     run.before_plan()
     run.plan()  # with the surveys of both texts, where directions are chosen by them
     if "contrast" in run.changes:
-        run.surveys.reading(CONTRASTS[run.changes["contrast"]])
+        run.surveys.of(CONTRASTS[run.changes["contrast"]])
     if {"stay", "thin", "diagonal", "decay"} & set(run.changes):
         _ = run._factors
 

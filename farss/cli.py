@@ -156,17 +156,18 @@ def survey(config: ConfigFile, overrides: Overrides = None) -> None:
     """
     from farss import processes
     from farss.compare import plans_of
+    from farss.methods import SURVEY
     from farss.plan import method_of
     from farss.terminal import extremes_table, importance_table, survey_facts
 
     wanted = _read(config, overrides, shared=True)
     named = f"compare.methods={wanted.compare.methods}" if wanted.compare.methods else f"plan.method={wanted.plan.method}"
     plans = plans_of(wanted) or [wanted.plan]
-    needs = [each for each in dict.fromkeys(method_of(plan).needs for plan in plans) if each != "nothing"]
+    needs = [each for each in dict.fromkeys(method_of(plan).needs for plan in plans) if each]
     if not needs:
         raise UsageError(f"{named} looks at nothing before it is planned, so there is nothing to survey")
     if processes.started_as_several():
-        needs = [each for each in needs if isinstance(each, str) or each.of == "both"]
+        needs = [each for each in needs if each.in_parts]
     if not needs:
         raise UsageError(f"{named} is surveyed in one process: start this command without torchrun")
     with processes.joined():
@@ -176,7 +177,7 @@ def survey(config: ConfigFile, overrides: Overrides = None) -> None:
     if not first:
         return
     for each, found in zip(needs, made, strict=True):
-        if each == "survey":
+        if each is SURVEY:
             console.print(importance_table(found))
             console.print(extremes_table(found))
         console.print(survey_facts(found), highlight=False)

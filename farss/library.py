@@ -33,14 +33,14 @@ from farss.data import (
 )
 from farss.errors import ConfigError, FarssError
 from farss.files import read_json, write_json
-from farss.methods import Method, Reading, check_elsewhere
+from farss.methods import SURVEY, Reading, check_elsewhere
 from farss.models import base_fingerprint, is_quantised, weights_fingerprint
 from farss.plan import check_plan, make_plan, make_plan_without_survey, method_of, survey_cap
 from farss.portable import Exported
 from farss.portable import export as export_adapter
 from farss.rows import cell, knowledge_texts
 from farss.structure import find_blocks, holds_packed, is_sharded, positions, target_layers
-from farss.survey import LENGTH, Progress, own_text, read_layers, survey
+from farss.survey import LENGTH, Progress, look, own_text
 from farss.survey.places import placed, tensors_of
 
 CHECK_ROWS = 4
@@ -135,8 +135,8 @@ def prepare(
     if texts is None and calibration.knowledge:
         texts = choose(knowledge_texts(calibration.knowledge), calibration.examples, seed)
     cap = survey_cap(wanted, layers, blocks)
-    look = _Look(model, tokenizer, examples, texts, cap, data.max_length, calibration, targets, place, seed, on_progress)
-    found = look.of(method_of(wanted))
+    at = _Looked(model, tokenizer, examples, texts, cap, data.max_length, calibration, targets, place, seed, on_progress)
+    found = at.look(needs) if (needs := method_of(wanted).needs) else None
     made = make_plan(wanted, found) if found is not None else make_plan_without_survey(wanted, layers, blocks)
     adapted = attach(model, made, found, dropout, seed, base)
     check = collate(examples.rows[:CHECK_ROWS], tokenizer.pad_token_id)
@@ -165,7 +165,7 @@ def _texts(knowledge: Iterable[str]) -> list[str]:
 
 def _place(wanted: PlanConfig, folder: Path | str | None, model: Any) -> Path:
     """Where the survey is kept: the user's folder, or a temporary one that all processes share, deleted when the model is."""
-    if folder or method_of(wanted).needs == "nothing":
+    if folder or method_of(wanted).needs is None:
         return Path(folder or "")
     place = Path(processes.shared(tempfile.mkdtemp(prefix="farss-survey-") if processes.rank() == 0 else None))
     if processes.rank() == 0:
@@ -178,7 +178,7 @@ def _place(wanted: PlanConfig, folder: Path | str | None, model: Any) -> Path:
 
 
 @dataclass(frozen=True)
-class _Look:
+class _Looked:
     """What a model is looked at with, before it is planned."""
 
     model: Any
@@ -201,33 +201,20 @@ class _Look:
         waits = torch.cuda.is_available() and self.model.device.type == "cpu" and not is_quantised(self.model)
         return torch.device("cuda", torch.cuda.current_device()) if waits else None
 
-    def of(self, method: Method) -> Survey | None:
-        """What a method looks at; None: nothing."""
-        if isinstance(method.needs, Reading):
-            return self.reading(method.needs)
-        return self.survey() if method.needs == "survey" else None
-
-    def survey(self) -> Survey:
-        """FARSS's statistics of the task."""
-        calibration, meta = self.calibration, {"model": weights_fingerprint(self.model)}
-        parts = calibration_batches(self.examples.rows, calibration, self.tokenizer.pad_token_id, self.seed, self.max_length)
-        asked = self.targets, calibration.fisher, self.seed, meta, self.on_progress, calibration.svd
-        return survey(self.model, parts, self.place, self.cap, *asked, self.device)
-
-    def reading(self, needs: Reading) -> Survey:
-        """What another method looks at; the first process does it for all, unless two texts go through a sweep."""
-        texts = processes.shared([self._batches(text) for text in needs.texts] if processes.rank() == 0 else None)
-        if processes.rank() == 0 or len(texts) == 2:
+    def look(self, needs: Reading) -> Survey:
+        """What a method looks at; the first process does it for all where they cannot share it."""
+        texts = processes.shared([self._batches(text, needs) for text in needs.texts] if processes.rank() == 0 else None)
+        if processes.rank() == 0 or needs.in_parts:
             meta = {"model": weights_fingerprint(self.model)}
-            asked = self.targets, meta, self.on_progress, self.device, needs.over
-            read_layers(self.model, self.place, needs.read, self.cap, texts, *asked)
+            how = self.calibration, self.targets, self.seed, meta, self.on_progress, self.device
+            look(self.model, needs, texts, self.place, self.cap, *how)
         processes.wait()
         return Survey.load(self.place)
 
-    def _batches(self, text: str) -> list[dict[str, Tensor]]:
+    def _batches(self, text: str, needs: Reading) -> list[dict[str, Tensor]]:
         rows = self.examples.rows if text == "task" else self._knowledge()
-        real = dataclasses.replace(self.calibration, padding="ignore")
-        return calibration_batches(rows, real, self.tokenizer.pad_token_id, self.seed)
+        how = self.calibration if needs is SURVEY else dataclasses.replace(self.calibration, padding="ignore")
+        return calibration_batches(rows, how, self.tokenizer.pad_token_id, self.seed, self.max_length)
 
     def _knowledge(self) -> list[Row]:
         if self.knowledge is not None:

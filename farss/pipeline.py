@@ -24,7 +24,7 @@ from farss.errors import FolderError
 from farss.folder import BOUNDARY_KEYS, EXPORT_KEYS, PLAN_KEYS, TRAIN_KEYS, Folder, is_run_folder, options_of, resolve
 from farss.inputs import Inputs, Loaded
 from farss.jobs import Tell
-from farss.methods import Method, Regime
+from farss.methods import SURVEY, Method, Regime
 from farss.models import check_room, device_of, load_model, loaded_dtype, quiet, will_be_quantised
 from farss.plan import check_plan, make_plan, make_plan_without_survey, method_of, require_boundary
 from farss.portable import step_zero
@@ -235,11 +235,11 @@ class Run:
 
     def survey(self) -> Survey:
         """`survey/`: the statistics and decompositions."""
-        return self.surveys.survey()
+        return self.surveys.of(SURVEY)
 
     def statistics(self) -> Survey | None:
         """What the method looks at before it is planned."""
-        return self.surveys.of(self.method.needs)
+        return self.surveys.of(self.method.needs) if self.method.needs else None
 
     def boundary(self) -> Boundary:
         """`boundary.json`: the first deep block, found by short probes; shared by the seeds of a comparison.
@@ -406,10 +406,9 @@ class Run:
     def source(self) -> tuple[str, str, str] | None:
         """Where its statistics will lie, what they look at and their name; None: it has a plan already, or needs none."""
         needs = self.method.needs
-        if needs == "nothing" or self._is_planned():
+        if needs is None or self._is_planned():
             return None
-        name, of = (needs, needs) if isinstance(needs, str) else (needs.name, "knowledge" if "knowledge" in needs.texts else needs.name)
-        return str(self.place.path), of, name
+        return str(self.place.path), "knowledge" if "knowledge" in needs.texts else needs.name, needs.name
 
     def before_plan(self) -> None:
         """What other runs of a comparison may share: the base's answers, statistics, a boundary."""

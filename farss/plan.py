@@ -7,7 +7,7 @@ import dataclasses
 from farss.artifacts import Layer, Plan, Survey
 from farss.config import PlanConfig
 from farss.errors import ConfigError, nearest
-from farss.methods import METHODS, Method, Reading
+from farss.methods import METHODS, SURVEY, Method
 from farss.methods.base import Context
 from farss.methods.farss import choose_boundary, deep_rank
 from farss.methods.uniform import check_rank, chosen_rank, uniform_parameters
@@ -31,7 +31,7 @@ def make_plan(config: PlanConfig, survey: Survey) -> Plan:
         check_exact(config, survey.blocks)
     made = method_of(config).plan(config, Context(survey.layers, survey.blocks, survey))
     widest = max(min(layer.shape) for layer in survey.layers.values())
-    if survey.tokens >= widest or not survey.examples or method_of(config).needs != "survey":
+    if survey.tokens >= widest or not survey.examples or method_of(config).needs is not SURVEY:
         return made
     note = (
         f"The survey saw {survey.tokens:,} tokens, fewer than the {widest:,} directions of its widest layers: "
@@ -43,7 +43,7 @@ def make_plan(config: PlanConfig, survey: Survey) -> Plan:
 def make_plan_without_survey(config: PlanConfig, layers: dict[str, Layer], blocks: int) -> Plan:
     """Plan a method that needs no statistics, from the target layers' names and shapes."""
     method = method_of(config)
-    if method.needs != "nothing":
+    if method.needs is not None:
         raise ConfigError(f"plan.method={config.method!r} needs {method.needs_text}: run `farss plan`, which looks at it first")
     return method.plan(config, Context(layers, blocks))
 
@@ -85,7 +85,7 @@ def survey_cap(config: PlanConfig, layers: dict[str, Layer], blocks: int) -> int
     widest = max(config.rank, *config.shallow_budget)
     if config.match_params is not None:
         widest = max(2 * widest, _highest_rank(config, layers, blocks))
-    return widest * (needs.reach if isinstance(needs, Reading) else 1)
+    return widest * (needs.reach if needs else 1)
 
 
 def _highest_rank(config: PlanConfig, layers: dict[str, Layer], blocks: int) -> int:
@@ -108,7 +108,7 @@ def check_exact(config: PlanConfig, blocks: int) -> None:
         ConfigError: the plan takes some.
     """
     method, end = method_of(config), shallow_end(blocks)
-    if method.needs != "survey":
+    if method.needs is not SURVEY:
         return
     shallow = choose_boundary(config, blocks) if method.boundary and config.boundary != "auto" else min(end, blocks)
     least = [shallow] if method.boundary and config.shallow_directions == "least" else []

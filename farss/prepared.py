@@ -38,7 +38,7 @@ def check_method(name: str, quantised: bool) -> None:
     """
     method = METHODS[name]
     check_elsewhere(method)
-    if method.needs == "nothing":
+    if method.needs is None:
         raise ConfigError(f"method {name!r} starts at zero: its adapter goes on the base as it is, nothing needs preparing")
     if not method.takes_out:
         raise ConfigError(

@@ -16,14 +16,14 @@ from farss.config import PlanConfig
 from farss.data import Row, calibration_batches, choose, plain_rows, unlearnt
 from farss.errors import FolderError
 from farss.files import write_text
-from farss.folder import READING_KEYS, SURVEY_KEYS, Folder, options_of
+from farss.folder import READING_KEYS, Folder, options_of
 from farss.inputs import Inputs
 from farss.jobs import Tell
 from farss.memory import peak_gib, reset_peak
-from farss.methods import Reading
+from farss.methods import SURVEY, Reading
 from farss.models import check_room, device_of, load_model, tokenizer_fingerprint, weights_fingerprint
 from farss.plan import method_of, survey_cap
-from farss.survey import LENGTH, own_text, read_layers, survey
+from farss.survey import LENGTH, look, own_text
 
 
 @dataclass
@@ -37,66 +37,36 @@ class Surveys:
     beside: list[PlanConfig] = field(default_factory=list)
     """Plans of other runs, for those of which that look at the same they shall be wide enough."""
 
-    def steps(self, needs: str | Reading) -> dict[str, dict[str, Any]]:
+    def steps(self, needs: Reading | None) -> dict[str, dict[str, Any]]:
         """What is made for a method, in its order, by the names of the steps, with what each depends on."""
+        if needs is None:
+            return {}
         config = self.inputs.common_config
-        if not isinstance(needs, Reading):
-            return {"survey": options_of(config, SURVEY_KEYS)} if needs == "survey" else {}
         writes = "knowledge" in needs.texts and not config.calibration.knowledge
         keys = {**({"own_text": READING_KEYS["knowledge"]} if writes else {}), needs.name: READING_KEYS[needs.of]}
         found = {step: options_of(config, its) for step, its in keys.items()}
         found[needs.name] |= {"over": needs.over} if needs.over == "examples" else {}  # there were CorDA's covariances without
         return found
 
-    def of(self, needs: str | Reading) -> Survey | None:
-        """What a method looks at, by its `needs`; None: nothing."""
-        if isinstance(needs, Reading):
-            return self.reading(needs)
-        return self.survey() if needs == "survey" else None
-
-    def survey(self) -> Survey:
-        """`survey/`: the statistics and decompositions."""
-        config, place = self.inputs.common_config, self.place.path / "survey"
-        options = self.steps("survey")["survey"]
-        if self.place.is_done("survey", options) and place.is_dir():
-            return self._wide_enough(place, "survey")
-        cap, device = self._cap("survey", *self.beside), device_of(config.model)
-        parts = calibration_batches(
-            self.inputs.common_examples.rows,
-            config.calibration,
-            self.inputs.tokenizer.pad_token_id,
-            config.seed,
-            config.data.max_length,
-        )
+    def of(self, needs: Reading) -> Survey:
+        """`<its name>/`: what a method looks at."""
+        config, place = self.inputs.common_config, self.place.path / needs.name
+        options, device = self.steps(needs)[needs.name], device_of(config.model)
+        if self.place.is_done(needs.name, options) and place.is_dir():
+            found = Survey.load(place)
+            found.check_cap(self._cap(needs))
+            return found
+        cap, texts = self._cap(needs, *self.beside), [self._batches(text, needs) for text in needs.texts]
         reset_peak(device)
         model = self.base_model()
-        with self.place.step("survey", options) as facts:
-            result = survey(
-                *(model, parts, place, cap, config.model.targets, config.calibration.fisher, config.seed, self._meta(model)),
-                lambda done, total, line: self.tell("survey", done, total, line),
-                *(config.calibration.svd, device),
+        with self.place.step(needs.name, options) as facts:
+            found = look(
+                *(model, needs, texts, place, cap, config.calibration, config.model.targets, config.seed, self._meta(model)),
+                on_progress=lambda done, total, line: self.tell(needs.name, done, total, line),
+                device=device,
             )
-            facts |= _costs(result)
-        return result
-
-    def reading(self, wanted: Reading) -> Survey:
-        """`<its name>/`: what a method other than FARSS looks at."""
-        config, place = self.inputs.common_config, self.place.path / wanted.name
-        options, device = self.steps(wanted)[wanted.name], device_of(config.model)
-        if self.place.is_done(wanted.name, options) and place.is_dir():
-            return self._wide_enough(place, wanted)
-        cap = self._cap(wanted, *self.beside)
-        texts = [self._batches(text) for text in wanted.texts]
-        reset_peak(device)
-        model = self.base_model()
-        with self.place.step(wanted.name, options) as facts:
-            result = read_layers(
-                *(model, place, wanted.read, cap, texts, config.model.targets, self._meta(model)),
-                lambda done, total, line: self.tell(wanted.name, done, total, line),
-                *(device, wanted.over),
-            )
-            facts |= _costs(result)
-        return result
+            facts |= {name: found.meta[name] for name in ("seconds", "peak_memory_gib")}
+        return found
 
     def knowledge(self) -> list[Row]:
         """The knowledge text: the user's, or what the model writes by itself, which is kept in `own_text.jsonl`."""
@@ -125,12 +95,12 @@ class Surveys:
             write_text(path, "\n".join(rows) + "\n")
             facts |= {"seconds": round(time.monotonic() - begun, 1), "peak_memory_gib": round(peak_gib(device), 2)}
 
-    def _batches(self, text: str) -> list[dict[str, torch.Tensor]]:
-        """The examples of the task, or of knowledge, that a reading looks at."""
+    def _batches(self, text: str, needs: Reading) -> list[dict[str, torch.Tensor]]:
+        """The examples of the task, or of knowledge, that are looked at; padding counts in no statistics but FARSS's."""
         config = self.inputs.common_config
         rows = self.inputs.common_examples.rows if text == "task" else self.knowledge()
-        real = replace(config.calibration, padding="ignore")
-        return calibration_batches(rows, real, self.inputs.tokenizer.pad_token_id, config.seed)
+        how = config.calibration if needs is SURVEY else replace(config.calibration, padding="ignore")
+        return calibration_batches(rows, how, self.inputs.tokenizer.pad_token_id, config.seed, config.data.max_length)
 
     def base_model(self) -> Any:
         """The base model, whose blocks go to the GPU one at a time, unless they are quantised."""
@@ -141,19 +111,10 @@ class Surveys:
         path = self.inputs.common_config.model.path
         return {"model": weights_fingerprint(model), "tokenizer": tokenizer_fingerprint(self.inputs.tokenizer), "path": path}
 
-    def _cap(self, needs: str | Reading, *beside: PlanConfig) -> int:
+    def _cap(self, needs: Reading, *beside: PlanConfig) -> int:
         """How many directions at each end the statistics hold that our plan, and those of these that look at the same, can be made of."""
         plans = [plan for plan in (self.inputs.common_config.plan, *beside) if method_of(plan).needs == needs]
         return max((survey_cap(plan, *self.inputs.shapes) for plan in plans), default=1)
-
-    def _wide_enough(self, place: Path, needs: str | Reading) -> Survey:
-        found = Survey.load(place)
-        found.check_cap(self._cap(needs))
-        return found
-
-
-def _costs(found: Survey) -> dict[str, float]:
-    return {name: found.meta[name] for name in ("seconds", "peak_memory_gib")}
 
 
 def check_fingerprint(found: Survey, model: Any) -> None:

@@ -275,7 +275,7 @@ def test_the_versions_are_those_of_the_training(config):
         ),
         (["data.system=Be brief."], ConfigError, "data.system='Be brief.' is a message of a chat"),
         (["adapter.base=residual", "model.dtype=bfloat16"], ConfigError, "'residual' rounds the weights without their start to bfloat16"),
-        (["evaluate.full_scores=/nowhere"], FolderError, "there is no /nowhere/scores.json"),
+        (["evaluate.full_scores=/nowhere"], FolderError, "there is no such file"),
         (["plan.method=frass"], ConfigError, "did you mean 'farss'"),
         (["evaluate.knowledge=[{name: x, data: /nowhere.jsonl}]"], DataError, "/nowhere.jsonl"),
         (["out=${NOT_SET_ANYWHERE}/x"], ConfigError, "NOT_SET_ANYWHERE is not set"),
@@ -293,7 +293,7 @@ def test_what_is_named_after_a_survey_is_checked_before_the_training(config):
     first = Run(config)
     first.claim(trains=False)
     first.survey()
-    with pytest.raises(FolderError, match=r"there is no /nowhere/scores\.json"):
+    with pytest.raises(FolderError, match=r"evaluate\.full_scores=/nowhere: there is no such file"):
         Run(override(config, ["evaluate.full_scores=/nowhere"])).all()
     assert not (Path(config.out) / "checkpoints").exists()
 

@@ -50,7 +50,7 @@ class Entrant:
         same = options_of(common, keys) == options_of(self.config, keys)
         needs = method_of(own.plan).needs
         shared = {"evaluate base", "recover-base", "evaluate recover-base"}
-        shared |= {"survey", "own text", getattr(needs, "name", "")} if same else set()
+        shared |= {"own text", *([needs.name] if needs else [])} if same else set()
 
         def named(step: str, done: int, total: int, line: str) -> None:
             self.tell(step if step in shared else f"{name.rpartition('-')[0]} seed {self.seed}: {step}", done, total, line)

@@ -1,7 +1,7 @@
 """The fine-tuning methods: one a file, one signature. `METHODS` is the only list of them."""
 
 from farss.methods.adalora import ADALORA
-from farss.methods.base import Method, Reading, Regime, check_elsewhere
+from farss.methods.base import SURVEY, Method, Reading, Regime, check_elsewhere
 from farss.methods.corda import CORDA_IPM, CORDA_KPM
 from farss.methods.dora import DORA
 from farss.methods.eva import EVA
@@ -24,4 +24,4 @@ _ALL = (
 )
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 
-__all__ = ["METHODS", "Method", "Reading", "Regime", "check_elsewhere"]
+__all__ = ["METHODS", "SURVEY", "Method", "Reading", "Regime", "check_elsewhere"]

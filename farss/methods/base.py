@@ -23,20 +23,21 @@ class Context:
     """The target layers."""
     blocks: int
     survey: Survey | None = None
-    """Present for methods that need one, or what a `Reading` found, which is written like a survey."""
+    """What the method's `Reading` found; None where it looks at nothing."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a method other than FARSS looks at before it is planned."""
+    """What a method looks at before it is planned. What is found is written as a survey."""
 
     name: str
     """Of its folder and its step; methods that read the same share it."""
-    of: Literal["weights", "task", "knowledge", "both"]
-    """The weights alone, or the activations of the training examples, or those of the knowledge text; or what both say, the
-    training examples with the gradients behind their activations."""
-    read: Callable[..., dict[str, Tensor]]
-    """(weight [m, n], how many directions at an end, *moments [n, n]) -> `artifacts.layer_tensors`; a moment for each of the `texts`."""
+    of: Literal["survey", "weights", "task", "knowledge", "both"]
+    """FARSS's statistics of the task; the weights alone, or the activations of the training examples, or those of the knowledge text; or
+    what both say, the training examples with the gradients behind their activations."""
+    read: Callable[..., dict[str, Tensor]] | None = None
+    """(weight [m, n], how many directions at an end, *moments [n, n]) -> `artifacts.layer_tensors`; a moment for each of the `texts`.
+    None: see `survey.survey`."""
     reach: int = 1
     """How many times its average rank a layer may get."""
     over: Literal["tokens", "answers", "examples"] = "tokens"
@@ -45,7 +46,16 @@ class Reading:
     @property
     def texts(self) -> tuple[str, ...]:
         """What goes through the model."""
-        return {"weights": (), "both": ("task", "knowledge")}.get(self.of, (self.of,))
+        return {"survey": ("task",), "weights": (), "both": ("task", "knowledge")}.get(self.of, (self.of,))
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether several processes share it: it goes through the blocks with gradients."""
+        return self.of in ("survey", "both")
+
+
+SURVEY = Reading("survey", "survey")
+"""The Kronecker-factored Fisher statistics of the task."""
 
 
 class Start(NamedTuple):
@@ -107,8 +117,8 @@ class Method:
     changes: str
     """What it trains, in a few words."""
     plan: Callable[[PlanConfig, Context], Plan]
-    needs: Literal["nothing", "survey"] | Reading = "nothing"
-    """What is looked at before it is planned: nothing, the survey of the task, or something simpler."""
+    needs: Reading | None = None
+    """What is looked at before it is planned."""
     start: Callable[[Tensor, Tensor, Tensor, float], Start] = balanced
     """(u [m, r], sigma [r], v [n, r], scaling) of a layer's chosen directions -> how its adapter begins. Methods that
     choose no directions start as PEFT's LoRA does."""
@@ -124,14 +134,15 @@ class Method:
     @property
     def takes_out(self) -> bool:
         """Whether the base is left without what an adapter starts from."""
-        return self.needs != "nothing" and self.start is not from_directions
+        return self.needs is not None and self.start is not from_directions
 
     @property
     def needs_text(self) -> str:
         """`needs`, for the table."""
-        if isinstance(self.needs, str):
-            return {"nothing": "nothing", "survey": "survey of the task"}[self.needs]
+        if self.needs is None:
+            return "nothing"
         return {
+            "survey": "survey of the task",
             "weights": "the weights",
             "task": "activations of the task",
             "knowledge": "activations of knowledge text",

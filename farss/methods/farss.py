@@ -10,7 +10,7 @@ from farss.config import PlanConfig
 from farss.errors import ConfigError, NumericalError
 from farss.maths.directions import select
 from farss.maths.ranks import BUDGETS, matched_rank
-from farss.methods.base import Context, Method
+from farss.methods.base import SURVEY, Context, Method
 from farss.methods.uniform import check_rank, layer_alpha, layer_cap, target_parameters, uniform_plan
 
 
@@ -106,7 +106,7 @@ def plan_layer(config: PlanConfig, survey: Survey, layer: Layer, boundary: int, 
 FARSS = Method(
     name="farss",
     title="FARSS (Chen et al., Findings of ACL 2026)",
-    needs="survey",
+    needs=SURVEY,
     changes="inverse-Fisher ranks and least important directions in shallow blocks, rank R and most important ones in deep blocks",
     plan=plan,
     boundary=True,

@@ -7,7 +7,7 @@ import dataclasses
 from farss.artifacts import Plan
 from farss.config import PlanConfig
 from farss.methods import farss
-from farss.methods.base import Context, Method
+from farss.methods.base import SURVEY, Context, Method
 
 
 def plan(config: PlanConfig, context: Context) -> Plan:
@@ -19,7 +19,7 @@ def plan(config: PlanConfig, context: Context) -> Plan:
 FARSS_FIXED = Method(
     name="farss-fixed",
     title="FARSS, fixed shallow ranks (FARSS, Figure 4)",
-    needs="survey",
+    needs=SURVEY,
     changes="rank r_avg in every shallow layer, rank R in the deep ones, from FARSS's directions",
     plan=plan,
     boundary=True,

@@ -7,7 +7,7 @@ from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from farss.artifacts import KINDS, LayerPlan, Plan, Survey
-from farss.methods import METHODS
+from farss.methods import METHODS, SURVEY
 from farss.report.folder import Comparison, Run
 from farss.report.tables import METRICS, Value, frontier_points, labels, rivals, standing
 from farss.report.words import (
@@ -283,7 +283,7 @@ def main_run(comparison: Comparison) -> Run | None:
 def uses_survey(plan: Plan | None) -> bool:
     """Whether a plan's method looks at the data: a comparison's survey lies beside runs that never saw it."""
     method = METHODS.get(plan.method) if plan else None
-    return method is not None and method.needs == "survey"
+    return method is not None and method.needs is SURVEY
 
 
 def seen(run: Run) -> Survey | None:
@@ -320,8 +320,7 @@ def _record(run: Run) -> dict[str, Any]:
     if run.plan is None:
         return run.record("survey")
     method = METHODS.get(run.plan.method)
-    needs = method.needs if method else "nothing"
-    return run.record(needs if isinstance(needs, str) else needs.name)
+    return run.record(method.needs.name) if method and method.needs else {}
 
 
 def install(versions: dict[str, Any]) -> str:

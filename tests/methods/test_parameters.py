@@ -10,13 +10,13 @@ from small_models import collated, examples, shapes, small
 
 from farss.adapter import attach
 from farss.config import PlanConfig
-from farss.methods import METHODS, Reading
+from farss.methods import METHODS
 from farss.methods.adalora import EXTRA
 from farss.methods.eva import share_out
 from farss.methods.uniform import uniform_parameters
 from farss.plan import make_plan, make_plan_without_survey, survey_cap
 from farss.structure import find_blocks, target_layers
-from farss.survey import read_layers, survey
+from farss.survey import look
 
 CONFIG = PlanConfig(boundary=2, rank=6, r_min=1, r_avg=4, r_max=5, match_params="lora")
 
@@ -24,15 +24,10 @@ CONFIG = PlanConfig(boundary=2, rank=6, r_min=1, r_avg=4, r_max=5, match_params=
 def planner(config, model, folder):
     """What a method looks at (None: nothing), and how any configuration of it is planned."""
     needs = METHODS[config.method].needs
-    if needs == "nothing":
+    if needs is None:
         layers, blocks = target_layers(model), len(find_blocks(model)[1])
         return None, lambda wanted: make_plan_without_survey(wanted, layers, blocks)
-    batches = collated(examples())
-    if isinstance(needs, Reading):
-        texts = [batches] * len(needs.texts)
-        known = read_layers(model, folder, needs.read, survey_cap(config, *shapes(model)), texts, over=needs.over)
-    else:
-        known = survey(model, batches, folder, survey_cap(config, *shapes(model)))
+    known = look(model, needs, [collated(examples())] * len(needs.texts), folder, survey_cap(config, *shapes(model)))
     return known, lambda wanted: make_plan(wanted, known)
 
 

@@ -22,7 +22,7 @@ from farss.methods import METHODS
 from farss.plan import make_plan, survey_cap
 from farss.portable import export
 from farss.structure import target_layers, weight_of
-from farss.survey import own_text, read_layers
+from farss.survey import look, own_text, read_layers
 
 CONFIG = PlanConfig(rank=6)
 READINGS = ["olora", "corda-ipm", "corda-kpm", "lora-null", "eva", "farss-plus"]
@@ -31,7 +31,7 @@ READINGS = ["olora", "corda-ipm", "corda-kpm", "lora-null", "eva", "farss-plus"]
 def planned(method, model, folder, batches=None, **options):
     config = dataclasses.replace(CONFIG, method=method, **options)
     needs = METHODS[method].needs
-    known = read_layers(model, folder, needs.read, survey_cap(config, *shapes(model)), [batches] * len(needs.texts), over=needs.over)
+    known = look(model, needs, [batches] * len(needs.texts), folder, survey_cap(config, *shapes(model)))
     return known, make_plan(config, known)
 
 

@@ -1,6 +1,7 @@
 """The laws of the methods that train more than A and B, or train by rules of their own."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -10,11 +11,11 @@ from small_models import logits, prompts, small
 from trainings import difference, options, tokenizer, weights, whole_model
 from trainings import examples as rows_to_learn
 
-from farss.adapter import START, TRAINED, attach, lora_layers, start_of
+from farss.adapter import START, TRAINED, attach, changed_weight, lora_layers, start_of
 from farss.artifacts import Layer
 from farss.config import PlanConfig
 from farss.errors import FarssError
-from farss.merging import with_change
+from farss.merging import in_layers
 from farss.methods import METHODS
 from farss.methods.singular import read
 from farss.plan import make_plan, make_plan_without_survey
@@ -30,7 +31,7 @@ CONFIG = PlanConfig(rank=6)
 def attached(method, model, folder=None, **changes):
     """The model with a method's adapters, its plan and its regime."""
     config = dataclasses.replace(CONFIG, method=method, **changes)
-    known = read_layers(model, folder, read, 8) if METHODS[method].needs != "nothing" else None
+    known = read_layers(model, folder, read, 8) if METHODS[method].needs else None
     plan = make_plan(config, known) if known else make_plan_without_survey(config, target_layers(model), len(find_blocks(model)[1]))
     regime = METHODS[method].regime(config, plan) if METHODS[method].regime else None
     return attach(model, plan, known, seed=3, regime=regime), plan, regime
@@ -67,7 +68,7 @@ def test_merged_dora_is_pefts(kind, tmp_path):
     ours = {}
     for name in weight_names:
         base = adapted.base_model.model.get_submodule(name.removesuffix(".weight")).base_layer
-        ours[name] = with_change(adapted, plan, name, base.weight.detach())
+        ours[name] = in_layers(adapted, plan, partial(changed_weight, adapted))(name, base.weight.detach())
         assert ours[name].shape == base.weight.shape
         assert is_transposed(base) == (kind == "gpt2")
     merged = adapted.merge_and_unload()

@@ -1,0 +1,43 @@
+"""What a method looks at before it is planned, whatever that is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from farss.artifacts import Survey
+from farss.config import CalibrationConfig
+from farss.methods import SURVEY, Reading
+from farss.survey.passage import Batch
+from farss.survey.readings import read_layers
+from farss.survey.sweep import Progress, survey
+
+
+def look(
+    model: nn.Module,
+    needs: Reading,
+    texts: Sequence[list[Batch]],
+    folder: Path | str,
+    cap: int,
+    calibration: CalibrationConfig | None = None,
+    targets: list[str] | None = None,
+    seed: int = 0,
+    meta: dict[str, Any] | None = None,
+    on_progress: Progress | None = None,
+    device: torch.device | None = None,
+) -> Survey:
+    """Look at a model; see `survey` and `read_layers`.
+
+    Args:
+        texts: in batches, one for each of `needs.texts`.
+        cap: how many directions are kept at each end.
+    """
+    if needs is SURVEY:
+        how = calibration or CalibrationConfig()
+        return survey(model, texts[0], folder, cap, targets, how.fisher, seed, meta, on_progress, how.svd, device)
+    assert needs.read
+    return read_layers(model, folder, needs.read, cap, texts, targets, meta, on_progress, device, needs.over)
