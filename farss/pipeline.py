@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -279,8 +280,9 @@ class Run:
         result = replace(made, notes=notes)
         handed_over = "" if self.method.plain_lora else ", handed over as a whole model: no plain LoRA computes it"
         self.tell("plan", 1, 1, f"{result.parameters:,} parameters{handed_over}" if result.layers else "every weight trains")
-        with self.folder.step("plan", options):
+        with self.folder.step("plan", options) as facts:
             result.save(self.path / "plan.json")
+            facts["statistics"] = os.path.relpath(self.place.path, self.path)  # a comparison may be moved
         return result
 
     def train(self) -> TrainResult:

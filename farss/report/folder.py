@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,15 +131,9 @@ def _shared(folder: Path) -> Path:
 
 
 def _place(folder: Path, shared: Path) -> Path:
-    """A variant whose options change the statistics has its own, in a folder that is named by its label.
-
-    Its runs are called `<label>-seed<number>` or `<label>-lr<rate>-seed<number>` (`farss.compare.Entrant`).
-    """
-    if shared == folder:
-        return folder
-    name = re.sub(r"-seed-?\d+$", "", folder.resolve().name)
-    labels = (name, re.sub(r"-lr[\d.]+(e[+-]?\d+)?$", "", name))
-    return next((shared / label for label in labels if label != folder.resolve().name and (shared / label).is_dir()), shared)
+    """Where the statistics lie that its plan was made from: a variant of a comparison may have its own."""
+    noted = _json(folder / "steps" / "plan.json").get("statistics")
+    return folder / noted if noted and (folder / noted).is_dir() else shared
 
 
 def _compares(settings: dict[str, Any]) -> bool:

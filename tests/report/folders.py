@@ -232,6 +232,7 @@ def write_variant(folder: Path, name: str, examples: int = 64) -> Path:
     """One more run of a comparison: a variant of farss that has a survey of its own."""
     survey = write_survey(folder / name.partition("-")[0] / "survey", 6, examples)
     make_plan(survey, 3).save(folder / name / "plan.json")
+    write_json(folder / name / "steps" / "plan.json", {"done": True, "statistics": f"../{name.partition('-')[0]}"})
     entry = row(name.partition("-")[0], 0, 0.9, 0.9, 1000) | {"folder": name}
     rewrite(folder / "comparison.json", lambda values: values["rows"].append(entry))
     return folder / name
