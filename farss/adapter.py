@@ -152,16 +152,29 @@ def load_trained(adapted: Any, checkpoint: Path) -> None:
     """Take up the weights of a checkpoint of transformers' trainer.
 
     Raises:
-        FolderError: the folder holds none.
+        FolderError: the folder holds none, or those of a model that was prepared otherwise.
     """
-    from peft import set_peft_model_state_dict
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    file = checkpoint / TRAINED / "adapter_model.safetensors"
-    if not file.is_file():
-        raise FolderError(f"{checkpoint} is no checkpoint of a model from farss.prepare: there is no {file.relative_to(checkpoint)} in it")
-    state = load_file(file)
-    set_peft_model_state_dict(adapted, state, adapter_name=TRAINED)
+    found: dict[str, dict[str, Tensor]] = {}
+    for adapter in (name for name in (TRAINED, START) if name in adapted.peft_config):
+        place = Path(adapter, "adapter_model.safetensors")
+        if not (checkpoint / place).is_file():
+            raise FolderError(f"{checkpoint} is no checkpoint of a model from farss.prepare: there is no {place} in it")
+        known, saved = get_peft_model_state_dict(adapted, adapter_name=adapter), load_file(checkpoint / place)
+        shapes = [{name: tensor.shape for name, tensor in state.items()} for state in (known, saved)]
+        if shapes[0] != shapes[1] or (adapter == START and not _alike(known, saved)):
+            raise FolderError(
+                f"{checkpoint} was trained from another start than this model has: prepare it with the same arguments, seed and folder"
+            )
+        found[adapter] = saved
+    set_peft_model_state_dict(adapted, found[TRAINED], adapter_name=TRAINED)
     activate(adapted)
+
+
+def _alike(known: dict[str, Tensor], saved: dict[str, Tensor]) -> bool:
+    """Whether they are the same but for rounding: some trainers save 16 bits."""
+    return all(torch.dist(saved[name].float(), tensor.cpu().float()) <= 0.01 * tensor.norm().cpu() for name, tensor in known.items())
 
 
 def lora_layers(adapted: Any, plan: Plan) -> dict[str, Any]:

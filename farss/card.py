@@ -14,8 +14,8 @@ from farss.models import local_folder
 ASK = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer{imports}
 
-tokenizer = AutoTokenizer.from_pretrained("{base}")
-model = AutoModelForCausalLM.from_pretrained("{loaded}", dtype="auto", device_map="auto"){adapter}
+tokenizer = AutoTokenizer.from_pretrained({base})
+model = AutoModelForCausalLM.from_pretrained({base}, dtype="auto", device_map="auto"){adapter}
 {inputs}
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=200)[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```"""
@@ -51,7 +51,7 @@ def write_card(folder: Path, summary: dict[str, Any] | None = None, command: str
 
 def _asking(facts: dict[str, Any], base: str, folder: Path, adapter: bool) -> list[str]:
     """How to ask it: as it was trained."""
-    template = facts["template"]
+    template, name = facts["template"], facts.get("folder") or folder.name  # while it is written the folder has another name
     if template == "chat":
         opening = [{"role": "system", "content": facts["system"]}] if facts.get("system") else []
         inputs = (
@@ -64,9 +64,8 @@ def _asking(facts: dict[str, Any], base: str, folder: Path, adapter: bool) -> li
         inputs = f'prompt = {prompt!r}\ninputs = tokenizer(prompt, return_tensors="pt").to(model.device)'
     code = ASK.format(
         imports="\nfrom peft import PeftModel" if adapter else "",
-        base=base if adapter else folder.name,
-        loaded=base if adapter else folder.name,
-        adapter=f'\nmodel = PeftModel.from_pretrained(model, "{folder.name}")' if adapter else "",
+        base=repr(base if adapter else name),
+        adapter=f"\nmodel = PeftModel.from_pretrained(model, {name!r})" if adapter else "",
         inputs=inputs,
     )
     return ["## Asking it", "", "In the prompt of its training:", "", code]

@@ -47,8 +47,7 @@ class Told(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one."""
-        name = record.name.partition(".")[0]
-        errors.print(f"[yellow]{name}:[/] {escape(record.getMessage())}", highlight=False, soft_wrap=True)
+        print(f"{record.name.partition('.')[0]}: {record.getMessage()}", file=sys.stderr)  # which the bars make room for; rich's do not
 
 
 def main() -> None:

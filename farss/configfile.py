@@ -123,7 +123,7 @@ def set_key(values: dict[str, Any], key: str, value: Any) -> None:
 
 def _unknown(key: str, known: list[str]) -> ConfigError:
     last = key.rpartition(".")[2].removeprefix("use_").lower()
-    meant = f"did you mean {CALLED[last]!r}?" if last in CALLED else nearest(key, known)
+    meant = f"did you mean {CALLED[last]!r}?" if CALLED.get(last, "").partition(":")[0] in known else nearest(key, known)
     return ConfigError(f"unknown key {key!r}: {REFUSED.get(last, meant)}")
 
 

@@ -262,6 +262,8 @@ def _asked(row: dict[str, Any], columns: tuple[str, str], number: int, config: D
     prompt, response = columns
     if prompt != response:
         return [_instruction(row, prompt, number, config)]
+    if prompt != "messages":
+        return [cell(_first_turn(row[prompt], prompt, number), "human", number)]
     return [str(_text_of(turn)) for turn in row[prompt] if turn.get("role") == "user"]
 
 

@@ -41,7 +41,7 @@ from farss.portable import export as export_adapter
 from farss.rows import cell, knowledge_texts
 from farss.structure import find_blocks, holds_packed, is_sharded, positions, target_layers
 from farss.survey import LENGTH, Progress, look, own_text
-from farss.survey.places import placed, tensors_of
+from farss.survey.places import fits_beside, placed, tensors_of
 
 CHECK_ROWS = 4
 
@@ -222,7 +222,8 @@ class _Looked:
         asked = self.calibration.examples, min(LENGTH, self.max_length), self.seed
         path = self.place / f"own-text-{'-'.join(map(str, asked))}.json"
         if not path.is_file():  # kept, for another device or another kernel would write another one when it is prepared again
-            with placed(tensors_of(self.model), self.device):
+            tensors = tensors_of(self.model)
+            with placed(tensors, self.device if self.device and fits_beside(tensors, self.device) else None):
                 write_json(path, own_text(self.model, self.tokenizer, *asked))
         return unlearnt(read_json(path))
 
@@ -238,7 +239,7 @@ def export(
         rank: compress to this rank; None: exact.
         energy: compress each layer to this share of its change's squared Frobenius norm; None: exact.
         checkpoint: a folder in which a trainer saved the model's adapters, whose weights are taken up first: of a training whose
-            weights were spread over processes. The model is then one that was prepared with the same arguments.
+            weights were spread over processes. The model is then one that was prepared with the same arguments and `folder`.
 
     Returns:
         What was written; None in any process but the first, which writes.
@@ -252,7 +253,7 @@ def export(
     if spread := [name for name, parameter in model.named_parameters() if f".{TRAINED}" in name and is_sharded(parameter)]:
         raise FarssError(
             f"{spread[0]} is spread over the processes (FSDP or ZeRO-3): save the model with its trainer (trainer.save_model), prepare it "
-            "once more in a single process with the same arguments, and name that folder in farss.export(..., checkpoint=...)"
+            "once more in a single process with the same arguments and folder, and give its place to farss.export(..., checkpoint=...)"
         )
     if checkpoint is not None:
         load_trained(model, Path(checkpoint))

@@ -385,8 +385,6 @@ class Run:
 
     def all(self) -> Path:
         """Every step."""
-        self.claim()
-        self.warn()
         self.all_but_report()
         return self.report()
 
@@ -415,6 +413,8 @@ class Run:
     def before_plan(self) -> None:
         """What other runs of a comparison may share: the base's answers, statistics, a boundary."""
         self.claim()
+        if not self.shared:  # a comparison has done it
+            self.warn()
         self.base()  # first: one model in memory at a time, and a question that cannot be asked is found early
         if not self._is_planned():
             self.statistics()

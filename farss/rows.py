@@ -48,8 +48,6 @@ def read_rows(path: str, split: str = "train") -> list[dict[str, Any]]:
     file = Path(path).expanduser()
     if file.is_file():
         rows = _read_file(file)
-    elif file.is_dir() and [*file.glob("*.*")]:
-        raise DataError(f"{path} is a folder: name a file in it")
     elif _looks_local(path) and not file.is_dir():
         raise DataError(f"there is no file {path}: check the path, or give a data set's name on a hub")
     else:
@@ -153,6 +151,8 @@ def _read_hub(path: str, split: str) -> list[dict[str, Any]]:
     try:
         return [dict(row) for row in datasets.load_dataset(name, subset or None, split=split)]
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError, HTTPError) as error:  # a script of its own: RuntimeError
+        if Path(name).expanduser().is_dir():
+            raise DataError(f"{path} is a folder that cannot be read as a data set ({_first_line(error)}): name a file in it") from error
         raise DataError(
             f"{path!r} is neither a file here nor a data set that can be loaded from a hub (split {split!r}): "
             f"{_first_line(error)}; check the name, data.split and the network"

@@ -21,7 +21,7 @@ from farss.inputs import Inputs
 from farss.jobs import Tell
 from farss.memory import peak_gib, reset_peak
 from farss.methods import SURVEY, Reading
-from farss.models import check_room, device_of, load_model, tokenizer_fingerprint, weights_fingerprint
+from farss.models import check_room, device_of, load_model, tokenizer_fingerprint, weights_fingerprint, will_be_quantised
 from farss.plan import method_of, survey_cap
 from farss.survey import LENGTH, look, own_text
 
@@ -105,7 +105,7 @@ class Surveys:
     def base_model(self) -> Any:
         """The base model, whose blocks go to the GPU one at a time, unless they are quantised."""
         model = self.inputs.config.model
-        return load_model(model, device=torch.device("cpu") if model.quantization == "none" else None, as_stored=True)
+        return load_model(model, device=None if will_be_quantised(model) else torch.device("cpu"), as_stored=True)
 
     def _meta(self, model: Any) -> dict[str, str]:
         path = self.inputs.common_config.model.path

@@ -201,6 +201,7 @@ def test_the_ablations_are_runs_of_known_methods(file):
         ("model.targets=q_proj", r"such as \[q_proj\]"),
         ("train.learning_rate='2e-4'", "give a number without quotes"),
         ("train.learning_rate=fast", "give a number$"),
+        ("evaluate.task=[{name: x, data: f, dataset: g}]", "did you mean 'evaluate.task.*data'"),
         ("train.max_grad_norm=-1", r"give 0 \(no clipping\) or more"),
     ],
 )

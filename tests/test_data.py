@@ -330,7 +330,7 @@ def test_a_chat_template_that_rewrites_history_is_refused(tmp_path: Path) -> Non
         data.load_examples(DataConfig(train=path, template="chat"), byte_tokenizer(forgetful), seed=0)
 
 
-def test_sharegpts_conversations_are_chats() -> None:
+def test_conversations_are_chats_or_one_turn() -> None:
     turns = [("system", "be kind"), ("human", "hi"), ("gpt", "hello"), ("human", "bye"), ("gpt", "see you")]
     roles = {"human": "user", "gpt": "assistant"}
     shared = {"id": 7, "conversations": [{"from": who, "value": text} for who, text in turns]}
@@ -340,3 +340,5 @@ def test_sharegpts_conversations_are_chats() -> None:
     assert found == expected
     assert found.system == "be kind"
     assert found.instructions == {data.same_words("HI"), data.same_words(" bye")}
+    wizard = data.tokenize_rows([{"conversation": [{"human": "Hi", "assistant": "hello"}]}], DataConfig(), tokenizer, 0)
+    assert wizard.instructions == {data.same_words("hi")}

@@ -58,6 +58,7 @@ def test_prepare_train_export_load(tokenizer, rows, tmp_path, method):
     stock = PeftModel.from_pretrained(base(tokenizer), str(done.folder))
     assert (logits(stock, batch) - trained).abs().max() <= 1e-5 * max(1.0, trained.abs().max().item())
     assert (trained - before).abs().max() > 0.01
+    assert "model = PeftModel.from_pretrained(model, 'adapter')" in (done.folder / "README.md").read_text()
 
 
 def test_a_file_a_list_and_a_dataset_give_the_same(tokenizer, tmp_path):
@@ -224,6 +225,10 @@ def test_a_training_that_was_spread_over_processes_is_exported_from_its_checkpoi
         farss.export(model, tmp_path / "adapter")
     with pytest.raises(farss.FarssError, match=r"is no checkpoint of a model from farss\.prepare"):
         farss.export(prepared(), tmp_path / "adapter", checkpoint=tmp_path)
+    for options in ({"plan": PLAN}, {"plan": dataclasses.replace(PLAN, rank=4, r_avg=2, r_max=3)}):  # of other examples, of another rank
+        other = farss.prepare(base(tokenizer), tokenizer, rows[4:8], calibration=farss.CalibrationConfig(examples=4), **options)
+        with pytest.raises(farss.FarssError, match="was trained from another start than this model has"):
+            farss.export(other, tmp_path / "adapter", checkpoint=tmp_path / "saved")
     done = farss.export(prepared(), tmp_path / "adapter", checkpoint=tmp_path / "saved")
     stock = PeftModel.from_pretrained(base(tokenizer), str(done.folder))
     assert (logits(stock, batch) - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max().item())

@@ -47,7 +47,8 @@ def compare(config: Config, tell: Tell) -> Path:
         if not entrant.run.has_trained:
             _ = entrant.run.inputs.examples  # another seed may draw rows that cannot be used
     Folder(config.out).claim(config, versions())
-    replace(everyone[0].run, config=config).warn()
+    if not all(entrant.run.has_trained for entrant in everyone):
+        replace(everyone[0].run, config=config).warn()
     _run_all(everyone)
     chosen, measure = choose(config, tried)
     final = [Entrant(label, chosen[label].factor, seed, config, loaded, tell) for seed in seeds(config) for label in labels]

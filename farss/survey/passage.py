@@ -29,13 +29,17 @@ class Passage:
     batch: Batch
     """On the device where the model computes."""
     start: Tensor
-    """[b, t, d]: what enters the first block."""
+    """[b, t, d]: what enters the first block; not on a GPU, of which the states of all batches would fill much."""
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
     """For each block, its other arguments (position embeddings, masks); blocks share the same tensors."""
     uniforms: Tensor | None = None
     """[b, t], or [b] for a classifier: uniform draws from which labels are sampled; None: the data's own labels."""
     returned: int = 0
     """See `returned_by`."""
+
+    def here(self, states: Tensor) -> Tensor:
+        """States where the model computes, and in its precision: another kind of machine may have left them on disk in another one."""
+        return states.to(self.batch["input_ids"].device, self.start.dtype)
 
     @property
     def mask(self) -> Tensor:
@@ -94,14 +98,13 @@ def enter(model: nn.Module, blocks: nn.ModuleList, batch: Batch, returned: int, 
 
     with torch.no_grad(), replaced(blocks, note, returned), contextlib.suppress(_Stop):
         model(**_arguments(model, batch))
-    return Passage(batch, first[0], found, uniforms, returned)
+    return Passage(batch, first[0].cpu(), found, uniforms, returned)
 
 
 def through(block: nn.Module, index: int, passage: Passage, hidden: Tensor) -> Tensor:
     """The output [b, t, d] of a block for its input [b, t, d], wherever that lies."""
     args, kwargs = passage.calls[index]
-    # states that another kind of machine left on disk may be in another precision than its computing
-    output = block(hidden.to(passage.start), *args, **kwargs)
+    output = block(passage.here(hidden), *args, **kwargs)
     result: Tensor = output[0] if isinstance(output, tuple) else output
     return result
 

@@ -31,15 +31,20 @@ def placed(tensors: list[Tensor], device: torch.device | None, dtype: torch.dtyp
     """Have these tensors' values on a device (None: each on its own) for a while: numbers in this precision or, without one, in
     one in which the device can compute."""
     before = [tensor.data for tensor in tensors]
-    for tensor in tensors:
-        place = device or tensor.device
-        wanted = (dtype or computing_dtype(tensor.dtype, place)) if holds_numbers(tensor) else tensor.dtype
-        tensor.data = tensor.data.to(place, wanted)
     try:
+        for tensor in tensors:
+            place = device or tensor.device
+            wanted = (dtype or computing_dtype(tensor.dtype, place)) if holds_numbers(tensor) else tensor.dtype
+            tensor.data = tensor.data.to(place, wanted)
         yield
     finally:
         for tensor, data in zip(tensors, before, strict=True):
             tensor.data = data
+
+
+def fits_beside(tensors: list[Tensor], gpu: torch.device) -> bool:
+    """Whether a GPU has room for all of these, and for half as much again to compute with them."""
+    return 1.5 * sum(tensor.numel() * tensor.element_size() for tensor in tensors) < torch.cuda.mem_get_info(gpu)[0]
 
 
 @contextmanager

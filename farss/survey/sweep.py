@@ -209,7 +209,7 @@ class Sweep:
         """Send every batch through each block in turn, and the last block's output through the loss."""
         states = self.through_all(passages, INPUT)
         gradients = [
-            output_gradient(self.model, self.blocks, passage, state.to(passage.start)).cpu()
+            output_gradient(self.model, self.blocks, passage, passage.here(state)).cpu()
             for passage, state in zip(passages, states, strict=True)
         ]
         check_finite(gradients, "the loss's gradient at the last block")
@@ -285,7 +285,7 @@ class Sweep:
         inputs, gradients = self.kept.read(INPUT, index), self.kept.read(GRADIENT, index)
         result = []
         for passage, state, gradient in zip(passages, inputs, gradients, strict=True):
-            hidden = state.to(passage.start).detach().requires_grad_(True)
+            hidden = passage.here(state).detach().requires_grad_(True)
             with torch.enable_grad(), recorded(passage.mask):
                 output = through(self.blocks[index], index, passage, hidden)
                 result.append(torch.autograd.grad(output, hidden, gradient.to(output))[0].cpu())

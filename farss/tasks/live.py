@@ -99,6 +99,8 @@ def prompt_tokenizer(tokenizer: Any) -> Any:
     if tokenizer.eos_token_id is None:
         raise ModelError("the tokenizer has no end-of-sequence token, so answers would never end: set its eos_token")
     tokenizer = copy.deepcopy(tokenizer)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     if tokenizer("a").input_ids[-1] == tokenizer.eos_token_id:
         tokenizer.add_eos_token = False
     if tokenizer("a").input_ids[-1] == tokenizer.eos_token_id:
