@@ -107,9 +107,10 @@ def methods() -> None:
     """List the fine-tuning methods."""
     from farss.methods import METHODS
 
-    table = Table("method", "source", "needs", "what it trains", "exports as plain LoRA", box=None, pad_edge=False)
+    table = Table("method", "what it trains", box=None, pad_edge=False)
     for method in METHODS.values():
-        table.add_row(f"[bold]{method.name}", method.title, method.needs_text, method.changes, "yes" if method.plain_lora else "no")
+        facts = f"{method.title}; needs {method.needs_text}; exports as {'plain LoRA' if method.plain_lora else 'a whole model'}"
+        table.add_row(f"[bold]{method.name}", f"{method.changes}\n[dim]{escape(facts)}")
     console.print(table)
 
 

@@ -152,7 +152,7 @@ class PlanConfig:
     """Where and how much to adapt, and from which directions to start."""
 
     method: str = "farss"
-    """The fine-tuning method; `farss methods` lists them."""
+    """The fine-tuning method: farss is the paper's, farss-plus the one to begin with; `farss methods` lists them."""
     boundary: int | Literal["auto"] | None = None
     """Number of shallow blocks (blocks 0 .. boundary-1); auto: found by short training probes, see `boundary:` below;
     null: a fifth of the blocks, rounded."""

@@ -142,7 +142,7 @@ class Method:
         if self.needs is None:
             return "nothing"
         return {
-            "survey": "survey of the task",
+            "survey": "a survey of the task",
             "weights": "the weights",
             "task": "activations of the task",
             "knowledge": "activations of knowledge text",
