@@ -39,7 +39,7 @@ def begin(folder: Path, key: str, cap: int, batches: list[Batch]) -> dict[str, A
     shapes = fingerprint([list(batch["input_ids"].shape) for batch in batches])
     mark = {"key": key, "cap": cap, "processes": processes.size(), "batches": shapes}
     if (folder / PROGRESS).is_file():
-        progress = {"batches": shapes, **read_json(folder / PROGRESS)}  # which earlier versions did not note
+        progress: dict[str, Any] = read_json(folder / PROGRESS)
         if {name: progress.get(name) for name in mark} == mark:
             return progress
         if (progress["key"], progress["cap"]) != (key, cap):

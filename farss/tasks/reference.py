@@ -40,7 +40,7 @@ def check_reference(config: Config, tokenizer: Any) -> None:
             )
         if not isinstance(each.entry, QuestionSet) or each.drawn is None:
             limit = config.evaluate.limit
-            asked_there, same_seed = scores.task[each.name].questions, scores.meta.get("seed", config.seed) == config.seed
+            asked_there, same_seed = scores.task[each.name].questions, scores.meta["seed"] == config.seed
             if limit and (asked_there > limit or (asked_there == limit and not same_seed)):
                 raise FolderError(
                     f"evaluate.full_scores={config.evaluate.full_scores} holds answers to other questions of {each.name!r} than will be "
@@ -63,9 +63,7 @@ def check_reference(config: Config, tokenizer: Any) -> None:
 
 def _asked_otherwise(entry: QuestionSet, drawn: Drawn, config: Config, score: TaskScore, folder: Path, tokenizer: Any) -> str:
     """How the answers in a folder were asked for, where it is not how they will be; empty where it is."""
-    path = folder / f"{entry.name}.json"
-    noted = read_json(path) if path.is_file() else {}
-    was = {"fewshot": score.fewshot, "max_tokens": noted.get("max_tokens", entry.max_tokens)}  # which older folders do not say
+    was = {"fewshot": score.fewshot, "max_tokens": read_json(folder / f"{entry.name}.json")["max_tokens"]}
     for key, value in was.items():
         if value != (now := getattr(entry, key)):
             return f"{key}={value}, and now {key}={now}"

@@ -172,7 +172,7 @@ class Record:
             )
         check_base(checkpoint, values, self.base, self.start)
         for name in KEPT:
-            setattr(self, name, values.get(name, getattr(self, name)))  # a name may be younger than the checkpoint
+            setattr(self, name, values[name])
         self.seconds_before, self.memory_before, self.checkpoint = self.seconds, self.memory, checkpoint
 
     def result(self) -> TrainResult:
