@@ -228,6 +228,7 @@ def _show_boundary(found: Any) -> None:
 def train(config: ConfigFile, overrides: Overrides = None) -> None:
     """Fine-tune, after a survey and a plan where they are missing; a killed training continues from its newest checkpoint."""
     with _single(_read(config, overrides)) as one:
+        one.warn()
         result = one.train()
     console.print(f"{result.steps} steps, loss {result.loss:.4f}, {result.seconds:.0f} s, peak memory {result.peak_memory_gib:.1f} GiB")
     if result.cut:
@@ -248,6 +249,7 @@ def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
     if not wanted.evaluate.asks:
         raise UsageError(f"{config} asks nothing: name questions in evaluate.knowledge and evaluate.task, or a file in evaluate.text")
     with _single(wanted, within=False) as one:
+        one.warn()
         summary = one.evaluate()
     console.print(summary_table(summary))
     _tell(summary.notes)
