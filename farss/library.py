@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -222,8 +223,8 @@ class _Looked:
         asked = self.calibration.examples, min(LENGTH, self.max_length), self.seed
         path = self.place / f"own-text-{'-'.join(map(str, asked))}.json"
         if not path.is_file():  # kept, for another device or another kernel would write another one when it is prepared again
-            tensors = tensors_of(self.model)
-            with placed(tensors, self.device if self.device and fits_beside(tensors, self.device) else None):
+            gpu, whole = self.device, tensors_of(self.model)
+            with placed(whole, gpu) if gpu and fits_beside(whole, gpu) else nullcontext():
                 write_json(path, own_text(self.model, self.tokenizer, *asked))
         return unlearnt(read_json(path))
 
