@@ -26,15 +26,15 @@ CALLED = {
     **dict.fromkeys(("num_train_epochs", "num_epochs"), "train.epochs"),
     **dict.fromkeys(("per_device_train_batch_size", "train_batch_size", "micro_batch"), "train.micro_batch_size"),
     **dict.fromkeys(("lr_scheduler_type", "lr_scheduler"), "train.scheduler"),
-    **dict.fromkeys(("lora_dropout",), "train.dropout"),
+    "lora_dropout": "train.dropout",
     **dict.fromkeys(("bf16", "fp16", "tf32"), "train.precision"),
     **dict.fromkeys(("r", "lora_r", "lora_rank"), "plan.rank"),
-    **dict.fromkeys(("lora_alpha",), "plan.alpha"),
+    "lora_alpha": "plan.alpha",
     **dict.fromkeys(("target_modules", "lora_target_modules"), "model.targets"),
     **dict.fromkeys(("load_in_4bit", "load_in_8bit", "quantization_config"), "model.quantization: nf4"),
     **dict.fromkeys(("model_name_or_path", "model_name", "base_model"), "model.path"),
-    **dict.fromkeys(("device_map",), "model.device"),
-    **dict.fromkeys(("torch_dtype",), "model.dtype"),
+    "device_map": "model.device",
+    "torch_dtype": "model.dtype",
     **dict.fromkeys(("dataset", "datasets", "dataset_name", "train_file"), "data.train"),
     **dict.fromkeys(("max_seq_length", "max_seq_len", "cutoff_len", "sequence_len"), "data.max_length"),
     **dict.fromkeys(("output_dir", "output"), "out"),
@@ -191,7 +191,7 @@ def _such_as(value: Any) -> str:
         return "; an empty one, [], is every linear layer"
     if isinstance(value, str) and Path(value).suffix in (".jsonl", ".json", ".csv", ".parquet", ".gz"):
         return f" of question sets, such as [{{name: mine, data: {value}, question: question, answers: answers}}]"
-    return f", such as [{yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10_000).split(chr(10))[0]}]"
+    return f", such as [{_inline(value)}]"
 
 
 def _convert_union(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
@@ -289,5 +289,9 @@ def _comment(text: str, indent: str = "") -> list[str]:
 
 
 def _line(name: str, value: Any, indent: str = "") -> str:
-    text = yaml.safe_dump(value, default_flow_style=True, width=10_000).strip()
-    return f"{indent}{name}: {text.removesuffix('...').strip()}"
+    return f"{indent}{name}: {_inline(value)}"
+
+
+def _inline(value: Any) -> str:
+    """A value as YAML, in one line."""
+    return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10_000).strip().removesuffix("...").strip()

@@ -88,8 +88,8 @@ class Inputs:
             )
         for entry in config.evaluate.asked:
             if isinstance(entry, QuestionSet):
-                questions = [row["question"] for row in question_rows(entry)]
-                if count := sum(same_words(question) in self.examples.instructions for question in questions):
+                questions = self._questions(entry)
+                if count := sum(same_words(row["question"]) in self.examples.instructions for row in questions):
                     found.append(f"{count:,} of the {len(questions):,} questions in {entry.data} are training examples too.")
         return found
 
@@ -98,7 +98,7 @@ class Inputs:
         _ = self.tokenizer, self.examples, self.knowledge
         self.check_system()
         check_length(self.examples, self.config.data, positions(self.architecture))
-        self._once(_check_questions, self.config.evaluate)
+        self._once(self._check_questions, self.config.evaluate)
         if self.common_config.evaluate.full_scores:
             self._once(self._check_reference, self.common_config)
         if self.config.evaluate.recovery:
@@ -121,6 +121,18 @@ class Inputs:
                 f"{'the same text, or to ' if system else ''}'' to ask without"
             )
 
+    def _questions(self, entry: QuestionSet) -> list[dict[str, Any]]:
+        return self._once(question_rows, entry)
+
+    def _check_questions(self, options: EvaluateConfig) -> None:
+        """Read every question file and the general text."""
+        for entry in options.asked:
+            if isinstance(entry, QuestionSet):
+                self._questions(entry)
+                example_rows(entry)
+        if options.text:
+            text_rows(options.text)
+
     def _check_reference(self, config: Config) -> None:
         check_reference(config, self.tokenizer)
 
@@ -133,13 +145,3 @@ class Inputs:
             self.loaded[key] = read(*options)
         known: Result = self.loaded[key]
         return known
-
-
-def _check_questions(options: EvaluateConfig) -> None:
-    """Read every question file and the general text."""
-    for entry in options.asked:
-        if isinstance(entry, QuestionSet):
-            question_rows(entry)
-            example_rows(entry)
-    if options.text:
-        text_rows(options.text)

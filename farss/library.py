@@ -22,7 +22,6 @@ from farss.config import Base, CalibrationConfig, DataConfig, PlanConfig
 from farss.data import (
     Row,
     Tokenized,
-    calibration_batches,
     check_length,
     choose,
     collate,
@@ -34,14 +33,14 @@ from farss.data import (
 )
 from farss.errors import ConfigError, FarssError
 from farss.files import read_json, write_json
-from farss.methods import SURVEY, Reading, check_elsewhere
+from farss.methods import Reading, check_elsewhere
 from farss.models import base_fingerprint, is_quantised, weights_fingerprint
 from farss.plan import check_plan, make_plan, make_plan_without_survey, method_of, survey_cap
 from farss.portable import Exported
 from farss.portable import export as export_adapter
 from farss.rows import cell, knowledge_texts
 from farss.structure import find_blocks, holds_packed, is_sharded, positions, target_layers
-from farss.survey import LENGTH, Progress, look, own_text
+from farss.survey import LENGTH, Progress, batches_for, look, own_text
 from farss.survey.places import fits_beside, placed, tensors_of
 
 CHECK_ROWS = 4
@@ -214,8 +213,7 @@ class _Looked:
 
     def _batches(self, text: str, needs: Reading) -> list[dict[str, Tensor]]:
         rows = self.examples.rows if text == "task" else self._knowledge()
-        how = self.calibration if needs is SURVEY else dataclasses.replace(self.calibration, padding="ignore")
-        return calibration_batches(rows, how, self.tokenizer.pad_token_id, self.seed, self.max_length)
+        return batches_for(needs, rows, self.calibration, self.tokenizer.pad_token_id, self.seed, self.max_length)
 
     def _knowledge(self) -> list[Row]:
         if self.knowledge is not None:

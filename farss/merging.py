@@ -20,6 +20,7 @@ from farss.adapter import changed_weight
 from farss.artifacts import Plan
 from farss.errors import FarssError
 from farss.files import whole_folder, write_json, write_tensors
+from farss.forward import attribute
 from farss.models import INDEX, PLAIN, local_folder, weight_files
 from farss.portable import in_float32, logits
 from farss.structure import base_weights, check_unshared, holds_packed, is_transposed
@@ -77,14 +78,12 @@ def write_model(model: Any, plan: Plan, tokenizer: Any, target: Path, dtype: tor
         _rewrite_files(source, target, change)
         return
     state = base_weights(model) if plan.layers else dict(model.state_dict())
-    state = {name: change(name, tensor) if name.removesuffix(".weight") in plan.layers else tensor for name, tensor in state.items()}
+    state = {name: change(name, tensor) for name, tensor in state.items()}
     state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     model.config.dtype = dtype
     # The base's file is copied as it is: transformers reads temperatures of models that do not sample, and refuses to write them.
-    settings = model.generation_config
-    model.generation_config = settings.from_model_config(model.config)
-    model.save_pretrained(str(target), state_dict=state)
-    model.generation_config = settings
+    with attribute(model, "generation_config", model.generation_config.from_model_config(model.config)):
+        model.save_pretrained(str(target), state_dict=state)
     if (source / GENERATION).is_file():
         shutil.copyfile(source / GENERATION, target / GENERATION)
     tokenizer.save_pretrained(str(target))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,17 @@ import torch
 from farss import processes
 from farss.artifacts import Survey
 from farss.config import PlanConfig
-from farss.data import Row, calibration_batches, choose, plain_rows, unlearnt
+from farss.data import Row, choose, plain_rows, unlearnt
 from farss.errors import FolderError
 from farss.files import write_text
 from farss.folder import READING_KEYS, Folder, options_of
 from farss.inputs import Inputs
 from farss.jobs import Tell
 from farss.memory import peak_gib, reset_peak
-from farss.methods import SURVEY, Reading
+from farss.methods import Reading
 from farss.models import check_room, device_of, load_model, tokenizer_fingerprint, weights_fingerprint, will_be_quantised
 from farss.plan import method_of, survey_cap
-from farss.survey import LENGTH, look, own_text
+from farss.survey import LENGTH, batches_for, look, own_text
 
 
 @dataclass
@@ -96,11 +96,10 @@ class Surveys:
             facts |= {"seconds": round(time.monotonic() - begun, 1), "peak_memory_gib": round(peak_gib(device), 2)}
 
     def _batches(self, text: str, needs: Reading) -> list[dict[str, torch.Tensor]]:
-        """The examples of the task, or of knowledge, that are looked at; padding counts in no statistics but FARSS's."""
+        """The examples of the task, or of knowledge, that are looked at."""
         config = self.inputs.common_config
         rows = self.inputs.common_examples.rows if text == "task" else self.knowledge()
-        how = config.calibration if needs is SURVEY else replace(config.calibration, padding="ignore")
-        return calibration_batches(rows, how, self.inputs.tokenizer.pad_token_id, config.seed, config.data.max_length)
+        return batches_for(needs, rows, config.calibration, self.inputs.tokenizer.pad_token_id, config.seed, config.data.max_length)
 
     def base_model(self) -> Any:
         """The base model, whose blocks go to the GPU one at a time, unless they are quantised."""

@@ -1,8 +1,8 @@
 """Model + calibration examples -> Survey."""
 
-from farss.survey.look import look
+from farss.survey.look import batches_for, look
 from farss.survey.own_text import LENGTH, own_text
 from farss.survey.readings import read_layers
 from farss.survey.sweep import Progress, Svd, survey
 
-__all__ = ["LENGTH", "Progress", "Svd", "look", "own_text", "read_layers", "survey"]
+__all__ = ["LENGTH", "Progress", "Svd", "batches_for", "look", "own_text", "read_layers", "survey"]

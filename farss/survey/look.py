@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from farss.artifacts import Survey
 from farss.config import CalibrationConfig
+from farss.data import Row, calibration_batches
 from farss.methods import SURVEY, Reading
 from farss.survey.passage import Batch
 from farss.survey.readings import read_layers
@@ -41,3 +43,11 @@ def look(
         return survey(model, texts[0], folder, cap, targets, how.fisher, seed, meta, on_progress, how.svd, device)
     assert needs.read
     return read_layers(model, folder, needs.read, cap, texts, targets, meta, on_progress, device, needs.over)
+
+
+def batches_for(
+    needs: Reading, rows: Sequence[Row], calibration: CalibrationConfig, pad_id: int, seed: int, max_length: int
+) -> list[Batch]:
+    """The batches of one text that are looked at; padding counts in no statistics but FARSS's."""
+    how = calibration if needs is SURVEY else replace(calibration, padding="ignore")
+    return calibration_batches(rows, how, pad_id, seed, max_length)

@@ -38,16 +38,13 @@ def asking(model: Any, run_generated_code: bool = False) -> Iterator[None]:
     """Evaluation mode, no gradients, no checkpointing, quiet libraries; everything is as before afterwards."""
     # Checkpointed layers drop the key-value cache, which makes generation many times slower.
     checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
-    for module in checkpointed:
-        module.gradient_checkpointing = False
     # lm_eval's metric `code_eval` reads its permission from there
     allowed = environment("HF_ALLOW_CODE_EVAL", "1") if run_generated_code else contextlib.nullcontext()
-    try:
+    with contextlib.ExitStack() as stack:
+        for module in checkpointed:
+            stack.enter_context(attribute(module, "gradient_checkpointing", False))
         with evaluating(model), torch.no_grad(), _tensor_cores(model), _quiet(), allowed:
             yield
-    finally:
-        for module in checkpointed:
-            module.gradient_checkpointing = True
 
 
 @contextlib.contextmanager
