@@ -245,7 +245,7 @@ def adapter_change(adapted: Any, name: str) -> tuple[Tensor, Tensor]:
         if adapter in module.lora_A:
             b, a = (_in_float64(side[adapter].weight) for side in (module.lora_B, module.lora_A))
             if adapter in getattr(module, "lora_E", {}):
-                values = _in_float64(module.lora_E[adapter].weight)
+                values = _in_float64(module.lora_E[adapter].weight).expand(len(a), 1)
                 kept = values[:, 0] != 0
                 b, a = b[:, kept], (values * a)[kept]
             left.append(module.scaling[adapter] * b)

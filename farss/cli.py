@@ -403,8 +403,8 @@ def _single(values: Config, several: bool = False, within: bool = True, trains: 
 
 def _exactness(facts: dict[str, Any]) -> str:
     return (
-        f"rank {facts['rank']}; logits differ from the trained model's by at most {facts['logit_difference']:.1e} (float32); "
-        f"lost to compression: {facts['lost']:.2%}"
+        f"rank {facts['rank']}, effective rank {facts['effective_rank']:.1f} (mean over the layers); logits differ from the trained "
+        f"model's by at most {facts['logit_difference']:.1e} (float32); lost to compression: {facts['lost']:.2%}"
     )
 
 

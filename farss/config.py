@@ -180,6 +180,10 @@ class PlanConfig:
     """KaSA's weight of the squared singular values (its paper uses 1e-4 on GLUE; FARSS compares with 1e-2 on LLaMA-2-7B)."""
     kasa_gamma: float = 1e-3
     """KaSA's weight of the distance from orthogonality (1e-3 on GLUE; FARSS compares with 1e-4 on LLaMA-2-7B)."""
+    fora_blocks: Literal["fisher", "random", "all"] = "fisher"
+    """FoRA adapts the half of the blocks with the largest gradients; or as many drawn at random, or all of them (its ablations)."""
+    fora_orthonormal: bool = True
+    """FoRA's B keeps orthonormal columns; false: a LoRA on the chosen blocks (its ablation)."""
 
     def __post_init__(self) -> None:
         for name in ("rank", "r_min", "r_avg", "r_max"):

@@ -44,7 +44,7 @@ READING_KEYS = {
     ),
 }
 """By what a `Reading` looks at."""
-READING_KEYS |= {"survey": SURVEY_KEYS, "both": (*READING_KEYS["task"], "calibration.knowledge")}
+READING_KEYS |= {"survey": SURVEY_KEYS, "both": (*READING_KEYS["task"], "calibration.knowledge"), "gradients": READING_KEYS["task"]}
 PATHS = (("model", "path"), ("data", "train"), ("calibration", "knowledge"), ("evaluate", "text"), ("evaluate", "full_scores"))
 """Options that may be files."""
 FILES = ("data.train", "calibration.knowledge", "evaluate.knowledge", "evaluate.task", "evaluate.other", "evaluate.text")

@@ -46,6 +46,8 @@ class Portable(NamedTuple):
     rank: int
     lost: float
     """Largest relative Frobenius error of a layer (0 unless compressed)."""
+    effective_rank: float
+    """How many directions of a layer's change count, mean over the layers (see `maths.compress`)."""
 
 
 class Exported(NamedTuple):
@@ -57,6 +59,8 @@ class Exported(NamedTuple):
     """Largest relative Frobenius error of a layer's change (0 unless compressed)."""
     logit_difference: float
     """Largest |logit difference| in float32 between the trained model and the exported adapter on the original base."""
+    effective_rank: float
+    """How many directions of a layer's change count, mean over the layers."""
 
 
 def portable(changes: Iterable[tuple[str, tuple[Tensor, Tensor]]], rank: int | None = None, energy: float | None = None) -> Portable:
@@ -73,10 +77,11 @@ def portable(changes: Iterable[tuple[str, tuple[Tensor, Tensor]]], rank: int | N
     """
     ExportConfig(rank=rank, energy=energy)  # checks them
     factors: dict[str, tuple[Tensor, Tensor]] = {}
-    lost = 0.0
+    lost, counting = 0.0, 0.0
     for name, change in changes:
         small = compress(*change, rank, energy)
         factors[name], lost = (small.a.float().cpu(), small.b.float().cpu()), max(lost, small.lost)
+        counting += small.effective_rank
         del change, small  # before the next is made
     needed = max(1, *(a.shape[0] for a, _ in factors.values()))
     served = next((allowed for allowed in SERVED_RANKS if allowed >= needed), needed)
@@ -85,7 +90,7 @@ def portable(changes: Iterable[tuple[str, tuple[Tensor, Tensor]]], rank: int | N
         padding = served - a.shape[0]
         state[f"base_model.model.{name}.lora_A.weight"] = nn.functional.pad(a, (0, 0, 0, padding))
         state[f"base_model.model.{name}.lora_B.weight"] = nn.functional.pad(b, (0, padding))
-    return Portable(state, served, lost)
+    return Portable(state, served, lost, counting / len(factors))
 
 
 def export(
@@ -118,7 +123,7 @@ def export(
     folder = Path(folder)
     if folder.exists() and not (folder / "farss.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise FolderError(f"{folder} holds something other than an adapter of farss: give a new folder")
-    state, served, lost = portable(((name, adapter_change(adapted, name)) for name in plan.layers), rank, energy)
+    state, served, lost, counting = portable(((name, adapter_change(adapted, name)) for name in plan.layers), rank, energy)
     with whole_folder(folder) as unfinished:
         write_adapter(unfinished, state, target_names(plan, adapted), base, served)
         difference, scale = check(adapted, unfinished, batch)
@@ -128,7 +133,7 @@ def export(
                 f"the exported adapter's logits differ by {difference:.2g} from the trained model's (allowed: {tolerance:.2g}): "
                 "it was not kept"
             )
-        exported = Exported(folder, served, lost, difference)
+        exported = Exported(folder, served, lost, difference, counting)
         write_facts(unfinished, plan, origin_of(adapted, base, tokenizer, prompt), exported)
     return exported
 

@@ -145,6 +145,7 @@ def test_comparison_shares_survey_and_base(model_folder, tmp_path, monkeypatch):
         ("eva", [], "eva-answers"),
         ("adalora", [], None),
         ("kasa", [], "weights"),
+        ("fora", [], "block-gradients"),
         ("dora", ["evaluate.task=[]"], None),
     ],
 )

@@ -21,13 +21,15 @@ SCRIPT = textwrap.dedent("""
     from small_models import collated, examples, small
     from farss import processes
     from farss.methods import METHODS
-    from farss.survey import read_layers, survey
+    from farss.survey import look, read_layers, survey
     if len(sys.argv) > 6:
         torch.distributed.init_process_group("gloo")  # as a trainer does before it is ours
     with processes.joined():
         model, task = small("gemma3"), collated(examples(), int(sys.argv[3]))
         if sys.argv[4] == "survey":
             survey(model, task, sys.argv[2], 4, fisher="sampled")
+        elif sys.argv[4] == "gradients":
+            look(model, METHODS["fora"].needs, [task], sys.argv[2], 1)
         else:
             read_layers(model, sys.argv[2], METHODS["farss-plus"].needs.read, 4, [task, collated(examples(7, seed=1), int(sys.argv[5]))])
     if len(sys.argv) > 6:
@@ -45,7 +47,7 @@ def launch(folder, batch_size=2, processes=2, what="survey", knowledge=2, beside
     return subprocess.run(command, check=False, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize(("what", "beside"), [("survey", ()), ("both texts", ("trainer",))])
+@pytest.mark.parametrize(("what", "beside"), [("survey", ()), ("both texts", ("trainer",)), ("gradients", ())])
 def test_two_processes_find_what_one_finds(what, beside, tmp_path):
     for count in (1, 2):
         result = launch(tmp_path / f"by{count}", processes=count, what=what, beside=beside if count > 1 else ())

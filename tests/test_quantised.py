@@ -20,6 +20,7 @@ from farss.portable import export, in_float32
 from farss.prepared import write_prepared
 from farss.structure import base_weights, holds_packed, keep_gradients, target_layers, weight_of
 from farss.survey import survey
+from farss.survey.gradients import gradients
 from farss.survey.places import placed, tensors_of
 from farss.train import train
 
@@ -52,6 +53,15 @@ def test_statistics_are_those_of_the_dequantised_weights(folder, tmp_path):
         assert one.layers[name].shape == two.layers[name].shape
         torch.testing.assert_close(one.directions(name).sigma, two.directions(name).sigma)
         torch.testing.assert_close(one.directions(name).lam, two.directions(name).lam, rtol=0.02, atol=0)
+
+
+def test_gradients_of_blocks_are_those_of_the_dequantised_weights(folder, tmp_path):
+    model = four_bits(folder)
+    one, two = (
+        gradients(each, collated(examples()), tmp_path / str(place)) for place, each in enumerate((model, dequantised(model, folder)))
+    )
+    for name, layer in two.layers.items():
+        assert one.layers[name].importance == pytest.approx(layer.importance, rel=0.02)
 
 
 def test_what_is_packed_into_numbers_of_another_kind_is_not_converted(folder):

@@ -104,6 +104,7 @@ def _row(name: str, entrant: Entrant, summary: Summary) -> dict[str, Any]:
         "rank": plan.rank,
         "learning_rate": run.config.train.learning_rate,
         "parameters": trained.parameters,
+        "effective_rank": (run.folder.record("export") or {}).get("effective_rank"),
         **{key: values[key] for key in ("K", "T", "KT", "retained", "recovered", "forgetting")},
         **{name: _nats(summary, kind) for kind, name in (("knowledge", "kept"), ("task", "learned"))},
         "seconds_init": sum(record.get("seconds", 0.0) for record in before),

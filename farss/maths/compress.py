@@ -17,6 +17,8 @@ class Compressed(NamedTuple):
     """[r, n]"""
     lost: float
     """Relative Frobenius error, 0 .. 1; of rounding alone 0."""
+    effective_rank: float
+    """Of `B A`."""
 
 
 def compress(left: Tensor, right: Tensor, rank: int | None = None, energy: float | None = None) -> Compressed:
@@ -41,4 +43,11 @@ def compress(left: Tensor, right: Tensor, rank: int | None = None, energy: float
     root = sigma[:keep].sqrt()
     total = sigma.norm().item()
     lost = sigma[keep:].norm().item() / total if total else 0.0
-    return Compressed(q_left @ (u[:, :keep] * root), (q_right @ (vh[:keep].T * root)).T, lost)
+    return Compressed(q_left @ (u[:, :keep] * root), (q_right @ (vh[:keep].T * root)).T, lost, effective_rank(sigma[:keep]))
+
+
+def effective_rank(singular: Tensor) -> float:
+    """How many singular values count: `exp(-sum p log p)` with `p = sigma / sum sigma` (Roy and Vetterli 2007); 0 where all are zero."""
+    share = singular[singular > 0]
+    share = share / share.sum()
+    return float((-(share * share.log()).sum()).exp()) if len(share) else 0.0

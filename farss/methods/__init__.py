@@ -10,6 +10,7 @@ from farss.methods.farss_all_high import FARSS_ALL_HIGH
 from farss.methods.farss_fixed import FARSS_FIXED
 from farss.methods.farss_init import FARSS_INIT
 from farss.methods.farss_plus import FARSS_PLUS
+from farss.methods.fora import FORA
 from farss.methods.full import FULL
 from farss.methods.kasa import KASA
 from farss.methods.lora import LORA
@@ -19,7 +20,7 @@ from farss.methods.olora import OLORA
 from farss.methods.pissa import PISSA
 
 _ALL = (
-    *(FARSS, FARSS_PLUS, LORA, DORA, ADALORA, PISSA, OLORA, MILORA, CORDA_IPM, CORDA_KPM, LORA_NULL, KASA, EVA),
+    *(FARSS, FARSS_PLUS, LORA, DORA, ADALORA, PISSA, OLORA, MILORA, CORDA_IPM, CORDA_KPM, LORA_NULL, KASA, EVA, FORA),
     *(FARSS_INIT, FARSS_ALL_HIGH, FARSS_FIXED, FULL),
 )
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}

@@ -32,12 +32,12 @@ class Reading:
 
     name: str
     """Of its folder and its step; methods that read the same share it."""
-    of: Literal["survey", "weights", "task", "knowledge", "both"]
+    of: Literal["survey", "weights", "task", "knowledge", "both", "gradients"]
     """FARSS's statistics of the task; the weights alone, or the activations of the training examples, or those of the knowledge text; or
-    what both say, the training examples with the gradients behind their activations."""
+    what both say, the training examples with the gradients behind their activations; or the squared gradients of whole blocks."""
     read: Callable[..., dict[str, Tensor]] | None = None
     """(weight [m, n], how many directions at an end, *moments [n, n]) -> `artifacts.layer_tensors`; a moment for each of the `texts`.
-    None: see `survey.survey`."""
+    None: see `survey.survey` and `survey.gradients`."""
     reach: int = 1
     """How many times its average rank a layer may get."""
     over: Literal["tokens", "answers", "examples"] = "tokens"
@@ -46,12 +46,12 @@ class Reading:
     @property
     def texts(self) -> tuple[str, ...]:
         """What goes through the model."""
-        return {"survey": ("task",), "weights": (), "both": ("task", "knowledge")}.get(self.of, (self.of,))
+        return {"survey": ("task",), "gradients": ("task",), "weights": (), "both": ("task", "knowledge")}.get(self.of, (self.of,))
 
     @property
     def in_parts(self) -> bool:
         """Whether several processes share it: it goes through the blocks with gradients."""
-        return self.of in ("survey", "both")
+        return self.of in ("survey", "both", "gradients")
 
 
 SURVEY = Reading("survey", "survey")
@@ -89,6 +89,10 @@ class Regime:
 
     def dress(self, layers: list[Any], adapter: str) -> None:
         """Add to PEFT's LoRA modules what the method trains beside A and B."""
+
+    def optimizer(self, made: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """What trains it, instead of the trainer's AdamW. A schedule multiplies the learning rate of each group by the same."""
+        return made
 
     def begin(self, model: Any, steps: int) -> None:
         """Training begins, or goes on; it takes `steps` optimiser steps in all."""
@@ -146,6 +150,7 @@ class Method:
             "weights": "the weights",
             "task": "activations of the task",
             "knowledge": "activations of knowledge text",
+            "gradients": "the task's gradients",
             "both": "the task's pull on activations, against those of knowledge text",
         }[self.needs.of]
 

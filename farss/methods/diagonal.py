@@ -1,4 +1,4 @@
-"""A trained diagonal between A and B, `dW = s B diag(e) A`, as AdaLoRA and KaSA have it, on PEFT's plain LoRA."""
+"""A trained diagonal between A and B, `dW = s B diag(e) A`, on PEFT's plain LoRA: AdaLoRA's and KaSA's, and of one value FoRA's gate."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Diagonal(nn.Module):
-    """`weight [r, 1]`: named and shaped as PEFT's AdaLoRA names and shapes it, so that its rank allocator finds it."""
+    """`weight [r, 1]`, or `[1, 1]` for all r alike: named and shaped as PEFT's AdaLoRA does it, so that its rank allocator finds it."""
 
     def __init__(self, values: Tensor) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ def add_diagonals(layers: list[Any], adapter: str, values: Callable[[int], Tenso
     """Put a diagonal into each of PEFT's LoRA modules, float32.
 
     Args:
-        values: rank -> its start [r].
+        values: rank -> its start, [r] or [1].
     """
     for layer in layers:
         weight = layer.lora_A[adapter].weight

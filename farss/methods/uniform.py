@@ -85,17 +85,25 @@ def chosen_rank(
 
 
 def uniform_plan(
-    config: PlanConfig, context: Context, side: Side | None, beside: Beside = nothing, cap: Cap = layer_cap, what: str = TRAINABLE
+    config: PlanConfig,
+    context: Context,
+    side: Side | None,
+    beside: Beside = nothing,
+    cap: Cap = layer_cap,
+    what: str = TRAINABLE,
+    layers: dict[str, Layer] | None = None,
 ) -> Plan:
     """One rank everywhere, from one end of the score order; None: a start at zero. A layer whose cap is 0 is left as it is.
 
     Args:
         what: see `chosen_rank`.
+        layers: those that are adapted; None: all of the target layers.
     """
     notes: list[str] = []
-    rank = chosen_rank(config, context.layers, lambda r: uniform_parameters(context.layers, r, beside, cap), notes, what)
-    layers = {}
-    for name, layer in context.layers.items():
+    adapted = context.layers if layers is None else layers
+    rank = chosen_rank(config, context.layers, lambda r: uniform_parameters(adapted, r, beside, cap), notes, what)
+    planned = {}
+    for name, layer in adapted.items():
         own, directions = min(rank, cap(layer)), []
         if not own:
             continue
@@ -103,5 +111,5 @@ def uniform_plan(
             assert context.survey is not None
             directions = select(context.survey.directions(name).scores, own, side).tolist()
         alpha = layer_alpha(config, own, rank)
-        layers[name] = LayerPlan(own, alpha, layer.block, layer.shape, side, directions, beside(own, layer.shape[0]))
-    return Plan(config.method, layers, context.blocks, rank=rank, notes=notes)
+        planned[name] = LayerPlan(own, alpha, layer.block, layer.shape, side, directions, beside(own, layer.shape[0]))
+    return Plan(config.method, planned, context.blocks, rank=rank, notes=notes)

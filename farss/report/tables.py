@@ -81,6 +81,7 @@ def columns(comparison: dict[str, Any]) -> list[Column]:
     """The columns for which there is at least one number."""
     wanted = [
         Column("parameters", "Parameters", compact),
+        Column("effective_rank", "Effective rank", plain),
         Column("learning_rate", "Learning rate", plain),
         *(Column(name, f"{name} %", points, 1) for name in METRICS),
         Column("retained", "Still right %", points, 1),

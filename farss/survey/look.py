@@ -14,6 +14,7 @@ from farss.artifacts import Survey
 from farss.config import CalibrationConfig
 from farss.data import Row, calibration_batches
 from farss.methods import SURVEY, Reading
+from farss.survey.gradients import gradients
 from farss.survey.passage import Batch
 from farss.survey.readings import read_layers
 from farss.survey.sweep import Progress, survey
@@ -32,7 +33,7 @@ def look(
     on_progress: Progress | None = None,
     device: torch.device | None = None,
 ) -> Survey:
-    """Look at a model; see `survey` and `read_layers`.
+    """Look at a model; see `survey`, `gradients` and `read_layers`.
 
     Args:
         texts: in batches, one for each of `needs.texts`.
@@ -41,6 +42,8 @@ def look(
     if needs is SURVEY:
         how = calibration or CalibrationConfig()
         return survey(model, texts[0], folder, cap, targets, how.fisher, seed, meta, on_progress, how.svd, device)
+    if needs.of == "gradients":
+        return gradients(model, texts[0], folder, targets, seed, meta, on_progress, device)
     assert needs.read
     return read_layers(model, folder, needs.read, cap, texts, targets, meta, on_progress, device, needs.over)
 

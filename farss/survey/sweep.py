@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -183,6 +183,7 @@ class Sweep:
             note: called by the first process when a block is done.
         """
         self.tokens = sum(int(counted(batch).sum()) for batch in batches)
+        self.examples = sum(len(batch["input_ids"]) for batch in batches)
         last, lowest = len(self.blocks) - 1, min(layer.block for layer in self.layers.values())
         undone = self._first_undone()
         with placed(outside(self.model, self.blocks), self.device):
@@ -273,11 +274,20 @@ class Sweep:
         """The weights of the target layers inside a block, where they are; see `finite_weight`."""
         return {name: finite_weight(layer, self.model.get_submodule(name)) for name, layer in self.layers.items() if layer.block == index}
 
-    def walk(self, index: int, passages: list[Passage], recorded: Callable[[Tensor], AbstractContextManager[None]]) -> list[Tensor]:
+    def walk(
+        self,
+        index: int,
+        passages: list[Passage],
+        recorded: Callable[[Tensor], AbstractContextManager[None]],
+        weights: Sequence[Tensor] = (),
+        take: Callable[[Sequence[Tensor | None]], None] = lambda found: None,
+    ) -> list[Tensor]:
         """Push the output gradients of a block back through it.
 
         Args:
             recorded: mask [b, t] of a batch -> what is active while it passes.
+            weights: of the block, which are not frozen.
+            take: called with their gradients after each batch; None for one that the batch did not use.
 
         Returns:
             The gradients of its input, [b, t, d] a batch.
@@ -288,7 +298,9 @@ class Sweep:
             hidden = passage.here(state).detach().requires_grad_(True)
             with torch.enable_grad(), recorded(passage.mask):
                 output = through(self.blocks[index], index, passage, hidden)
-                result.append(torch.autograd.grad(output, hidden, gradient.to(output))[0].cpu())
+                found = torch.autograd.grad(output, [hidden, *weights], gradient.to(output), allow_unused=bool(weights))
+            result.append(found[0].cpu())
+            take(found[1:])
         return result
 
     def _write(self, index: int, readouts: dict[str, Readout]) -> None:

@@ -193,6 +193,11 @@ def _classes() -> tuple[Any, Any]:
             self.added = share.detach()
             return (result[0] + share, *result[1:]) if return_outputs else result + share
 
+        def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+            if self.optimizer is None:
+                self.optimizer = self.run.regime.optimizer(super().create_optimizer(*args, **kwargs))
+            return self.optimizer
+
         def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
             norm = super()._get_grad_norm(model, grad_norm)  # the last thing before the optimiser's step
             self.run.check(self.state.global_step + 1, float(norm))

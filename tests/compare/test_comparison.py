@@ -150,7 +150,7 @@ def test_every_method_on_the_embedded_world(tmp_path):
         assert (folder / row["folder"] / ("adapter" if METHODS[method].plain_lora else "model")).is_dir()
     assert {row["method"] for row in comparison["differences"]} == set(METHODS) - {"full"}
     looked_at = {path.parent.name for path in folder.glob("*/survey.json")} - {"steps"}
-    assert len(looked_at) == 8  # one for each thing that is looked at
+    assert len(looked_at) == 9  # one for each thing that is looked at
 
 
 def test_several_jobs_give_the_table_of_one(values, tmp_path):
