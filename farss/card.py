@@ -83,6 +83,8 @@ def _adapter_lines(facts: dict[str, Any]) -> list[str]:
 
 
 def _model_lines(facts: dict[str, Any]) -> list[str]:
+    if gone := facts.get("deleted"):
+        return [f"A smaller model: of its base's {facts['blocks']} blocks these are deleted: {', '.join(map(str, gone))}."]
     lines = ["A whole model: the change that was trained is merged into its weights."]
     if facts.get("logit_difference") is not None:
         lines[0] += (

@@ -309,6 +309,30 @@ def convert(
 
 
 @app.command()
+def prune(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    methods: Annotated[str | None, typer.Option(help="Methods, separated by commas; default: prune.methods.")] = None,
+    ratio: Annotated[float | None, typer.Option(help="Share of the blocks to delete; default: prune.ratio.")] = None,
+) -> None:
+    """Delete whole blocks (TRSP): an ordinary model folder that is smaller and faster, and a table of what that cost."""
+    from farss.files import read_json
+    from farss.folder import alone, run_folder
+    from farss.pruning import prune as made
+    from farss.terminal import pruning_table
+
+    _refuse_several()
+    extra = [f"prune.methods=[{methods}]"] if methods else []
+    extra += [f"prune.ratio={ratio}"] if ratio is not None else []
+    wanted = _read(config, [*(overrides or []), *extra], shared=True)
+    with alone(run_folder(wanted)), bars() as tell:
+        folder = made(wanted, tell)
+    rows = read_json(folder / "pruning.json")["rows"]
+    console.print(pruning_table(rows))
+    _where({"table": folder / "pruning.md"} | {row["method"]: folder / row["method"] / "model" for row in rows[1:]})
+
+
+@app.command()
 def report(
     folder: Annotated[Path, typer.Argument(metavar="CONFIG", help="A run file, or the folder of a run or a comparison.")],
     overrides: Overrides = None,

@@ -414,6 +414,55 @@ class CompareConfig:
 
 
 @dataclass(frozen=True)
+class PruneConfig:
+    """Deleting whole blocks: `farss prune` (TRSP, and what it is compared with; the rates and weights are its authors')."""
+
+    methods: list[str] = field(default_factory=lambda: ["trsp"])
+    """How to choose the blocks and what to do before they are deleted; each gives a model: trsp; its controls trsp-stage-1,
+    trsp-no-penalty and delete-first; random, shortgpt and sleb, which train nothing."""
+    ratio: float = 0.25
+    """Share of the blocks to delete."""
+    text: str | None = None
+    """File of general text (column `text`) to choose and to train by."""
+    sequences: int = 128
+    """Windows of it that are used, drawn with the seed."""
+    length: int = 2048
+    """Tokens of a window, also of those by which perplexity is measured (`evaluate.text`)."""
+    gate: Literal["output", "branch"] = "output"
+    """Stage 1 learns a scalar S on each block. output: what leaves it is S times what would; branch: x + S (f(x) - x), so that S = 0 is a
+    block that is not there."""
+    keep_first: int | None = None
+    """Never delete this many of the first blocks; null: with gate output 3 of 32, with gate branch none."""
+    keep_last: int | None = None
+    """The same of the last blocks, 4 of 32: the last block's scalar is invisible to a loss that is computed after a norm."""
+    sparsity: float = 5e-3
+    """Stage 1: weight of the sum of all |S|."""
+    gate_rate: float = 1e-2
+    """Learning rate of the scalars."""
+    gate_steps: int = 32
+    """Steps of train.batch_size windows before each block is chosen."""
+    shift: float = 1e-3
+    """Stage 2: weight of the sum of ||x_out - x_in|| over the chosen blocks. It trains with the options of `train`."""
+    norm: Literal["frobenius", "l1"] = "frobenius"
+    """Of x_out - x_in over a whole window."""
+
+    def __post_init__(self) -> None:
+        _check(0 < self.ratio < 1, f"prune.ratio={self.ratio}: give a share above 0 and below 1")
+        for name in ("sequences", "gate_steps"):
+            _check(getattr(self, name) >= 1, f"prune.{name}={getattr(self, name)}: give 1 or more")
+        _check(self.length >= 8, f"prune.length={self.length}: give 8 tokens or more")
+        for name in ("keep_first", "keep_last"):
+            given = getattr(self, name)
+            _check(given is None or given >= 0, f"prune.{name}={given}: give 0 or more, or null")
+        for name in ("sparsity", "shift"):
+            _check(getattr(self, name) >= 0, f"prune.{name}={getattr(self, name)}: give 0 or more")
+        _check(self.gate_rate > 0, f"prune.gate_rate={self.gate_rate}: give a number above 0")
+        _check(bool(self.methods), "prune.methods is empty: name one, such as trsp")
+        twice = [value for place, value in enumerate(self.methods) if value in self.methods[:place]]
+        _check(not twice, f"prune.methods holds {twice[0] if twice else ''} twice: give each once")
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole run."""
 
@@ -427,6 +476,7 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
+    prune: PruneConfig = field(default_factory=PruneConfig)
     seed: int = 0
     """Seed of every random choice."""
     out: str = "run"

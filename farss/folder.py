@@ -45,9 +45,12 @@ READING_KEYS = {
 }
 """By what a `Reading` looks at."""
 READING_KEYS |= {"survey": SURVEY_KEYS, "both": (*READING_KEYS["task"], "calibration.knowledge"), "gradients": READING_KEYS["task"]}
-PATHS = (("model", "path"), ("data", "train"), ("calibration", "knowledge"), ("evaluate", "text"), ("evaluate", "full_scores"))
+PATHS = (
+    *(("model", "path"), ("data", "train"), ("calibration", "knowledge"), ("evaluate", "text"), ("evaluate", "full_scores")),
+    ("prune", "text"),
+)
 """Options that may be files."""
-FILES = ("data.train", "calibration.knowledge", "evaluate.knowledge", "evaluate.task", "evaluate.other", "evaluate.text")
+FILES = ("data.train", "calibration.knowledge", "evaluate.knowledge", "evaluate.task", "evaluate.other", "evaluate.text", "prune.text")
 """Options whose files a result depends on."""
 CONTENT = "content of "
 VERSIONS = "versions.json"
@@ -73,6 +76,15 @@ BOUNDARY_KEYS = (
     *(key for key in TRAIN_KEYS if key != "train.scheduler"),
     *("boundary", "evaluate.knowledge", "evaluate.text", "evaluate.resamples"),
 )
+_MAY = ("model.path", "prune.ratio", "prune.gate", "prune.keep_first", "prune.keep_last", "seed")
+_BY_TEXT = (*_MAY, "model.dtype", "prune.text", "prune.sequences", "prune.length")
+CHOICE_KEYS = {
+    "random": _MAY,
+    "shortgpt": _BY_TEXT,
+    "sleb": _BY_TEXT,
+    "scalars": (*_BY_TEXT, "prune.sparsity", "prune.gate_rate", "prune.gate_steps", "train.batch_size"),
+}
+"""Of the blocks that each rule of a pruning chooses."""
 EXPORT_KEYS = ("export",)
 LOADED_KEYS = ("model.path", "model.dtype", "model.quantization")
 """Of the untouched model, as it is loaded to be asked."""

@@ -98,7 +98,7 @@ class Inputs:
         _ = self.tokenizer, self.examples, self.knowledge
         self.check_system()
         check_length(self.examples, self.config.data, positions(self.architecture))
-        self._once(self._check_questions, self.config.evaluate)
+        self._once(self.check_questions, self.config.evaluate)
         if self.common_config.evaluate.full_scores:
             self._once(self._check_reference, self.common_config)
         if self.config.evaluate.recovery:
@@ -124,7 +124,7 @@ class Inputs:
     def _questions(self, entry: QuestionSet) -> list[dict[str, Any]]:
         return self._once(question_rows, entry)
 
-    def _check_questions(self, options: EvaluateConfig) -> None:
+    def check_questions(self, options: EvaluateConfig) -> None:
         """Read every question file and the general text."""
         for entry in options.asked:
             if isinstance(entry, QuestionSet):

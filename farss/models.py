@@ -278,8 +278,14 @@ def layer_shapes(config: ModelConfig) -> tuple[dict[str, Layer], int]:
 
 def empty_model(config: ModelConfig) -> Any:
     """The model without its weights, from `config.json` alone."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    architecture = _from_pretrained(AutoConfig, config)
+    return empty_of(_from_pretrained(AutoConfig, config), config.trust_remote_code)
+
+
+def empty_of(architecture: Any, trusted: bool) -> Any:
+    """The model without its weights that a configuration of transformers describes."""
+    from transformers import AutoModelForCausalLM
+
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(architecture, trust_remote_code=config.trust_remote_code)
+        return AutoModelForCausalLM.from_config(architecture, trust_remote_code=trusted)

@@ -170,6 +170,20 @@ def _sparks(values: list[float]) -> str:
     return "".join(SPARKS[round(7 * (value - low) / span)] if math.isfinite(value) else " " for value in logs)
 
 
+def pruning_table(rows: list[dict[str, Any]]) -> Table:
+    """What each method made of the model, a model a column."""
+    from farss.pruning.table import columns
+
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    (_, names), *rest = columns(rows)
+    table.add_column("")
+    for name in names:
+        table.add_column(Text(name), justify="right")
+    for head, texts in rest:
+        table.add_row(Text(head), *(Text(text) for text in texts))
+    return table
+
+
 def summary_table(summary: Mapping[str, Any] | DataclassInstance) -> Table:
     """Every benchmark before and after, then K, T, KT and forgetting with their 95 % intervals."""
     values = dict(summary) if isinstance(summary, Mapping) else dataclasses.asdict(summary)

@@ -1,0 +1,94 @@
+"""Laws of taking blocks out of a model."""
+
+import copy
+
+import pytest
+import torch
+from small_models import logits, save_small, small
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from farss.config import ModelConfig
+from farss.errors import ModelError
+from farss.models import empty_model, load_model
+from farss.pruning.surgery import check_deletable, delete_blocks, skipped, write_shorter
+from farss.structure import find_blocks
+from farss.survey.passage import returned_by
+
+KINDS = [
+    "llama",
+    "llama-gqa",
+    "gemma3",
+    "qwen3",
+    "gpt2",
+    "phi3",
+    "gpt-neox",
+    "falcon",
+    "bloom",
+    "mpt",
+    "granite-moe",
+    "glm4-moe",
+    "deepseek-v3",
+]
+
+
+def weights_of(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gone", [[1], [0, 2]])
+def test_a_model_without_blocks_is_one_that_passes_them_over_and_comes_back_from_its_files(kind, gone, tmp_path):
+    folder = save_small(kind, tmp_path / "base")
+    config = ModelConfig(path=str(folder), device="cpu")
+    model = load_model(config)
+    check_deletable(empty_model(config), gone, False)
+    ids = torch.arange(3, 15)[None]
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    returned = returned_by(model, find_blocks(model)[1], batch)
+    with skipped(model, gone, returned):
+        expected = model(**batch, use_cache=False).logits
+    blocks = find_blocks(model)[1]
+    freed = sum(weights_of(blocks[index]) for index in gone)
+    before, count = weights_of(model), len(blocks)
+    delete_blocks(model, gone)
+    assert weights_of(model) == before - freed
+    assert torch.equal(model(**batch, use_cache=False).logits, expected)
+    write_shorter(model, AutoTokenizer.from_pretrained(folder), tmp_path / "shorter", config, torch.float32)
+    found, info = AutoModelForCausalLM.from_pretrained(tmp_path / "shorter", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert found.config.get_text_config().num_hidden_layers == count - len(gone)
+    assert torch.equal(found.eval()(**batch, use_cache=False).logits, expected)
+    written = [
+        found.generate(**batch, max_new_tokens=8, min_new_tokens=8, do_sample=False, use_cache=cache, pad_token_id=0)
+        for cache in (True, False)
+    ]
+    assert torch.equal(*written)
+
+
+def test_a_block_that_adds_nothing_is_not_missed():
+    model = small("llama")
+    for linear in (model.model.layers[2].self_attn.o_proj, model.model.layers[2].mlp.down_proj):
+        linear.weight.data.zero_()
+    before = logits(model)
+    delete_blocks(model, [2])
+    assert torch.equal(logits(model), before)
+
+
+def test_lists_of_the_configuration_lose_the_entries_of_the_blocks():
+    model = small("gemma3")
+    kinds = list(model.config.layer_types)
+    delete_blocks(model, [0, 3])
+    assert model.config.layer_types == kinds[1:3]
+    assert [block.self_attn.layer_idx for block in model.model.layers] == [0, 1]
+    dense = small("deepseek-v3")
+    assert dense.config.first_k_dense_replace == 1
+    delete_blocks(dense, [0])
+    assert dense.config.first_k_dense_replace == 0
+
+
+@pytest.mark.parametrize("kind", ["jamba", "gemma3n"])
+def test_an_architecture_that_goes_by_places_is_refused(kind):
+    model = copy.deepcopy(small(kind)).to("meta")
+    with pytest.raises(ModelError, match="blocks of this architecture cannot be deleted"):
+        check_deletable(model, [0], False)
+    assert len(find_blocks(model)[1]) == len(find_blocks(small(kind))[1])  # and stays as it was
