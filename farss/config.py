@@ -425,9 +425,9 @@ class PruneConfig:
     text: str | None = None
     """File of general text (column `text`) to choose and to train by."""
     sequences: int = 128
-    """Windows of it that are used, drawn with the seed."""
+    """Windows of it that are used, drawn with the seed, and as many of `evaluate.text`, by which perplexity is measured."""
     length: int = 2048
-    """Tokens of a window, also of those by which perplexity is measured (`evaluate.text`)."""
+    """Tokens of a window."""
     gate: Literal["output", "branch"] = "output"
     """Stage 1 learns a scalar S on each block. output: what leaves it is S times what would; branch: x + S (f(x) - x), so that S = 0 is a
     block that is not there."""

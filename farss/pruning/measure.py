@@ -21,13 +21,13 @@ PROMPT, WRITTEN = 512, 64
 """Tokens that are read at once, and that are written one by one, for the timings."""
 
 
-def windows(texts: Sequence[str], tokenizer: Any, length: int, count: int | None, seed: int, path: str) -> list[Row]:
+def windows(texts: Sequence[str], tokenizer: Any, length: int, count: int, seed: int, path: str) -> list[Row]:
     """Windows of text of equal length: the texts one after the other, cut every `length` tokens, each window begun as the tokenizer
     begins a text. Every token but the first is to be predicted.
 
     Args:
         length: tokens of a window.
-        count: draw so many with the seed; None: all.
+        count: draw so many with the seed, or take all there are.
         path: where the texts are from, for the message.
 
     Raises:
@@ -42,9 +42,7 @@ def windows(texts: Sequence[str], tokenizer: Any, length: int, count: int | None
         raise DataError(
             f"{path} has {len(ids):,} tokens, fewer than a window of prune.length={length}: give more text, or lower prune.length"
         )
-    return [
-        {"input_ids": row, "completion_mask": [0] + [1] * (length - 1)} for row in (rows if count is None else choose(rows, count, seed))
-    ]
+    return [{"input_ids": row, "completion_mask": [0] + [1] * (length - 1)} for row in choose(rows, count, seed)]
 
 
 def perplexity(model: Any, rows: Sequence[Row], batch_size: int, pad_id: int, tell: Any) -> float:

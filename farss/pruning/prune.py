@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -34,6 +35,7 @@ from farss.tasks.summary import summarise
 from farss.train import check_options, train
 from farss.versions import versions
 
+log = logging.getLogger(__name__)
 Rule = Literal["random", "shortgpt", "sleb", "scalars"]
 Then = Literal["delete", "shift", "train", "delete and train"]
 DENSE = "dense"
@@ -112,16 +114,17 @@ class Pruning:
     @cached_property
     def rows(self) -> list[Row]:
         """The windows by which blocks are chosen and what is left is trained."""
-        return self._windows(self.config.prune.text, self.config.prune.sequences)
+        return self._windows(self.config.prune.text)
 
     @cached_property
     def held_out(self) -> list[Row]:
-        """The windows by which perplexity is measured; none where no text is named."""
-        return self._windows(self.config.evaluate.text, None) if self.config.evaluate.text else []
+        """As many windows by which perplexity is measured; none where no text is named."""
+        return self._windows(self.config.evaluate.text) if self.config.evaluate.text else []
 
-    def _windows(self, path: str | None, count: int | None) -> list[Row]:
+    def _windows(self, path: str | None) -> list[Row]:
         assert path is not None
-        return windows(text_rows(path), self.tokenizer, self.config.prune.length, count, self.config.seed, path)
+        options = self.config.prune
+        return windows(text_rows(path), self.tokenizer, options.length, options.sequences, self.config.seed, path)
 
     @property
     def number(self) -> int:
@@ -178,6 +181,10 @@ class Pruning:
         self.inputs.check_questions(self.config.evaluate)
         for method in options.methods:
             self._is_made(method)
+        if options.text == self.config.evaluate.text:
+            log.warning("prune.text is evaluate.text: perplexity will be that of text by which the blocks were chosen.")
+        elif not self.config.evaluate.text:
+            log.warning("Perplexity will be missing: name a file of general text in evaluate.text.")
 
     # --- which blocks -------------------------------------------------------------------------------------------------
 
@@ -293,7 +300,9 @@ class Pruning:
         """`<name>/scores.json` and `<name>/measured.json`: its answers, its perplexity, and its speed beside the whole model's."""
         place, own = Folder(self.folder.path / name), replace(self.config.model, path=self._path(name), dtype="auto")
         config = replace(self.config, model=own if name != DENSE else self.config.model)
-        options = options_of(self.config, (*LOADED_KEYS, *EVALUATE_KEYS, "prune.length")) | grading(self.config.evaluate.asked)
+        options = options_of(self.config, (*LOADED_KEYS, *EVALUATE_KEYS, "prune.length", "prune.sequences")) | grading(
+            self.config.evaluate.asked
+        )
         if place.is_done("measure", options, redo=True):
             return
         with place.step("measure", options):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -110,21 +111,23 @@ def write_shorter(model: Any, tokenizer: Any, folder: Path, config: ModelConfig,
         ModelError: it does not. Nothing is left at `folder`.
     """
     blocks = len(find_blocks(model)[1])
-    model.to(dtype)
+    for tensor in model.state_dict(keep_vars=True).values():  # not the rotary frequencies, which stay float32 when a model is loaded
+        tensor.data = tensor.data.to(dtype) if tensor.is_floating_point() else tensor.data
     merge(model, Plan("full", {}, blocks), tokenizer, folder, dtype, config.path)
     found = load_model(replace(config, path=str(folder), dtype="auto"), device=model.device, as_stored=True)
     ids = torch.arange(3, 3 + TRIED, device=model.device)[None] % model.config.get_text_config().vocab_size
     same = _shapes(found) == _shapes(model) and torch.equal(_logits(found, ids), _logits(model, ids))
     if not same or not _cache_agrees(found, ids):
+        shutil.rmtree(folder)
         raise ModelError(
             f"{type(model).__name__} without some of its blocks does not come back from its files as it was written: blocks of this "
             "architecture cannot be deleted"
         )
 
 
-def _logits(model: Any, ids: Tensor, **options: Any) -> Tensor:
+def _logits(model: Any, ids: Tensor) -> Tensor:
     with evaluating(model), torch.no_grad():
-        logits: Tensor = model(input_ids=ids, **(options or without_cache(model))).logits
+        logits: Tensor = model(input_ids=ids, **without_cache(model)).logits
         return logits
 
 

@@ -17,6 +17,7 @@ from farss.cli import app
 from farss.config import PruneConfig
 from farss.configfile import from_dict, override
 from farss.errors import ConfigError, DataError, FolderError, ModelError
+from farss.folder import resolve
 from farss.pruning import RECIPES, prune
 from farss.pruning.measure import perplexity, windows
 from farss.pruning.prune import Pruning
@@ -95,6 +96,15 @@ def test_nothing_is_done_twice_and_a_killed_pruning_goes_on_to_the_same_model(pr
     assert not told
 
 
+def test_what_the_table_will_lack_is_told_first(pruning, caplog):
+    for text, message in (
+        (world.TEXT, "perplexity will be that of text by which the blocks were chosen"),
+        ("", "Perplexity will be missing"),
+    ):
+        Pruning(resolve(override(pruning, [f"evaluate.text={text}"])), silent).check()
+        assert message in caplog.messages[-1]
+
+
 def test_the_same_choice_serves_every_method_and_another_one_is_refused(pruning):
     folder = prune(override(pruning, ["prune.methods=[trsp-stage-1]"]), silent)
     chosen = (folder / "chosen" / "scalars.json").stat().st_mtime_ns
@@ -157,7 +167,7 @@ def test_a_pruned_model_is_a_model_to_prune_and_to_fine_tune(pruning, tmp_path):
 def test_windows_are_equally_long_and_begin_as_texts_do(model_folder):
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     texts = [json.loads(line)["text"] for line in Path(world.TEXT).read_text().splitlines()[:40]]
-    rows = windows(texts, tokenizer, 16, None, 0, "texts")
+    rows = windows(texts, tokenizer, 16, 10**6, 0, "texts")
     assert {len(row["input_ids"]) for row in rows} == {16}
     assert {sum(row["completion_mask"]) for row in rows} == {15}
     begin = tokenizer("a").input_ids[: len(tokenizer("a").input_ids) - len(tokenizer("a", add_special_tokens=False).input_ids)]
@@ -171,7 +181,7 @@ def test_windows_are_equally_long_and_begin_as_texts_do(model_folder):
 def test_perplexity_is_that_of_plain_transformers(model_folder):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
     texts = [json.loads(line)["text"] for line in Path(world.TEXT).read_text().splitlines()[:20]]
-    rows = windows(texts, tokenizer, 16, None, 0, "texts")
+    rows = windows(texts, tokenizer, 16, 10**6, 0, "texts")
     ids = torch.tensor([row["input_ids"] for row in rows])
     expected = math.exp(model(input_ids=ids, labels=ids).loss.item())
     assert perplexity(model, rows, 4, 0, silent) == pytest.approx(expected, rel=1e-4)

@@ -65,6 +65,29 @@ def test_a_model_without_blocks_is_one_that_passes_them_over_and_comes_back_from
     assert torch.equal(*written)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_what_was_trained_in_float32_is_written_in_the_files_precision(kind, tmp_path):
+    """With rotary frequencies that are not rounded with the weights."""
+    folder = save_small(kind, tmp_path / "base")
+    AutoModelForCausalLM.from_pretrained(folder).bfloat16().save_pretrained(folder)
+    config = ModelConfig(path=str(folder), device="cpu")
+    model = load_model(config, dtype=torch.float32)
+    delete_blocks(model, [1])
+    write_shorter(model, AutoTokenizer.from_pretrained(folder), tmp_path / "shorter", config, torch.bfloat16)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "shorter").dtype == torch.bfloat16
+
+
+def test_a_model_that_does_not_come_back_is_not_kept(tmp_path, monkeypatch):
+    folder = save_small("llama", tmp_path / "base")
+    config = ModelConfig(path=str(folder), device="cpu")
+    model = load_model(config)
+    delete_blocks(model, [1])
+    monkeypatch.setattr("farss.pruning.surgery.load_model", lambda *_, **__: load_model(config))
+    with pytest.raises(ModelError, match="does not come back from its files"):
+        write_shorter(model, AutoTokenizer.from_pretrained(folder), tmp_path / "shorter", config, torch.float32)
+    assert not (tmp_path / "shorter").exists()
+
+
 def test_a_block_that_adds_nothing_is_not_missed():
     model = small("llama")
     for linear in (model.model.layers[2].self_attn.o_proj, model.model.layers[2].mlp.down_proj):
