@@ -152,7 +152,7 @@ def survey(config: ConfigFile, overrides: Overrides = None) -> None:
     """Collect what the method, or every method of a comparison, looks at before it is planned.
 
     For FARSS these are the Fisher statistics and the weights' decompositions. Under torchrun several processes share the work, for
-    FARSS and FARSS-plus; what else a comparison looks at is left to `farss compare` then.
+    FARSS, FARSS-plus and FoRA; what else a comparison looks at is left to `farss compare` then.
     """
     from farss import processes
     from farss.compare import plans_of
@@ -304,7 +304,7 @@ def convert(
 
     quiet()
     done = turn(prepared, trained, out, rank, energy)
-    console.print(_exactness(done._asdict()))
+    console.print(_exactness(done.facts))
     _where({"adapter": out})
 
 
@@ -426,9 +426,10 @@ def _single(values: Config, several: bool = False, within: bool = True, trains: 
 
 
 def _exactness(facts: dict[str, Any]) -> str:
+    counting = f" (effective rank {facts['effective_rank']:.1f}, mean over the layers)" if "effective_rank" in facts else ""
     return (
-        f"rank {facts['rank']}, effective rank {facts['effective_rank']:.1f} (mean over the layers); logits differ from the trained "
-        f"model's by at most {facts['logit_difference']:.1e} (float32); lost to compression: {facts['lost']:.2%}"
+        f"rank {facts['rank']}{counting}; logits differ from the trained model's by at most {facts['logit_difference']:.1e} (float32); "
+        f"lost to compression: {facts['lost']:.2%}"
     )
 
 

@@ -129,7 +129,7 @@ class CalibrationConfig:
     as there are examples; null: as many texts that the base model writes by itself."""
     fisher: Literal["empirical", "sampled"] = "empirical"
     """Of a survey: empirical: gradients at the data's own answers; sampled: at answers drawn from the model (the true Fisher).
-    FARSS-plus, which has no survey, always looks at the data's own answers."""
+    FARSS-plus and FoRA, which have no survey, always look at the data's own answers."""
     padding: Literal["ignore", "count"] = "ignore"
     """count: pad every example to data.max_length and let the padding count in the survey's averages, as the authors'
     released code does (for comparison only)."""
@@ -180,8 +180,9 @@ class PlanConfig:
     """KaSA's weight of the squared singular values (its paper uses 1e-4 on GLUE; FARSS compares with 1e-2 on LLaMA-2-7B)."""
     kasa_gamma: float = 1e-3
     """KaSA's weight of the distance from orthogonality (1e-3 on GLUE; FARSS compares with 1e-4 on LLaMA-2-7B)."""
-    fora_blocks: Literal["fisher", "random", "all"] = "fisher"
-    """FoRA adapts the half of the blocks with the largest gradients; or as many drawn at random, or all of them (its ablations)."""
+    fora_blocks: int | Literal["fisher", "all"] = "fisher"
+    """FoRA adapts the half of the blocks with the largest gradients; or its ablations, which collect them all the same: an integer, as
+    many blocks drawn at random with this seed; all, every block."""
     fora_orthonormal: bool = True
     """FoRA's B keeps orthonormal columns; false: a LoRA on the chosen blocks (its ablation)."""
 

@@ -106,7 +106,7 @@ def write(
         done = export(trained, plan, target, batch, base, config.export.rank, config.export.energy, tokenizer, prompt)
         if config.export.to == "gguf":
             write_gguf(target, trained.get_base_model().config)
-        return target, {name: value for name, value in done._asdict().items() if name != "folder"}
+        return target, done.facts
     merge(trained, plan, tokenizer, target, stored_dtype(config.model), base)
     # Where a GPU has room for one model only, the one that was written stays in its files and the CPU's memory.
     written = replace(config.model, path=str(target), dtype="auto", quantization="none")

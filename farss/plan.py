@@ -80,8 +80,10 @@ def require_boundary(config: PlanConfig) -> None:
 
 
 def survey_cap(config: PlanConfig, layers: dict[str, Layer], blocks: int) -> int:
-    """How many directions at each end a survey must keep for this plan, from the target layers' shapes."""
+    """How many directions at each end a survey must keep for this plan, from the target layers' shapes; 1 where it keeps none."""
     needs = method_of(config).needs
+    if needs and needs.of == "gradients":
+        return 1
     widest = max(config.rank, *config.shallow_budget)
     if config.match_params is not None:
         widest = max(2 * widest, _highest_rank(config, layers, blocks))

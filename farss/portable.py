@@ -46,8 +46,8 @@ class Portable(NamedTuple):
     rank: int
     lost: float
     """Largest relative Frobenius error of a layer (0 unless compressed)."""
-    effective_rank: float
-    """How many directions of a layer's change count, mean over the layers (see `maths.compress`)."""
+    effective_ranks: dict[str, float]
+    """How many directions of each layer's change count (see `maths.compress`)."""
 
 
 class Exported(NamedTuple):
@@ -59,8 +59,14 @@ class Exported(NamedTuple):
     """Largest relative Frobenius error of a layer's change (0 unless compressed)."""
     logit_difference: float
     """Largest |logit difference| in float32 between the trained model and the exported adapter on the original base."""
-    effective_rank: float
-    """How many directions of a layer's change count, mean over the layers."""
+    effective_ranks: dict[str, float]
+    """How many directions of each layer's change count."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """How exact it is, and of what rank, for records and people."""
+        mean = sum(self.effective_ranks.values()) / len(self.effective_ranks)
+        return {"logit_difference": self.logit_difference, "rank": self.rank, "lost": self.lost, "effective_rank": round(mean, 2)}
 
 
 def portable(changes: Iterable[tuple[str, tuple[Tensor, Tensor]]], rank: int | None = None, energy: float | None = None) -> Portable:
@@ -77,11 +83,11 @@ def portable(changes: Iterable[tuple[str, tuple[Tensor, Tensor]]], rank: int | N
     """
     ExportConfig(rank=rank, energy=energy)  # checks them
     factors: dict[str, tuple[Tensor, Tensor]] = {}
-    lost, counting = 0.0, 0.0
+    lost, counting = 0.0, dict[str, float]()
     for name, change in changes:
         small = compress(*change, rank, energy)
         factors[name], lost = (small.a.float().cpu(), small.b.float().cpu()), max(lost, small.lost)
-        counting += small.effective_rank
+        counting[name] = round(small.effective_rank, 2)
         del change, small  # before the next is made
     needed = max(1, *(a.shape[0] for a, _ in factors.values()))
     served = next((allowed for allowed in SERVED_RANKS if allowed >= needed), needed)
@@ -90,7 +96,7 @@ def portable(changes: Iterable[tuple[str, tuple[Tensor, Tensor]]], rank: int | N
         padding = served - a.shape[0]
         state[f"base_model.model.{name}.lora_A.weight"] = nn.functional.pad(a, (0, 0, 0, padding))
         state[f"base_model.model.{name}.lora_B.weight"] = nn.functional.pad(b, (0, padding))
-    return Portable(state, served, lost, counting / len(factors))
+    return Portable(state, served, lost, counting)
 
 
 def export(

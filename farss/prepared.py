@@ -156,7 +156,7 @@ def convert(prepared: Path | str, trained: Path | str, out: Path | str, rank: in
         base = facts["origin"]["base"]
         write_adapter(unfinished, made.state, facts["target_modules"], base, made.rank)
         difference = _compare((str(prepared / "base"), trained), (base, unfinished), facts["trusted"])
-        exported = Exported(out, made.rank, made.lost, difference, made.effective_rank)
+        exported = Exported(out, made.rank, made.lost, difference, made.effective_ranks)
         write_facts(unfinished, plan, facts["origin"], exported)
     return exported
 

@@ -29,7 +29,7 @@ SPARKS = "▁▂▃▄▅▆▇█"
 LABEL_WIDTH = 20
 ACROSS = 6
 """Benchmarks side by side."""
-ONLY_REPORTED = ("learning_rate", "peak_memory_init_gib", "peak_memory_gib")
+ONLY_REPORTED = ("effective_rank", "learning_rate", "peak_memory_init_gib", "peak_memory_gib")
 """Columns for which a terminal has no room; what is said of learning rates stands in a comparison's notes."""
 QUESTIONS = ("retained", *NATS, "forgetting")
 """Columns that say what became of right answers and of text, in a table of their own."""

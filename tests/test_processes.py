@@ -88,4 +88,6 @@ def test_the_survey_of_farss_plus_is_shared_and_that_of_one_text_is_not(tmp_path
 def test_more_processes_than_batches_are_refused(options, tmp_path):
     result = launch(tmp_path / "run", **options)
     assert result.returncode != 0
-    assert "2 processes for 1 batches: start fewer processes, or lower calibration.batch_size" in result.stderr
+    assert (
+        "2 processes for 1 batches: start fewer processes, or lower calibration.batch_size, or raise calibration.examples" in result.stderr
+    )

@@ -125,7 +125,7 @@ class Method:
     """What is looked at before it is planned."""
     start: Callable[[Tensor, Tensor, Tensor, float], Start] = balanced
     """(u [m, r], sigma [r], v [n, r], scaling) of a layer's chosen directions -> how its adapter begins. Methods that
-    choose no directions start as PEFT's LoRA does."""
+    choose no directions start as PEFT's LoRA does, or as their regime dresses it."""
     regime: Callable[[PlanConfig, Plan], Regime] | None = None
     """Makes what happens while it trains with a plan; None: nothing beside the loss."""
     lora_options: dict[str, Any] = field(default_factory=dict)
@@ -138,7 +138,7 @@ class Method:
     @property
     def takes_out(self) -> bool:
         """Whether the base is left without what an adapter starts from."""
-        return self.needs is not None and self.start is not from_directions
+        return self.needs is not None and self.needs.of != "gradients" and self.start is not from_directions
 
     @property
     def needs_text(self) -> str:

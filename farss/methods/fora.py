@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from farss.artifacts import Plan
 from farss.config import PlanConfig
 from farss.maths.stiefel import cayley, orthonormal
-from farss.methods.base import Context, Method, Reading, Regime, from_directions
+from farss.methods.base import Context, Method, Reading, Regime
 from farss.methods.diagonal import add_diagonals
 from farss.methods.uniform import nothing, uniform_plan
 from farss.precision import float32_products
@@ -31,14 +31,10 @@ def gate(rank: int, rows: int) -> int:
 
 def plan(config: PlanConfig, context: Context) -> Plan:
     """One rank in the layers of the chosen blocks."""
-    survey = context.survey
-    assert survey is not None
     scores = {layer.block: layer.importance for layer in context.layers.values()}
-    chosen = sorted(scores)
-    if config.fora_blocks == "fisher":
-        chosen = largest_half(scores)
-    elif config.fora_blocks == "random":
-        chosen = sorted(random.Random(survey.meta["seed"]).sample(chosen, half(len(chosen))))
+    chosen = largest_half(scores) if config.fora_blocks == "fisher" else sorted(scores)
+    if isinstance(config.fora_blocks, int):
+        chosen = sorted(random.Random(config.fora_blocks).sample(chosen, half(len(chosen))))
     layers = {name: layer for name, layer in context.layers.items() if layer.block in chosen}
     made = uniform_plan(config, context, None, gate if config.fora_orthonormal else nothing, layers=layers)
     note = f"FoRA adapts {len(chosen)} of {len(scores)} blocks: {', '.join(map(str, chosen))}."
@@ -121,6 +117,5 @@ FORA = Method(
     changes="one rank in the half of the blocks with the largest gradients, starting from zero; B keeps orthonormal columns",
     plan=plan,
     needs=Reading("block-gradients", "gradients"),
-    start=from_directions,  # of none: it starts at zero, and takes nothing out
     regime=regime,
 )

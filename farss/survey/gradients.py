@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from farss import processes
 from farss.artifacts import Layer, Survey, layer_tensors
-from farss.errors import NumericalError
+from farss.errors import ModelError, NumericalError
 from farss.files import fingerprint
 from farss.forward import hooked
 from farss.models import weights_fingerprint
@@ -29,7 +29,6 @@ def gradients(
     batches: list[Batch],
     folder: Path | str,
     targets: list[str] | None = None,
-    seed: int = 0,
     meta: dict[str, Any] | None = None,
     on_progress: Progress | None = None,
     device: torch.device | None = None,
@@ -42,8 +41,7 @@ def gradients(
     keep_gradients(model)
     layers, single = target_layers(model, targets), one_by_one(batches)
     key = fingerprint(["squared gradients of blocks", weights_fingerprint(model), real_tokens(single), list(layers)])
-    cap = max(min(layer.shape) for layer in layers.values())  # whatever the rank, no direction is missing
-    return carry_out(Gradients, model, layers, single, Path(folder), cap, key, {**(meta or {}), "seed": seed}, on_progress, device)
+    return carry_out(Gradients, model, layers, single, Path(folder), 1, key, meta or {}, on_progress, device)
 
 
 def one_by_one(batches: list[Batch]) -> list[Batch]:
@@ -67,6 +65,11 @@ class Gradients(Sweep):
         block, wide = self.blocks[index], sums_of(self.blocks[index])
         weights = [weight for weight in block.parameters() if holds_numbers(weight)]
         packed = [module for module in block.modules() if is_linear(module) and is_packed(module)]
+        known = {id(weight) for module in packed for weight in module.parameters()} | {id(weight) for weight in weights}
+        if any(id(weight) not in known for weight in block.parameters()):
+            raise ModelError(
+                f"block {index} has quantised weights outside its linear layers, whose gradients are not known: load it unquantised"
+            )
         total, beside = torch.zeros((), dtype=torch.float64, device=self.device), dict[nn.Module, Tensor]()
 
         def take(found: Sequence[Tensor | None]) -> None:

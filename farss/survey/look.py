@@ -43,7 +43,7 @@ def look(
         how = calibration or CalibrationConfig()
         return survey(model, texts[0], folder, cap, targets, how.fisher, seed, meta, on_progress, how.svd, device)
     if needs.of == "gradients":
-        return gradients(model, texts[0], folder, targets, seed, meta, on_progress, device)
+        return gradients(model, texts[0], folder, targets, meta, on_progress, device)
     assert needs.read
     return read_layers(model, folder, needs.read, cap, texts, targets, meta, on_progress, device, needs.over)
 

@@ -149,7 +149,10 @@ def check_share(batches: list[Batch]) -> None:
         FarssError: with the cure.
     """
     if len(batches) < processes.size():
-        raise FarssError(f"{processes.size()} processes for {len(batches)} batches: start fewer processes, or lower calibration.batch_size")
+        raise FarssError(
+            f"{processes.size()} processes for {len(batches)} batches: start fewer processes, or lower "
+            "calibration.batch_size, or raise calibration.examples"
+        )
 
 
 def silent(done: int, total: int, line: str) -> None:
