@@ -36,7 +36,8 @@ def write_card(folder: Path, summary: dict[str, Any] | None = None, command: str
     licence = base_licence(base)
     front |= {"license": licence} if licence else {}
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", ""]
-    lines += [f"# {method} {'adapter for' if adapter else 'fine-tune of'} {base}", ""]
+    of = f"{method} {'adapter for' if adapter else 'fine-tune of'} {base}"
+    lines += [f"# {base} without some of its blocks ({method})" if facts.get("deleted") else f"# {of}", ""]
     lines += [*(_adapter_lines(facts) if adapter else _model_lines(facts)), ""]
     shallow = f", the first {facts['boundary']} of them shallow" if facts.get("boundary") else ""
     if facts.get("parameters"):

@@ -433,7 +433,7 @@ class PruneConfig:
     """Stage 1 learns a scalar S on each block. output: what leaves it is S times what would; branch: x + S (f(x) - x), so that S = 0 is a
     block that is not there."""
     keep_first: int | None = None
-    """Never delete this many of the first blocks; null: with gate output 3 of 32, with gate branch none."""
+    """Never delete this many of the first blocks; null: for TRSP with gate output 3 of 32, else none."""
     keep_last: int | None = None
     """The same of the last blocks, 4 of 32: the last block's scalar is invisible to a loss that is computed after a norm."""
     sparsity: float = 5e-3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -308,6 +309,16 @@ def _encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
         for part in batches(texts, 1000):
             result += tokenizer(part, add_special_tokens=False)["input_ids"]
     return result
+
+
+def text_windows(texts: Sequence[str], tokenizer: Any, length: int) -> list[Row]:
+    """The texts one after the other, empty lines between them, cut every `length` tokens. Each window begins as the tokenizer begins a
+    text, and every token but the first is to be predicted. What is left at the end is no window."""
+    opening, gap = _opening(tokenizer), _encode(["\n\n"], tokenizer)[0]
+    ids = array("q", itertools.chain.from_iterable([*text, *gap] for text in _encode(list(texts), tokenizer)))
+    size = length - len(opening)
+    starts = range(0, len(ids) - size + 1, size)
+    return [{"input_ids": [*opening, *ids[start : start + size]], "completion_mask": [0] + [1] * (length - 1)} for start in starts]
 
 
 def _opening(tokenizer: Any) -> list[int]:

@@ -54,6 +54,8 @@ FILES = ("data.train", "calibration.knowledge", "evaluate.knowledge", "evaluate.
 """Options whose files a result depends on."""
 CONTENT = "content of "
 VERSIONS = "versions.json"
+PRUNING = "pruning"
+"""The step by which a folder is known to be a pruning's."""
 PLAN_KEYS = ("model.path", "model.targets", "plan")
 TRAIN_KEYS = (
     *(
@@ -82,7 +84,7 @@ CHOICE_KEYS = {
     "random": _MAY,
     "shortgpt": _BY_TEXT,
     "sleb": _BY_TEXT,
-    "scalars": (*_BY_TEXT, "prune.sparsity", "prune.gate_rate", "prune.gate_steps", "train.batch_size"),
+    "scalars": (*_BY_TEXT, "prune.sparsity", "prune.gate_rate", "prune.gate_steps", "train.batch_size", "train.precision"),
 }
 """Of the blocks that each rule of a pruning chooses."""
 EXPORT_KEYS = ("export",)
@@ -111,8 +113,11 @@ class Folder:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
 
-    def claim(self, config: Config, versions: dict[str, str]) -> None:
+    def claim(self, config: Config, versions: dict[str, str], prunes: bool = False) -> None:
         """Make the folder ours, or check that it is, and write `config.yaml`.
+
+        Args:
+            prunes: for a pruning, and not a run or a comparison.
 
         Raises:
             FolderError: it exists and is not a run folder, or is one of the other kind, or cannot be made.
@@ -123,7 +128,7 @@ class Folder:
             raise FolderError(f"out={str(self.path)!r} is a file: choose another folder")
         if self.path.exists() and any(self.path.iterdir()) and not is_run_folder(self.path) and not self._is_meant:
             raise FolderError(f"out={str(self.path)!r} is not empty and is no run folder: choose another one")
-        self.check_kind(config)
+        self.check_kind(config, prunes)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -133,6 +138,8 @@ class Folder:
         write_json(self.path / VERSIONS, versions)  # first: by this file the folder is known as ours
         heading = "".join(f"# {name} {version}\n" for name, version in versions.items())
         write_text(self.path / CONFIG, heading + dump(config))
+        if prunes:
+            self.begin(PRUNING, {})
 
     @property
     def _is_meant(self) -> bool:
@@ -143,12 +150,16 @@ class Folder:
         except FarssError:
             return False
 
-    def check_kind(self, config: Config) -> None:
-        """Refuse a single run in a comparison's folder, whose configuration would be lost, and a comparison over a run that was trained.
+    def check_kind(self, config: Config, prunes: bool = False) -> None:
+        """Refuse a single run in a comparison's folder, whose configuration would be lost, a comparison over a run that was trained, and a
+        pruning beside either.
 
         Raises:
             FolderError: with the cure.
         """
+        if prunes != bool(self.record(PRUNING)) and any((self.path / "steps").glob("*.json")):
+            holds, wanted = ("a run or a comparison", "a pruning") if prunes else ("a pruning", "a run or a comparison")
+            raise FolderError(f"out={str(self.path)!r} holds {holds}, and this is {wanted}: choose another out")
         try:
             compares = bool(load(self.path / CONFIG).compare.methods)
         except FarssError:

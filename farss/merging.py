@@ -79,7 +79,7 @@ def write_model(model: Any, plan: Plan, tokenizer: Any, target: Path, dtype: tor
         return
     state = base_weights(model) if plan.layers else dict(model.state_dict())
     state = {name: change(name, tensor) for name, tensor in state.items()}
-    state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    state = {name: tensor.to(dtype) if is_rounded(model, name, tensor) else tensor for name, tensor in state.items()}
     model.config.dtype = dtype
     # The base's file is copied as it is: transformers reads temperatures of models that do not sample, and refuses to write them.
     with attribute(model, "generation_config", model.generation_config.from_model_config(model.config)):
@@ -87,6 +87,12 @@ def write_model(model: Any, plan: Plan, tokenizer: Any, target: Path, dtype: tor
     if (source / GENERATION).is_file():
         shutil.copyfile(source / GENERATION, target / GENERATION)
     tokenizer.save_pretrained(str(target))
+
+
+def is_rounded(model: Any, name: str, tensor: Tensor) -> bool:
+    """Whether a weight is written in the precision of the others: some stay float32 whatever a model is loaded in (routers' biases)."""
+    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    return tensor.is_floating_point() and not any(part in kept for part in name.split("."))
 
 
 def holds_layers(source: Path, plan: Plan) -> bool:

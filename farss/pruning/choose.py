@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from farss.data import Row, batches, collate
-from farss.forward import evaluating, hooked, without_cache
+from farss.forward import accepts, evaluating, hooked, without_cache
 from farss.pruning.surgery import skipped
 from farss.structure import find_blocks
 from farss.survey.passage import returned_by
@@ -42,7 +42,7 @@ def influences(model: Any, rows: list[Row], batch_size: int, pad_id: int, tell: 
             batch = {name: value.to(model.device) for name, value in collate(part, pad_id).items()}
             mask = batch["attention_mask"].bool()
             with hooked([measure(index, mask) for index in range(len(blocks))]):
-                model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **without_cache(model))
+                model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **last_logits(model))
             tokens += int(mask.sum())
             tell(done * batch_size + len(part), len(rows), "")
     return (total / tokens).tolist()
@@ -68,6 +68,11 @@ def greedy(model: Any, rows: list[Row], may: Collection[int], number: int, batch
 def smallest(values: dict[int, float], number: int) -> list[int]:
     """The keys of the smallest values; of equal ones the first."""
     return sorted(values, key=lambda key: (values[key], key))[:number]
+
+
+def last_logits(model: Any) -> dict[str, Any]:
+    """Arguments that spare what is not looked at: the cache, and all logits but the last."""
+    return without_cache(model) | ({"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {})
 
 
 def entering(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -96,5 +101,5 @@ def changes(model: Any, rows: list[Row], which: Collection[int], batch_size: int
     with evaluating(model), torch.no_grad(), hooked([measure(index) for index in which]):
         for part in batches(rows, batch_size) if which else ():
             ids = torch.tensor([row["input_ids"] for row in part], device=model.device)
-            model(input_ids=ids, **without_cache(model))
+            model(input_ids=ids, **last_logits(model))
     return {index: total / len(rows) for index, total in found.items()}

@@ -1,4 +1,4 @@
-"""What a model without some blocks is worth: perplexity of windows of text, and tokens a second."""
+"""What a model without some blocks is worth: perplexity, and tokens a second."""
 
 from __future__ import annotations
 
@@ -10,39 +10,16 @@ from typing import Any
 
 import torch
 
-from farss.data import Row, choose
-from farss.errors import DataError
-from farss.forward import evaluating, without_cache
+from farss.data import Row
+from farss.forward import evaluating
+from farss.pruning.choose import last_logits
+from farss.structure import positions
 from farss.tasks.likelihood import token_loglikelihoods
 
 REPEATS = 3
 """Of every timing; the median counts."""
 PROMPT, WRITTEN = 512, 64
 """Tokens that are read at once, and that are written one by one, for the timings."""
-
-
-def windows(texts: Sequence[str], tokenizer: Any, length: int, count: int, seed: int, path: str) -> list[Row]:
-    """Windows of text of equal length: the texts one after the other, cut every `length` tokens, each window begun as the tokenizer
-    begins a text. Every token but the first is to be predicted.
-
-    Args:
-        length: tokens of a window.
-        count: draw so many with the seed, or take all there are.
-        path: where the texts are from, for the message.
-
-    Raises:
-        DataError: they do not fill one window.
-    """
-    bare, whole = (tokenizer("a", add_special_tokens=special).input_ids for special in (False, True))
-    begin = whole[: next(place for place in range(len(whole)) if whole[place : place + len(bare)] == bare)]
-    ids = tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False).input_ids
-    size = length - len(begin)
-    rows = [[*begin, *ids[start : start + size]] for start in range(0, len(ids) - size + 1, size)]
-    if not rows:
-        raise DataError(
-            f"{path} has {len(ids):,} tokens, fewer than a window of prune.length={length}: give more text, or lower prune.length"
-        )
-    return [{"input_ids": row, "completion_mask": [0] + [1] * (length - 1)} for row in choose(rows, count, seed)]
 
 
 def perplexity(model: Any, rows: Sequence[Row], batch_size: int, pad_id: int, tell: Any) -> float:
@@ -63,8 +40,8 @@ def speeds(models: dict[str, Any], tell: Any) -> dict[str, dict[str, float]]:
         for name, model in models.items():
             read, written = _prompt_seconds(model), _generation_seconds(model)
             if turn:  # the first one warms up
-                found[name]["prompt"].append(PROMPT / read)
-                found[name]["generation"].append(WRITTEN / written)
+                found[name]["prompt"].append(1 / read)
+                found[name]["generation"].append(1 / written)
         tell(turn + 1, rounds, "")
     return {name: {what: round(statistics.median(values), 1) for what, values in both.items()} for name, both in found.items()}
 
@@ -75,21 +52,24 @@ def _ids(model: Any, count: int) -> torch.Tensor:
 
 
 def _prompt_seconds(model: Any) -> float:
-    length = min(PROMPT, getattr(model.config.get_text_config(), "max_position_embeddings", None) or PROMPT)
+    """Of a token."""
+    length = min(PROMPT, positions(model) or PROMPT)
     with evaluating(model), torch.no_grad():
         begun = _now(model)
-        model(input_ids=_ids(model, length), **without_cache(model))
-        return (_now(model) - begun) * PROMPT / length
+        model(input_ids=_ids(model, length), **last_logits(model))  # the last logits alone, as where a text is begun
+        return (_now(model) - begun) / length
 
 
 def _generation_seconds(model: Any) -> float:
+    """Of a token."""
     ids = _ids(model, 8)
+    count = min(WRITTEN, (positions(model) or PROMPT) - 8)
     with evaluating(model), torch.no_grad():
         begun = _now(model)
         model.generate(
-            ids, attention_mask=torch.ones_like(ids), min_new_tokens=WRITTEN, max_new_tokens=WRITTEN, do_sample=False, pad_token_id=0
+            ids, attention_mask=torch.ones_like(ids), min_new_tokens=count, max_new_tokens=count, do_sample=False, pad_token_id=0
         )
-        return _now(model) - begun
+        return (_now(model) - begun) / count
 
 
 def _now(model: Any) -> float:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,10 +17,13 @@ from farss import world
 from farss.cli import app
 from farss.config import PruneConfig
 from farss.configfile import from_dict, override
-from farss.errors import ConfigError, DataError, FolderError, ModelError
+from farss.data import text_windows
+from farss.errors import ConfigError, DataError, FolderError, ModelError, NumericalError
 from farss.folder import resolve
+from farss.pipeline import Run
 from farss.pruning import RECIPES, prune
-from farss.pruning.measure import perplexity, windows
+from farss.pruning.choose import greedy
+from farss.pruning.measure import perplexity
 from farss.pruning.prune import Pruning
 
 
@@ -114,21 +118,54 @@ def test_the_same_choice_serves_every_method_and_another_one_is_refused(pruning)
         prune(override(pruning, ["prune.methods=[trsp-stage-1]", "prune.gate_rate=0.02"]), silent)
 
 
-def test_scalars_on_whole_outputs_are_not_asked_about_the_ends(config):
-    def may(blocks, **options):
+def test_only_scalars_on_whole_outputs_are_not_asked_about_the_ends(config):
+    def may(blocks, rule="scalars", **options):
         work = Pruning(replace(config, prune=PruneConfig(**options)), silent)
-        work.__dict__["inputs"] = type("Inputs", (), {"architecture": None})
-        type(work).blocks = property(lambda self: blocks)
-        return work.may
+        work.__dict__["blocks"] = blocks
+        return work.may(rule)
 
-    before = Pruning.blocks
-    try:
-        assert may(32) == list(range(3, 28))
-        assert may(32, gate="branch") == list(range(32))
-        assert may(32, keep_first=1, keep_last=0) == list(range(1, 32))
-        assert may(18) == list(range(2, 16))
-    finally:
-        Pruning.blocks = before
+    assert may(32) == list(range(3, 28))
+    assert may(18) == list(range(2, 16))
+    assert may(32, gate="branch") == may(32, "shortgpt") == may(32, "sleb") == may(32, "random") == list(range(32))
+    assert may(32, keep_first=1, keep_last=0) == may(32, "shortgpt", keep_first=1, keep_last=0) == list(range(1, 32))
+
+
+@pytest.fixture
+def useless(model_folder, tmp_path):
+    """A model of six blocks, of which 1 and 4 add next to nothing: 4 is 3 when 1 is gone."""
+    folder = save_small("llama", tmp_path / "useless", num_hidden_layers=6)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for index in (1, 4):
+        for linear in (model.model.layers[index].self_attn.o_proj, model.model.layers[index].mlp.down_proj):
+            linear.weight.data *= 1e-3
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", ["shortgpt", "trsp-stage-1"])
+def test_blocks_that_do_nothing_are_the_ones_that_go(useless, pruning, method):
+    """With a gate on the branch their scalars fall as the sparsity wants it, and the loss moves the others."""
+    options = [
+        f"model.path={useless}",
+        "prune.keep_first=0",
+        "prune.keep_last=0",
+        "prune.ratio=0.34",
+        "prune.gate=branch",
+        "prune.gate_steps=12",
+    ]
+    folder = prune(override(pruning, [*options, f"prune.methods=[{method}]"]), silent)
+    assert read(folder)["rows"][1]["deleted"] == [1, 4]
+    base = AutoModelForCausalLM.from_pretrained(useless)
+    found = AutoModelForCausalLM.from_pretrained(folder / method / "model")
+    for place, index in enumerate((0, 2, 3, 5)):
+        assert torch.equal(found.model.layers[place].mlp.up_proj.weight, base.model.layers[index].mlp.up_proj.weight)
+
+
+def test_sleb_chooses_by_the_windows_of_the_text(pruning):
+    work = Pruning(resolve(override(pruning, ["prune.keep_first=0", "prune.keep_last=0"])), silent)
+    model = AutoModelForCausalLM.from_pretrained(work.config.model.path)
+    expected = greedy(model, work.rows, range(4), 2, 4, 0, silent)
+    assert work.chosen("sleb") == expected
 
 
 @pytest.mark.parametrize(
@@ -139,14 +176,47 @@ def test_scalars_on_whole_outputs_are_not_asked_about_the_ends(config):
         (["prune.ratio=0.9"], ConfigError, r"of 4 blocks are 4, and 2 may be deleted: choose a ratio between 0.25 and 0.5"),
         (["prune.ratio=0.1"], ConfigError, "of 4 blocks are 0"),
         (["model.quantization=nf4"], ConfigError, "set model.quantization=none"),
-        (["prune.length=100000"], DataError, r"fewer than a window of prune.length=100000"),
+        (["prune.length=100000"], DataError, r"does not fill a window of prune.length=100000 tokens"),
+        (["evaluate.other=[no_such_task]"], ConfigError, "no_such_task"),
         (["prune.text=none.jsonl"], DataError, "none.jsonl"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_anything_is(pruning, options, error, message):
     with pytest.raises(error, match=message):
         prune(override(pruning, options), silent)
-    assert not Path(pruning.out).exists()
+    assert not list(Path(pruning.out).rglob("model"))
+
+
+def test_a_window_that_a_model_has_no_positions_for_is_refused(pruning, tmp_path):
+    folder = save_small("gpt2", tmp_path / "gpt2")
+    with pytest.raises(ConfigError, match=r"prune.length=300, and the model knows 256 positions: set prune.length=256"):
+        prune(override(pruning, [f"model.path={folder}", "prune.length=300"]), silent)
+
+
+def test_a_run_and_a_pruning_do_not_share_a_folder(pruning, tmp_path):
+    Run(pruning).claim(trains=False)
+    Run(pruning).plan()
+    with pytest.raises(FolderError, match="holds a run or a comparison, and this is a pruning: choose another out"):
+        prune(pruning, silent)
+    other = replace(pruning, out=str(tmp_path / "other"), prune=replace(pruning.prune, methods=["random"]))
+    before = (prune(other, silent) / "config.yaml").read_text()
+    with pytest.raises(FolderError, match="holds a pruning, and this is a run or a comparison: choose another out"):
+        Run(override(other, ["train.learning_rate=1"])).claim()
+    assert (tmp_path / "other" / "config.yaml").read_text() == before
+
+
+def test_the_table_keeps_what_was_made_before(pruning):
+    for method in ("random", "shortgpt"):
+        folder = prune(override(pruning, [f"prune.methods=[{method}]"]), silent)
+    assert [row["method"] for row in read(folder)["rows"]] == ["dense", "random", "shortgpt"]
+    shutil.rmtree(folder / "random" / "model")
+    prune(override(pruning, ["prune.methods=[random]"]), silent)
+    assert (folder / "random" / "model" / "config.json").is_file()
+
+
+def test_the_options_of_a_stage_stand_in_its_messages(pruning):
+    with pytest.raises(NumericalError, match=r"lower prune.gate_rate"):
+        prune(override(pruning, ["prune.gate_rate=1e30", "prune.gate_steps=8"]), silent)
 
 
 def test_an_architecture_that_goes_by_places_is_refused_before_anything_is_done(pruning, tmp_path):
@@ -164,24 +234,10 @@ def test_a_pruned_model_is_a_model_to_prune_and_to_fine_tune(pruning, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(smaller / "random" / "model").config.num_hidden_layers == 2
 
 
-def test_windows_are_equally_long_and_begin_as_texts_do(model_folder):
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    texts = [json.loads(line)["text"] for line in Path(world.TEXT).read_text().splitlines()[:40]]
-    rows = windows(texts, tokenizer, 16, 10**6, 0, "texts")
-    assert {len(row["input_ids"]) for row in rows} == {16}
-    assert {sum(row["completion_mask"]) for row in rows} == {15}
-    begin = tokenizer("a").input_ids[: len(tokenizer("a").input_ids) - len(tokenizer("a", add_special_tokens=False).input_ids)]
-    whole = tokenizer("\n\n".join(texts), add_special_tokens=False).input_ids
-    size = 16 - len(begin)
-    assert len(rows) == len(whole) // size
-    assert [token for row in rows for token in row["input_ids"][len(begin) :]] == whole[: len(rows) * size]
-    assert len(windows(texts, tokenizer, 16, 3, 0, "texts")) == 3
-
-
 def test_perplexity_is_that_of_plain_transformers(model_folder):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
     texts = [json.loads(line)["text"] for line in Path(world.TEXT).read_text().splitlines()[:20]]
-    rows = windows(texts, tokenizer, 16, 10**6, 0, "texts")
+    rows = text_windows(texts, tokenizer, 16)
     ids = torch.tensor([row["input_ids"] for row in rows])
     expected = math.exp(model(input_ids=ids, labels=ids).loss.item())
     assert perplexity(model, rows, 4, 0, silent) == pytest.approx(expected, rel=1e-4)
@@ -195,4 +251,4 @@ def test_the_command(model_folder, tmp_path):
     assert result.exit_code == 0, result.output
     assert "Deleted blocks" in result.output
     assert from_dict(values).out in result.output.replace("\n", "")
-    assert (tmp_path / "run" / "pruned" / "random" / "model" / "config.json").is_file()
+    assert (tmp_path / "run" / "random" / "model" / "config.json").is_file()

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 from small_models import logits, save_small, small
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from farss.config import ModelConfig
 from farss.errors import ModelError
-from farss.models import empty_model, load_model
+from farss.models import empty_model, empty_of, load_model
 from farss.pruning.surgery import check_deletable, delete_blocks, skipped, write_shorter
 from farss.structure import find_blocks
 from farss.survey.passage import returned_by
@@ -115,3 +115,10 @@ def test_an_architecture_that_goes_by_places_is_refused(kind):
     with pytest.raises(ModelError, match="blocks of this architecture cannot be deleted"):
         check_deletable(model, [0], False)
     assert len(find_blocks(model)[1]) == len(find_blocks(small(kind))[1])  # and stays as it was
+
+
+def test_a_scale_that_depends_on_the_place_is_found_without_the_weights():
+    config = GPT2Config(n_layer=4, n_embd=32, n_head=4, vocab_size=50, scale_attn_by_inverse_layer_idx=True)
+    with pytest.raises(ModelError, match="cannot be deleted"):
+        check_deletable(empty_of(config, False), [0], False)
+    check_deletable(empty_of(config, False), [3], False)  # the last block moves nobody's place
