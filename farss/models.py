@@ -102,7 +102,7 @@ def check_room(config: ModelConfig, whole: bool, instead: str = "train adapters 
     count = sum(parameter.numel() for parameter in empty_model(config).parameters())
     each = 16 if whole else loaded_dtype(config).itemsize
     if count * each > there:
-        what = "to train every weight" if whole else "the model"
+        what = "training every weight" if whole else "the model"
         cure = instead if whole else "set model.quantization=nf4"
         raise ConfigError(
             f"{what} needs {count * each / 2**30:.0f} GiB for {count:,} weights ({each} bytes each), and the "
