@@ -181,7 +181,7 @@ def test_full_fine_tuning_that_cannot_fit_is_found_before_anything_is_done(confi
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=2**18))
     with pytest.raises(ConfigError, match=r"training every weight needs 0 GiB for [\d,]+ weights \(16 bytes each\), and the machine"):
         Run(config).check_inputs()
-    with pytest.raises(ConfigError, match="full fine-tuning needs"):  # trains in float32 whatever the others load
+    with pytest.raises(ConfigError, match="training every weight needs"):  # trains in float32 whatever the others load
         Run(override(config, ["model.quantization=nf4"])).check_inputs()
     Run(override(config, ["plan.method=lora"])).check_inputs()  # whose weights may stay in their files
 
