@@ -316,10 +316,8 @@ def prune(
     ratio: Annotated[float | None, typer.Option(help="Share of the blocks to delete; default: prune.ratio.")] = None,
 ) -> None:
     """Delete whole blocks (TRSP): an ordinary model folder that is smaller and faster, and a table of what that cost."""
-    from farss.files import read_json
     from farss.folder import alone, run_folder
     from farss.pruning import prune as made
-    from farss.terminal import pruning_table
 
     _refuse_several()
     extra = [f"prune.methods=[{methods}]"] if methods else []
@@ -327,6 +325,13 @@ def prune(
     wanted = _read(config, [*(overrides or []), *extra], shared=True)
     with alone(run_folder(wanted)), bars() as tell:
         folder = made(wanted, tell)
+    _show_pruning(folder)
+
+
+def _show_pruning(folder: Path) -> None:
+    from farss.files import read_json
+    from farss.terminal import pruning_table
+
     rows = read_json(folder / "pruning.json")["rows"]
     console.print(pruning_table(rows))
     _where({"table": folder / "pruning.md"} | {row["method"]: folder / row["method"] / "model" for row in rows[1:]})
@@ -338,7 +343,8 @@ def report(
     overrides: Overrides = None,
     show: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
 ) -> None:
-    """Draw report.html and its figures again from what the folder holds; of a comparison that is not finished, with a table so far."""
+    """Draw report.html and its figures again from what the folder holds; of a comparison that is not finished, with a table so far. Of a
+    pruning the table is all there is."""
     import webbrowser
 
     from farss.folder import read_config, run_folder
@@ -347,6 +353,9 @@ def report(
     if overrides and folder.is_dir():
         raise UsageError(f"{folder} is a folder, and a folder has no options to override: give its config.yaml instead")
     place = run_folder(read_config(folder, overrides or ())) if folder.is_file() else folder
+    if (place / "pruning.json").is_file():
+        _show_pruning(place)
+        return
     _update_table(place)
     page = write_report(place)
     _facts(place)

@@ -251,4 +251,7 @@ def test_the_command(model_folder, tmp_path):
     assert result.exit_code == 0, result.output
     assert "Deleted blocks" in result.output
     assert from_dict(values).out in result.output.replace("\n", "")
+    again = CliRunner().invoke(app, ["report", str(tmp_path / "run")])
+    assert again.exit_code == 0, again.output
+    assert "Deleted blocks" in again.output
     assert (tmp_path / "run" / "random" / "model" / "config.json").is_file()
