@@ -154,7 +154,9 @@ def plan_sentence(plan: Plan, trained: Any = None) -> str:
     layers = list(plan.layers.values())
     total = f"{compact(plan.parameters)} trainable parameters in {count(len(layers), 'layer')}"
     if plan.boundary is None:
-        return f"All {count(plan.blocks, 'block')} start from {_start(layers)}, {_ranks(layers)}; {total}."
+        adapted = len({layer.block for layer in layers})
+        which = f"All {count(plan.blocks, 'block')}" if adapted == plan.blocks else f"{adapted} of {count(plan.blocks, 'block')}"
+        return f"{which} {_verb(adapted)} {_start(layers)}, {_ranks(layers)}; {total}."
     shallow = [layer for layer in layers if layer.block < plan.boundary]
     deep = [layer for layer in layers if layer.block >= plan.boundary]
     halves = [(plan.boundary, "shallow", shallow), (plan.blocks - plan.boundary, "deep", deep)]

@@ -13,12 +13,13 @@ import pytest
 from folders import HOSTILE, RTL, poison, rewrite, write_boundary, write_standings, write_survey, write_variant
 from pages import Page, draw
 
-from farss.artifacts import Plan
+from farss.artifacts import LayerPlan, Plan
 from farss.errors import FolderError
 from farss.files import read_json, write_json
 from farss.report import read_run, write_report
 from farss.report.examples import groups
 from farss.report.page import plotly_script, script_json
+from farss.report.story import plan_sentence
 from farss.report.words import percent, points
 
 # --- self-contained --------------------------------------------------------------------------------------------------
@@ -256,6 +257,14 @@ def test_the_table_of_scores_equals_the_summary(run_folder: Path) -> None:
         assert shown[3] == f"{100 * bench['low']:.1f} to {100 * bench['high']:.1f}"
         assert float(shown[4].split()[0].replace("−", "-")) == pytest.approx(100 * (bench["after"] - bench["before"]), abs=0.051)
         assert shown[5] == points(bench["full"])
+
+
+def test_blocks_that_are_left_as_they_are_count_for_nothing() -> None:
+    def told(blocks: range) -> str:
+        return plan_sentence(Plan("fora", {str(block): LayerPlan(4, 4.0, block, (8, 8)) for block in blocks}, 6))
+
+    assert told(range(6)).startswith("All 6 blocks start from random directions, rank 4; ")
+    assert told(range(2, 4)).startswith("2 of 6 blocks start from random directions, rank 4; ")
 
 
 def test_the_headline_equals_plan_and_summary(run_folder: Path) -> None:
