@@ -77,6 +77,25 @@ def test_what_was_trained_in_float32_is_written_in_the_files_precision(kind, tmp
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "shorter").dtype == torch.bfloat16
 
 
+def test_what_stays_float32_in_a_16_bit_model_is_not_rounded(tmp_path):
+    """The routers' biases of DeepSeek-V3."""
+    folder = save_small("deepseek-v3", tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    assert base._keep_in_fp32_modules_strict or base._keep_in_fp32_modules
+    for block in base.model.layers[1:]:
+        block.mlp.gate.e_score_correction_bias.data = torch.tensor([0.1, 0.2, 0.3, 0.4]) + 1e-4
+    base.save_pretrained(folder)
+    config = ModelConfig(path=str(folder), device="cpu")
+    model = load_model(config, as_stored=True)
+    delete_blocks(model, [1])
+    write_shorter(model, AutoTokenizer.from_pretrained(folder), tmp_path / "shorter", config, torch.bfloat16)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "shorter")
+    for block in found.model.layers[1:]:
+        bias = block.mlp.gate.e_score_correction_bias
+        assert bias.dtype == torch.float32
+        assert torch.equal(bias.data, torch.tensor([0.1, 0.2, 0.3, 0.4]) + 1e-4)
+
+
 def test_a_model_that_does_not_come_back_is_not_kept(tmp_path, monkeypatch):
     folder = save_small("llama", tmp_path / "base")
     config = ModelConfig(path=str(folder), device="cpu")
