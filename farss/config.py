@@ -17,6 +17,11 @@ def _check_seed(key: str, seed: int) -> None:
     _check(0 <= seed < 2**32, f"{key} is {seed}: give a number from 0 to {2**32 - 1}")
 
 
+def _check_once(key: str, values: list[Any]) -> None:
+    twice = [value for place, value in enumerate(values) if value in values[:place]]
+    _check(not twice, f"{key} holds {twice[0] if twice else ''} twice: give each once")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The model that is fine-tuned."""
@@ -407,8 +412,7 @@ class CompareConfig:
         for factor in self.tune:
             _check(factor > 0, f"compare.tune holds {factor}: give numbers above 0")
         for name, values in (("methods", self.methods), ("seeds", self.seeds), ("tune", self.tune)):
-            twice = [value for place, value in enumerate(values) if value in values[:place]]
-            _check(not twice, f"compare.{name} holds {twice[0] if twice else ''} twice: give each once")
+            _check_once(f"compare.{name}", values)
         for seed in self.seeds:
             _check_seed("compare.seeds", seed)
         _check(0 < self.held_out < 1, f"compare.held_out={self.held_out}: give a share above 0 and below 1")
@@ -459,8 +463,7 @@ class PruneConfig:
             _check(getattr(self, name) >= 0, f"prune.{name}={getattr(self, name)}: give 0 or more")
         _check(self.gate_rate > 0, f"prune.gate_rate={self.gate_rate}: give a number above 0")
         _check(bool(self.methods), "prune.methods is empty: name one, such as trsp")
-        twice = [value for place, value in enumerate(self.methods) if value in self.methods[:place]]
-        _check(not twice, f"prune.methods holds {twice[0] if twice else ''} twice: give each once")
+        _check_once("prune.methods", self.methods)
 
 
 @dataclass(frozen=True)

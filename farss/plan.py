@@ -82,7 +82,7 @@ def require_boundary(config: PlanConfig) -> None:
 def survey_cap(config: PlanConfig, layers: dict[str, Layer], blocks: int) -> int:
     """How many directions at each end a survey must keep for this plan, from the target layers' shapes; 1 where it keeps none."""
     needs = method_of(config).needs
-    if needs and needs.of == "gradients":
+    if needs and not needs.has_directions:
         return 1
     widest = max(config.rank, *config.shallow_budget)
     if config.match_params is not None:

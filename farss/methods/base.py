@@ -49,6 +49,11 @@ class Reading:
         return {"survey": ("task",), "gradients": ("task",), "weights": (), "both": ("task", "knowledge")}.get(self.of, (self.of,))
 
     @property
+    def has_directions(self) -> bool:
+        """Whether there are directions among what is found, from which an adapter may start."""
+        return self.of != "gradients"
+
+    @property
     def in_parts(self) -> bool:
         """Whether several processes share it: it goes through the blocks with gradients."""
         return self.of in ("survey", "both", "gradients")
@@ -138,7 +143,7 @@ class Method:
     @property
     def takes_out(self) -> bool:
         """Whether the base is left without what an adapter starts from."""
-        return self.needs is not None and self.needs.of != "gradients" and self.start is not from_directions
+        return self.needs is not None and self.needs.has_directions and self.start is not from_directions
 
     @property
     def needs_text(self) -> str:

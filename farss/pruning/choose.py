@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from farss.forward import accepts, evaluating, hooked, without_cache
 from farss.pruning.surgery import skipped
 from farss.structure import find_blocks
 from farss.survey.passage import returned_by
+from farss.survey.places import moved
 from farss.tasks.likelihood import token_loglikelihoods
 
 Tell = Callable[[int, int, str], None]
@@ -27,47 +30,79 @@ def drawn(may: Collection[int], number: int, seed: int) -> list[int]:
 def influences(model: Any, rows: list[Row], batch_size: int, pad_id: int, tell: Tell) -> list[float]:
     """How much each block turns what enters it: 1 minus the cosine of its input and output, mean over the tokens (ShortGPT's Block
     Influence, Men et al. 2024)."""
-    blocks = find_blocks(model)[1]
-    total, tokens = torch.zeros(len(blocks), dtype=torch.float64), 0
+    count = len(find_blocks(model)[1])
+    total, tokens = torch.zeros(count, dtype=torch.float64), sum(len(row["input_ids"]) for row in rows)
 
-    def measure(index: int, mask: Tensor) -> Any:
-        def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            before, after = entering(args, kwargs), leaving(output)
-            total[index] += (1 - nn.functional.cosine_similarity(before.float(), after.float(), dim=-1))[mask].double().sum().cpu()
+    def see(mask: Tensor, index: int, before: Tensor, after: Tensor) -> None:
+        total[index] += (1 - nn.functional.cosine_similarity(before.float(), after.float(), dim=-1))[mask].double().sum().cpu()
 
-        return blocks[index].register_forward_hook(hook, with_kwargs=True)
-
-    with evaluating(model), torch.no_grad():
-        for done, part in enumerate(batches(rows, batch_size)):
-            batch = {name: value.to(model.device) for name, value in collate(part, pad_id).items()}
-            mask = batch["attention_mask"].bool()
-            with hooked([measure(index, mask) for index in range(len(blocks))]):
-                model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **last_logits(model))
-            tokens += int(mask.sum())
-            tell(done * batch_size + len(part), len(rows), "")
+    _look(model, rows, range(count), batch_size, pad_id, see, tell)
     return (total / tokens).tolist()
 
 
 def greedy(model: Any, rows: list[Row], may: Collection[int], number: int, batch_size: int, pad_id: int, tell: Tell) -> list[int]:
     """One block after the other, each time that without which the loss of the text is smallest (SLEB, Song et al. 2024)."""
     gone: list[int] = []
-    returned = returned_by(model, find_blocks(model)[1], {k: v.to(model.device) for k, v in collate(rows[:1], pad_id).items()})
+    returned = returned_by(model, find_blocks(model)[1], moved(collate(rows[:1], pad_id), model.device))
     steps = sum(len(may) - place for place in range(number))
     done = 0
     for _ in range(number):
-        losses = {}
+        losses: dict[int, float] = {}
         for index in sorted(set(may) - set(gone)):
             with skipped(model, [*gone, index], returned):
                 losses[index] = -sum(token_loglikelihoods(model, rows, batch_size, pad_id)) / len(rows)
             done += 1
             tell(done, steps, f"loss {losses[index]:.3f} without block {index}")
-        gone.append(min(losses, key=lambda index: (losses[index], index)))
+        gone += smallest(losses, 1)
     return gone
 
 
 def smallest(values: dict[int, float], number: int) -> list[int]:
     """The keys of the smallest values; of equal ones the first."""
     return sorted(values, key=lambda key: (values[key], key))[:number]
+
+
+def changes(model: Any, rows: list[Row], which: Collection[int], batch_size: int, pad_id: int) -> dict[int, float]:
+    """How much each of these blocks changes what enters it: `||x_out - x_in||_F / ||x_in||_F`, mean over the windows."""
+    found = dict.fromkeys(which, 0.0)
+
+    def see(mask: Tensor, index: int, before: Tensor, after: Tensor) -> None:
+        before, after = before.float().flatten(1), after.float().flatten(1)
+        found[index] += float(((after - before).norm(dim=1) / before.norm(dim=1)).sum())
+
+    if which:
+        _look(model, rows, which, batch_size, pad_id, see)
+    return {index: total / len(rows) for index, total in found.items()}
+
+
+def _look(
+    model: Any,
+    rows: list[Row],
+    which: Collection[int],
+    batch_size: int,
+    pad_id: int,
+    see: Callable[[Tensor, int, Tensor, Tensor], None],
+    tell: Tell = lambda done, total, line: None,
+) -> None:
+    """Send rows through a model, and see what enters and what leaves these blocks: `see(mask, block, before, after)`, `[b, t]` true on
+    the real tokens and `[b, t, d]`."""
+    with evaluating(model), torch.no_grad():
+        for done, part in enumerate(batches(rows, batch_size)):
+            batch = moved(collate(part, pad_id), model.device)
+            mask = batch["attention_mask"].bool()
+            with watched(model, which, partial(see, mask)):
+                model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **last_logits(model))
+            tell(done * batch_size + len(part), len(rows), "")
+
+
+def watched(model: nn.Module, which: Collection[int], see: Callable[[int, Tensor, Tensor], None]) -> AbstractContextManager[None]:
+    """While active, every forward pass shows what enters and what leaves these blocks: `see(block, before, after)`."""
+    blocks = find_blocks(model)[1]
+
+    def hook_of(index: int) -> Callable[..., None]:
+        return lambda block, args, kwargs, output: see(index, entering(args, kwargs), leaving(output))
+
+    return hooked([blocks[index].register_forward_hook(hook_of(index), with_kwargs=True) for index in which])
 
 
 def last_logits(model: Any) -> dict[str, Any]:
@@ -85,21 +120,3 @@ def leaving(output: Any) -> Tensor:
     """The hidden states that it returns."""
     found: Tensor = output[0] if isinstance(output, tuple) else output
     return found
-
-
-def changes(model: Any, rows: list[Row], which: Collection[int], batch_size: int, pad_id: int) -> dict[int, float]:
-    """How much each of these blocks changes what enters it: `||x_out - x_in||_F / ||x_in||_F`, mean over the windows."""
-    blocks, found = find_blocks(model)[1], dict.fromkeys(which, 0.0)
-
-    def measure(index: int) -> Any:
-        def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            before, after = entering(args, kwargs).float().flatten(1), leaving(output).float().flatten(1)
-            found[index] += float(((after - before).norm(dim=1) / before.norm(dim=1)).sum())
-
-        return blocks[index].register_forward_hook(hook, with_kwargs=True)
-
-    with evaluating(model), torch.no_grad(), hooked([measure(index) for index in which]):
-        for part in batches(rows, batch_size) if which else ():
-            ids = torch.tensor([row["input_ids"] for row in part], device=model.device)
-            model(input_ids=ids, **last_logits(model))
-    return {index: total / len(rows) for index, total in found.items()}

@@ -28,7 +28,7 @@ from farss.pruning.choose import drawn, greedy, influences, smallest
 from farss.pruning.measure import perplexity, speeds
 from farss.pruning.stages import choose_by_scalars, shift
 from farss.pruning.surgery import check_deletable, delete_blocks, write_shorter
-from farss.pruning.table import markdown
+from farss.pruning.table import DENSE, markdown
 from farss.rows import text_rows
 from farss.structure import find_blocks, positions
 from farss.tasks.benchmarks import grading
@@ -39,8 +39,6 @@ from farss.versions import versions
 log = logging.getLogger(__name__)
 Rule = Literal["random", "shortgpt", "sleb", "scalars"]
 Then = Literal["delete", "shift", "train", "delete and train"]
-DENSE = "dense"
-"""Name of the whole model in the table."""
 FIRST, LAST = 3 / 32, 4 / 32
 """Shares of the blocks, from either end, that scalars on whole outputs are not asked about: the authors' 3 and 4 of 32."""
 
@@ -193,10 +191,11 @@ class Pruning:
 
     def _check_number(self, rule: Rule) -> None:
         may, options = len(self.may(rule)), self.config.prune
-        if not 1 <= self.number <= min(may, self.blocks - 1):
+        most = min(may, self.blocks - 1)
+        if not 1 <= self.number <= most:
             raise ConfigError(
                 f"prune.ratio={options.ratio} of {self.blocks} blocks are {self.number}, and {may} may be deleted: choose a ratio between "
-                f"{1 / self.blocks:.2g} and {min(may, self.blocks - 1) / self.blocks:.2g}, or other prune.keep_first and prune.keep_last"
+                f"{1 / self.blocks:.2g} and {most / self.blocks:.2g}, or other prune.keep_first and prune.keep_last"
             )
 
     # --- which blocks -------------------------------------------------------------------------------------------------
@@ -242,18 +241,17 @@ class Pruning:
 
     def _make(self, method: str, gone: list[int], target: Path) -> dict[str, Any]:
         recipe, facts = RECIPES[method], dict[str, Any]()
-        trains = recipe.then != "delete"
+        trains, first = recipe.then != "delete", recipe.then == "delete and train"
         model = load_model(self.config.model, dtype=torch.float32 if trains else None, as_stored=not trains)
-        if recipe.then == "delete and train":
+        if first:
             delete_blocks(model, gone)
         if trains:
-            whole = recipe.then != "delete and train"
             weight = self.config.prune.shift if recipe.then == "shift" else 0.0
             facts = shift(
-                *(model, self.tokenizer, self.rows, self.config, gone if whole else [], weight),
+                *(model, self.tokenizer, self.rows, self.config, [] if first else gone, weight),
                 *(self.folder.path / method, method, self.tell),
             )
-        if recipe.then != "delete and train":
+        if not first:
             delete_blocks(model, gone)
         if target.exists():
             shutil.rmtree(target)

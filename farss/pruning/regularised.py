@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from farss.forward import hooked
 from farss.methods import Regime
-from farss.pruning.choose import entering, leaving
+from farss.pruning.choose import entering, leaving, watched
 from farss.structure import find_blocks
 
 SCALAR = "farss_scalar"
@@ -70,23 +70,19 @@ class Changes(Regime):
     """
 
     def __init__(self, model: nn.Module, which: Collection[int], weight: float, norm: Literal["frobenius", "l1"]) -> None:
-        blocks = find_blocks(model)[1]
-        self.blocks = {index: blocks[index] for index in which}
+        self.model, self.which = model, which
         self.weight, self.order = weight, 2 if norm == "frobenius" else 1
         self.found: dict[int, Tensor] = {}
 
     def applied(self) -> AbstractContextManager[None]:
         """While active, every forward pass is measured."""
 
-        def hook_of(index: int) -> Any:
-            def measure(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-                change = leaving(output).float() - entering(args, kwargs).float()
-                # where activations are computed anew in the backward pass, this is done again, and overwritten by the next forward pass
-                self.found[index] = torch.linalg.vector_norm(change.flatten(1), ord=self.order, dim=1).mean()
+        def see(index: int, before: Tensor, after: Tensor) -> None:
+            change = after.float() - before.float()
+            # where activations are computed anew in the backward pass, this is done again, and overwritten by the next forward pass
+            self.found[index] = torch.linalg.vector_norm(change.flatten(1), ord=self.order, dim=1).mean()
 
-            return measure
-
-        return hooked([block.register_forward_hook(hook_of(index), with_kwargs=True) for index, block in self.blocks.items()])
+        return watched(self.model, self.which, see)
 
     def penalty(self) -> Tensor | None:
         """`weight * sum`, of the forward pass that was measured last."""

@@ -86,14 +86,13 @@ def _shapes(model: Any) -> dict[str, torch.Size]:
 
 def _constants(model: Any) -> dict[str, dict[str, Any]]:
     """What else the modules of the blocks were built with: the kind of an attention, or a scale that depends on the place."""
-    name, blocks = find_blocks(model)
-    kept = (bool, int, float, str)
-    found = {f"{name}.{inner}": module for inner, module in blocks.named_modules()}
     return {
-        inner: {
-            key: value for key, value in vars(module).items() if isinstance(value, kept) and not key.startswith("_") and key != "training"
+        name: {
+            key: value
+            for key, value in vars(module).items()
+            if isinstance(value, bool | int | float | str) and not key.startswith("_") and key != "training"
         }
-        for inner, module in found.items()
+        for name, module in find_blocks(model)[1].named_modules()
     }
 
 

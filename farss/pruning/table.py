@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from farss.report.words import compact, points, signed
+from farss.report.words import compact, interval, points, signed
 
 Rows = list[dict[str, Any]]
+DENSE = "dense"
+"""Name of the whole model, the first row."""
 
 
 def columns(rows: Rows) -> list[tuple[str, list[str]]]:
@@ -43,11 +45,11 @@ def _score(rows: Rows, row: dict[str, Any], name: str) -> str:
     """A benchmark's score with its interval; of the whole model that which the others are compared with."""
     key = ("after", "low", "high") if "summary" in row else ("before", "before_low", "before_high")
     each = next((each for one in ([row] if "summary" in row else rows) for each in _benchmarks(one) if each["name"] == name), None)
-    return f"{points(each[key[0]])} ({points(each[key[1]])} to {points(each[key[2]])})" if each else ""
+    return _with_interval(dict(zip(("value", "low", "high"), (each[one] for one in key), strict=True))) if each else ""
 
 
 def _with_interval(estimate: dict[str, Any] | None) -> str:
-    return f"{points(estimate['value'])} ({points(estimate['low'])} to {points(estimate['high'])})" if estimate else ""
+    return f"{points(estimate['value'])} ({interval(estimate['low'], estimate['high'])})" if estimate else ""
 
 
 def _signed(value: float | None) -> str:
@@ -59,5 +61,5 @@ def _speed(row: dict[str, Any], what: str) -> str:
     both = row.get("tokens_per_second")
     if not both:
         return ""
-    own, dense = (both[name][what] for name in (row["method"], "dense"))
+    own, dense = (both[name][what] for name in (row["method"], DENSE))
     return f"{own:,.0f} ({own / dense:.2f}x)"
