@@ -6,12 +6,14 @@ import random
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from farss.data import Row, batches, collate
+from farss.files import read_json, write_json
 from farss.forward import accepts, evaluating, hooked, without_cache
 from farss.pruning.surgery import skipped
 from farss.structure import find_blocks
@@ -40,21 +42,35 @@ def influences(model: Any, rows: list[Row], batch_size: int, pad_id: int, tell: 
     return (total / tokens).tolist()
 
 
-def greedy(model: Any, rows: list[Row], may: Collection[int], number: int, batch_size: int, pad_id: int, tell: Tell) -> list[int]:
-    """One block after the other, each time that without which the loss of the text is smallest (SLEB, Song et al. 2024)."""
+def greedy(
+    model: Any, rows: list[Row], may: Collection[int], number: int, batch_size: int, pad_id: int, path: Path, tell: Tell
+) -> list[dict[str, Any]]:
+    """One block after the other, each time that without which the loss of the text is smallest (SLEB, Song et al. 2024).
+
+    Args:
+        path: file of what was measured already; a killed choice goes on from there.
+
+    Returns:
+        The rounds: each one's block, and the `losses` without each of the blocks (nats a window).
+    """
+    rounds: list[dict[str, Any]] = read_json(path) if path.is_file() else []
     gone: list[int] = []
     returned = returned_by(model, find_blocks(model)[1], moved(collate(rows[:1], pad_id), model.device))
-    steps = sum(len(may) - place for place in range(number))
-    done = 0
-    for _ in range(number):
-        losses: dict[int, float] = {}
+    done, steps = 0, sum(len(may) - place for place in range(number))
+    for place in range(number):
+        if place == len(rounds):
+            rounds.append({"losses": {}})
+        losses = rounds[place]["losses"]
         for index in sorted(set(may) - set(gone)):
-            with skipped(model, [*gone, index], returned):
-                losses[index] = -sum(token_loglikelihoods(model, rows, batch_size, pad_id)) / len(rows)
+            if str(index) not in losses:
+                with skipped(model, [*gone, index], returned):
+                    losses[str(index)] = -sum(token_loglikelihoods(model, rows, batch_size, pad_id)) / len(rows)
+                write_json(path, rounds)
             done += 1
-            tell(done, steps, f"loss {losses[index]:.3f} without block {index}")
-        gone += smallest(losses, 1)
-    return gone
+            tell(done, steps, f"loss {losses[str(index)]:.3f} without block {index}")
+        rounds[place]["block"] = smallest({int(key): loss for key, loss in losses.items()}, 1)[0]
+        gone.append(rounds[place]["block"])
+    return rounds
 
 
 def smallest(values: dict[int, float], number: int) -> list[int]:

@@ -220,7 +220,8 @@ class Pruning:
         model, size, pad = load_model(self.config.model), self.config.evaluate.batch_size, self.tokenizer.pad_token_id
         with self._fits():
             if rule == "sleb":
-                return {"blocks": greedy(model, self.rows, may, self.number, size, pad, told)}
+                rounds = greedy(model, self.rows, may, self.number, size, pad, place / "rounds.json", told)
+                return {"blocks": [each["block"] for each in rounds], "rounds": rounds}
             values = influences(model, self.rows, size, pad, told)
         return {"blocks": smallest({index: values[index] for index in may}, self.number), "influence": values}
 

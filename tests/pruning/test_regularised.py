@@ -124,9 +124,9 @@ def test_influence_is_one_minus_the_cosine(tmp_path):
     assert influences(model, rows, 6, 0, silent) == pytest.approx(found, rel=1e-5)
 
 
-def test_greedy_takes_the_cheapest_block_each_time():
+def test_greedy_takes_the_cheapest_block_each_time(tmp_path):
     model, rows = small("llama").float(), examples()
-    gone = greedy(model, rows, [0, 1, 2, 3], 2, 3, 0, silent)
+    gone = [each["block"] for each in greedy(model, rows, [0, 1, 2, 3], 2, 3, 0, tmp_path / "rounds.json", silent)]
 
     def loss(without):
         shorter = small("llama").float()
@@ -137,6 +137,31 @@ def test_greedy_takes_the_cheapest_block_each_time():
     assert gone[0] == min(first, key=first.get)
     second = {index: loss([gone[0], index]) for index in range(4) if index != gone[0]}
     assert gone[1] == min(second, key=second.get)
+
+
+def test_a_killed_greedy_choice_measures_nothing_again(tmp_path, monkeypatch):
+    model, rows, path = small("llama").float(), examples(), tmp_path / "rounds.json"
+
+    class Killed(Exception):
+        pass
+
+    def kill(done, total, line):
+        assert total == 7
+        if done == 5:  # the first block of the second round
+            raise Killed
+
+    with pytest.raises(Killed):
+        greedy(model, rows, [0, 1, 2, 3], 2, 3, 0, path, kill)
+    measured = []
+
+    def counted(*args):
+        measured.append(1)
+        return token_loglikelihoods(*args)
+
+    monkeypatch.setattr("farss.pruning.choose.token_loglikelihoods", counted)
+    rounds = greedy(model, rows, [0, 1, 2, 3], 2, 3, 0, path, silent)
+    assert len(measured) == 2
+    assert rounds == greedy(model, rows, [0, 1, 2, 3], 2, 3, 0, tmp_path / "anew.json", silent)
 
 
 def test_of_equal_values_the_first_is_taken():
