@@ -48,10 +48,10 @@ from farss.maths.moments import Moment, kept_rows
 from farss.methods import METHODS, Regime
 from farss.models import layer_shapes, load_model, weights_fingerprint
 from farss.pipeline import Run
+from farss.places import moved
 from farss.progress import bars
 from farss.structure import target_layers
 from farss.survey import survey
-from farss.survey.places import moved
 from farss.tasks.standing import Entry, Standing, standings
 from farss.versions import versions
 

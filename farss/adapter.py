@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from farss.artifacts import Plan, Survey
 from farss.config import Base
 from farss.errors import ConfigError, FarssError, FolderError
+from farss.forward import seeded
 from farss.methods import METHODS, Regime
 from farss.methods.base import Start
 from farss.structure import ORIGINAL, check_readable, check_unshared, is_packed, is_transposed, keep_gradients, shape_of
@@ -67,23 +68,23 @@ def attach(
         return model.requires_grad_(True)
     keep_gradients(model)
     check_readable(model, plan.layers)
-    torch.manual_seed(seed)
-    adapted = get_peft_model(model, lora_config(plan, dropout), adapter_name=TRAINED)
-    if missing := [name for name, module in lora_layers(adapted, plan).items() if not hasattr(module, "lora_A")]:
-        raise FarssError(
-            f"PEFT left planned layers without an adapter, {len(missing)} in all, {missing[0]} the first: choose model.targets without them"
-        )
-    if any(layer.directions for layer in plan.layers.values()):
-        if survey is None:
-            raise FarssError(f"method {plan.method!r} starts from singular directions: give the survey its plan was made from")
-        _begin(adapted, plan, survey)
-        if base == "residual" and START in adapted.peft_config:
-            _take_out(adapted, plan)
-    for name, module in lora_layers(adapted, plan).items():
-        if plan.layers[name].fixed_a:
-            module.frozen_peft_weight_names = {TRAINED: ("lora_A",)}  # PEFT leaves it so whenever an adapter is made active
-    if regime is not None:
-        regime.dress(list(lora_layers(adapted, plan).values()), TRAINED)
+    with seeded(seed):
+        adapted = get_peft_model(model, lora_config(plan, dropout), adapter_name=TRAINED)
+        if missing := [name for name, module in lora_layers(adapted, plan).items() if not hasattr(module, "lora_A")]:
+            raise FarssError(
+                f"PEFT left {len(missing)} planned layers without an adapter, {missing[0]} the first: choose model.targets without them"
+            )
+        if any(layer.directions for layer in plan.layers.values()):
+            if survey is None:
+                raise FarssError(f"method {plan.method!r} starts from singular directions: give the survey its plan was made from")
+            _begin(adapted, plan, survey)
+            if base == "residual" and START in adapted.peft_config:
+                _take_out(adapted, plan)
+        for name, module in lora_layers(adapted, plan).items():
+            if plan.layers[name].fixed_a:
+                module.frozen_peft_weight_names = {TRAINED: ("lora_A",)}  # PEFT leaves it so whenever an adapter is made active
+        if regime is not None:
+            regime.dress(list(lora_layers(adapted, plan).values()), TRAINED)
     activate(adapted)
     return adapted
 

@@ -7,7 +7,6 @@ candidate. docs/boundary.md says what K and T stand for here, and why.
 from __future__ import annotations
 
 import dataclasses
-import gc
 import shutil
 import time
 from collections.abc import Callable
@@ -278,10 +277,7 @@ class Prober:
                 f"the probe of boundary {boundary} failed at {self.config.boundary.rate:g} times the training's learning rate, "
                 f"so boundary.rate={self.config.boundary.rate:g} may be what is too high: {error}"
             ) from error
-        found = self._outcomes(model, plan.parameters)
-        del model
-        gc.collect()  # a trainer and its model hold each other, and the next model needs the memory
-        return found
+        return self._outcomes(model, plan.parameters)
 
     def _outcomes(self, model: Any, parameters: int) -> Outcomes:
         rows = [*self.setting.knowledge.values(), self.setting.task]

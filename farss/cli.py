@@ -187,12 +187,12 @@ def survey(config: ConfigFile, overrides: Overrides = None) -> None:
 @app.command()
 def plan(config: ConfigFile, overrides: Overrides = None) -> None:
     """Choose ranks and directions."""
-    from farss.terminal import rank_map
+    from farss.terminal import RankMap
 
     wanted = _read(config, overrides)
     with _single(wanted, trains=wanted.plan.boundary == "auto") as one:  # which is found by training
         made = one.plan()
-    console.print(rank_map(made))
+    console.print(RankMap(made))
     for note in made.notes:
         console.print(note, highlight=False)
     _where({"plan": one.path / "plan.json"})
@@ -495,7 +495,7 @@ def _facts(folder: Path) -> None:
     from farss.artifacts import Plan
     from farss.boundary import Boundary
     from farss.files import read_json
-    from farss.terminal import boundary_departure, comparison_table, rank_map, summary_table
+    from farss.terminal import RankMap, boundary_departure, comparison_table, summary_table
     from farss.train import TrainResult
 
     if (folder / "comparison.json").is_file():
@@ -511,7 +511,7 @@ def _facts(folder: Path) -> None:
         if told:
             console.print(told, highlight=False, markup=False, soft_wrap=True)
     if plan and plan.layers:
-        console.print(rank_map(plan))
+        console.print(RankMap(plan))
     if (folder / "summary.json").is_file():
         summary = read_json(folder / "summary.json")
         console.print(summary_table(summary))

@@ -253,24 +253,23 @@ def commented() -> str:
     for entry in dataclasses.fields(config):
         value = getattr(config, entry.name)
         if not dataclasses.is_dataclass(value):
-            lines += ["", *_comment(field_help(Config)[entry.name]), _line(entry.name, value)]
+            lines += ["", f"# {field_help(Config)[entry.name]}", _line(entry.name, value)]
             continue
         lines += ["", f"# {(type(value).__doc__ or '').strip()}", f"{entry.name}:"]
         help_texts = field_help(type(value))
         lines += _question_set("  ") if entry.name == "evaluate" else []
         for inner in dataclasses.fields(value):
-            lines += _comment(help_texts[inner.name], "  ")
-            lines.append(_line(inner.name, getattr(value, inner.name), "  "))
+            lines += [f"  # {help_texts[inner.name]}", _line(inner.name, getattr(value, inner.name), "  ")]
     return "\n".join(lines) + "\n"
 
 
 def _question_set(indent: str) -> list[str]:
     """The keys of a question set, as comments."""
     help_texts = field_help(QuestionSet)
-    lines = _comment("A question set is a file of questions, with these keys:", indent)
+    lines = [f"{indent}# A question set is a file of questions, with these keys:"]
     for key in dataclasses.fields(QuestionSet):
         default = f" Default: {key.default}." if key.default not in ("", None) else ""
-        lines += _comment(f"  {key.name}: {help_texts[key.name]}{default}", indent)
+        lines.append(f"{indent}#   {key.name}: {help_texts[key.name]}{default}")
     return lines
 
 
@@ -282,10 +281,6 @@ def field_help(cls: type) -> dict[str, str]:
         if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
             texts[statement.target.id] = " ".join(following.value.value.split())  # type: ignore[union-attr, attr-defined]
     return texts
-
-
-def _comment(text: str, indent: str = "") -> list[str]:
-    return [f"{indent}# {text}"]
 
 
 def _line(name: str, value: Any, indent: str = "") -> str:

@@ -52,13 +52,19 @@ def whole_folder(path: Path) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         yield temporary
-        if os.path.ismount(path) or path == Path.cwd():
-            _refill(path, temporary)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-            temporary.rename(path)
-    finally:
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if os.path.ismount(path) or path == Path.cwd():
+        _refill(path, temporary)
+        shutil.rmtree(temporary, ignore_errors=True)
+        return
+    old = path.with_name(f".{path.name}.old")  # aside, and not deleted yet: of what cannot be deleted something would stay in the way
+    shutil.rmtree(old, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        path.rename(old)
+    temporary.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _refill(folder: Path, source: Path) -> None:

@@ -24,27 +24,18 @@ from farss.files import disk_cure, read_json, write_json, write_text
 
 DATA_KEYS = tuple(f"data.{name}" for name in ("train", "split", "prompt", "response", "template", "max_length", "limit"))
 """Of the examples: all of the section but the system message of what is asked."""
-SURVEY_KEYS = (
-    "model.path",
-    "model.quantization",
-    "model.targets",
-    *DATA_KEYS,
-    "calibration.examples",
-    "calibration.fisher",
-    "calibration.padding",
-    "calibration.svd",
-    "seed",
-)
+_LAYER_KEYS = ("model.path", "model.quantization", "model.targets")
+_TASK_KEYS = (*_LAYER_KEYS, *DATA_KEYS, "calibration.examples", "seed")
+SURVEY_KEYS = (*_TASK_KEYS, "calibration.fisher", "calibration.padding", "calibration.svd")
 READING_KEYS = {
-    "weights": ("model.path", "model.quantization", "model.targets"),
-    "task": ("model.path", "model.quantization", "model.targets", *DATA_KEYS, "calibration.examples", "seed"),
-    "knowledge": (
-        *("model.path", "model.quantization", "model.targets", "data.max_length"),
-        *("calibration.examples", "calibration.knowledge", "seed"),
-    ),
+    "weights": _LAYER_KEYS,
+    "task": _TASK_KEYS,
+    "gradients": _TASK_KEYS,
+    "knowledge": (*_LAYER_KEYS, "data.max_length", "calibration.examples", "calibration.knowledge", "seed"),
+    "both": (*_TASK_KEYS, "calibration.knowledge"),
+    "survey": SURVEY_KEYS,
 }
 """By what a `Reading` looks at."""
-READING_KEYS |= {"survey": SURVEY_KEYS, "both": (*READING_KEYS["task"], "calibration.knowledge"), "gradients": READING_KEYS["task"]}
 PATHS = (
     *(("model", "path"), ("data", "train"), ("calibration", "knowledge"), ("evaluate", "text"), ("evaluate", "full_scores")),
     ("prune", "text"),
@@ -58,19 +49,9 @@ PRUNING = "pruning"
 """The step by which a folder is known to be a pruning's."""
 PLAN_KEYS = ("model.path", "model.targets", "plan")
 TRAIN_KEYS = (
-    *(
-        "model.path",
-        "model.dtype",
-        "model.quantization",
-        "adapter",
-        *DATA_KEYS,
-        "seed",
-        "train.learning_rate",
-        "train.epochs",
-        "train.max_steps",
-    ),
-    *("train.batch_size", "train.scheduler", "train.warmup_ratio", "train.weight_decay", "train.dropout"),
-    *("train.max_grad_norm", "train.precision"),
+    *("model.path", "model.dtype", "model.quantization", "adapter", *DATA_KEYS, "seed"),
+    *("train.learning_rate", "train.epochs", "train.max_steps", "train.batch_size", "train.scheduler", "train.warmup_ratio"),
+    *("train.weight_decay", "train.dropout", "train.max_grad_norm", "train.precision"),
 )
 BOUNDARY_KEYS = (
     *PLAN_KEYS,

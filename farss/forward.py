@@ -7,8 +7,30 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+
+class Stop(Exception):
+    """Raised in a hook where what follows is not needed."""
+
+
+def unwrapped(model: Any) -> Any:
+    """The model in a `PeftModel`, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def entering(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states that a block is called with."""
+    found: Tensor = args[0] if args else kwargs["hidden_states"]
+    return found
+
+
+def leaving(output: Any) -> Tensor:
+    """The hidden states in what it returns."""
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found
 
 
 def accepts(model: Any, argument: str) -> bool:
@@ -27,8 +49,7 @@ def without_cache(model: Any) -> dict[str, Any]:
 
 
 def _parameters(model: Any) -> Mapping[str, inspect.Parameter]:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return inspect.signature(base.forward).parameters
+    return inspect.signature(unwrapped(model).forward).parameters
 
 
 @contextmanager
@@ -61,6 +82,14 @@ def compact_head(model: Any) -> Iterator[None]:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     heads = [] if head is None else [head]
     with hooked([head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:])) for head in heads]):
+        yield
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random numbers of this seed for a while; afterwards the caller's go on as if none had been drawn."""
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
         yield
 
 

@@ -34,14 +34,14 @@ from farss.data import (
 from farss.errors import ConfigError, FarssError
 from farss.files import read_json, write_json
 from farss.methods import Reading, check_elsewhere
-from farss.models import base_fingerprint, is_quantised, weights_fingerprint
+from farss.models import base_fingerprint, check_causal, is_quantised, weights_fingerprint
+from farss.places import fits_beside, placed, tensors_of
 from farss.plan import check_plan, make_plan, make_plan_without_survey, method_of, survey_cap
 from farss.portable import Exported
 from farss.portable import export as export_adapter
 from farss.rows import cell, knowledge_texts
-from farss.structure import find_blocks, holds_packed, is_sharded, positions, target_layers
+from farss.structure import check_readable, find_blocks, holds_packed, is_sharded, keep_gradients, positions, target_layers
 from farss.survey import LENGTH, Progress, batches_for, look, own_text
-from farss.survey.places import fits_beside, placed, tensors_of
 
 CHECK_ROWS = 4
 
@@ -128,6 +128,9 @@ def prepare(
         else tokenize_rows(list(dataset), data, tokenizer, seed)
     )
     check_length(examples, data, positions(model))
+    keep_gradients(model)
+    check_readable(model, layers)
+    check_causal(model)
     processes.join()
     untouched = base_fingerprint(model)
     place = _place(wanted, folder, model)

@@ -47,10 +47,10 @@ def peak_gib(device: torch.device) -> float:
 
 def reset_peak(device: torch.device) -> None:
     """Let `peak_gib` begin anew: otherwise every run in this process has the peak of the largest before it."""
+    give_back()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    give_back()
     with suppress(OSError):  # not every system has this file, and not every container lets us write to it
         Path("/proc/self/clear_refs").write_text("5")
 

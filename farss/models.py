@@ -7,6 +7,7 @@ import importlib.util
 import json
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from farss.artifacts import Layer
 from farss.config import ModelConfig
 from farss.errors import ConfigError, ModelError
 from farss.files import read_json
+from farss.forward import Stop, hooked, leaving, unwrapped, without_cache
+from farss.memory import give_back
 from farss.precision import computing_dtype
 from farss.structure import base_weights, find_blocks, keep_gradients, target_layers
 
@@ -133,6 +136,7 @@ def load_model(config: ModelConfig, dtype: torch.dtype | None = None, device: to
     """
     from transformers import AutoModelForCausalLM
 
+    give_back()  # the model before, or two would be in memory
     place = device or device_of(config)
     wanted = dtype or _dtype(config, place, as_stored)
     options: dict[str, Any] = {}
@@ -143,7 +147,45 @@ def load_model(config: ModelConfig, dtype: torch.dtype | None = None, device: to
     model = _from_pretrained(AutoModelForCausalLM, config, dtype=wanted, **options)
     model = model if is_quantised(model) else model.to(place)
     keep_gradients(model)
-    return model.requires_grad_(False).eval()
+    model = model.requires_grad_(False).eval()
+    if not as_stored:  # which need not compute here
+        check_causal(model)
+    return model
+
+
+def check_causal(model: Any) -> None:
+    """Refuse a model that reads ahead (BERT, RoBERTa): whoever trains it as a language model shows it the answers it is to predict.
+
+    Four tokens go through the first block. No gradient of what it says of the first three may reach the fourth.
+
+    Raises:
+        ModelError: one does.
+    """
+    found: list[Tensor] = []
+
+    def embedded(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        found.append(output.detach().requires_grad_(True))
+        return found[0]
+
+    def left(block: nn.Module, args: Any, output: Any) -> None:
+        found.append(leaving(output))
+        raise Stop
+
+    embeddings, blocks = model.get_input_embeddings(), find_blocks(model)[1]
+    tokens = torch.arange(4, device=model.device)[None] + embeddings.num_embeddings // 2
+    with (
+        hooked([embeddings.register_forward_hook(embedded), blocks[0].register_forward_hook(left)]),
+        torch.enable_grad(),
+        suppress(Stop),
+    ):
+        model(input_ids=tokens, **without_cache(model))
+    states, after = found
+    (gradient,) = torch.autograd.grad(after[..., :3, 0].sum(), states)
+    if gradient[0, 3].any():
+        raise ModelError(
+            f"{type(model).__name__} reads ahead: what it says of a token depends on the tokens that follow, so it would be trained with "
+            "the answers before its eyes. Use a decoder-only (causal) model"
+        )
 
 
 def _dtype(config: ModelConfig, device: torch.device, as_stored: bool) -> torch.dtype | str:
@@ -209,10 +251,8 @@ def _from_pretrained(kind: Any, config: ModelConfig, **options: Any) -> Any:
                 "the network; a gated model wants its licence accepted, and `hf auth login`"
             ) from error
         raise ModelError(f"model.path={config.path!r} cannot be read: {reason}") from error
-    except Exception as error:
-        if "safetensor" in type(error).__name__.lower():  # safetensors' own error type is not importable by name
-            raise ModelError(f"model.path={config.path!r} holds a damaged safetensors file: {error}") from error
-        raise
+    except SafetensorError as error:
+        raise ModelError(f"model.path={config.path!r} holds a damaged safetensors file: {error}") from error
 
 
 def check_path(path: str) -> None:
@@ -232,7 +272,7 @@ def _first_sentence(error: BaseException) -> str:
 
 def base_fingerprint(model: Any) -> str:
     """The `weights_fingerprint` of a model's untouched base, whether adapters are on it or not."""
-    return _hash(base_weights(model.get_base_model() if hasattr(model, "get_base_model") else model))
+    return _hash(base_weights(unwrapped(model)))
 
 
 def weights_fingerprint(model: nn.Module) -> str:

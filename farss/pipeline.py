@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 from collections.abc import Callable
@@ -455,9 +454,8 @@ class Run:
         return attach(model, plan, found, config.train.dropout, config.seed, config.adapter.base, self._regime)
 
     def _free(self) -> None:
-        """One model in memory at a time: modules refer to each other, so only a collection frees them."""
+        """Let go of the model: whoever loads the next one frees it."""
         self._live = self._regime = None
-        gc.collect()
 
     def trained(self) -> Any:
         """The trained model: still in memory, or rebuilt from the plan and the last checkpoint."""

@@ -21,12 +21,12 @@ from farss.card import write_card
 from farss.config import ExportConfig
 from farss.errors import FarssError, FolderError
 from farss.files import read_json, whole_folder, write_json, write_tensors
-from farss.forward import attribute, evaluating, without_cache
+from farss.forward import attribute, evaluating, unwrapped, without_cache
 from farss.maths.compress import compress
 from farss.models import base_fingerprint, tokenizer_fingerprint
+from farss.places import outside, placed, placed_in_turn
 from farss.precision import float32_products
 from farss.structure import find_blocks, is_linear, is_packed, weight_of
-from farss.survey.places import outside, placed, placed_in_turn
 
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """vLLM accepts these and no others (`max_lora_rank`), so the exported rank is padded up to one of them."""
@@ -268,9 +268,9 @@ def step_zero(adapted: Any, batch: dict[str, Tensor]) -> dict[str, float]:
 
     Measured on real tokens in float32 and in the precision of the weights.
     """
-    found = {}
-    own = str(next(adapted.get_base_model().parameters()).dtype).removeprefix("torch.")
-    for name, precision in (("float32", in_float32(adapted)), (own, contextlib.nullcontext())):
+    found, own = {}, str(next(adapted.get_base_model().parameters()).dtype).removeprefix("torch.")
+    precisions: dict[str, contextlib.AbstractContextManager[None]] = {own: contextlib.nullcontext()} | {"float32": in_float32(adapted)}
+    for name, precision in precisions.items():
         with precision, evaluating(adapted):
             expected = logits(adapted, batch)
             with adapted.disable_adapter(), untouched_base(adapted):
@@ -283,7 +283,7 @@ def step_zero(adapted: Any, batch: dict[str, Tensor]) -> dict[str, float]:
 def in_float32(model: Any) -> Iterator[None]:
     """The model in `eval()` mode and in float32, a block, the embedding or the head at a time. Everything is put back. Quantised weights
     stay as they are, and are multiplied dequantised and in float32."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = unwrapped(model)
     parts = [*find_blocks(model)[1], *filter(None, (base.get_input_embeddings(), base.get_output_embeddings()))]
     packed = [module for module in model.modules() if is_linear(module) and is_packed(module)]
     rest = placed(outside(model, parts), None, torch.float32)

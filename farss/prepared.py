@@ -23,7 +23,7 @@ from farss.files import read_json, whole_folder, write_json, write_tensors, writ
 from farss.merging import in_layers, write_model
 from farss.methods import METHODS, check_elsewhere
 from farss.models import load_model, load_tokenizer
-from farss.portable import Exported, origin_of, portable, target_names, write_adapter, write_facts
+from farss.portable import Exported, logits, origin_of, portable, target_names, write_adapter, write_facts
 from farss.structure import check_unshared, holds_packed
 
 PREFIX = "base_model.model."
@@ -138,7 +138,9 @@ def convert(prepared: Path | str, trained: Path | str, out: Path | str, rank: in
         raise FolderError(f"{out} exists: give a new folder")
     plan, facts = Plan.load(prepared / "plan.json"), read_json(prepared / "prepared.json")
     start, end = load_file(prepared / "start.safetensors"), _trained_state(trained)
-    changes = {name: _change(name, plan.layers[name].scaling, start, end, trained) for name in plan.layers}
+    if strange := next((key for key, factor in start.items() if key not in end or end[key].shape != factor.shape), None):
+        layer = strange.removeprefix(PREFIX).rpartition(".lora_")[0]
+        raise FarssError(f"{trained} is not an adapter that began as this start: {layer} is missing or has another rank")
     before, after = (read_json(folder / "adapter_config.json") for folder in (prepared / "adapter", trained))
     for option in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"):
         if (after.get(option) or None) != (before.get(option) or None):
@@ -151,7 +153,7 @@ def convert(prepared: Path | str, trained: Path | str, out: Path | str, rank: in
             f"{trained} holds {more[0]}, {len(more)} tensors in all that were not prepared, and a plain LoRA of the prepared layers does "
             "not hold them: train it again without modules_to_save, biases, new tokens or other layers"
         )
-    made = portable(changes.items(), rank, energy)
+    made = portable(((name, _change(name, layer.scaling, start, end)) for name, layer in plan.layers.items()), rank, energy)
     with whole_folder(out) as unfinished:
         base = facts["origin"]["base"]
         write_adapter(unfinished, made.state, facts["target_modules"], base, made.rank)
@@ -167,11 +169,9 @@ def _trained_state(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
-def _change(name: str, scaling: float, start: dict[str, Tensor], end: dict[str, Tensor], trained: Path) -> tuple[Tensor, Tensor]:
+def _change(name: str, scaling: float, start: dict[str, Tensor], end: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Thin factors of `s (B A - B0 A0)`, float64."""
     keys = [f"{PREFIX}{name}.lora_{side}.weight" for side in "BA"]
-    if any(key not in end or end[key].shape != start[key].shape for key in keys):
-        raise FarssError(f"{trained} is not an adapter that began as this start: {name} is missing or has another rank")
     (b, a), (b0, a0) = ([state[key].double() for key in keys] for state in (end, start))
     return torch.cat([scaling * b, -scaling * b0], 1), torch.cat([a, a0])
 
@@ -186,8 +186,7 @@ def _compare(trained: tuple[str, Path], converted: tuple[str, Path], trusted: bo
     found = []
     for base, adapter in (trained, converted):
         model = PeftModel.from_pretrained(load_model(replace(options, path=base)), str(adapter)).eval()
-        with torch.no_grad():
-            found.append(model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits)
+        found.append(logits(model, batch))
         del model
     difference: Tensor = (found[0] - found[1]).abs().max()
     return difference.item()

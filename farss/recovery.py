@@ -13,11 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from farss.config import Config, QuestionSet, TrainConfig
 from farss.data import Row, Tokenized, choose
 from farss.errors import ConfigError
+from farss.forward import seeded
 from farss.models import layer_shapes
 from farss.tasks.likelihood import answered, asked_or_shown, unasked
 from farss.tasks.questions import prompt_of
@@ -97,13 +96,13 @@ def _with_fresh_adapter(model: Any, layers: list[str], seed: int) -> Any:
     from peft import LoraConfig, get_peft_model
 
     options = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=layers, task_type="CAUSAL_LM")
-    torch.manual_seed(seed)
-    if hasattr(model, "peft_config"):
-        before = list(model.peft_config)
-        model.add_adapter(NAME, options)
-        model.base_model.set_adapter([*before, NAME])
-    else:
-        model = get_peft_model(model.requires_grad_(False), options, adapter_name=NAME)
+    with seeded(seed):
+        if hasattr(model, "peft_config"):
+            before = list(model.peft_config)
+            model.add_adapter(NAME, options)
+            model.base_model.set_adapter([*before, NAME])
+        else:
+            model = get_peft_model(model.requires_grad_(False), options, adapter_name=NAME)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(f".{NAME}." in name)
     return model

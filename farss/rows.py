@@ -211,18 +211,21 @@ def _named_columns(rows: Sequence[dict[str, Any]], names: Iterable[str], path: s
             raise DataError(f"{path} has no column {name!r} (it has {', '.join(columns)}): {nearest(name, columns)}")
 
 
-def text_rows(path: str, column: str = "text") -> list[str]:
-    """Read general text, one document a row; empty rows, as WikiText has between its articles, are passed over.
+def text_rows(path: str) -> list[str]:
+    """Read general text, one document a row of the column `text`; empty rows, as WikiText has between its articles, are passed over.
 
     Raises:
         DataError: the file or the column is missing, a row holds something else, or none holds text.
     """
-    rows = read_rows(path)
-    _named_columns(rows, [column], path)
+    return _texts(read_rows(path), path)
+
+
+def _texts(rows: list[dict[str, Any]], path: str) -> list[str]:
+    _named_columns(rows, ["text"], path)
     with naming(path):
-        texts = [cell(row, column, number) for number, row in enumerate(rows, 1) if not _is_empty(row.get(column))]
+        texts = [cell(row, "text", number) for number, row in enumerate(rows, 1) if not _is_empty(row.get("text"))]
     if not texts:
-        raise DataError(f"{path} has no text in its column {column!r}: give a file with at least one")
+        raise DataError(f"{path} has no text in its column 'text': give a file with at least one")
     return texts
 
 
@@ -247,7 +250,10 @@ def question_rows(entry: QuestionSet, split: str = "test") -> list[dict[str, Any
     Raises:
         DataError: a column is missing, or a row has no question or no answer.
     """
-    rows = read_rows(entry.data, entry.split or split)
+    return _questions(read_rows(entry.data, entry.split or split), entry)
+
+
+def _questions(rows: list[dict[str, Any]], entry: QuestionSet) -> list[dict[str, Any]]:
     _named_columns(rows, (entry.question, entry.answers), entry.data)
     with naming(entry.data):
         return [
@@ -268,13 +274,15 @@ def knowledge_texts(source: str | QuestionSet) -> list[str]:
     Raises:
         DataError: see `text_rows` and `question_rows`.
     """
-    if isinstance(source, str):
-        columns = columns_of(read_rows(source))
+    if isinstance(source, QuestionSet):
+        entry, rows = source, read_rows(source.data, source.split or "train")
+    else:
+        rows = read_rows(source)
+        columns = columns_of(rows)
         if "text" in columns:
-            return text_rows(source)
-        source = QuestionSet(name="knowledge", data=source, answers="answers" if "answers" in columns else "answer")
-    rows = question_rows(source, split="train")
-    return [f"Question: {row['question']}\nAnswer: {row['answers'][0]}" for row in rows]
+            return _texts(rows, source)
+        entry = QuestionSet(name="knowledge", data=source, answers="answers" if "answers" in columns else "answer")
+    return [f"Question: {row['question']}\nAnswer: {row['answers'][0]}" for row in _questions(rows, entry)]
 
 
 def _answers(row: dict[str, Any], column: str, number: int) -> list[str]:

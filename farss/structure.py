@@ -26,7 +26,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         ModelError: there is none, or the model has an encoder and a decoder.
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise ModelError("encoder-decoder models are not supported: use a decoder-only or an encoder-only model")
+        raise ModelError("encoder-decoder models are not supported: use a decoder-only model")
     sizes = {
         name: sum(math.prod(shape_of(module)) for module in modules.modules() if is_linear(module))
         for name, modules in model.named_modules()

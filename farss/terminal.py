@@ -36,7 +36,7 @@ QUESTIONS = ("retained", *NATS, "forgetting")
 
 
 class RankMap:
-    """Blocks as columns, layer types as rows; numbers where the terminal is wide enough, shades where it is not."""
+    """The plan's ranks: blocks as columns, layer types as rows; numbers where the terminal is wide enough, shades where it is not."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -95,11 +95,6 @@ def _ruler(blocks: range, width: int) -> str:
     return line
 
 
-def rank_map(plan: Plan) -> RankMap:
-    """The plan's ranks for the terminal; print it with rich."""
-    return RankMap(plan)
-
-
 def importance_table(survey: Survey) -> Table:
     """Fisher importance by layer type: one small bar a block, each row from its lowest to its highest."""
     types = layer_types({name: layer.block for name, layer in survey.layers.items()})
@@ -116,8 +111,8 @@ def importance_table(survey: Survey) -> Table:
     return table
 
 
-def extremes_table(survey: Survey, count: int = 10) -> Table:
-    """The most and the least important layers side by side."""
+def extremes_table(survey: Survey) -> Table:
+    """The ten most and the ten least important layers side by side."""
     ordered = sorted(survey.layers.values(), key=lambda layer: layer.importance, reverse=True)
     types = layer_types({name: layer.block for name, layer in survey.layers.items()})
     table = Table(box=None, pad_edge=False, header_style="dim")
@@ -125,7 +120,7 @@ def extremes_table(survey: Survey, count: int = 10) -> Table:
         table.add_column(head)
         table.add_column("block", justify="right")
         table.add_column("importance", justify="right")
-    for pair in zip(ordered[:count], ordered[: -count - 1 : -1], strict=True):
+    for pair in zip(ordered[:10], ordered[:-11:-1], strict=True):
         table.add_row(*(text for layer in pair for text in (cut(types[layer.name], 30), str(layer.block), f"{layer.importance:.3g}")))
     return table
 

@@ -34,6 +34,11 @@ def versions() -> dict[str, str]:
 
 def _own_version() -> str:
     version = importlib.metadata.version("farss")
-    here = Path(__file__).parent
-    commit = subprocess.run(["git", "-C", str(here), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return f"{version} ({commit.stdout.strip()})" if commit.returncode == 0 else version
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():  # installed, perhaps inside a repository of something else
+        return version
+    with suppress(OSError):  # a machine without git
+        commit = subprocess.run(["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+        if commit.returncode == 0:
+            return f"{version} ({commit.stdout.strip()})"
+    return version

@@ -29,6 +29,11 @@ MAMBA = {"mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_gr
 EAGER = {"attn_implementation": "eager"}
 
 
+def quadratic_form(change, activation, gradient):
+    """`tr(G X A X^T)` of a change `X [m, n]`, with `A [n, n]` and `G [m, m]` (FARSS, eq. 6 and 29)."""
+    return ((gradient @ change @ activation) * change).sum()
+
+
 def small(kind: str, **options):
     """A small random model of an architecture, float64, in eval mode."""
     common = {

@@ -102,3 +102,13 @@ def test_broken_and_missing_files_are_named(tmp_path):
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(FolderError, match="is not valid JSON"):
         read_json(tmp_path / "x.json")
+
+
+def test_what_cannot_be_deleted_loses_nothing(tmp_path, monkeypatch):
+    for text in ("first", "second"):
+        with whole_folder(tmp_path / "a") as folder:
+            folder.mkdir()
+            (folder / "x").write_text(text)
+        monkeypatch.setattr("shutil.rmtree", lambda path, ignore_errors=False: None)
+    assert (tmp_path / "a" / "x").read_text() == "second"
+    assert (tmp_path / ".a.old" / "x").read_text() == "first"

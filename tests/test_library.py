@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel
 from small_models import small
 from transformers import AutoTokenizer
@@ -232,3 +233,20 @@ def test_a_training_that_was_spread_over_processes_is_exported_from_its_checkpoi
     done = farss.export(prepared(), tmp_path / "adapter", checkpoint=tmp_path / "saved")
     stock = PeftModel.from_pretrained(base(tokenizer), str(done.folder))
     assert (logits(stock, batch) - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max().item())
+
+
+def test_the_users_random_numbers_go_on(tokenizer, rows):
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    for method in ("lora", "farss-plus"):
+        model = base(tokenizer)
+        torch.manual_seed(1)
+        farss.prepare(model, tokenizer, rows, method=method, plan=PLAN, calibration=farss.CalibrationConfig(examples=4))
+        assert torch.equal(torch.rand(3), expected)
+
+
+def test_an_encoder_is_refused(tokenizer, rows):
+    sizes = {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
+    encoder = transformers.RobertaForCausalLM(transformers.RobertaConfig(vocab_size=len(tokenizer), **sizes, max_position_embeddings=258))
+    with pytest.raises(farss.FarssError, match="reads ahead"):
+        farss.prepare(encoder, tokenizer, rows, plan=PLAN)

@@ -4,13 +4,15 @@ import json
 
 import pytest
 import torch
-from small_models import examples, save_small, small
+import transformers
+from small_models import ARCHITECTURES, examples, save_small, small
 
 from farss import precision
 from farss.config import ModelConfig, TrainConfig
 from farss.data import batches, collate
+from farss.errors import ModelError
 from farss.methods import METHODS
-from farss.models import load_model, stored_dtype, weights_fingerprint
+from farss.models import check_causal, load_model, stored_dtype, weights_fingerprint
 from farss.survey import read_layers, survey
 from farss.train import products
 
@@ -118,3 +120,20 @@ def test_a_survey_goes_on_where_another_kind_of_machine_left_it(tmp_path, monkey
     found = survey(narrow, as_batches(), tmp_path / "moved", cap=4)
     for name in found.layers:
         torch.testing.assert_close(found.directions(name).scores, expected.directions(name).scores, rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("kind", [*ARCHITECTURES])
+def test_a_language_model_does_not_read_ahead(kind):
+    check_causal(small(kind))
+
+
+@pytest.mark.parametrize("kind", ["Roberta", "Bert"])
+def test_a_model_that_reads_ahead_is_refused(tmp_path, kind):
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = getattr(transformers, f"{kind}Config")(**sizes, max_position_embeddings=66)
+    build = transformers.RobertaForCausalLM if kind == "Roberta" else transformers.BertLMHeadModel
+    build(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="reads ahead"):
+        load_model(ModelConfig(path=str(tmp_path)))
+    config.is_decoder = True
+    check_causal(build(config))

@@ -15,13 +15,13 @@ from farss.data import Tokenized
 from farss.errors import ConfigError, FarssError, ModelError
 from farss.merging import merge
 from farss.models import base_fingerprint, load_model
+from farss.places import placed, tensors_of
 from farss.plan import make_plan
 from farss.portable import export, in_float32
 from farss.prepared import write_prepared
 from farss.structure import base_weights, holds_packed, keep_gradients, target_layers, weight_of
 from farss.survey import survey
 from farss.survey.gradients import gradients
-from farss.survey.places import placed, tensors_of
 from farss.train import train
 
 

@@ -12,14 +12,13 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from small_models import collated, examples, language_loss, small
+from small_models import collated, examples, language_loss, quadratic_form, small
 
 from farss.artifacts import Survey
 from farss.config import CalibrationConfig
 from farss.data import calibration_batches, collate
 from farss.errors import ConfigError, FarssError, FolderError, ModelError, NumericalError
 from farss.maths.directions import decompose, direction_scores, select
-from farss.maths.fisher import quadratic_form
 from farss.methods import METHODS
 from farss.structure import left_out, target_layers, weight_of
 from farss.survey import read_layers, survey
@@ -419,7 +418,7 @@ def test_nan_weights_are_named(llama, tmp_path):
 
 @pytest.mark.parametrize("look", LOOKS[:2])
 def test_what_overflows_is_not_taken_up_in_a_higher_precision(llama, tmp_path, look, monkeypatch):
-    monkeypatch.setattr("farss.survey.places.computing_dtype", lambda dtype, device: dtype)  # as on a CPU that has units for float16
+    monkeypatch.setattr("farss.places.computing_dtype", lambda dtype, device: dtype)  # as on a CPU that has units for float16
     llama.model.layers[1].mlp.up_proj.weight.data *= 1e5
     half = llama.half()
     with pytest.raises(NumericalError, match=r"what leaves block 1 holds NaN or infinite values, .*: set model.dtype=float32"):
@@ -511,3 +510,10 @@ def test_padding_counts_only_when_it_is_asked_for(tmp_path):
     for name in ignored.layers:
         thin = ignored.directions(name).gam * ignored.tokens / padded.tokens
         torch.testing.assert_close(padded.directions(name).gam, thin, rtol=1e-4, atol=1e-12)
+
+
+def test_a_classifier_is_not_asked_for_tokens(tmp_path):
+    model = transformers.LlamaForSequenceClassification(small("llama").config).double().eval()
+    model.config.pad_token_id = 0
+    with pytest.raises(ModelError, match="says 1 things of"):
+        survey(model, collated(examples(2), 2), tmp_path, 4)

@@ -1,4 +1,4 @@
-"""Kronecker-factored Fisher: the quadratic form of a whole layer (FARSS, section 3.2)."""
+"""Kronecker-factored Fisher: how important a layer is (FARSS, section 3.2)."""
 
 from __future__ import annotations
 
@@ -26,8 +26,3 @@ def output_energy(weight: Tensor, activation: Tensor | None = None) -> float:
     wide = weight.float() if weight.dtype != torch.float64 else weight
     energy = (wide @ activation.to(wide.dtype)) * wide if activation is not None else wide.square()
     return energy.mean(dtype=torch.float64).item()
-
-
-def quadratic_form(change: Tensor, activation: Tensor, gradient: Tensor) -> Tensor:
-    """`tr(G X A X^T)` of a change `X [m, n]`, with `A [n, n]` and `G [m, m]` (eq. 6, 29)."""
-    return ((gradient @ change @ activation) * change).sum()

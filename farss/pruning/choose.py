@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from farss.data import Row, batches, collate
 from farss.files import read_json, write_json
-from farss.forward import accepts, evaluating, hooked, without_cache
+from farss.forward import accepts, entering, evaluating, hooked, leaving, without_cache
+from farss.places import moved
 from farss.pruning.surgery import skipped
 from farss.structure import find_blocks
 from farss.survey.passage import returned_by
-from farss.survey.places import moved
 from farss.tasks.likelihood import token_loglikelihoods
 
 Tell = Callable[[int, int, str], None]
@@ -51,7 +51,7 @@ def greedy(
         path: file of what was measured already; a killed choice goes on from there.
 
     Returns:
-        The rounds: each one's block, and the `losses` without each of the blocks (nats a window).
+        The rounds: each one's block, and the `losses` without each of the blocks (nats a token).
     """
     rounds: list[dict[str, Any]] = read_json(path) if path.is_file() else []
     gone: list[int] = []
@@ -124,15 +124,3 @@ def watched(model: nn.Module, which: Collection[int], see: Callable[[int, Tensor
 def last_logits(model: Any) -> dict[str, Any]:
     """Arguments that spare what is not looked at: the cache, and all logits but the last."""
     return without_cache(model) | ({"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {})
-
-
-def entering(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The hidden states that a block is called with."""
-    found: Tensor = args[0] if args else kwargs["hidden_states"]
-    return found
-
-
-def leaving(output: Any) -> Tensor:
-    """The hidden states that it returns."""
-    found: Tensor = output[0] if isinstance(output, tuple) else output
-    return found

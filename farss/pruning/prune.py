@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import shutil
 from contextlib import AbstractContextManager
@@ -237,7 +236,6 @@ class Pruning:
             gone = sorted(self.chosen(recipe.rule))
             with Folder(place).step("prune", self._made_options(method)) as facts:
                 facts |= {"blocks": gone, **self._make(method, gone, target)}
-            gc.collect()
         shutil.rmtree(place / "checkpoints", ignore_errors=True)
 
     def _make(self, method: str, gone: list[int], target: Path) -> dict[str, Any]:
@@ -254,8 +252,6 @@ class Pruning:
             )
         if not first:
             delete_blocks(model, gone)
-        if target.exists():
-            shutil.rmtree(target)
         write_shorter(model.eval(), self.tokenizer, target, self.config.model, stored_dtype(self.config.model))
         write_json(target / "farss.json", {"method": method, "base": self.config.model.path, "deleted": gone, "blocks": self.blocks})
         write_card(target, command=f"farss prune {Path(self.config.out) / 'config.yaml'} --methods {method}")

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from farss.forward import hooked
+from farss.forward import entering, hooked, leaving
 from farss.methods import Regime
-from farss.pruning.choose import entering, leaving, watched
+from farss.pruning.choose import watched
 from farss.structure import find_blocks
 
 SCALAR = "farss_scalar"

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from farss.artifacts import Plan
 from farss.config import ModelConfig
 from farss.errors import ModelError
-from farss.forward import attribute, evaluating, without_cache
 from farss.merging import is_rounded, merge
 from farss.models import empty_of, load_model
+from farss.portable import CHECKED_TOKENS, logits
 from farss.structure import find_blocks
+from farss.survey.passage import replaced
 
 PLACE = ("layer_idx", "layer_number", "layer_id", "layer_index", "block_idx")
 """What architectures call a block's place, by which it finds its keys and values in the cache."""
@@ -27,8 +28,6 @@ PLACES = ("mlp_only_layers", "moe_layers", "attn_layer_indices", "cross_attentio
 """Options that name some of the blocks by their places."""
 FIRST = ("first_k_dense_replace",)
 """Options that say how many of the first blocks are of another kind."""
-TRIED = 64
-"""Tokens on which what was written is compared with what is in memory."""
 
 
 def delete_blocks(model: Any, gone: Collection[int]) -> None:
@@ -96,22 +95,21 @@ def _constants(model: Any) -> dict[str, dict[str, Any]]:
     }
 
 
-@contextmanager
-def skipped(model: Any, gone: Collection[int], returned: int) -> Iterator[None]:
-    """Hand on what enters some blocks as what leaves them, for a while.
+def _same(found: Any, model: Any) -> bool:
+    """Whether two models have the same weights and, with them, the same logits, bit for bit."""
+    held, written = model.state_dict(), found.state_dict()
+    if held.keys() != written.keys() or not all(torch.equal(tensor, written[name]) for name, tensor in held.items()):
+        return False
+    found.load_state_dict(held, assign=True)  # the very same, for sums depend on where in memory a weight begins
+    ids = torch.arange(3, 3 + CHECKED_TOKENS)[None] % model.config.get_text_config().vocab_size
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return torch.equal(logits(found, batch), logits(model, batch))
 
-    Args:
-        returned: see `survey.passage.returned_by`.
-    """
 
-    def passed(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return (hidden_states, *[None] * (returned - 1)) if returned else hidden_states
-
+def skipped(model: Any, gone: Collection[int], returned: int) -> AbstractContextManager[None]:
+    """Hand on what enters some blocks as what leaves them, for a while. `returned`: see `survey.passage.returned_by`."""
     blocks = find_blocks(model)[1]
-    with ExitStack() as stack:
-        for index in gone:
-            stack.enter_context(attribute(blocks[index], "forward", passed))
-        yield
+    return replaced([blocks[index] for index in gone], lambda index, hidden_states, *args, **kwargs: hidden_states, returned)
 
 
 def write_shorter(model: Any, tokenizer: Any, folder: Path, config: ModelConfig, dtype: torch.dtype) -> None:
@@ -128,16 +126,9 @@ def write_shorter(model: Any, tokenizer: Any, folder: Path, config: ModelConfig,
         tensor.data = tensor.data.to(dtype) if is_rounded(model, name, tensor) else tensor.data
     merge(model, Plan("full", {}, blocks), tokenizer, folder, dtype, config.path)
     found = load_model(replace(config, path=str(folder), dtype="auto"), device=model.device, as_stored=True)
-    ids = torch.arange(3, 3 + TRIED, device=model.device)[None] % model.config.get_text_config().vocab_size
-    if _shapes(found) != _shapes(model) or not torch.equal(_logits(found, ids), _logits(model, ids)):
+    if not _same(found, model):
         shutil.rmtree(folder)
         raise ModelError(
             f"{type(model).__name__} without some of its blocks does not come back from its files as it was written: blocks of this "
             "architecture cannot be deleted"
         )
-
-
-def _logits(model: Any, ids: Tensor) -> Tensor:
-    with evaluating(model), torch.no_grad():
-        logits: Tensor = model(input_ids=ids, **without_cache(model)).logits
-        return logits

@@ -41,11 +41,7 @@ def boundary_figure(found: dict[str, Any]) -> Figure | None:
 
 def rounds(found: dict[str, Any]) -> list[Candidates]:
     """Candidates after the same number of steps, the shortest first: only those can be compared."""
-    known = found.get("rounds") or []
-    if not known:
-        steps = sorted({entry.get("steps") or 0 for entry in found["candidates"]})
-        known = [[entry for entry in found["candidates"] if (entry.get("steps") or 0) == number] for number in steps]
-    return [sorted(one, key=lambda entry: entry["boundary"]) for one in known]
+    return [sorted(one, key=lambda entry: entry["boundary"]) for one in found["rounds"]]
 
 
 def _percentages(candidates: Candidates, name: str) -> list[tuple[Any, float | None]]:

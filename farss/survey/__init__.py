@@ -3,6 +3,6 @@
 from farss.survey.look import batches_for, look
 from farss.survey.own_text import LENGTH, own_text
 from farss.survey.readings import read_layers
-from farss.survey.sweep import Progress, Svd, survey
+from farss.survey.sweep import Progress, survey
 
-__all__ = ["LENGTH", "Progress", "Svd", "batches_for", "look", "own_text", "read_layers", "survey"]
+__all__ = ["LENGTH", "Progress", "batches_for", "look", "own_text", "read_layers", "survey"]

@@ -18,8 +18,9 @@ from farss.artifacts import Layer
 from farss.maths.fisher import output_energy
 from farss.maths.moments import Moment
 from farss.memory import give_back_if_scarce
+from farss.places import Batch
 from farss.survey.kept import KNOWLEDGE
-from farss.survey.passage import Batch, Passage, counted, through
+from farss.survey.passage import Passage, counted, through
 from farss.survey.statistics import (
     Readout,
     add_up,
@@ -52,7 +53,7 @@ class Against(Sweep):
     @cached_property
     def texts(self) -> list[Passage]:
         """This process's share of the knowledge text, embedded."""
-        return self.share(self.knowledge)
+        return self.share(self.knowledge, KNOWLEDGE)
 
     def announce(self, batches: list[Batch]) -> None:
         """The knowledge text's inputs are kept too."""

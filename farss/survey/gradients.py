@@ -18,8 +18,9 @@ from farss.errors import ModelError, NumericalError
 from farss.files import fingerprint
 from farss.forward import hooked
 from farss.models import weights_fingerprint
+from farss.places import Batch
 from farss.structure import holds_numbers, is_linear, is_packed, keep_gradients, target_layers
-from farss.survey.passage import Batch, Passage
+from farss.survey.passage import Passage
 from farss.survey.statistics import Readout, on_gradient, sums_of
 from farss.survey.sweep import Progress, Sweep, carry_out, real_tokens
 

@@ -14,8 +14,8 @@ from farss.artifacts import Survey
 from farss.config import CalibrationConfig
 from farss.data import Row, calibration_batches
 from farss.methods import SURVEY, Reading
+from farss.places import Batch
 from farss.survey.gradients import gradients
-from farss.survey.passage import Batch
 from farss.survey.readings import read_layers
 from farss.survey.sweep import Progress, survey
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from farss.forward import evaluating
+from farss.forward import evaluating, seeded
 
 LENGTH = 128
 """Tokens of a text at most."""
@@ -30,8 +30,7 @@ def own_text(
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     found: list[list[int]] = []
     # the model's own distribution, in whatever mode the caller has it, and none of the caller's random numbers
-    with evaluating(model), torch.random.fork_rng(range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
+    with evaluating(model), seeded(seed):
         while len(found) < count:
             rows = min(BATCH, count - len(found))
             start = torch.full((rows, 1), first, device=model.device)

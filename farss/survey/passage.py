@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from farss.errors import ModelError, NumericalError
-from farss.forward import accepts, attribute, hooked, without_cache
-
-Batch = dict[str, Tensor]
+from farss.forward import Stop, accepts, attribute, hooked, leaving, without_cache
+from farss.places import Batch
 
 HEAD_POSITIONS = 256
 """Supervised positions whose logits exist at a time; 256 of a vocabulary of 262,144 are 268 MB in float32."""
@@ -46,14 +45,14 @@ class Passage:
         """[b, t], true on the tokens that count."""
         return counted(self.batch)
 
+    def let_go(self) -> None:
+        """Give up `start`, but for its precision: it lies on disk."""
+        self.start = self.start.new_empty(0)
+
 
 def counted(batch: Batch) -> Tensor:
     """[b, t], true on the tokens that count in the averages: the real ones, unless the batch says otherwise."""
     return batch.get("counted", batch["attention_mask"]).bool()
-
-
-class _Stop(Exception):
-    """Raised where what follows is not needed."""
 
 
 def returned_by(model: nn.Module, blocks: nn.ModuleList, batch: Batch) -> int:
@@ -65,9 +64,9 @@ def returned_by(model: nn.Module, blocks: nn.ModuleList, batch: Batch) -> int:
 
     def note(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         found.append(len(output) if isinstance(output, tuple) else 0)
-        raise _Stop
+        raise Stop
 
-    with torch.no_grad(), hooked([blocks[0].register_forward_hook(note)]), contextlib.suppress(_Stop):
+    with torch.no_grad(), hooked([blocks[0].register_forward_hook(note)]), contextlib.suppress(Stop):
         model(**_arguments(model, _short(batch)))
     return found[0]
 
@@ -93,10 +92,10 @@ def enter(model: nn.Module, blocks: nn.ModuleList, batch: Batch, returned: int, 
         first.append(hidden_states.detach())
         found.append((args, kwargs))
         if index == len(blocks) - 1:
-            raise _Stop
+            raise Stop
         return hidden_states
 
-    with torch.no_grad(), replaced(blocks, note, returned), contextlib.suppress(_Stop):
+    with torch.no_grad(), replaced(blocks, note, returned), contextlib.suppress(Stop):
         model(**_arguments(model, batch))
     return Passage(batch, first[0].cpu(), found, uniforms, returned)
 
@@ -104,9 +103,7 @@ def enter(model: nn.Module, blocks: nn.ModuleList, batch: Batch, returned: int, 
 def through(block: nn.Module, index: int, passage: Passage, hidden: Tensor) -> Tensor:
     """The output [b, t, d] of a block for its input [b, t, d], wherever that lies."""
     args, kwargs = passage.calls[index]
-    output = block(passage.here(hidden), *args, **kwargs)
-    result: Tensor = output[0] if isinstance(output, tuple) else output
-    return result
+    return leaving(block(passage.here(hidden), *args, **kwargs))
 
 
 def check_passage(model: nn.Module, blocks: nn.ModuleList, batch: Batch) -> None:
@@ -119,7 +116,7 @@ def check_passage(model: nn.Module, blocks: nn.ModuleList, batch: Batch) -> None
     own: list[Tensor] = []
 
     def note(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        own.append(output[0] if isinstance(output, tuple) else output)
+        own.append(leaving(output))
 
     with torch.no_grad(), hooked([blocks[-1].register_forward_hook(note)]):
         model(**_arguments(model, short))
@@ -155,7 +152,7 @@ def _arguments(model: nn.Module, batch: Batch) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def replaced(blocks: nn.ModuleList, stand_in: Callable[..., Tensor], returned: int) -> Iterator[None]:
+def replaced(blocks: Iterable[nn.Module], stand_in: Callable[..., Tensor], returned: int) -> Iterator[None]:
     """Call `stand_in(index, hidden_states, ...)` in the place of every block, and hand on hidden states as `returned_by` the blocks."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -219,6 +216,11 @@ def _tail_gradient(
     with torch.enable_grad(), replaced(blocks, pass_over, returned):
         logits = model(**_arguments(model, batch)).logits
         logits = logits.reshape(-1, logits.shape[-1])
+        if len(logits) != len(targets):
+            raise ModelError(
+                f"{type(model).__name__} says {len(logits)} things of {len(targets)} labels: where tokens are the labels give a language "
+                "model, and a classifier one label for each example"
+            )
         logits = logits if logits.dtype == torch.float64 else logits.float()
         loss = nn.functional.cross_entropy(logits, targets if uniforms is None else sampled(logits, uniforms), reduction="sum")
     if not torch.isfinite(loss):

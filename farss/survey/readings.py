@@ -24,13 +24,13 @@ from farss.maths.fisher import output_energy
 from farss.maths.moments import Covariance, ExampleMoment, Moment
 from farss.memory import freed_memory_kept, give_back_if_scarce, peak_gib
 from farss.models import weights_fingerprint
+from farss.places import Batch, computing_device, frozen, moved, outside, placed, placed_in_turn, tensors_of
 from farss.structure import find_blocks, keep_gradients, target_layers
 from farss.survey.against import Against, Read
 from farss.survey.kept import INPUT, Kept
-from farss.survey.passage import Batch, check_finite, check_passage, counted, enter, returned_by, through
-from farss.survey.places import computing_device, frozen, moved, outside, placed, placed_in_turn, tensors_of
+from farss.survey.passage import check_finite, check_passage, counted, enter, returned_by, through
 from farss.survey.record import PROGRESS, begin, finish, mark_file, same_survey, write_block
-from farss.survey.statistics import check_counts, finite_moment, finite_weight, recording_inputs, sums_of
+from farss.survey.statistics import check_counts, finite_moment, finite_weight, finite_weights, recording_inputs, sums_of
 from farss.survey.sweep import Progress, batches_fit, carry_out, real_tokens, silent
 
 Over = Literal["tokens", "answers", "examples"]
@@ -148,6 +148,8 @@ def _moments(
         passages = [enter(model, blocks, moved(batch, device), returned) for batch in batches]
         if undone[:1] == [0]:
             kept.write(INPUT, 0, [passage.start for passage in passages])
+        for passage in passages:
+            passage.let_go()
         for index in undone:
             modules = {name: model.get_submodule(name) for name, layer in layers.items() if layer.block == index}
             moments = {name: kind(sums_of(module)) for name, module in modules.items()}
@@ -156,12 +158,7 @@ def _moments(
                 for place, passage in enumerate(passages):  # no name is left to a state that lies in the file, which is then deleted
                     with torch.no_grad(), recording_inputs(modules, moments, passage.mask):
                         states[place] = through(blocks[index], index, passage, states[place]).cpu()
-                check_finite(states, f"what leaves block {index}", partial(_check_weights, modules, layers))
+                check_finite(states, f"what leaves block {index}", partial(finite_weights, model, layers, index))
                 kept.write(INPUT, index + 1, states)
                 yield index, moments
             kept.drop(INPUT, index)
-
-
-def _check_weights(modules: dict[str, nn.Module], layers: dict[str, Layer]) -> None:
-    for name, module in modules.items():
-        finite_weight(layers[name], module)

@@ -11,8 +11,9 @@ from farss import processes
 from farss.artifacts import Layer, Survey
 from farss.errors import FolderError
 from farss.files import fingerprint, read_json, write_json, write_tensors
+from farss.places import Batch
 from farss.survey.kept import Kept
-from farss.survey.passage import Batch, counted
+from farss.survey.passage import counted
 
 PROGRESS = "progress.json"
 """In the survey's folder while it is unfinished."""

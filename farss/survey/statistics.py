@@ -97,6 +97,11 @@ def finite_weight(layer: Layer, module: nn.Module) -> Tensor:
     return weight
 
 
+def finite_weights(model: nn.Module, layers: dict[str, Layer], block: int) -> dict[str, Tensor]:
+    """The weights of the layers inside a block, where they are; see `finite_weight`."""
+    return {name: finite_weight(layer, model.get_submodule(name)) for name, layer in layers.items() if layer.block == block}
+
+
 # --- recording -------------------------------------------------------------------------------------------------------
 
 

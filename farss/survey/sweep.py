@@ -28,11 +28,11 @@ from farss.files import fingerprint, write_json
 from farss.maths.directions import decompose
 from farss.memory import fits, freed_memory_kept, peak_gib, used_gib
 from farss.models import weights_fingerprint
+from farss.places import Batch, computing_device, frozen, moved, outside, placed, placed_in_turn, tensors_of
 from farss.search import shallow_end
 from farss.structure import find_blocks, keep_gradients, target_layers
 from farss.survey.kept import GRADIENT, INPUT, KINDS, Kept, check_space
 from farss.survey.passage import (
-    Batch,
     Passage,
     check_finite,
     check_passage,
@@ -43,9 +43,8 @@ from farss.survey.passage import (
     through,
     uniform_draws,
 )
-from farss.survey.places import computing_device, frozen, moved, outside, placed, placed_in_turn, tensors_of
 from farss.survey.record import PROGRESS, begin, finish, same_survey, write_block
-from farss.survey.statistics import Readout, add_up, finite_weight, read_out, recording, start, summary
+from farss.survey.statistics import Readout, add_up, finite_weights, read_out, recording, start, summary
 
 Progress = Callable[[int, int, str], None]
 Svd = Literal["exact", "fast"]
@@ -196,7 +195,7 @@ class Sweep:
                 self.announce(batches)
             with placed_in_turn(self.blocks[:1], self.device):
                 self.returned = returned_by(self.model, self.blocks, moved(batches[0], self.device))
-            passages = self.share(batches, draws)
+            passages = self.share(batches, INPUT, draws)
             if undone == last and last not in self.kept.blocks(GRADIENT):
                 with self.timed("forward pass"):
                     self.forwards(passages)
@@ -221,17 +220,16 @@ class Sweep:
 
     def through_all(self, passages: list[Passage], kind: str) -> list[Tensor]:
         """Send every batch through each block in turn, keep what enters each, and return what leaves the last."""
-        first = max(self.kept.blocks(kind), default=0)
-        if not first:
+        if not self.kept.blocks(kind):
             self.kept.write(kind, 0, [passage.start for passage in passages])
-        for passage in passages:
-            passage.start = passage.start.new_empty(0)
-        for index in range(first, len(self.blocks)):
+            for passage in passages:
+                passage.let_go()
+        for index in range(max(self.kept.blocks(kind)), len(self.blocks)):
             self.tell(0, len(self.blocks), f"forward pass, block {index}")
             states = self.kept.read(kind, index)
             with placed(tensors_of(self.blocks[index]), self.device), torch.no_grad():  # on a GPU one batch's states at a time
                 states = [through(self.blocks[index], index, *pair).cpu() for pair in zip(passages, states, strict=True)]
-            check_finite(states, f"what leaves block {index}", partial(self._weights, index))
+            check_finite(states, f"what leaves block {index}", partial(finite_weights, self.model, self.layers, index))
             if index < len(self.blocks) - 1:
                 self.kept.write(kind, index + 1, states)
         return states
@@ -262,7 +260,7 @@ class Sweep:
         """
         precision, check = self._precision(index)
         with self.timed("decompositions"):
-            weights = self._weights(index)
+            weights = finite_weights(self.model, self.layers, index)
             owners = {name: place % processes.size() for place, name in enumerate(inside)}
             # all of a process's own first: what they share afterwards waits for its owner
             own = {name: decompose(weights[name], precision) for name, owner in owners.items() if owner == processes.rank()}
@@ -272,10 +270,6 @@ class Sweep:
             add_up(moment for one in known.values() for moment in one.moments)
         with self.timed("scores and vectors"):
             return gradients, {name: read_out(known[name], self.cap, self.tokens, check) for name in own}
-
-    def _weights(self, index: int) -> dict[str, Tensor]:
-        """The weights of the target layers inside a block, where they are; see `finite_weight`."""
-        return {name: finite_weight(layer, self.model.get_submodule(name)) for name, layer in self.layers.items() if layer.block == index}
 
     def walk(
         self,
@@ -329,14 +323,17 @@ class Sweep:
         done = [int(path.stem.removeprefix("block-")) for path in self.folder.glob("block-????.json")]
         return int(processes.shared(min(done, default=len(self.blocks)) - 1))
 
-    def share(self, batches: list[Batch], draws: int | None = None) -> list[Passage]:
-        """This process's share of the batches, embedded."""
+    def share(self, batches: list[Batch], kind: str, draws: int | None = None) -> list[Passage]:
+        """This process's share of the batches, embedded; what enters the first block is let go of where it is kept already."""
+        kept = bool(self.kept.blocks(kind))
         firsts = [0, *itertools.accumulate(len(batch["input_ids"]) for batch in batches)]
         result = []
         for place in range(processes.rank(), len(batches), processes.size()):
             batch = batches[place]
             uniforms = uniform_draws(batch, draws, firsts[place]).to(self.device) if draws is not None else None
             result.append(enter(self.model, self.blocks, moved(batch, self.device), self.returned, uniforms))
+            if kept:
+                result[-1].let_go()
         return result
 
     def announce(self, batches: list[Batch]) -> None:

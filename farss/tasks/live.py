@@ -115,8 +115,9 @@ def answer_span(rows: list[list[int]], answers: dict[tuple[int, ...], int]) -> i
     A row whose padding happens to spell another row's tokens may match twice; the wider span is taken.
     """
     width, span = len(rows[0]), 0
+    known = [length for length in {len(row) for row in answers} if length <= width]
     for row in rows:
-        lengths = [length for length in range(1, width + 1) if tuple(row[:length]) in answers]
+        lengths = [length for length in known if tuple(row[:length]) in answers]
         if not lengths:  # cut by the harness: all of its positions
             return width
         span = max(span, *(width - length + answers[tuple(row[:length])] for length in lengths))

@@ -16,7 +16,7 @@ from farss.config import Config, TrainConfig
 from farss.data import Tokenized
 from farss.errors import ConfigError, nearest
 from farss.files import write_tensors
-from farss.forward import modes_kept, without_cache
+from farss.forward import modes_kept, unwrapped, without_cache
 from farss.memory import give_back_if_scarce
 from farss.precision import multiplies_in
 from farss.train.checkpoints import REGIME, read_weights, write_weights
@@ -72,8 +72,6 @@ def _arguments(options: TrainConfig, seed: int, checkpoints: Path, device: torch
     """The options in TRL's words."""
     from trl import SFTConfig  # type: ignore[attr-defined]
 
-    if options.precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise ConfigError("train.precision=bf16, but this GPU has no bfloat16: set train.precision=fp32")
     micro = options.micro_batch_size or options.batch_size
     arguments = SFTConfig(
         output_dir=str(checkpoints),
@@ -139,6 +137,8 @@ def check_options(options: TrainConfig, device: torch.device, dtype: torch.dtype
         ) from error
     if device.type == "cuda" and device.index not in (None, 0):
         raise ConfigError(f"training runs on the first visible GPU, but the model is on {device}: set CUDA_VISIBLE_DEVICES={device.index}")
+    if device.type == "cuda" and options.precision == "bf16" and not multiplies_in(torch.bfloat16, device):
+        raise ConfigError("train.precision=bf16, but this GPU has no units for bfloat16: set train.precision=fp32")
     if options.gradient_checkpointing and not recomputes:
         raise ConfigError("this kind of model cannot compute its activations anew: set train.gradient_checkpointing=false")
     if dtype == torch.float16 and products(options, device) == "fp32":
@@ -289,7 +289,7 @@ def stop(step: int | None) -> list[Any]:
 @contextlib.contextmanager
 def unchanged(model: Any) -> Iterator[None]:
     """Take back what the trainer does to a model besides its weights: wrapped forwards, hooks and flags."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = unwrapped(model)
     cache, checkpointing = getattr(base.config, "use_cache", None), base.is_activation_checkpointing
     attributes = [(part, {name: vars(part)[name] for name in WRAPPED if name in vars(part)}) for part in (model, base)]
     modules = [(module, module.training, list(module._forward_hooks)) for module in model.modules()]

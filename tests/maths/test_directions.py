@@ -4,9 +4,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small_models import quadratic_form
 
 from farss.maths.directions import decompose, direction_scores, factors, overlap, select
-from farss.maths.fisher import importance, quadratic_form
+from farss.maths.fisher import importance
 from farss.maths.moments import Covariance, Moment, energies, product
 
 

@@ -259,8 +259,9 @@ def write_boundary(folder: Path) -> dict[str, Any]:
         numbers = {"K": kept, "T": learned, "KT": balance, "low": balance - 0.04, "high": balance + 0.03}
         effort = {"steps": 5 if dropped else 20, "parameters": 100_000 - 9_000 * boundary}
         candidates.append({"boundary": boundary, **numbers, **effort, "dropped": dropped})
+    rounds = [[entry for entry in candidates if entry["dropped"] is dropped] for dropped in (True, False)]
     found = {
-        "candidates": candidates, "chosen": 3, "margin": 0.01, "steps_full": 400, "cost_share": 0.175, "seconds": 660.0,
+        "candidates": candidates, "rounds": rounds, "chosen": 3, "margin": 0.01, "steps_full": 400, "cost_share": 0.175, "seconds": 660.0,
         "knowledge": "the loss on general text", "task": "the loss on held-out examples", "notes": ["2 and 4 are inside the margin."],
     }  # fmt: skip
     write_json(folder / "boundary.json", found)

@@ -108,5 +108,5 @@ def test_what_the_search_says_is_not_said_again_among_the_notes(run_folder: Path
 def test_searches_with_holes(tmp_path: Path) -> None:
     assert candidates.boundary_figure({}) is None
     bare: dict[str, Any] = {"candidates": [{"boundary": 2, "K": None, "T": None, "KT": None, "dropped": True}], "chosen": None}
-    write_json(tmp_path / "boundary.json", bare)
+    write_json(tmp_path / "boundary.json", bare | {"rounds": [bare["candidates"]]})
     assert "1 boundary was tried with short trainings; 1 of them was dropped early." in draw(tmp_path).words

@@ -15,7 +15,7 @@ from rich.console import Console
 from farss.artifacts import Plan, Survey
 from farss.files import read_json
 from farss.report import comparison_csv, comparison_markdown, write_report
-from farss.terminal import comparison_table, importance_table, rank_map, summary_table
+from farss.terminal import RankMap, comparison_table, importance_table, summary_table
 
 
 @pytest.fixture
@@ -162,7 +162,7 @@ def test_the_page_shows_the_same_table(comparison_folder: Path, comparison: dict
 
 def test_the_rank_map_shows_every_rank(run_folder: Path) -> None:
     plan = Plan.load(run_folder / "plan.json")
-    lines = printed(rank_map(plan), 100).splitlines()
+    lines = printed(RankMap(plan), 100).splitlines()
     assert lines[0].split() == [str(block) for block in range(plan.blocks)]
     for line, kind in zip(lines[1:], ("q_proj", "k_proj", "v_proj"), strict=False):
         ranks = [layer.rank for name, layer in plan.layers.items() if name.endswith(kind)]
@@ -173,13 +173,13 @@ def test_the_rank_map_shows_every_rank(run_folder: Path) -> None:
 
 @pytest.mark.parametrize("width", [1, 20, 24, 40, 200])
 def test_the_rank_map_fits_every_terminal(run_folder: Path, width: int) -> None:
-    text = printed(rank_map(Plan.load(run_folder / "plan.json")), width)
+    text = printed(RankMap(Plan.load(run_folder / "plan.json")), width)
     assert text
     assert all(len(line) <= width for line in text.splitlines())
 
 
-def test_full_fine_tuning_has_no_rank_map(comparison_folder: Path) -> None:
-    text = printed(rank_map(Plan.load(comparison_folder / "full-seed0" / "plan.json")), 80)
+def test_full_fine_tuning_has_no_RankMap(comparison_folder: Path) -> None:
+    text = printed(RankMap(Plan.load(comparison_folder / "full-seed0" / "plan.json")), 80)
     assert text.strip() == "full trains every weight: there are no ranks"
 
 

@@ -13,7 +13,8 @@ from farss.forward import modes_kept
 from farss.models import is_quantised
 from farss.precision import computing_dtype
 from farss.structure import holds_numbers
-from farss.survey.passage import Batch
+
+Batch = dict[str, Tensor]
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:
