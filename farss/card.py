@@ -41,7 +41,8 @@ def write_card(folder: Path, summary: dict[str, Any] | None = None, command: str
     lines += [*(_adapter_lines(facts) if adapter else _model_lines(facts)), ""]
     shallow = f", the first {facts['boundary']} of them shallow" if facts.get("boundary") else ""
     if facts.get("parameters"):
-        lines.append(f"- trained as: {method}, {facts['parameters']:,} parameters, {facts['blocks']} blocks{shallow}")
+        ranks = f" in layers of rank {' to '.join(map(str, dict.fromkeys(facts['planned_ranks'])))}" if facts.get("planned_ranks") else ""
+        lines.append(f"- trained as: {method}, {facts['parameters']:,} parameters{ranks}, {facts['blocks']} blocks{shallow}")
     lines += [f"- base's precision: {facts['base_dtype']}"] if facts.get("base_dtype") else []
     lines += [f"- made by: `{command}`"] if command else []
     lines.append(f"- licence: that of the base model ({licence or 'see its card'})")

@@ -16,7 +16,7 @@ from farss.data import choose, prompt_text, separator
 from farss.errors import FarssError
 from farss.files import fingerprint, read_json, write_json, write_text
 from farss.memory import fits, freed_memory_kept
-from farss.models import weights_fingerprint
+from farss.models import base_fingerprint, weights_fingerprint
 from farss.rows import text_rows
 from farss.tasks.benchmarks import Benchmark, list_benchmarks
 from farss.tasks.grading import METRICS, STEPS
@@ -50,7 +50,13 @@ def evaluate(
     """
     if config.evaluate.asked:
         require_harness()
-    identity = {"weights": _identity(model), **(meta or {}), "seed": config.seed, **_versions()}
+    identity = {
+        "weights": _identity(model),
+        "base_fingerprint": base_fingerprint(model),
+        **(meta or {}),
+        "seed": config.seed,
+        **_versions(),
+    }
     benchmarks = list_benchmarks(config, identity)
     results = {each.name: _finished(folder / "scores", each) for each in benchmarks}
     waiting = [each for each in benchmarks if results[each.name] is None]

@@ -103,7 +103,7 @@ def write(
     """
     target, base, prompt = place_of(config, folder), config.model.path, prompt_facts(config.data)
     if not is_whole(config):
-        done = export(trained, plan, target, batch, base, config.export.rank, config.export.energy, tokenizer, prompt)
+        done = export(trained, plan, target, batch, base, config.export.rank, config.export.energy, tokenizer, prompt, command)
         if config.export.to == "gguf":
             write_gguf(target, trained.get_base_model().config)
         return target, done.facts
@@ -118,7 +118,7 @@ def write(
     return target, exactness
 
 
-def read(config: Config, folder: Path) -> Any:
+def read(config: Config, folder: Path, tokenizer: Any) -> Any:
     """The result as its user loads it.
 
     Raises:
@@ -129,7 +129,7 @@ def read(config: Config, folder: Path) -> Any:
         raise FolderError(f"the weights in {target} are deleted (compare.keep=scores): what needs them takes another out")
     if is_whole(config):
         return load_model(replace(config.model, path=str(target), quantization="none"))
-    return load_adapter(load_model(config.model), target)
+    return load_adapter(load_model(config.model), target, tokenizer)
 
 
 def is_as_trained(config: Config) -> bool:

@@ -272,16 +272,17 @@ def _first_sentence(error: BaseException) -> str:
 
 def base_fingerprint(model: Any) -> str:
     """The `weights_fingerprint` of a model's untouched base, whether adapters are on it or not."""
-    return _hash(base_weights(unwrapped(model)))
+    return tensors_fingerprint(base_weights(unwrapped(model)))
 
 
 def weights_fingerprint(model: nn.Module) -> str:
     """Hash of the names and shapes of all weights and of a spread of every one, independent of the precision it is loaded in
     as long as that precision holds the stored values."""
-    return _hash(model.state_dict())
+    return tensors_fingerprint(model.state_dict())
 
 
-def _hash(state: dict[str, Tensor]) -> str:
+def tensors_fingerprint(state: dict[str, Tensor]) -> str:
+    """Hash of the names and shapes of tensors and of a spread of every one."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         flat = tensor.detach().reshape(-1)

@@ -480,7 +480,7 @@ class Run:
         """The result as its user loads it."""
         self.export()
         self._free()
-        return handover.read(self.config, self.path)
+        return handover.read(self.config, self.path, self.inputs.tokenizer)
 
     def _untouched(self) -> Any:
         self._free()

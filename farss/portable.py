@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from farss.adapter import activate, adapter_change, untouched_base
@@ -23,7 +24,7 @@ from farss.errors import FarssError, FolderError
 from farss.files import read_json, whole_folder, write_json, write_tensors
 from farss.forward import attribute, evaluating, unwrapped, without_cache
 from farss.maths.compress import compress
-from farss.models import base_fingerprint, tokenizer_fingerprint
+from farss.models import base_fingerprint, tensors_fingerprint, tokenizer_fingerprint
 from farss.places import outside, placed, placed_in_turn
 from farss.precision import float32_products
 from farss.structure import find_blocks, is_linear, is_packed, weight_of
@@ -109,6 +110,7 @@ def export(
     energy: float | None = None,
     tokenizer: Any = None,
     prompt: dict[str, str] | None = None,
+    command: str = "",
 ) -> Exported:
     """Write the portable adapter, and check it on the original base before it gets its name.
 
@@ -121,6 +123,7 @@ def export(
         rank, energy: compress, see `portable`; None: exact.
         tokenizer: the base's; its fingerprint is kept beside that of the base.
         prompt: how the model was trained to be asked, from `farss.data.prompt_facts`.
+        command: that makes it again, for its card.
 
     Raises:
         FarssError: the adapter does not give the trained model's logits. Nothing is left at `folder`.
@@ -140,7 +143,7 @@ def export(
                 "it was not kept"
             )
         exported = Exported(folder, served, lost, difference, counting)
-        write_facts(unfinished, plan, origin_of(adapted, base, tokenizer, prompt), exported)
+        write_facts(unfinished, plan, origin_of(adapted, base, tokenizer, prompt), exported, state, command)
     return exported
 
 
@@ -155,19 +158,22 @@ def origin_of(adapted: Any, base: str, tokenizer: Any, prompt: dict[str, str] | 
     }
 
 
-def write_facts(folder: Path, plan: Plan, origin: dict[str, Any], exported: Exported) -> None:
+def write_facts(folder: Path, plan: Plan, origin: dict[str, Any], exported: Exported, state: dict[str, Tensor], command: str = "") -> None:
     """`farss.json`, which says what an adapter belongs to (`origin_of`) and how exact it is, and the model card."""
+    ranks = [layer.rank for layer in plan.layers.values()]
     facts = {
         "method": plan.method,
         "boundary": plan.boundary,
         "blocks": plan.blocks,
         "parameters": plan.parameters,
+        "planned_ranks": [min(ranks), max(ranks)],
         **origin,
         **exported._asdict(),
         "folder": exported.folder.name,
+        "adapter_fingerprint": tensors_fingerprint(state),
     }
     write_json(folder / "farss.json", facts)
-    write_card(folder)
+    write_card(folder, command=command)
 
 
 def load_adapter(model: Any, folder: Path | str, tokenizer: Any = None, trainable: bool = False) -> Any:
@@ -182,7 +188,7 @@ def load_adapter(model: Any, folder: Path | str, tokenizer: Any = None, trainabl
         trainable: whether its training is to be continued.
 
     Raises:
-        FarssError: it was made for another model, another version of it or another tokenizer.
+        FarssError: it was made for another model, another version of it or another tokenizer, or is not what was exported.
     """
     from peft import PeftModel
 
@@ -200,6 +206,8 @@ def load_adapter(model: Any, folder: Path | str, tokenizer: Any = None, trainabl
                 f"{folder} was made for a {what} with fingerprint {expected}, but this one has {actual}: "
                 f"load {facts.get('base')!r} as it was{cure}"
             )
+    if facts.get("adapter_fingerprint", held := tensors_fingerprint(load_file(folder / "adapter_model.safetensors"))) != held:
+        raise FarssError(f"the weights in {folder} are not those that farss.json there describes: export it again, or copy it as a whole")
     return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
 
 

@@ -159,7 +159,7 @@ def convert(prepared: Path | str, trained: Path | str, out: Path | str, rank: in
         write_adapter(unfinished, made.state, facts["target_modules"], base, made.rank)
         difference = _compare((str(prepared / "base"), trained), (base, unfinished), facts["trusted"])
         exported = Exported(out, made.rank, made.lost, difference, made.effective_ranks)
-        write_facts(unfinished, plan, facts["origin"], exported)
+        write_facts(unfinished, plan, facts["origin"], exported, made.state)
     return exported
 
 

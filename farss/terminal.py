@@ -180,7 +180,7 @@ def pruning_table(rows: list[dict[str, Any]]) -> Table:
 
 
 def summary_table(summary: Mapping[str, Any] | DataclassInstance) -> Table:
-    """Every benchmark before and after, then K, T, KT and forgetting with their 95 % intervals."""
+    """Every benchmark before and after, with how many questions it asks, then K, T, KT and forgetting with their 95 % intervals."""
     values = dict(summary) if isinstance(summary, Mapping) else dataclasses.asdict(summary)
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("")
@@ -189,7 +189,8 @@ def summary_table(summary: Mapping[str, Any] | DataclassInstance) -> Table:
     for row in values.get("benchmarks") or []:
         before, after = row.get("before"), row.get("after")
         middle = (points(before), points(after), interval(row.get("low"), row.get("high")), change(before, after))
-        table.add_row(Text(cut(f"{row.get('name')} ({row.get('kind')})", 40)), *middle)
+        asked = f", {row['questions']:,}" if row.get("questions") else ""
+        table.add_row(Text(cut(f"{row.get('name')} ({row.get('kind')}{asked})", 40)), *middle)
     for tile in tiles(values):
         name = Text(f"{tile.name}: {tile.meaning}" if tile.name in MEANINGS else tile.name)
         table.add_row(name, "", tile.text.removesuffix(f"{SPACE}%"), tile.detail, style="bold")

@@ -94,6 +94,20 @@ def test_an_adapter_is_loaded_on_its_own_base_only(tmp_path):
         load_adapter(other, tmp_path / "adapter")
     with pytest.raises(FarssError, match=r"there is no farss\.json"):
         load_adapter(other, tmp_path)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({name: tensor * 1.01 for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(FarssError, match=r"are not those that farss\.json there describes"):
+        load_adapter(small("llama").float(), tmp_path / "adapter")
+
+
+def test_an_adapter_is_loaded_with_its_own_tokenizer_only(tmp_path):
+    adapted, plan = trained("llama", tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(world.MODEL)
+    export(adapted, plan, tmp_path / "adapter", prompts(), tokenizer=tokenizer)
+    load_adapter(small("llama").float(), tmp_path / "adapter", tokenizer)
+    tokenizer.add_tokens(["more"])
+    with pytest.raises(FarssError, match="made for a tokenizer with fingerprint"):
+        load_adapter(small("llama").float(), tmp_path / "adapter", tokenizer)
 
 
 def test_the_bases_fingerprint_is_the_same_with_adapters_on_it(tmp_path):

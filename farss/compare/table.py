@@ -64,7 +64,7 @@ def write_table(
         "differences": gaps,
         "frontier": _frontier(config, tried, chosen, fulls[seeds(config)[0]], only),
         "missing": missing,
-        "notes": [*notes, *_notes_of_rows(rows), *_how_sure(config, gaps)],
+        "notes": [*notes, *_notes_of_rows(rows), *_how_many(rows), *_how_sure(config, gaps)],
     }
     write_json(folder / "comparison.json", comparison)
     write_text(folder / "comparison.md", comparison_markdown(comparison))
@@ -79,6 +79,15 @@ def _notes_of_rows(rows: list[dict[str, Any]]) -> list[str]:
             found.setdefault(note, []).append(row["method"].partition(" ")[0])
     everyone = {row["method"].partition(" ")[0] for row in rows}
     return [note if set(of) == everyone else f"{', '.join(dict.fromkeys(of))}: {note}" for note, of in found.items()]
+
+
+def _how_many(rows: list[dict[str, Any]]) -> list[str]:
+    """Of how many questions the scores are made; all methods are asked the same."""
+    found: dict[str, list[str]] = {}
+    for name, entry in rows[0]["benchmarks"].items() if rows else ():
+        found.setdefault(entry["kind"], []).append(f"{entry['questions']:,} of {name}")
+    kinds = [f"{', '.join(texts)} ({kind})" for kind, texts in found.items()]
+    return [f"Questions asked: {'; '.join(kinds)}."] if kinds else []
 
 
 def _how_sure(config: Config, gaps: list[dict[str, Any]]) -> list[str]:
@@ -112,7 +121,7 @@ def _row(name: str, entrant: Entrant, summary: Summary) -> dict[str, Any]:
         "peak_memory_init_gib": max((record["peak_memory_gib"] for record in before if "peak_memory_gib" in record), default=None),
         "peak_memory_gib": trained.peak_memory_gib,
         "benchmarks": {
-            entry["name"]: {"score": entry["after"], "low": entry.get("low"), "high": entry.get("high"), "kind": entry["kind"]}
+            entry["name"]: {"score": entry["after"]} | {key: entry[key] for key in ("low", "high", "kind", "questions")}
             for entry in values["benchmarks"]
         },
         "gold_loglikelihood": {entry["name"]: entry["gold_after"] for entry in values["benchmarks"]},

@@ -143,7 +143,7 @@ class Pruning:
         options = self.config.prune
         shares = (FIRST, LAST) if rule == "scalars" and options.gate == "output" else (0.0, 0.0)
         first, last = (
-            round(share * self.blocks) if given is None else given
+            (max(1, round(share * self.blocks)) if share else 0) if given is None else given
             for share, given in zip(shares, (options.keep_first, options.keep_last), strict=True)
         )
         return [*range(first, self.blocks - last)]

@@ -80,14 +80,16 @@ def test_matched_rank_is_the_nearest(per_rank, fixed, largest, target):
 
 
 def test_parameter_counts_of_the_paper():
-    """LLaMA-2-7B, R=128 on all seven linear layers of 32 blocks: 320M; LLaMA-3-8B: 336M; commonsense 56M and 57M."""
+    """LLaMA-2-7B, R=128 on all seven linear layers of 32 blocks: 320M; LLaMA-3-8B: 336M; commonsense 56M and 57M; Gemma-2-9B, whose
+    heads are wider than its states: 432M; RoBERTa on all six layers: 21M. FARSS with 7 and 5 shallow blocks: 271M and 285M, which is an
+    average shallow rank of 38.4."""
 
-    def count(blocks, hidden, mlp, kv, rank, names="qkvogud"):
+    def count(blocks, hidden, mlp, kv, rank, names="qkvogud", heads=0):
         shapes = {
-            "q": (hidden, hidden),
+            "q": (heads or hidden, hidden),
             "k": (kv, hidden),
             "v": (kv, hidden),
-            "o": (hidden, hidden),
+            "o": (hidden, heads or hidden),
             "g": (mlp, hidden),
             "u": (mlp, hidden),
             "d": (hidden, mlp),
@@ -100,3 +102,8 @@ def test_parameter_counts_of_the_paper():
     assert round(count(40, 5120, 13824, 5120, 128) / 1e6) == 501
     assert round(count(32, 4096, 11008, 4096, 32, "qkvud") / 1e6) == 56
     assert round(count(32, 4096, 14336, 1024, 32, "qkvud") / 1e6) == 57
+    assert round(count(42, 3584, 14336, 2048, 128, heads=4096) / 1e6) == 432
+    assert round(count(12, 768, 3072, 768, 128, "qkvoud") / 1e6) == 21
+    for shallow, published in ((7, 271), (5, 285)):
+        deep = count(32 - shallow, 4096, 11008, 4096, 128)
+        assert round((deep + 38.4 * count(shallow, 4096, 11008, 4096, 1)) / 1e6) == published
