@@ -21,6 +21,7 @@ from farss.config import Config, QuestionSet
 from farss.data import Row, Tokenized, choose
 from farss.errors import ConfigError, NumericalError
 from farss.files import fingerprint, read_json, reading, write_json
+from farss.jobs import Progress
 from farss.memory import freed_memory_kept
 from farss.plan import make_plan
 from farss.search import Candidate, Found, Outcomes, Round, Schedule, candidates, fit, halved, search
@@ -37,7 +38,6 @@ from farss.tasks.likelihood import (
 )
 from farss.train import train, training_steps
 
-Tell = Callable[[int, int, str], None]
 """Called with (optimiser steps done, steps in all, a line to show)."""
 
 SCORING = 0.25
@@ -229,7 +229,7 @@ class Prober:
     """Loads it with a plan's adapters."""
     folder: Path
     """Checkpoints lie here while they may be continued, outcomes for good."""
-    tell: Tell
+    tell: Progress
     seconds: float = 0.0
     reached: dict[int, int] = dataclasses.field(default_factory=dict)
     """Steps of every candidate so far."""

@@ -15,7 +15,7 @@ from farss.config import Config, DataConfig, QuestionSet
 from farss.data import choose, prompt_text, separator
 from farss.errors import FarssError
 from farss.files import fingerprint, read_json, write_json, write_text
-from farss.memory import fits, freed_memory_kept
+from farss.memory import freed_memory_kept, memory_cure
 from farss.models import base_fingerprint, weights_fingerprint
 from farss.rows import text_rows
 from farss.tasks.benchmarks import Benchmark, list_benchmarks
@@ -61,7 +61,7 @@ def evaluate(
     results = {each.name: _finished(folder / "scores", each) for each in benchmarks}
     waiting = [each for each in benchmarks if results[each.name] is None]
     manager = task_manager([each.name for each in waiting if each.drawn is None], config.evaluate.run_generated_code)
-    memory = fits(config.evaluate.batch_size, "prompts at a time", "evaluate.batch_size")
+    memory = memory_cure(config.evaluate.batch_size, "prompts at a time", "evaluate.batch_size")
     with freed_memory_kept(model.device), memory, asking(model, config.evaluate.run_generated_code):
         asks = prompt_tokenizer(tokenizer)
         tasks = {each.name: _load(each, asks, config, manager) for each in waiting}  # what cannot be reached is known before any is asked

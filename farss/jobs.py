@@ -19,6 +19,8 @@ from farss import processes
 from farss.errors import FarssError
 from farss.memory import give_back
 
+Progress = Callable[[int, int, str], None]
+"""Called with (done, of how many, a line to show)."""
 Tell = Callable[[str, int, int, str], None]
 """Called with (step, done, total, a line to show)."""
 Work = Callable[[Any, Tell], None]

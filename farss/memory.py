@@ -111,7 +111,7 @@ def _glibc() -> Any:
 
 
 @contextmanager
-def fits(count: int, what: str, key: str, of: int = 0) -> Iterator[None]:
+def memory_cure(count: int, what: str, key: str, of: int = 0) -> Iterator[None]:
     """Say what filled the GPU's memory, and what can be done.
 
     Args:

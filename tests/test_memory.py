@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from farss.errors import FarssError
-from farss.memory import fits, freed_memory_kept, give_back, give_back_if_scarce, peak_gib, reset_peak, used_gib
+from farss.memory import freed_memory_kept, give_back, give_back_if_scarce, memory_cure, peak_gib, reset_peak, used_gib
 
 CPU = torch.device("cpu")
 
@@ -59,7 +59,7 @@ def test_what_nothing_refers_to_is_given_back():
     ("count", "of", "cure"), [(9, 18, "=3"), (15, 15, "=5"), (8, 16, "=4"), (7, 0, "=3"), (1, 16, "lower data.max_length")]
 )
 def test_what_does_not_fit_is_told_a_number_that_is_allowed(count, of, cure):
-    with pytest.raises(FarssError, match=cure), fits(count, "examples", "train.micro_batch_size", of):
+    with pytest.raises(FarssError, match=cure), memory_cure(count, "examples", "train.micro_batch_size", of):
         raise torch.OutOfMemoryError
 
 

@@ -99,7 +99,7 @@ def test_without_units_a_survey_is_that_of_the_same_weights_in_float32(tmp_path,
 def test_without_units_a_reading_is_that_of_the_same_weights_in_float32(tmp_path, monkeypatch):
     without_units(monkeypatch)
     read = METHODS["corda-kpm"].needs.read
-    found = [read_layers(model, tmp_path / str(model.dtype), read, 4, [as_batches()]) for model in narrow_and_wide()]
+    found = [read_layers(model, tmp_path / str(model.dtype), read, 4, as_batches()) for model in narrow_and_wide()]
     assert bytes_of(found[0].folder) == bytes_of(found[1].folder)
 
 

@@ -21,7 +21,8 @@ SCRIPT = textwrap.dedent("""
     from small_models import collated, examples, small
     from farss import processes
     from farss.methods import METHODS
-    from farss.survey import look, read_layers, survey
+    from farss.survey import look, survey
+    from farss.survey.against import against
     if len(sys.argv) > 6:
         torch.distributed.init_process_group("gloo")  # as a trainer does before it is ours
     with processes.joined():
@@ -31,7 +32,8 @@ SCRIPT = textwrap.dedent("""
         elif sys.argv[4] == "gradients":
             look(model, METHODS["fora"].needs, [task], sys.argv[2], 1)
         else:
-            read_layers(model, sys.argv[2], METHODS["farss-plus"].needs.read, 4, [task, collated(examples(7, seed=1), int(sys.argv[5]))])
+            knowledge = collated(examples(7, seed=1), int(sys.argv[5]))
+            against(model, task, knowledge, sys.argv[2], METHODS["farss-plus"].needs.read, 4)
     if len(sys.argv) > 6:
         torch.distributed.barrier()  # it is there as it was
 """)

@@ -22,6 +22,7 @@ from farss.maths.directions import decompose, direction_scores, select
 from farss.methods import METHODS
 from farss.structure import left_out, target_layers, weight_of
 from farss.survey import read_layers, survey
+from farss.survey.against import against
 from farss.survey.passage import enter, sampled, through
 from farss.survey.sweep import shallow_end
 
@@ -382,11 +383,11 @@ def test_unknown_target_names_the_nearest(llama):
 
 
 def read_activations(model, folder):
-    return read_layers(model, folder, METHODS["corda-kpm"].needs.read, 4, [collated(examples())])
+    return read_layers(model, folder, METHODS["corda-kpm"].needs.read, 4, collated(examples()))
 
 
 def read_against(model, folder):
-    return read_layers(model, folder, METHODS["farss-plus"].needs.read, 4, [collated(examples()), collated(examples(seed=1))])
+    return against(model, collated(examples()), collated(examples(seed=1)), folder, METHODS["farss-plus"].needs.read, 4)
 
 
 MAPS = Path("/proc/self/maps")

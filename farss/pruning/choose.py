@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from farss.data import Row, batches, collate
 from farss.files import read_json, write_json
 from farss.forward import accepts, entering, evaluating, hooked, leaving, without_cache
+from farss.jobs import Progress
 from farss.places import moved
 from farss.pruning.surgery import skipped
 from farss.structure import find_blocks
 from farss.survey.passage import returned_by
 from farss.tasks.likelihood import token_loglikelihoods
-
-Tell = Callable[[int, int, str], None]
 
 
 def drawn(may: Collection[int], number: int, seed: int) -> list[int]:
@@ -29,7 +28,7 @@ def drawn(may: Collection[int], number: int, seed: int) -> list[int]:
     return random.Random(seed).sample(sorted(may), number)
 
 
-def influences(model: Any, rows: list[Row], batch_size: int, pad_id: int, tell: Tell) -> list[float]:
+def influences(model: Any, rows: list[Row], batch_size: int, pad_id: int, tell: Progress) -> list[float]:
     """How much each block turns what enters it: 1 minus the cosine of its input and output, mean over the tokens (ShortGPT's Block
     Influence, Men et al. 2024)."""
     count = len(find_blocks(model)[1])
@@ -43,7 +42,7 @@ def influences(model: Any, rows: list[Row], batch_size: int, pad_id: int, tell: 
 
 
 def greedy(
-    model: Any, rows: list[Row], may: Collection[int], number: int, batch_size: int, pad_id: int, path: Path, tell: Tell
+    model: Any, rows: list[Row], may: Collection[int], number: int, batch_size: int, pad_id: int, path: Path, tell: Progress
 ) -> list[dict[str, Any]]:
     """One block after the other, each time that without which the loss of the text is smallest (SLEB, Song et al. 2024).
 
@@ -98,7 +97,7 @@ def _look(
     batch_size: int,
     pad_id: int,
     see: Callable[[Tensor, int, Tensor, Tensor], None],
-    tell: Tell = lambda done, total, line: None,
+    tell: Progress = lambda done, total, line: None,
 ) -> None:
     """Send rows through a model, and see what enters and what leaves these blocks: `see(mask, block, before, after)`, `[b, t]` true on
     the real tokens and `[b, t, d]`."""

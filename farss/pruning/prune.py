@@ -21,7 +21,7 @@ from farss.files import read_json, write_json, write_text
 from farss.folder import BASE_KEYS, CHOICE_KEYS, PRUNING, TRAIN_KEYS, Folder, options_of, resolve
 from farss.inputs import Inputs, Loaded
 from farss.jobs import Tell
-from farss.memory import fits
+from farss.memory import memory_cure
 from farss.models import check_room, device_of, load_model, loaded_dtype, quiet, stored_dtype, will_be_quantised
 from farss.pruning.choose import drawn, greedy, influences, smallest
 from farss.pruning.measure import perplexity, speeds
@@ -225,7 +225,7 @@ class Pruning:
         return {"blocks": smallest({index: values[index] for index in may}, self.number), "influence": values}
 
     def _fits(self) -> AbstractContextManager[None]:
-        return fits(self.config.evaluate.batch_size, "windows at a time", "evaluate.batch_size")
+        return memory_cure(self.config.evaluate.batch_size, "windows at a time", "evaluate.batch_size")
 
     # --- the smaller model --------------------------------------------------------------------------------------------
 

@@ -8,17 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from farss import processes
-from farss.artifacts import Layer
+from farss.artifacts import Layer, Survey
+from farss.files import fingerprint
+from farss.jobs import Progress
 from farss.maths.fisher import output_energy
 from farss.maths.moments import Moment
 from farss.memory import give_back_if_scarce
+from farss.models import weights_fingerprint
 from farss.places import Batch
+from farss.structure import keep_gradients, target_layers
 from farss.survey.kept import KNOWLEDGE
 from farss.survey.passage import Passage, counted, through
 from farss.survey.statistics import (
@@ -31,11 +37,39 @@ from farss.survey.statistics import (
     recording_pull,
     sums_of,
 )
-from farss.survey.sweep import Sweep, check_share
+from farss.survey.sweep import Sweep, carry_out, check_share, real_tokens
 
 Read = Callable[..., dict[str, Tensor]]
 """(weight [m, n], how many directions at an end, *moments [n, n]) -> `artifacts.layer_tensors`. There is a moment for each text that is
 looked at."""
+
+
+def against(
+    model: nn.Module,
+    task: list[Batch],
+    knowledge: list[Batch],
+    folder: Path | str,
+    read: Read,
+    cap: int,
+    targets: list[str] | None = None,
+    meta: dict[str, Any] | None = None,
+    on_progress: Progress | None = None,
+    device: torch.device | None = None,
+) -> Survey:
+    """Read every target layer by what the task wants of it and what knowledge makes of it.
+
+    Arguments and errors are those of `farss.survey.survey`, and `read` says what is kept of a layer.
+    """
+    keep_gradients(model)
+    layers = target_layers(model, targets)
+    key = reading_key(read, model, layers, [*task, *knowledge])
+    make = partial(Against, read=read, knowledge=knowledge)
+    return carry_out(make, model, layers, task, Path(folder), cap, key, meta or {}, on_progress, device)
+
+
+def reading_key(read: Read, model: nn.Module, layers: dict[str, Layer], batches: list[Batch], *more: str) -> str:
+    """Hash of everything a reading's numbers depend on."""
+    return fingerprint([f"{read.__module__}.{read.__qualname__}", weights_fingerprint(model), list(layers), real_tokens(batches), *more])
 
 
 @dataclass(kw_only=True)

@@ -17,12 +17,13 @@ from farss.artifacts import Layer, Survey, layer_tensors
 from farss.errors import ModelError, NumericalError
 from farss.files import fingerprint
 from farss.forward import hooked
+from farss.jobs import Progress
 from farss.models import weights_fingerprint
 from farss.places import Batch
 from farss.structure import holds_numbers, is_linear, is_packed, keep_gradients, target_layers
 from farss.survey.passage import Passage
 from farss.survey.statistics import Readout, on_gradient, sums_of
-from farss.survey.sweep import Progress, Sweep, carry_out, real_tokens
+from farss.survey.sweep import Sweep, carry_out, real_tokens
 
 
 def gradients(

@@ -13,11 +13,13 @@ from torch import nn
 from farss.artifacts import Survey
 from farss.config import CalibrationConfig
 from farss.data import Row, calibration_batches
+from farss.jobs import Progress
 from farss.methods import SURVEY, Reading
 from farss.places import Batch
+from farss.survey.against import against
 from farss.survey.gradients import gradients
 from farss.survey.readings import read_layers
-from farss.survey.sweep import Progress, survey
+from farss.survey.sweep import survey
 
 
 def look(
@@ -33,7 +35,7 @@ def look(
     on_progress: Progress | None = None,
     device: torch.device | None = None,
 ) -> Survey:
-    """Look at a model; see `survey`, `gradients` and `read_layers`.
+    """Look at a model; see `survey`, `gradients`, `against` and `read_layers`.
 
     Args:
         texts: in batches, one for each of `needs.texts`.
@@ -45,7 +47,10 @@ def look(
     if needs.of == "gradients":
         return gradients(model, texts[0], folder, targets, meta, on_progress, device)
     assert needs.read
-    return read_layers(model, folder, needs.read, cap, texts, targets, meta, on_progress, device, needs.over)
+    if needs.of == "both":
+        task, knowledge = texts
+        return against(model, task, knowledge, folder, needs.read, cap, targets, meta, on_progress, device)
+    return read_layers(model, folder, needs.read, cap, texts[0] if texts else [], targets, meta, on_progress, device, needs.over)
 
 
 def batches_for(

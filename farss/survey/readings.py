@@ -1,5 +1,4 @@
-"""What methods other than FARSS look at before they are planned: the weights alone, a moment of the activations, or the second moments
-of the task and of knowledge text.
+"""What methods look at before they are planned that need no gradients: the weights alone, or a moment of the activations.
 
 It is written like a survey, so that a plan and an adapter are made from it in the same way: directions with a score each,
 and the vectors of those that can be chosen. What a direction is, a method's `read` decides. Activations of one text are collected
@@ -8,7 +7,6 @@ forwards only, one block at a time.
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -19,19 +17,19 @@ import torch
 from torch import nn
 
 from farss.artifacts import Layer, Survey
-from farss.files import fingerprint, write_json
+from farss.files import write_json
+from farss.jobs import Progress
 from farss.maths.fisher import output_energy
 from farss.maths.moments import Covariance, ExampleMoment, Moment
 from farss.memory import freed_memory_kept, give_back_if_scarce, peak_gib
-from farss.models import weights_fingerprint
 from farss.places import Batch, computing_device, frozen, moved, outside, placed, placed_in_turn, tensors_of
 from farss.structure import find_blocks, keep_gradients, target_layers
-from farss.survey.against import Against, Read
+from farss.survey.against import Read, reading_key
 from farss.survey.kept import INPUT, Kept
 from farss.survey.passage import check_finite, check_passage, counted, enter, returned_by, through
 from farss.survey.record import PROGRESS, begin, finish, mark_file, same_survey, write_block
 from farss.survey.statistics import check_counts, finite_moment, finite_weight, finite_weights, recording_inputs, sums_of
-from farss.survey.sweep import Progress, batches_fit, carry_out, real_tokens, silent
+from farss.survey.sweep import batches_fit, silent
 
 Over = Literal["tokens", "answers", "examples"]
 KINDS: dict[Over, type[Moment]] = {"tokens": Moment, "answers": Covariance, "examples": ExampleMoment}
@@ -42,7 +40,7 @@ def read_layers(
     folder: Path | str,
     read: Read,
     cap: int,
-    texts: Sequence[list[Batch]] = (),
+    batches: Sequence[Batch] = (),
     targets: list[str] | None = None,
     meta: dict[str, Any] | None = None,
     on_progress: Progress | None = None,
@@ -55,8 +53,7 @@ def read_layers(
         folder: `survey.json` and one safetensors file a block are written here.
         read: what is kept of a layer.
         cap: how many directions it keeps at an end.
-        texts: whose activations are collected, each in batches as in `survey`. Without any the weights alone are read. Of two, the
-            task's and that of knowledge, the first is looked at with the gradients behind them (see `farss.survey.against`).
+        batches: of the text whose activations are collected, as in `survey`. Without any the weights alone are read.
         device: compute here, one block at a time; None: where the model is.
         over: what `read` gets: the second moment over the real `tokens`, the covariance of the `answers` (the tokens that are learnt; EVA),
             or CorDA's mean over `examples`.
@@ -68,12 +65,8 @@ def read_layers(
     folder, tell = Path(folder), on_progress or silent
     keep_gradients(model)
     layers, (_, blocks) = target_layers(model, targets), find_blocks(model)
-    batches: list[Batch] = [*itertools.chain(*texts)]
-    looked_at = [f"{read.__module__}.{read.__qualname__}", weights_fingerprint(model), list(layers), real_tokens(batches)]
-    key = fingerprint(looked_at if over == "tokens" else [*looked_at, over])
-    if len(texts) == 2:
-        make = partial(Against, read=read, knowledge=texts[1])
-        return carry_out(make, model, layers, texts[0], folder, cap, key, meta or {}, on_progress, device)
+    batches = [*batches]
+    key = reading_key(read, model, layers, batches, *([] if over == "tokens" else [over]))
     if (folder / "survey.json").is_file():
         return same_survey(Survey.load(folder), key, cap)
     before, started = begin(folder, key, cap, batches), time.monotonic()

@@ -25,8 +25,9 @@ from farss import processes
 from farss.artifacts import Layer, Survey
 from farss.errors import FarssError
 from farss.files import fingerprint, write_json
+from farss.jobs import Progress
 from farss.maths.directions import decompose
-from farss.memory import fits, freed_memory_kept, peak_gib, used_gib
+from farss.memory import freed_memory_kept, memory_cure, peak_gib, used_gib
 from farss.models import weights_fingerprint
 from farss.places import Batch, computing_device, frozen, moved, outside, placed, placed_in_turn, tensors_of
 from farss.search import shallow_end
@@ -46,7 +47,6 @@ from farss.survey.passage import (
 from farss.survey.record import PROGRESS, begin, finish, same_survey, write_block
 from farss.survey.statistics import Readout, add_up, finite_weights, read_out, recording, start, summary
 
-Progress = Callable[[int, int, str], None]
 Svd = Literal["exact", "fast"]
 
 
@@ -138,7 +138,7 @@ def carry_out(
 
 def batches_fit(batches: list[Batch]) -> AbstractContextManager[None]:
     """Say what filled the GPU's memory, if something does."""
-    return fits(max((len(batch["input_ids"]) for batch in batches), default=1), "examples at a time", "calibration.batch_size")
+    return memory_cure(max((len(batch["input_ids"]) for batch in batches), default=1), "examples at a time", "calibration.batch_size")
 
 
 def check_share(batches: list[Batch]) -> None:

@@ -15,6 +15,7 @@ import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ NATS = ("kept", "learned")
 METRICS = ("K", "T", "KT", "retained", *NATS)
 Only = Callable[[str], bool]
 """Whether a question, by its id, counts."""
+Draw = Callable[[list[Array]], list[Array]]
+"""`[models, questions]` of each benchmark -> `[1 + resamples, models]`, the same draws for all that it is called with."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,10 @@ class Entry:
     full: Path | None
     seed: int = 0
     """Runs of one seed saw the same rows in the same order."""
+
+
+Methods = Mapping[str, Sequence[Entry]]
+"""The runs of each method, one a seed."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ class Standing:
 
 def standings(
     base: Path,
-    methods: Mapping[str, Sequence[Entry]],
+    methods: Methods,
     config: Config,
     only: Only | None = None,
     kinds: Sequence[Kind] = ("knowledge", "task"),
@@ -77,30 +84,54 @@ def standings(
     own = dict.fromkeys([base, *(entry.folder for entry in everyone)])
     with_full = own | dict.fromkeys(entry.full for entry in everyone if entry.full)
     read = {folder: read_scores(folder) for folder in with_full}
-    resamples = config.evaluate.resamples
     found: dict[str, dict[str, Array]] = {method: {} for method in methods}
     for kind in kinds:
-        seed = stream_of(config.seed, kind)
-        letter, nats = ("K", "kept") if kind == "knowledge" else ("T", "learned")
-        folders = [*(own if letter == "K" else with_full)]  # K needs no full fine-tuning, which may have been asked the task alone
-        place = {folder: index for index, folder in enumerate(folders)}
+        # knowledge needs no full fine-tuning, which may have been asked the task alone
+        folders = [*(own if kind == "knowledge" else with_full)]
         outcomes = _outcomes([read[folder] for folder in folders], kind, only)
-        scores = observed_and_resampled([each.scores for each in outcomes], resamples, seed)
-        changes = observed_and_resampled([gains for each in outcomes if (gains := each.gains).size], resamples, seed)
-        still = observed_and_resampled([each.still for each in outcomes], resamples, seed) if letter == "K" else []
-        marks = scores
-        if letter == "T" and config.evaluate.learned_by == "likelihood":
-            marks = changes if len(changes) == len(scores) else []  # every benchmark or none
-        for method, group in methods.items():
-            places = [place[entry.folder] for entry in group]
-            if marks and (letter == "K" or all(entry.full is not None for entry in group)):
-                below = [0 if letter == "K" or entry.full is None else place[entry.full] for entry in group]
-                found[method][letter] = mean_ratios(marks, places, below)
-            if letter == "K" and scores:
-                found[method]["retained"] = mean_ratios(still, places, [0])
-            if changes:
-                found[method][nats] = np.mean([each[:, places] for each in changes], axis=0)
-    return {method: _standing(method, letters, [entry.seed for entry in methods[method]]) for method, letters in found.items()}
+        draw = partial(observed_and_resampled, resamples=config.evaluate.resamples, seed=stream_of(config.seed, kind))
+        place = {folder: index for index, folder in enumerate(folders)}
+        if kind == "knowledge":
+            metrics = _of_knowledge(outcomes, draw, methods, place)
+        else:
+            metrics = _of_task(outcomes, draw, methods, place, config.evaluate.learned_by == "likelihood")
+        for method in methods:
+            found[method] |= metrics[method]
+    return {method: _standing(method, metrics, [entry.seed for entry in methods[method]]) for method, metrics in found.items()}
+
+
+def _of_knowledge(outcomes: list[Outcomes], draw: Draw, methods: Methods, place: dict[Path, int]) -> dict[str, dict[str, Array]]:
+    """K, what is still right, and how much likelier right answers became, of every method `[1 + resamples, seeds]`."""
+    scores, still = draw([each.scores for each in outcomes]), draw([each.still for each in outcomes])
+    found, gains = {}, _gains(outcomes, draw)
+    for method, group in methods.items():
+        places = [place[entry.folder] for entry in group]
+        shares = {"K": mean_ratios(scores, places, [0]), "retained": mean_ratios(still, places, [0])} if outcomes else {}
+        found[method] = shares | ({"kept": _mean(gains, places)} if gains else {})
+    return found
+
+
+def _of_task(
+    outcomes: list[Outcomes], draw: Draw, methods: Methods, place: dict[Path, int], by_likelihood: bool
+) -> dict[str, dict[str, Array]]:
+    """T, and how much likelier right answers became."""
+    scores, gains = draw([each.scores for each in outcomes]), _gains(outcomes, draw)
+    marks = scores if not by_likelihood else gains if len(gains) == len(scores) else []  # every benchmark or none
+    found = {}
+    for method, group in methods.items():
+        places, fulls = [place[entry.folder] for entry in group], [place[entry.full] for entry in group if entry.full]
+        share = {"T": mean_ratios(marks, places, fulls)} if marks and len(fulls) == len(group) else {}
+        found[method] = share | ({"learned": _mean(gains, places)} if gains else {})
+    return found
+
+
+def _gains(outcomes: list[Outcomes], draw: Draw) -> list[Array]:
+    return draw([gains for each in outcomes if (gains := each.gains).size])
+
+
+def _mean(drawn: list[Array], places: list[int]) -> Array:
+    found: Array = np.mean([each[:, places] for each in drawn], axis=0)
+    return found
 
 
 def stream_of(seed: int, kind: Kind) -> list[int]:

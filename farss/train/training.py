@@ -18,7 +18,7 @@ from farss.config import Config
 from farss.data import Tokenized
 from farss.errors import FarssError
 from farss.files import fingerprint
-from farss.memory import fits, freed_memory_kept
+from farss.memory import freed_memory_kept, memory_cure
 from farss.methods import Regime
 from farss.tasks.course import Course
 from farss.train.checkpoints import read_weights, remove_broken, tidy
@@ -76,7 +76,7 @@ def train(
             return run.result()
         log.info("continuing from %s", newest)
     size = config.train.batch_size
-    memory = fits(config.train.micro_batch_size or size, "examples in a forward pass", "train.micro_batch_size", of=size)
+    memory = memory_cure(config.train.micro_batch_size or size, "examples in a forward pass", "train.micro_batch_size", of=size)
     with freed_memory_kept(run.device), unchanged(model), quiet(), faster_steps(run.device), memory:
         trainer = build(model, tokenizer, examples, config, checkpoints, run, [*callbacks, *stop(stop_at)], cycles)
         trainer.train(resume_from_checkpoint=None if newest is None else str(newest))

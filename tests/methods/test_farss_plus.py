@@ -16,14 +16,15 @@ from farss.portable import export
 from farss.prepared import write_prepared
 from farss.structure import target_layers
 from farss.survey import read_layers
+from farss.survey.against import against
 
 CONFIG = PlanConfig(method="farss-plus", rank=6)
 TASK, KNOWLEDGE = examples(12), examples(9, seed=1)
 
 
 def looked_at(model, folder, task=None, knowledge=None, **options):
-    texts = [task or collated(TASK), knowledge or collated(KNOWLEDGE)]
-    return read_layers(model, folder, read, survey_cap(CONFIG, *shapes(model)), texts, **options)
+    texts = task or collated(TASK), knowledge or collated(KNOWLEDGE)
+    return against(model, *texts, folder, read, survey_cap(CONFIG, *shapes(model)), **options)
 
 
 def brute_force(model, layers):

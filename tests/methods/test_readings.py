@@ -116,7 +116,7 @@ def test_a_start_is_the_same_part_of_the_weight_however_it_is_scaled(method, tmp
 def test_corda_factors_rebuild_the_weight(tmp_path):
     model, batches = small("llama"), collated(examples())
     config = dataclasses.replace(CONFIG, method="corda-ipm", rank=32)
-    known = read_layers(model, tmp_path, METHODS["corda-ipm"].needs.read, survey_cap(config, *shapes(model)), [batches])
+    known = read_layers(model, tmp_path, METHODS["corda-ipm"].needs.read, survey_cap(config, *shapes(model)), batches)
     plan = make_plan(config, known)
     for name, layer in plan.layers.items():
         b, a = start_of(plan, known, name).trained
@@ -220,13 +220,13 @@ def test_a_killed_reading_goes_on_to_the_same_bytes(method, tmp_path):
         if done == 2:
             raise Stop
 
-    needs, batches = METHODS[method].needs, collated(examples())
-    texts = [batches] * len(needs.texts)
+    needs = METHODS[method].needs
+    texts = [collated(examples())] * len(needs.texts)
     with pytest.raises(Stop):
-        read_layers(small("llama"), tmp_path / "one", needs.read, 6, texts, on_progress=stop, over=needs.over)
+        look(small("llama"), needs, texts, tmp_path / "one", 6, on_progress=stop)
     first = (tmp_path / "one" / "block-0000.safetensors").stat().st_mtime_ns
-    read_layers(small("llama"), tmp_path / "one", needs.read, 6, texts, over=needs.over)
-    read_layers(small("llama"), tmp_path / "two", needs.read, 6, texts, over=needs.over)
+    look(small("llama"), needs, texts, tmp_path / "one", 6)
+    look(small("llama"), needs, texts, tmp_path / "two", 6)
     assert (tmp_path / "one" / "block-0000.safetensors").stat().st_mtime_ns == first
     for file in (tmp_path / "two").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "one" / file.name).read_bytes()
@@ -260,14 +260,14 @@ def test_a_layer_that_not_every_token_goes_through_once_is_refused(over, calls, 
     forward = model.model.layers[1].mlp.forward
     model.model.layers[1].mlp.forward = lambda x: sum(forward(x) for _ in range(calls)) + x
     with pytest.raises(ModelError, match=rf"{message}.*: leave it out of model.targets"):
-        read_layers(model, tmp_path, METHODS["eva"].needs.read, 6, [collated(examples(), 2)], over=over)
+        read_layers(model, tmp_path, METHODS["eva"].needs.read, 6, collated(examples(), 2), over=over)
 
 
 @pytest.mark.parametrize("over", ["tokens", "answers", "examples"])
 def test_batches_do_not_matter(over, tmp_path):
     rows = examples()
-    one = read_layers(small("qwen3"), tmp_path / "one", METHODS["eva"].needs.read, 6, [collated(rows, 1)], over=over)
-    two = read_layers(small("qwen3"), tmp_path / "two", METHODS["eva"].needs.read, 6, [collated(rows, 6, "left")], over=over)
+    one = read_layers(small("qwen3"), tmp_path / "one", METHODS["eva"].needs.read, 6, collated(rows, 1), over=over)
+    two = read_layers(small("qwen3"), tmp_path / "two", METHODS["eva"].needs.read, 6, collated(rows, 6, "left"), over=over)
     for name in one.layers:
         torch.testing.assert_close(one.directions(name).lam, two.directions(name).lam, rtol=1e-5, atol=1e-8)
         assert one.layers[name].importance == pytest.approx(two.layers[name].importance, rel=1e-6)
