@@ -248,7 +248,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 @dataclass(frozen=True)
 class Scores:
-    """One model's answers. Per-question outcomes lie beside it, one JSONL a benchmark (see `questions`)."""
+    """One model's answers. Per-question outcomes lie beside it, one JSONL a benchmark (see `read_records`)."""
 
     knowledge: dict[str, TaskScore] = field(default_factory=dict)
     task: dict[str, TaskScore] = field(default_factory=dict)
@@ -276,7 +276,7 @@ class Scores:
             return cls(**{**values, **kinds})
 
 
-def questions(folder: Path, name: str) -> list[dict[str, Any]]:
+def read_records(folder: Path, name: str) -> list[dict[str, Any]]:
     """Read the per-question outcomes of one benchmark: `{id, prompt, gold, answer, score, gold_loglikelihood}`."""
     path = folder / f"{name}.jsonl"
     if not path.is_file():

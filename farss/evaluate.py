@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from farss.artifacts import KINDS, Scores, TaskScore, questions
+from farss.artifacts import KINDS, Scores, TaskScore, read_records
 from farss.config import Config, DataConfig, QuestionSet
 from farss.data import choose, prompt_text, separator
 from farss.errors import FarssError
@@ -241,7 +241,7 @@ def _grade_again(benchmark: Benchmark, folder: Path, score: TaskScore) -> TaskSc
     """Other rules need no other answers."""
     assert isinstance(benchmark.entry, QuestionSet)
     grade = METRICS[benchmark.entry.metric]
-    records = [record | {"score": grade(record["answer"], record["gold"])} for record in questions(folder, benchmark.name)]
+    records = [record | {"score": grade(record["answer"], record["gold"])} for record in read_records(folder, benchmark.name)]
     return _write(benchmark, folder, records, replace(score, score=sum(each["score"] for each in records) / len(records)))
 
 

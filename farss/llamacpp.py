@@ -11,6 +11,7 @@ from torch import Tensor
 
 from farss.errors import FarssError
 from farss.files import read_json, whole_file
+from farss.structure import PEFT_PREFIX
 
 ARCHITECTURES = {
     "gemma2": "GEMMA2",
@@ -77,7 +78,7 @@ def check_gguf(config: Any) -> None:
 
 def _parts(key: str) -> tuple[str, str]:
     """`base_model.model.X.lora_A.weight` -> (X, lora_a)."""
-    layer, _, side = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
+    layer, _, side = key.removeprefix(PEFT_PREFIX).removesuffix(".weight").rpartition(".")
     return layer, side.lower()
 
 

@@ -7,7 +7,8 @@ import importlib.util
 import json
 import logging
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -297,6 +298,19 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     special = {name: token for name, token in tokenizer.special_tokens_map.items() if name != "pad_token"}
     entries = json.dumps([sorted(tokenizer.get_vocab().items()), special], default=str)
     return hashlib.sha256(entries.encode()).hexdigest()[:16]
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Keep transformers' notices out of our output for a while."""
+    from transformers import logging as notices
+
+    before = notices.get_verbosity()
+    notices.set_verbosity_error()
+    try:
+        yield
+    finally:
+        notices.set_verbosity(before)
 
 
 def quiet() -> None:

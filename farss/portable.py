@@ -27,7 +27,7 @@ from farss.maths.compress import compress
 from farss.models import base_fingerprint, tensors_fingerprint, tokenizer_fingerprint
 from farss.places import outside, placed, placed_in_turn
 from farss.precision import float32_products
-from farss.structure import find_blocks, is_linear, is_packed, weight_of
+from farss.structure import PEFT_PREFIX, find_blocks, is_linear, is_packed, weight_of
 
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """vLLM accepts these and no others (`max_lora_rank`), so the exported rank is padded up to one of them."""
@@ -95,8 +95,8 @@ def portable(changes: Iterable[tuple[str, tuple[Tensor, Tensor]]], rank: int | N
     state: dict[str, Tensor] = {}
     for name, (a, b) in factors.items():
         padding = served - a.shape[0]
-        state[f"base_model.model.{name}.lora_A.weight"] = nn.functional.pad(a, (0, 0, 0, padding))
-        state[f"base_model.model.{name}.lora_B.weight"] = nn.functional.pad(b, (0, padding))
+        state[f"{PEFT_PREFIX}{name}.lora_A.weight"] = nn.functional.pad(a, (0, 0, 0, padding))
+        state[f"{PEFT_PREFIX}{name}.lora_B.weight"] = nn.functional.pad(b, (0, padding))
     return Portable(state, served, lost, counting)
 
 

@@ -24,9 +24,7 @@ from farss.merging import in_layers, write_model
 from farss.methods import METHODS, check_elsewhere
 from farss.models import load_model, load_tokenizer
 from farss.portable import Exported, logits, origin_of, portable, target_names, write_adapter, write_facts
-from farss.structure import check_unshared, holds_packed
-
-PREFIX = "base_model.model."
+from farss.structure import PEFT_PREFIX, check_unshared, holds_packed
 
 
 def check_method(name: str, quantised: bool) -> None:
@@ -90,7 +88,7 @@ def write_prepared(
     model = adapted.get_base_model()
     with whole_folder(folder) as unfinished:
         write_model(model, plan, tokenizer, unfinished / "base", next(model.parameters()).dtype, source, in_layers(adapted, plan, residual))
-        state = {f"{PREFIX}{name}.lora_{side}.weight": x for name, pair in start.items() for side, x in zip("BA", pair, strict=True)}
+        state = {f"{PEFT_PREFIX}{name}.lora_{side}.weight": x for name, pair in start.items() for side, x in zip("BA", pair, strict=True)}
         write_tensors(unfinished / "adapter" / "adapter_model.safetensors", state, {"format": "pt"})
         config = lora_config(plan, 0.0)
         config.base_model_name_or_path = str((folder / "base").absolute())
@@ -139,7 +137,7 @@ def convert(prepared: Path | str, trained: Path | str, out: Path | str, rank: in
     plan, facts = Plan.load(prepared / "plan.json"), read_json(prepared / "prepared.json")
     start, end = load_file(prepared / "start.safetensors"), _trained_state(trained)
     if strange := next((key for key, factor in start.items() if key not in end or end[key].shape != factor.shape), None):
-        layer = strange.removeprefix(PREFIX).rpartition(".lora_")[0]
+        layer = strange.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0]
         raise FarssError(f"{trained} is not an adapter that began as this start: {layer} is missing or has another rank")
     before, after = (read_json(folder / "adapter_config.json") for folder in (prepared / "adapter", trained))
     for option in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"):
@@ -171,7 +169,7 @@ def _trained_state(folder: Path) -> dict[str, Tensor]:
 
 def _change(name: str, scaling: float, start: dict[str, Tensor], end: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Thin factors of `s (B A - B0 A0)`, float64."""
-    keys = [f"{PREFIX}{name}.lora_{side}.weight" for side in "BA"]
+    keys = [f"{PEFT_PREFIX}{name}.lora_{side}.weight" for side in "BA"]
     (b, a), (b0, a0) = ([state[key].double() for key in keys] for state in (end, start))
     return torch.cat([scaling * b, -scaling * b0], 1), torch.cat([a, a0])
 

@@ -279,6 +279,8 @@ def _matches(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
+PEFT_PREFIX = "base_model.model."
+"""Before the names of layers in the files of PEFT's adapters."""
 ORIGINAL = "farss_original"
 """Attribute of a linear layer that holds its own weight while a residual stands in its place."""
 

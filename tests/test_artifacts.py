@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from farss.artifacts import Plan, Scores, Survey, questions
+from farss.artifacts import Plan, Scores, Survey, read_records
 from farss.boundary import Boundary
 from farss.errors import FolderError
 from farss.train import TrainResult
@@ -29,10 +29,10 @@ def test_a_folder_of_something_else_is_no_survey(tmp_path):
 
 def test_answers_that_are_not_there_are_named(tmp_path):
     with pytest.raises(FolderError, match="run `farss evaluate` first"):
-        questions(tmp_path, "facts")
+        read_records(tmp_path, "facts")
 
 
 def test_answers_may_hold_any_line_separator(tmp_path):
     text = '{"answer": "a\u2028b\u0085c"}\n{"answer": "d"}\n'
     (tmp_path / "facts.jsonl").write_text(text, encoding="utf-8")
-    assert [entry["answer"] for entry in questions(tmp_path, "facts")] == ["a\u2028b\u0085c", "d"]
+    assert [entry["answer"] for entry in read_records(tmp_path, "facts")] == ["a\u2028b\u0085c", "d"]

@@ -10,7 +10,7 @@ import torch
 from taught import KNOWN, STEPS, asking, files, model, taught, tokenizer, whole_prompts
 from transformers import LlamaForCausalLM
 
-from farss.artifacts import questions
+from farss.artifacts import read_records
 from farss.config import DataConfig, QuestionSet
 from farss.errors import FarssError
 from farss.evaluate import _training_prompt, evaluate
@@ -27,14 +27,14 @@ def test_a_model_scores_what_it_knows(model, tokenizer, files, tmp_path):
     assert scores.knowledge["mixed"].score == 8 / 12
     assert scores.knowledge["mixed"].questions == 12
     assert scores.task["steps"].score == 1.0
-    records = questions(tmp_path / "scores", "mixed")
+    records = read_records(tmp_path / "scores", "mixed")
     assert [r["score"] for r in records] == [1.0] * 8 + [0.0] * 4
     assert records[1] == {
         "id": 1, "prompt": "Question: b?\nAnswer:", "gold": ["blue", "x"], "answer": "blue",
         "gold_loglikelihood": records[1]["gold_loglikelihood"], "score": 1.0,
     }  # fmt: skip
     assert min(r["gold_loglikelihood"] for r in records[:8]) > max(r["gold_loglikelihood"] for r in records[8:]) + 5
-    assert questions(tmp_path / "scores", "steps")[3]["answer"] == "4 4\n#### 8"
+    assert read_records(tmp_path / "scores", "steps")[3]["answer"] == "4 4\n#### 8"
 
 
 def test_an_answer_in_the_training_prompt_ends_at_eos_alone(model, tokenizer, files, tmp_path):
@@ -45,7 +45,7 @@ def test_an_answer_in_the_training_prompt_ends_at_eos_alone(model, tokenizer, fi
 
 def test_gold_loglikelihood_is_that_of_torch(model, tokenizer, files, tmp_path):
     evaluate(model, tokenizer, asking([QuestionSet("mixed", files["mixed"], fewshot=2)]), tmp_path)
-    for record in questions(tmp_path / "scores", "mixed")[::3]:
+    for record in read_records(tmp_path / "scores", "mixed")[::3]:
         prompt, whole = (tokenizer(text).input_ids for text in (record["prompt"], f"{record['prompt']} {record['gold'][0]}"))
         logits = model(torch.tensor([whole])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
         direct = logits.gather(1, torch.tensor(whole[len(prompt) :])[:, None]).sum().item()
@@ -57,7 +57,7 @@ def test_a_right_answer_begins_where_its_prompt_ends(model, tokenizer, files, tm
     config = asking(task=[QuestionSet("steps", files["steps"])])
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, template="Q: {instruction}\nA:\n"))
     evaluate(model, tokenizer, config, tmp_path)
-    for record in questions(tmp_path / "scores", "steps"):
+    for record in read_records(tmp_path / "scores", "steps"):
         assert record["prompt"].endswith("\nA:\n")
         prompt, whole = (tokenizer(text).input_ids for text in (record["prompt"], record["prompt"] + record["gold"][0]))
         logits = model(torch.tensor([whole])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
@@ -70,7 +70,9 @@ def test_batches_do_not_matter(model, tokenizer, files, tmp_path):
     runs = []
     for size in (1, 5, 16):
         evaluate(model, tokenizer, asking([entry], batch_size=size, text=files["text"]), tmp_path / str(size))
-        runs.append((questions(tmp_path / str(size) / "scores", "mixed"), json.loads((tmp_path / str(size) / "scores.json").read_text())))
+        runs.append(
+            (read_records(tmp_path / str(size) / "scores", "mixed"), json.loads((tmp_path / str(size) / "scores.json").read_text()))
+        )
     for records, scores in runs[1:]:
         assert scores["text_loss"] == pytest.approx(runs[0][1]["text_loss"], abs=1e-12)
         for found, first in zip(records, runs[0][0], strict=True):
@@ -143,7 +145,7 @@ def test_answers_are_graded_again_and_not_asked_again_when_the_rules_change(metr
     assert replace(scores.task["steps"], seconds=0) == replace(new.task["steps"], seconds=0)
     old_key, new_key = (json.loads((tmp_path / each / "scores" / "steps.json").read_text())["key"] for each in ("old", "new"))
     assert old_key == new_key
-    assert questions(tmp_path / "old" / "scores", "steps") == questions(tmp_path / "new" / "scores", "steps")
+    assert read_records(tmp_path / "old" / "scores", "steps") == read_records(tmp_path / "new" / "scores", "steps")
     with torch.no_grad():
         model.lm_head.weight.zero_()
     evaluate(model, tokenizer, config, tmp_path / "old", on_progress=lambda *args: told.append(args))
@@ -158,7 +160,7 @@ def test_answers_are_asked_again_where_something_else_stands_before_them(model, 
     told = []
     evaluate(model, tokenizer, config, tmp_path, on_progress=lambda *args: told.append(args))
     assert told
-    record = questions(tmp_path / "scores", "known")[0]
+    record = read_records(tmp_path / "scores", "known")[0]
     prompt, whole = (tokenizer(text).input_ids for text in (record["prompt"], f"{record['prompt']}{record['gold'][0]}"))
     logits = model(torch.tensor([whole])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
     direct = logits.gather(1, torch.tensor(whole[len(prompt) :])[:, None]).sum().item()
@@ -191,20 +193,20 @@ def test_harness_tasks_by_name(hub, model, tokenizer, tmp_path):
     assert scores.knowledge["nq_open"].questions == scores.knowledge["webqs"].questions == 5
     assert scores.knowledge["webqs"].score == 1.0  # its prompt is the one that was taught
     assert "lm_eval" in scores.knowledge["webqs"].version
-    records = questions(tmp_path / "scores", "webqs")
+    records = read_records(tmp_path / "scores", "webqs")
     assert all(record["answer"] == record["gold"][0] for record in records)
     assert all(math.isfinite(record["gold_loglikelihood"]) for record in records)
-    assert [r["id"] for r in records] == [r["id"] for r in questions(tmp_path / "scores", "nq_open")]
+    assert [r["id"] for r in records] == [r["id"] for r in read_records(tmp_path / "scores", "nq_open")]
 
 
 def test_the_shipped_tasks_use_the_training_prompt(hub, model, tokenizer, tmp_path):
     model.config.max_position_embeddings = 2048
     scores = evaluate(model, tokenizer, asking(task=["farss_gsm8k", "farss_math"], limit=3), tmp_path)
     assert scores.task["farss_math"].questions == 3
-    records = questions(tmp_path / "scores", "farss_gsm8k")
+    records = read_records(tmp_path / "scores", "farss_gsm8k")
     assert records[0]["prompt"].startswith("Do ")
     assert records[0]["prompt"].endswith("\nR: Let's think step by step.")
-    assert all("farss_math_" in r["id"] for r in questions(tmp_path / "scores", "farss_math"))
+    assert all("farss_math_" in r["id"] for r in read_records(tmp_path / "scores", "farss_math"))
     assert (
         _training_prompt(DataConfig(template="{instruction}\nA:\n"), tokenizer)({"question": "2 + 2?"})
         == "2 + 2?\nA:\nLet's think step by step."

@@ -26,6 +26,9 @@ class Context:
     """What the method's `Reading` found; None where it looks at nothing."""
 
 
+Over = Literal["tokens", "answers", "examples"]
+
+
 @dataclass(frozen=True)
 class Reading:
     """What a method looks at before it is planned. What is found is written as a survey."""
@@ -40,7 +43,7 @@ class Reading:
     None: see `survey.survey` and `survey.gradients`."""
     reach: int = 1
     """How many times its average rank a layer may get."""
-    over: Literal["tokens", "answers", "examples"] = "tokens"
+    over: Over = "tokens"
     """What the moment is taken over: all real tokens; the tokens that are learnt, whose covariance it is; or examples (CorDA's)."""
 
     @property

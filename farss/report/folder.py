@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from farss.artifacts import Plan, Survey, held_out, questions
+from farss.artifacts import Plan, Survey, held_out, read_records
 from farss.errors import FolderError
 from farss.files import read_json
 
@@ -62,7 +62,7 @@ class Run:
         chooses = held_out(options["held_out"]) if options.get("tune") else lambda key: False
 
         def rows(folder: Path, name: str) -> list[dict[str, Any]]:
-            return [row for row in questions(folder, name) if not chooses(str(row["id"]))]
+            return [row for row in read_records(folder, name) if not chooses(str(row["id"]))]
 
         return {name: (rows(before, name), rows(after, name)) for name in names}
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from farss.jobs import Progress
 from farss.maths.fisher import output_energy
 from farss.maths.moments import Covariance, ExampleMoment, Moment
 from farss.memory import freed_memory_kept, give_back_if_scarce, peak_gib
+from farss.methods.base import Over
 from farss.places import Batch, computing_device, frozen, moved, outside, placed, placed_in_turn, tensors_of
 from farss.structure import find_blocks, keep_gradients, target_layers
 from farss.survey.against import Read, reading_key
@@ -31,7 +32,6 @@ from farss.survey.record import PROGRESS, begin, finish, mark_file, same_survey,
 from farss.survey.statistics import check_counts, finite_moment, finite_weight, finite_weights, recording_inputs, sums_of
 from farss.survey.sweep import batches_fit, silent
 
-Over = Literal["tokens", "answers", "examples"]
 KINDS: dict[Over, type[Moment]] = {"tokens": Moment, "answers": Covariance, "examples": ExampleMoment}
 
 

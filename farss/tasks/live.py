@@ -14,6 +14,7 @@ import torch
 from farss.errors import ConfigError, FarssError, ModelError
 from farss.forward import accepts, attribute, evaluating, without_cache
 from farss.memory import give_back_if_scarce
+from farss.models import hushed
 from farss.precision import float32_products
 from farss.processes import environment
 from farss.tasks.likelihood import rows_that_fit
@@ -61,18 +62,14 @@ def _tensor_cores(model: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silence lm_eval's and transformers' notices and the harness's own progress bars."""
-    import transformers
-
     harness_log = logging.getLogger("lm_eval")
-    level, verbosity = harness_log.level, transformers.logging.get_verbosity()
+    level = harness_log.level
     harness_log.setLevel(logging.ERROR)
-    transformers.logging.set_verbosity_error()
     try:
-        with _no_bar():
+        with hushed(), _no_bar():
             yield
     finally:
         harness_log.setLevel(level)
-        transformers.logging.set_verbosity(verbosity)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from farss.artifacts import Kind, Scores, TaskScore, questions
+from farss.artifacts import Kind, Scores, TaskScore, read_records
 from farss.errors import FolderError
 from farss.maths.metrics import Array
 
@@ -73,7 +73,7 @@ def outcomes_of(name: str, kind: Kind, runs: Sequence[tuple[Scores, Path]], only
     """
     tables = []
     for scores, folder in runs:
-        records = {str(record["id"]): record for record in questions(folder, name)}
+        records = {str(record["id"]): record for record in read_records(folder, name)}
         tables.append({key: record for key, record in records.items() if only is None or only(key)})
         metric, first = getattr(scores, kind)[name].metric, getattr(runs[0][0], kind)[name].metric
         asked, here = ({key: (record.get("prompt"), record["gold"]) for key, record in table.items()} for table in (tables[0], tables[-1]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from farss.artifacts import TaskScore, questions
+from farss.artifacts import TaskScore, read_records
 from farss.config import Config, QuestionSet
 from farss.errors import FolderError
 from farss.files import read_json
@@ -48,7 +48,7 @@ def check_reference(config: Config, tokenizer: Any) -> None:
                 )
             continue
         asked = {str(row["id"]): row["answers"] for row in each.drawn.asked}
-        answered = {str(record["id"]): record["gold"] for record in questions(folder, each.name)}
+        answered = {str(record["id"]): record["gold"] for record in read_records(folder, each.name)}
         if (asked, each.entry.metric) != (answered, scores.task[each.name].metric):
             raise FolderError(
                 f"evaluate.full_scores={config.evaluate.full_scores} holds answers to other questions of {each.name!r} than will be "
@@ -68,5 +68,5 @@ def _asked_otherwise(entry: QuestionSet, drawn: Drawn, config: Config, score: Ta
         if value != (now := getattr(entry, key)):
             return f"{key}={value}, and now {key}={now}"
     prompts = prompts_of(drawn, prompt_of(entry, "task", config.data, tokenizer))
-    same = all(record["prompt"] == prompts[str(record["id"])] for record in questions(folder, entry.name))
+    same = all(record["prompt"] == prompts[str(record["id"])] for record in read_records(folder, entry.name))
     return "" if same else "another prompt, template or other examples than now"

@@ -308,16 +308,3 @@ def unchanged(model: Any) -> Iterator[None]:
             # TRL and transformers each hook the embeddings, and the handle of the first hook is lost
             for key in set(module._forward_hooks) - set(hooks):
                 del module._forward_hooks[key]
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers' notices out of our output while it trains."""
-    from transformers import logging as notices
-
-    before = notices.get_verbosity()
-    notices.set_verbosity_error()
-    try:
-        yield
-    finally:
-        notices.set_verbosity(before)

@@ -20,11 +20,12 @@ from farss.errors import FarssError
 from farss.files import fingerprint
 from farss.memory import freed_memory_kept, memory_cure
 from farss.methods import Regime
+from farss.models import hushed
 from farss.tasks.course import Course
 from farss.train.checkpoints import read_weights, remove_broken, tidy
 from farss.train.record import Progress, Record, TrainResult
 from farss.train.speed import faster_steps
-from farss.train.trainer import build, products, quiet, stop, unchanged
+from farss.train.trainer import build, products, stop, unchanged
 
 SAME_RESULT = ("micro_batch_size", "gradient_checkpointing", "save_steps", "logging_steps", "report_to")
 """Options that a run may change between being killed and going on."""
@@ -77,7 +78,7 @@ def train(
         log.info("continuing from %s", newest)
     size = config.train.batch_size
     memory = memory_cure(config.train.micro_batch_size or size, "examples in a forward pass", "train.micro_batch_size", of=size)
-    with freed_memory_kept(run.device), unchanged(model), quiet(), faster_steps(run.device), memory:
+    with freed_memory_kept(run.device), unchanged(model), hushed(), faster_steps(run.device), memory:
         trainer = build(model, tokenizer, examples, config, checkpoints, run, [*callbacks, *stop(stop_at)], cycles)
         trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
     del trainer

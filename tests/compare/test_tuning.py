@@ -7,7 +7,7 @@ import math
 import pytest
 from comparisons import read
 
-from farss.artifacts import questions
+from farss.artifacts import read_records
 from farss.compare import compare
 from farss.compare.entrants import Entrant
 from farss.compare.tuning import choose, held_out, measured, the_rest
@@ -34,7 +34,7 @@ def test_learning_rates_are_chosen_on_questions_that_the_table_leaves_out(values
         assert [point["learning_rate"] for point in curve] == pytest.approx([0.0005, 0.002])
         (chosen,) = [point["learning_rate"] for point in curve if point["chosen"]]
         assert {row["learning_rate"] for row in comparison["rows"] if row["method"] == method} == {chosen}
-    ids = [str(record["id"]) for record in questions(folder / "base" / "scores", "facts")]
+    ids = [str(record["id"]) for record in read_records(folder / "base" / "scores", "facts")]
     rest = [key for key in ids if the_rest(config)(key)]
     assert 0 < len(rest) < len(ids)
     run = folder / comparison["rows"][0]["folder"] / "summary.json"
@@ -75,7 +75,7 @@ def test_learning_rates_are_chosen_by_kt_where_it_has_a_value(values, tmp_path):
     run.evaluate_base()
     for kind in ("knowledge", "task"):
         (entry,) = values["evaluate"][kind]
-        asked = questions(run.path / "base" / "scores", entry["name"])
+        asked = read_records(run.path / "base" / "scores", entry["name"])
         rows = [{"question": row["prompt"], "answers": row["answer"]} for row in asked if row["answer"].strip()]
         told = tmp_path / f"{entry['name']}.jsonl"
         told.write_text("\n".join(map(json.dumps, rows)))
@@ -98,7 +98,7 @@ def test_the_untouched_model_is_scored_on_the_same_questions(values):
     values["compare"] = {"methods": ["full", "lora"], "tune": [0.5, 2], "held_out": 0.5}
     config = from_dict(values)
     folder = compare(config, silent)
-    asked = {str(row["id"]): row["score"] for row in questions(folder / "base" / "scores", "facts")}
+    asked = {str(row["id"]): row["score"] for row in read_records(folder / "base" / "scores", "facts")}
     counted = [score for key, score in asked.items() if the_rest(config)(key)]
     assert 0 < len(counted) < len(asked)
     assert read(folder)["base"]["facts"] == pytest.approx(sum(counted) / len(counted))

@@ -10,7 +10,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from taught import asking, recorded
 
-from farss.artifacts import questions
+from farss.artifacts import read_records
 from farss.config import DataConfig, EvaluateConfig, QuestionSet
 from farss.errors import ConfigError, FarssError
 from farss.evaluate import evaluate
@@ -59,7 +59,7 @@ def test_a_models_own_settings_make_no_answer_longer_or_shorter(model, tokenizer
     evaluate(model, tokenizer, config, tmp_path / "plain")
     model.generation_config.max_new_tokens, model.generation_config.min_new_tokens = 40, 30
     evaluate(model, tokenizer, config, tmp_path / "own")
-    plain, own = ([row["answer"] for row in questions(tmp_path / name / "scores", "known")] for name in ("plain", "own"))
+    plain, own = ([row["answer"] for row in read_records(tmp_path / name / "scores", "known")] for name in ("plain", "own"))
     assert own == plain
     assert max(map(len, own)) == 1  # a token a character, of which the space before the answer is one
 
@@ -70,7 +70,7 @@ def test_a_peft_model_is_asked_without_a_merge(model, tokenizer, files, tmp_path
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")).double()
     rows = recorded(model, lambda: evaluate(adapted, tokenizer, asking([QuestionSet("mixed", files["mixed"])]), tmp_path / "peft"))
     assert [batch.shape[1] for batch in rows[1:4]] == [1, 1, 1]
-    found, expected = (questions(tmp_path / folder / "scores", "mixed") for folder in ("peft", "base"))
+    found, expected = (read_records(tmp_path / folder / "scores", "mixed") for folder in ("peft", "base"))
     assert [r["answer"] for r in found] == [r["answer"] for r in expected]
     assert base.knowledge["mixed"].score == 8 / 12
     assert any("lora" in name for name, _ in adapted.named_parameters())
@@ -126,7 +126,7 @@ def evaluate_once(model, tokenizer, config, folder):
 
 
 def records(folder):
-    return questions(folder / "scores", "known")
+    return read_records(folder / "scores", "known")
 
 
 def test_only_the_answers_positions_are_scored():

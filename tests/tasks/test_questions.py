@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from taught import KNOWN, TEMPLATE, UNKNOWN, asking
 
-from farss.artifacts import questions
+from farss.artifacts import read_records
 from farss.config import DataConfig, QuestionSet
 from farss.errors import ConfigError, DataError
 from farss.evaluate import evaluate
@@ -30,7 +30,7 @@ def test_examples_may_come_from_a_file_of_their_own(model, tokenizer, files, tmp
     (tmp_path / "shown.jsonl").write_text("\n".join(map(json.dumps, shown)))
     entry = QuestionSet("known", files["known"], fewshot=2, examples=str(tmp_path / "shown.jsonl"))
     evaluate(model, tokenizer, asking([entry]), tmp_path)
-    prompts = [record["prompt"] for record in questions(tmp_path / "scores", "known")]
+    prompts = [record["prompt"] for record in read_records(tmp_path / "scores", "known")]
     assert len(prompts) == len(KNOWN) - 1, "what is shown is not asked"
     assert all("Question: over there?\nAnswer: here\n\n" in prompt and "Question: a?\nAnswer: red\n\n" in prompt for prompt in prompts)
     with pytest.raises(ConfigError, match=r"shown.jsonl has 2 questions, and fewshot=3 are to be shown"):
@@ -39,7 +39,7 @@ def test_examples_may_come_from_a_file_of_their_own(model, tokenizer, files, tmp
 
 def test_the_prompt_shows_answered_examples(model, tokenizer, files, tmp_path):
     evaluate(model, tokenizer, asking([QuestionSet("known", files["known"], fewshot=2, limit=3)]), tmp_path)
-    records = questions(tmp_path / "scores", "known")
+    records = read_records(tmp_path / "scores", "known")
     shown = {record["prompt"].rsplit("\n\n", 1)[0] for record in records}
     assert len(records) == 3
     assert len(shown) == 1
@@ -77,4 +77,4 @@ def test_prompts_are_known_before_they_are_asked(fewshot, model, tokenizer, file
     evaluate(model, tokenizer, config, tmp_path)
     drawn = draw(entry, KNOWN, config.seed)
     expected = prompts_of(drawn, prompt_of(entry, "task", DataConfig(template=TEMPLATE), tokenizer))
-    assert {str(record["id"]): record["prompt"] for record in questions(tmp_path / "scores", "known")} == expected
+    assert {str(record["id"]): record["prompt"] for record in read_records(tmp_path / "scores", "known")} == expected

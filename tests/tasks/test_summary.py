@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from taught import asking
 
-from farss.artifacts import Scores, questions
+from farss.artifacts import Scores, read_records
 from farss.config import EvaluateConfig, QuestionSet
 from farss.errors import FolderError
 from farss.evaluate import evaluate
@@ -22,7 +22,7 @@ def test_other_questions_are_asked_and_count_for_nothing(model, tokenizer, files
     for folder in ("base", "after"):
         scores = evaluate(model, tokenizer, config, tmp_path / folder)
     assert (list(scores.knowledge), list(scores.other)) == (["known"], ["plain"])
-    assert "a?" in [record["prompt"] for record in questions(tmp_path / "base" / "scores", "plain")]
+    assert "a?" in [record["prompt"] for record in read_records(tmp_path / "base" / "scores", "plain")]
     summary = summarise(tmp_path / "base", tmp_path / "after", None, config)
     assert [(line.name, line.kind) for line in summary.benchmarks] == [("known", "knowledge"), ("plain", "other")]
     assert summary.K.value == 1
