@@ -44,7 +44,8 @@ class Answers:
     def base(self, load: Load) -> Scores:
         """`base/`: the untouched model's scores."""
         step, options, folder, config = "evaluate-base", self._asked(BASE_KEYS), self.common.path / "base", self.inputs.common_config
-        if not self.common.is_done(step, options, redo=True) and not self._graded_again(step, self.common, options, folder, config):
+        done = self.common.is_done(step, options, redo=True, makes=folder / "scores.json")
+        if not done and not self._graded_again(step, self.common, options, folder, config):
             with self.common.step(step, options):
                 self._ask(load(), folder, "evaluate base", BASE)
             for name, score in Scores.load(folder / "scores.json").knowledge.items():
@@ -89,7 +90,8 @@ class Answers:
 
     def _graded_again(self, step: str, place: Folder, options: dict[str, Any], folder: Path, config: Config) -> bool:
         """Grade what is asked by the rules of today, where nothing else changed; that needs no model. Returns whether it was done."""
-        if not place.is_done(step, {key: value for key, value in options.items() if key != "grading"}, redo=True):
+        ungraded = {key: value for key, value in options.items() if key != "grading"}
+        if not place.is_done(step, ungraded, redo=True, makes=folder / "scores.json"):
             return False
         if grade_again(config, folder) is None:
             return False
@@ -140,7 +142,7 @@ class Answers:
 
     @property
     def _is_asked(self) -> bool:
-        return self.folder.is_done("evaluate", self._after_options, redo=True)
+        return self.folder.is_done("evaluate", self._after_options, redo=True, makes=self.folder.path / "scores.json")
 
     @property
     def _is_recovered(self) -> bool:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from farss.errors import FarssError, FolderError
@@ -88,7 +89,7 @@ class Survey:
 
     def directions(self, name: str) -> Directions:
         """Read sigma, lambda and gamma of one layer."""
-        with safe_open(self.block_file(self.layers[name].block), framework="pt") as file:
+        with self._opened(self.layers[name].block) as file:
             return Directions(*(file.get_tensor(f"{name}.{part}") for part in ("sigma", "lam", "gam")))
 
     def vectors(self, name: str, directions: list[int]) -> tuple[Tensor, Tensor]:
@@ -97,7 +98,7 @@ class Survey:
         Raises:
             FarssError: an index is outside what the survey kept.
         """
-        with safe_open(self.block_file(self.layers[name].block), framework="pt") as file:
+        with self._opened(self.layers[name].block) as file:
             kept: Tensor = file.get_tensor(f"{name}.kept")
             u: Tensor = file.get_tensor(f"{name}.u")
             v: Tensor = file.get_tensor(f"{name}.v")
@@ -126,10 +127,19 @@ class Survey:
     def holds_all(self) -> bool:
         """Whether the vectors of every direction are kept, so that any rank can be planned."""
         for name, layer in self.layers.items():
-            with safe_open(self.block_file(layer.block), framework="pt") as file:
+            with self._opened(layer.block) as file:
                 if file.get_slice(f"{name}.kept").get_shape()[0] < min(layer.shape):
                     return False
         return True
+
+    @contextmanager
+    def _opened(self, block: int) -> Iterator[Any]:
+        path = self.block_file(block)
+        try:
+            with safe_open(path, framework="pt") as file:
+                yield file
+        except (OSError, SafetensorError) as error:
+            raise FolderError(f"{path} is missing or damaged: delete {self.folder}, and it is made again") from error
 
     def block_file(self, block: int) -> Path:
         """The safetensors file of one block."""

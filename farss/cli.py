@@ -32,6 +32,7 @@ app = typer.Typer(
 )
 errors = Console(stderr=True)
 
+INTERRUPTED = 130
 TUNE = [0.25, 0.5, 1, 2]
 """`compare.tune` of `farss compare --tune`."""
 
@@ -63,9 +64,10 @@ def main() -> None:
     except FarssError as error:
         errors.print(f"[bold red]farss:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        errors.print("farss: stopped; the same command continues where it was")
-        sys.exit(130)
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:  # which is what typer makes of a Ctrl-C
+            errors.print("farss: stopped; the same command continues where it was")
+        raise
 
 
 SPELT = dict(zip("−–■░▒▓█", "--#.:+#", strict=True))

@@ -21,6 +21,7 @@ from farss.config import Config, QuestionSet
 from farss.configfile import CONFIG, dump, from_dict, load, override, to_dict
 from farss.errors import ConfigError, FarssError, FolderError
 from farss.files import disk_cure, read_json, write_json, write_text
+from farss.rows import looks_local
 
 DATA_KEYS = tuple(f"data.{name}" for name in ("train", "split", "prompt", "response", "template", "max_length", "limit"))
 """Of the examples: all of the section but the system message of what is asked."""
@@ -157,14 +158,13 @@ class Folder:
         record: dict[str, Any] | None = read_json(path) if path.is_file() else None
         return record
 
-    def is_done(
-        self, step: str, options: dict[str, Any], redo: bool = False, cure: str = "choose another out, or delete that folder"
-    ) -> bool:
+    def is_done(self, step: str, options: dict[str, Any], redo: bool = False, cure: str | None = None, makes: Path | None = None) -> bool:
         """Whether a step is complete with these options.
 
         Args:
             redo: a change of options means doing it again, instead of a refusal.
-            cure: what the refusal recommends.
+            cure: what the refusal recommends, instead of the usual.
+            makes: what it makes; where that is gone, it is not complete.
 
         Raises:
             FolderError: it was begun with other options; the first difference is named.
@@ -173,18 +173,24 @@ class Folder:
         if record is None:
             return False
         # An option that the record does not know is younger than the folder, which was made with its default; and where
-        # it did not look at a file's content, nothing can be said of it. One that only the record knows changes nothing any more.
-        options = {key: _filled(value) for key, value in options.items()}
-        recorded = {key: _filled(value) for key, value in record["options"].items() if key.removeprefix(CONTENT) in options}
+        # it did not look at a file's content, or the file is gone, nothing can be said of it. One that only the record knows changes
+        # nothing any more.
+        options = {key: _filled(value) for key, value in options.items() if not (key.startswith(CONTENT) and _is_gone(value))}
+        recorded = {key: _filled(value) for key, value in record["options"].items() if key in options}
         known = dict.fromkeys(options) | _defaults(options) | {key: options[key] for key in options if key.startswith(CONTENT)} | recorded
         if known != options:
             if redo:
                 return False
             key = next(key for key in options | known if options.get(key) != known.get(key))
+            if cure is None and tuple(key.split(".")) in PATHS:
+                cure = "choose another out or, if it is the same that lies elsewhere now, put a link to it in its old place"
+            elif cure is None:
+                cure = "choose another out" if record["done"] else "choose another out, or delete that folder"
             raise FolderError(
-                f"out={str(self.path)!r} holds a {step} made with {key}={known.get(key)!r}, and now {key}={options.get(key)!r}: {cure}"
+                f"out={str(self.path)!r} holds the step {step!r}, made with {key}={known.get(key)!r}, and now "
+                f"{key}={options.get(key)!r}: {cure}"
             )
-        return bool(record["done"])
+        return bool(record["done"]) and (makes is None or makes.exists())
 
     @contextmanager
     def step(self, step: str, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -226,6 +232,11 @@ def options_of(config: Config, keys: tuple[str, ...]) -> dict[str, Any]:
     return found
 
 
+def _is_gone(content: Any) -> bool:
+    """Whether a file whose content an option depends on is not there."""
+    return None in content if isinstance(content, list) else content is None
+
+
 def _files(value: Any) -> list[str]:
     """The files that an option names: its own path, or those of its question sets."""
     if isinstance(value, dict):
@@ -265,10 +276,21 @@ def _hashed(path: Path, changed: int, size: int) -> str:
 
 
 def resolve(config: Config) -> Config:
-    """Expand `${VARIABLES}` in every path and make the paths that exist absolute, so that a run can be replayed from
-    anywhere."""
-    values = to_dict(config)
-    values["out"] = str(run_folder(config))
+    """Expand `${VARIABLES}` in every path and make it absolute, so that a run can be replayed from anywhere; but for what may be a name on
+    a hub, which is what neither exists nor did when the run folder was made."""
+    values, out = to_dict(config), run_folder(config)
+    values["out"], known = str(out), _paths_in(out)
+
+    def _resolve(key: str, path: Any) -> Any:
+        """A path, or a question set with its paths."""
+        if isinstance(path, dict):
+            return path | {name: _resolve(f"{key}.{name}", path[name]) for name in ("data", "examples") if name in path}
+        if not isinstance(path, str) or not path:  # what is no path is refused where its type is checked
+            return path
+        expanded = _expand(key, path)
+        whole = str(Path(expanded).absolute())
+        return whole if Path(expanded).exists() or looks_local(expanded) or whole in known else expanded
+
     for section, name in PATHS:
         values[section][name] = _resolve(f"{section}.{name}", values[section][name])
     for kind in KINDS:
@@ -328,14 +350,14 @@ def alone(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def _resolve(key: str, path: Any) -> Any:
-    """A path, or a question set with its paths."""
-    if isinstance(path, dict):
-        return path | {name: _resolve(f"{key}.{name}", path[name]) for name in ("data", "examples") if name in path}
-    if not isinstance(path, str) or not path:  # what is no path is refused where its type is checked
-        return path
-    expanded = _expand(key, path)
-    return str(Path(expanded).absolute()) if Path(expanded).exists() else expanded
+def _paths_in(folder: Path) -> set[str]:
+    """The paths in the configuration of a run folder."""
+    try:
+        values = to_dict(load(folder / CONFIG))
+    except FarssError:
+        return set()
+    named = [values[section][name] for section, name in PATHS]
+    return {path for value in (*named, *(values["evaluate"][kind] for kind in KINDS)) for path in _files(value)}
 
 
 def _expand(key: str, path: str) -> str:

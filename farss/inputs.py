@@ -15,6 +15,7 @@ from farss.models import empty_model, layer_shapes, load_tokenizer
 from farss.recovery import recovery_rows
 from farss.rows import example_rows, knowledge_texts, question_rows, text_rows
 from farss.structure import positions
+from farss.tasks.benchmarks import list_benchmarks
 from farss.tasks.reference import check_reference
 
 Result = TypeVar("Result")
@@ -96,13 +97,19 @@ class Inputs:
     def check(self) -> None:
         """Read all of it, so that a bad file is found before hours of training."""
         _ = self.tokenizer, self.examples, self.knowledge
-        self.check_system()
         check_length(self.examples, self.config.data, positions(self.architecture))
-        self._once(self.check_questions, self.config.evaluate)
+        self.check_asked()
         if self.common_config.evaluate.full_scores:
             self._once(self._check_reference, self.common_config)
         if self.config.evaluate.recovery:
             self._once(self._check_recovery, self.common_config)
+
+    def check_asked(self) -> None:
+        """Read every question file, and see that the questions can be asked, and as they were trained."""
+        self._once(self.check_questions, self.config.evaluate)
+        self._once(list_benchmarks, self.common_config, {})
+        if self.config.data.template == "chat" and self.config.evaluate.task:
+            self.check_system()
 
     def check_system(self) -> None:
         """Refuse to ask the task without the system message that every example has, or with another one.

@@ -107,6 +107,13 @@ def prepare(
     Raises:
         FarssError: something in the arguments, the data or the model cannot be used; the message says what and the cure.
     """
+    if not hasattr(model, "named_modules"):
+        raise ConfigError(f"model is a {type(model).__name__}: load it first, with AutoModelForCausalLM.from_pretrained")
+    if not callable(tokenizer):
+        raise ConfigError(f"tokenizer is a {type(tokenizer).__name__}: load the model's, with AutoTokenizer.from_pretrained")
+    for name, given, kind in (("plan", plan, PlanConfig), ("data", data, DataConfig), ("calibration", calibration, CalibrationConfig)):
+        if given is not None and not isinstance(given, kind):
+            raise ConfigError(f"{name} is a {type(given).__name__}: give a farss.{kind.__name__}, such as farss.{kind.__name__}()")
     if hasattr(model, "peft_config"):
         raise FarssError(
             "this model has adapters already: merge them first (model = model.merge_and_unload()), then prepare it; "

@@ -138,9 +138,9 @@ class Run:
 
     def check_inputs(self, trains: bool = True) -> None:
         """Read the tokenizer, the data and every question file, and plan what can be planned without a survey."""
-        if self.has_trained:  # they were usable
-            if self.config.data.template == "chat" and self.config.evaluate.task and not self.answers.complete:
-                self.inputs.check_system()
+        if self.has_trained:  # they were usable; what is asked may be asked anew
+            if not self.answers.complete:
+                self.inputs.check_asked()
             return
         if trains:
             handover.check(self.config, self.inputs.architecture, self.inputs.shapes[0])
@@ -224,12 +224,12 @@ class Run:
         return begun is None or not (begun["done"] or any((self.path / "checkpoints").glob("checkpoint-*")))
 
     def _is_planned(self) -> bool:
-        return self.folder.is_done("plan", self._plan_options, redo=self._may_replan)
+        return self.folder.is_done("plan", self._plan_options, redo=self._may_replan, makes=self.path / "plan.json")
 
     def _is_trained(self) -> bool:
         done = (self.folder.record("train") or {"done": True})["done"]
         cure = {} if done else {"cure": f"choose another out, or delete {self.path / 'checkpoints'} to train anew"}
-        return self.folder.is_done("train", self._train_options, redo=self._may_replan, **cure)
+        return self.folder.is_done("train", self._train_options, redo=self._may_replan, makes=self.path / "train.json", **cure)
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
@@ -331,7 +331,8 @@ class Run:
         self.train()
         plan, options = self.plan(), options_of(self.config, EXPORT_KEYS)
         target = handover.place_of(self.config, self.path)
-        if self.folder.is_done("export", options, redo=True) and target.is_dir():
+        gone = not any(target.glob("*.safetensors")) and (self.path / "checkpoints").is_dir()  # not deleted by compare.keep
+        if self.folder.is_done("export", options, redo=True, makes=target) and not gone:
             return target
         self.tell("export", 0, 1, "")
         model = self.trained()  # first: where its weights are deleted, the record of what was exported stays

@@ -193,6 +193,10 @@ def load_adapter(model: Any, folder: Path | str, tokenizer: Any = None, trainabl
     from peft import PeftModel
 
     folder = Path(folder)
+    if not isinstance(model, nn.Module):
+        raise FarssError(f"model is a {type(model).__name__}: load it first, with AutoModelForCausalLM.from_pretrained")
+    if not folder.is_dir():
+        raise FarssError(f"there is no folder {folder}: give that of an exported adapter")
     if not (folder / "farss.json").is_file():
         raise FarssError(f"{folder} is no adapter of farss: there is no farss.json in it; load it with PeftModel.from_pretrained")
     facts = read_json(folder / "farss.json")
@@ -255,8 +259,8 @@ def check(adapted: Any, folder: Path, batch: dict[str, Tensor]) -> tuple[float, 
             with untouched_base(adapted):
                 found = logits(adapted, batch)
         finally:
+            activate(adapted)  # first: PEFT warns of an active adapter that is deleted
             adapted.delete_adapter(CHECKED)
-        activate(adapted)
     return (found - expected).abs().max().item(), expected.abs().max().item()
 
 

@@ -48,7 +48,7 @@ def read_rows(path: str, split: str = "train") -> list[dict[str, Any]]:
     file = Path(path).expanduser()
     if file.is_file():
         rows = _read_file(file)
-    elif _looks_local(path) and not file.is_dir():
+    elif looks_local(path) and not file.is_dir():
         raise DataError(f"there is no file {path}: check the path, or give a data set's name on a hub")
     else:
         rows = _read_hub(path, split)
@@ -57,7 +57,8 @@ def read_rows(path: str, split: str = "train") -> list[dict[str, Any]]:
     return rows
 
 
-def _looks_local(path: str) -> bool:
+def looks_local(path: str) -> bool:
+    """Whether a name is a file's, and no data set's on a hub."""
     name = path.lower().removesuffix(".gz")
     return name.endswith((*KINDS, ".txt", ".tsv")) or path.startswith((".", "/", "~")) or path.count("/") > 1
 
@@ -113,6 +114,8 @@ def _read_csv(stream: IO[str], file: Path) -> list[dict[str, Any]]:
         reader = csv.DictReader(stream, strict=True)
         rows: list[dict[str, Any]] = []
         try:
+            if len(names := list(reader.fieldnames or ())) == 1 and (found := next((each for each in ";\t|" if each in names[0]), None)):
+                raise DataError(f"{file} separates its columns by {found!r}: write it with commas")
             for row in reader:
                 if None in row or None in row.values():
                     raise DataError(f"{file}, line {reader.line_num} has more or fewer cells than the header: mend the line")
@@ -221,7 +224,8 @@ def text_rows(path: str) -> list[str]:
 
 
 def _texts(rows: list[dict[str, Any]], path: str) -> list[str]:
-    _named_columns(rows, ["text"], path)
+    if "text" not in (columns := columns_of(rows)):
+        raise DataError(f"{path} has no column 'text' (it has {', '.join(columns)}), where general text lies: rename the one that holds it")
     with naming(path):
         texts = [cell(row, "text", number) for number, row in enumerate(rows, 1) if not _is_empty(row.get("text"))]
     if not texts:
@@ -279,7 +283,7 @@ def knowledge_texts(source: str | QuestionSet) -> list[str]:
     else:
         rows = read_rows(source)
         columns = columns_of(rows)
-        if "text" in columns:
+        if "text" in columns or not {"answer", "answers"} & set(columns):
             return _texts(rows, source)
         entry = QuestionSet(name="knowledge", data=source, answers="answers" if "answers" in columns else "answer")
     return [f"Question: {row['question']}\nAnswer: {row['answers'][0]}" for row in _questions(rows, entry)]

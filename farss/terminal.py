@@ -13,7 +13,7 @@ from rich.text import Text
 
 from farss.artifacts import LayerPlan, Plan, Survey
 from farss.report.candidates import departure
-from farss.report.figures import SIDES, layer_types
+from farss.report.figures import SIDES, layer_types, start_text
 from farss.report.story import MEANINGS, tiles
 from farss.report.tables import METRICS, NATS, Cell, base_cells, cells, columns, gap_heads, gaps
 from farss.report.words import SPACE, change, cut, interval, points
@@ -76,7 +76,8 @@ class RankMap:
     def _key(self, width: int) -> Text:
         blocks = {side: [layer.block for layer in self.plan.layers.values() if layer.side == side] for side in SIDES}
         where = {side: f"{min(some)}" if min(some) == max(some) else f"{min(some)} to {max(some)}" for side, some in blocks.items() if some}
-        words = {side: f"{SIDES[side]}{f', blocks {at}' if len(where) > 1 else ''}" for side, at in where.items()}
+        starts: dict[str | None, str] = {layer.side: start_text(layer) for layer in self.plan.layers.values()}
+        words = {side: f"{starts[side]}{f', blocks {at}' if len(where) > 1 else ''}" for side, at in where.items()}
         key = Text("  ").join(Text(f"■ {text}", style=STYLES[side]) for side, text in words.items())
         if width == 1:
             key.append(f"  {SHADES} rank up to {self.highest}", style="dim")

@@ -158,7 +158,7 @@ def test_killed_it_goes_on_and_makes_the_same_choice(searched, config, moments, 
 
 @pytest.mark.parametrize(("text", "key"), [("train.learning_rate=2e-2", "train.learning_rate"), ("boundary.probe=0.1", "boundary.probe")])
 def test_a_search_with_other_options_is_refused(searched, text, key):
-    with pytest.raises(FolderError, match=f"holds a boundary-farss made with {key}="):
+    with pytest.raises(FolderError, match=f"holds the step 'boundary-farss', made with {key}="):
         Run(override(searched.config, [text])).claim()
 
 
@@ -172,7 +172,7 @@ def test_a_changed_question_file_is_noticed(config, tmp_path, monkeypatch):
     with pytest.raises(TypeError):  # the search has begun, and there is nothing to train with
         run.boundary()
     file.write_text("\n".join(world.KNOWLEDGE.read_text().splitlines()[:-1]))
-    with pytest.raises(FolderError, match=r"holds a boundary-farss made with content of evaluate\.knowledge="):
+    with pytest.raises(FolderError, match=r"holds the step 'boundary-farss', made with content of evaluate\.knowledge="):
         Run(config).boundary()
 
 

@@ -153,3 +153,15 @@ def test_report_draws_from_artifacts_alone_and_opens_the_page(tmp_path, monkeypa
     assert "no browser" not in CliRunner().invoke(app, ["report", str(tmp_path), "--open"]).output
     assert opened == [(tmp_path / "report.html").as_uri()]
     assert "no browser was found" in CliRunner().invoke(app, ["report", str(tmp_path), "--open"]).output
+
+
+def test_a_ctrl_c_says_how_to_go_on(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("farss.cli.commented", interrupted)
+    monkeypatch.setattr(sys, "argv", ["farss", "config"])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 130
+    assert "stopped; the same command continues where it was" in capsys.readouterr().err

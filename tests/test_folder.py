@@ -96,3 +96,20 @@ def test_paths_are_absolute_and_variables_expanded(config, monkeypatch, tmp_path
     found = resolve(override(config, ["data.train=${PLACE}/task_train.jsonl", "out=here"]))
     assert found.data.train == str(world.TASK_TRAIN)
     assert found.out == str(tmp_path / "here")
+
+
+def test_a_path_stays_absolute_while_what_it_names_is_gone(config, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    names = {"model.path": "my-model", "data.train": "rows.jsonl", "evaluate.text": "text"}
+    for name in names.values():
+        (tmp_path / name).mkdir()
+    config = override(config, [f"{key}={name}" for key, name in names.items()])
+    before = resolve(config)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(dump(before))
+    for name in names.values():
+        (tmp_path / name).rmdir()
+    assert resolve(config) == before
+    assert before.model.path == str(tmp_path / "my-model")
+    elsewhere = resolve(override(config, ["out=elsewhere"]))
+    assert (elsewhere.model.path, elsewhere.data.train) == ("my-model", str(tmp_path / "rows.jsonl"))  # the first may be on a hub

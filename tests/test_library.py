@@ -250,3 +250,24 @@ def test_an_encoder_is_refused(tokenizer, rows):
     encoder = transformers.RobertaForCausalLM(transformers.RobertaConfig(vocab_size=len(tokenizer), **sizes, max_position_embeddings=258))
     with pytest.raises(farss.FarssError, match="reads ahead"):
         farss.prepare(encoder, tokenizer, rows, plan=PLAN)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "my-model"}, "model is a str: load it first"),
+        ({"tokenizer": None}, "tokenizer is a NoneType"),
+        ({"plan": {"rank": 8}}, r"plan is a dict: give a farss\.PlanConfig"),
+    ],
+)
+def test_what_is_no_model_no_tokenizer_or_no_options_is_named(tokenizer, rows, changes, message):
+    given = {"model": base(tokenizer), "tokenizer": tokenizer, "plan": PLAN} | changes
+    with pytest.raises(farss.FarssError, match=message):
+        farss.prepare(given.pop("model"), given.pop("tokenizer"), rows, **given)
+
+
+def test_an_adapter_that_is_not_there(tokenizer, tmp_path):
+    with pytest.raises(farss.FarssError, match="there is no folder"):
+        farss.load_adapter(base(tokenizer), tmp_path / "nowhere")
+    with pytest.raises(farss.FarssError, match="model is a str"):
+        farss.load_adapter("my-model", tmp_path)

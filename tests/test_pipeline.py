@@ -227,7 +227,7 @@ def test_a_training_that_made_no_step_is_no_reason_to_refuse(config, monkeypatch
     run.claim()
     run.train()
     (run.path / "steps" / "train.json").write_text(json.dumps(run.folder.record("train") | {"done": False}))
-    with pytest.raises(FolderError, match=r"holds a train made with train.learning_rate=0.001, .* or delete .*checkpoints to train anew"):
+    with pytest.raises(FolderError, match=r"'train', made with train.learning_rate=0.001, .* or delete .*checkpoints to train anew"):
         Run(override(config, ["train.learning_rate=1e-4"])).claim()
 
 
@@ -348,3 +348,65 @@ def test_killed_in_every_step_it_ends_at_the_same_result(model_folder, done, tmp
     assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
     for name in ("facts", "seals"):
         assert (whole / "scores" / f"{name}.jsonl").read_bytes() == (killed / "scores" / f"{name}.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("question_set", "error", "message"),
+    [
+        (f"{{name: facts, data: '{world.KNOWLEDGE}', question: qestion}}", DataError, "did you mean 'question'"),
+        (f"{{name: facts, data: '{world.KNOWLEDGE}', prompt: Q}}", ConfigError, "{question}"),
+        (f"{{name: a/b, data: '{world.KNOWLEDGE}'}}", ConfigError, "is also a file name"),
+    ],
+)
+def test_questions_that_cannot_be_asked_of_a_finished_run_change_nothing(done, question_set, error, message):
+    before = {path: path.read_bytes() for path in done.path.rglob("*") if path.is_file()}
+    with pytest.raises(error) as caught:
+        Run(override(done.config, [f"evaluate.knowledge=[{question_set}]"])).claim()
+    assert message in str(caught.value)
+    assert {path: path.read_bytes() for path in done.path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_what_is_missing_in_a_folder_is_made_again(config):
+    run = Run(config)
+    run.all()
+    for name in ("plan.json", "train.json", "scores.json", "base/scores.json", "adapter/adapter_model.safetensors"):
+        before = (run.path / name).read_bytes()
+        (run.path / name).unlink()
+        Run(config).all()
+        if name.endswith("scores.json"):  # they hold seconds
+            assert json.loads((run.path / name).read_text())["meta"] == json.loads(before)["meta"]
+        else:
+            assert (run.path / name).read_bytes() == before
+
+
+def test_a_damaged_survey_is_one_sentence(config):
+    run = Run(config)
+    run.claim()
+    run.survey()
+    block = run.path / "survey" / "block-0003.safetensors"
+    block.write_bytes(block.read_bytes()[:100])
+    with pytest.raises(FolderError, match=r"block-0003\.safetensors is missing or damaged: delete .*survey, and it is made again"):
+        run.plan()
+
+
+def test_a_training_needs_its_data_no_more_when_it_is_over(config, tmp_path, monkeypatch):
+    data = tmp_path / "mine.jsonl"
+    data.write_bytes(world.TASK_TRAIN.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    config = override(config, ["data.train=mine.jsonl"])
+    run = Run(config)
+    run.claim()
+    run.train()
+    data.unlink()
+    again = Run(config)
+    again.claim()
+    assert again.config.data.train == load(run.path / "config.yaml").data.train == str(data)
+    assert again.train() == run.train()
+    with pytest.raises(DataError, match=r"there is no file .*mine\.jsonl"):
+        again.export()  # which looks at a few prompts
+    data.write_text("{}")
+    with pytest.raises(FolderError, match=r"made with content of data\.train=.*: choose another out$"):
+        Run(config).claim()
+    with pytest.raises(FolderError, match=r"made with model\.path=.* put a link to it in its old place"):
+        Run(override(config, [f"model.path={world.MODEL}"])).claim()

@@ -253,3 +253,17 @@ def test_question_and_text_errors(tmp_path: Path) -> None:
         room.text_rows(write_rows(tmp_path / "t.jsonl", [{"text": "hello"}, {"text": ["a"]}]))
     with pytest.raises(DataError, match="has no column 'text'"):
         room.text_rows(write_rows(tmp_path / "t.jsonl", [{"body": "hello"}]))
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_another_separator_is_named(tmp_path, separator):
+    (tmp_path / "x.csv").write_text(f"prompt{separator}completion\na, b{separator}c\n")
+    with pytest.raises(DataError, match=r"separates its columns by .*: write it with commas"):
+        room.read_rows(str(tmp_path / "x.csv"))
+
+
+def test_text_has_a_column_of_its_own(tmp_path):
+    path = write_rows(tmp_path / "t.jsonl", [{"prompt": "a", "completion": "b"}])
+    for read in (room.text_rows, room.knowledge_texts):
+        with pytest.raises(DataError, match=r"has no column 'text' \(it has prompt, completion\)"):
+            read(path)

@@ -41,5 +41,5 @@ def test_a_finished_run_holds_to_the_knowledge_it_looked_at(config):
     config = override(config, ["plan.method=lora-null", f"calibration.knowledge={world.KNOWLEDGE}"])
     Run(config).all()
     for change in ("calibration.knowledge=null", "calibration.examples=6"):
-        with pytest.raises(FolderError, match=rf"holds a null-space made with {change.partition('=')[0]}="):
+        with pytest.raises(FolderError, match=rf"holds the step 'null-space', made with {change.partition('=')[0]}="):
             Run(override(config, [change])).claim()

@@ -18,9 +18,16 @@ SIDES = {
     "most": "most important directions",
     None: "random start",
 }
+AGAINST = "directions of the task against knowledge"
+"""Those of FARSS-plus, which trains B alone from zero."""
 SPECTRUM_POINTS = 160
 NAMES = ("balance", "frontier", "benchmarks", "boundary", "plan", "importance", "energy", "spectrum", "loss", "course")
 """Every figure that a page may have."""
+
+
+def start_text(layer: LayerPlan) -> str:
+    """Where the adapter of a layer starts."""
+    return AGAINST if layer.fixed_a else SIDES[layer.side]
 
 
 class Choice(NamedTuple):
@@ -128,7 +135,7 @@ def _spectrum_choice(name: str, survey: Survey, layer: LayerPlan | None) -> Choi
     data = [_dots("not chosen", scores, thinned(rest, SPECTRUM_POINTS), "theme:faint", 4)]
     if layer and chosen:
         shade = f"theme:{layer.side or 'random'}-high"
-        data.append(_dots(SIDES[layer.side], scores, thinned(chosen, SPECTRUM_POINTS), shade, 7))
+        data.append(_dots(start_text(layer), scores, thinned(chosen, SPECTRUM_POINTS), shade, 7))
     layout = {
         "height": 380,
         "xaxis": {"title": {"text": "singular direction, largest singular value first"}},

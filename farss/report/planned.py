@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import Any
 
 from farss.artifacts import LayerPlan, Plan, Survey
-from farss.report.figures import SIDES, Choice, Figure, Trace, boundary_marks, layer_types
+from farss.report.figures import SIDES, Choice, Figure, Trace, boundary_marks, layer_types, start_text
 from farss.report.words import compact, count, label, percent, plain
 
 STRIP, GAP, ROW = 104, 16, 34
@@ -73,7 +73,7 @@ def _side_bars(plan: Plan, side: str | None) -> Trace:
     spent = _spent(plan, {side})
     return {
         "type": "bar",
-        "name": SIDES[side],
+        "name": start_text(next(layer for layer in plan.layers.values() if layer.side == side)),
         "x": list(range(plan.blocks)),
         "y": spent,
         "yaxis": "y2",
@@ -121,4 +121,4 @@ def _side_map(plan: Plan, types: dict[str, str], rows: list[str], side: str | No
 def _layer_words(name: str, layer: LayerPlan, survey: Survey | None) -> list[str]:
     seen = survey.layers.get(name) if survey else None
     importance = f"importance {plain(seen.importance)}, " if seen else ""
-    return [label(name), SIDES[layer.side], importance + count(layer.parameters, "parameter")]
+    return [label(name), start_text(layer), importance + count(layer.parameters, "parameter")]

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from farss.artifacts import KINDS, LayerPlan, Plan, Survey
 from farss.methods import METHODS, SURVEY
+from farss.report.figures import AGAINST
 from farss.report.folder import Comparison, Run
 from farss.report.tables import METRICS, Value, frontier_points, labels, rivals, standing
 from farss.report.words import (
@@ -29,7 +30,7 @@ NO_PACKAGES = ("farss", "python", "machine", "date", "command")
 MEANINGS = {
     "KT": "balance of kept and learned",
     "K": "kept of the knowledge",
-    "T": "learned, against full fine-tuning",
+    "T": "learned, against",
     "retained": "still right, of what was answered right before",
     "recovered": "K after a few steps of question answering",
 }
@@ -175,6 +176,8 @@ def _start(layers: list[LayerPlan]) -> str:
         "most": "the most important directions",
         None: "random directions",
     }
+    if all(layer.fixed_a for layer in layers):
+        return AGAINST
     return words[sides.pop()] if len(sides) == 1 else "directions chosen layer by layer"
 
 
@@ -191,9 +194,13 @@ def _outcome(summary: dict[str, Any], who: str = "It") -> list[str]:
         words.append(f"kept {percent(kept['value'])} of the knowledge it had (K{_between(kept)})")
     if is_number(learned.get("value")):
         of = "gain of likelihood" if summary.get("learned_by") == "likelihood" else "score"
-        words.append(f"reached {percent(learned['value'])} of full fine-tuning's {of} on the task (T{_between(learned)})")
+        words.append(f"reached {percent(learned['value'])} of the {of} of {_reference(summary)} on the task (T{_between(learned)})")
     end = f"; together KT is {percent(balance['value'])}" if is_number(balance.get("value")) else ""
     return [f"{cut(who, 80)} {' and '.join(words)}{end}."] if words else []
+
+
+def _reference(summary: dict[str, Any]) -> str:
+    return cut(str(summary.get("reference") or "full fine-tuning"), 40)
 
 
 def _between(entry: dict[str, Any]) -> str:
@@ -212,7 +219,7 @@ def tiles(summary: dict[str, Any]) -> list[Tile]:
                     name,
                     percent(entry["value"]),
                     interval(entry.get("low"), entry.get("high")),
-                    MEANINGS[name],
+                    f"{MEANINGS[name]} {_reference(summary)}" if name == "T" else MEANINGS[name],
                 )
             )
     if is_number(summary.get("forgetting")):
@@ -305,7 +312,7 @@ def costs(run: Run) -> list[tuple[str, str]]:
         ("Training", duration(train.get("seconds")), train.get("seconds")),
         ("Optimiser steps", plain(train.get("steps")), train.get("steps")),
         ("Epochs", plain(train.get("epochs")), train.get("epochs")),
-        ("Final loss", plain(train.get("loss"), 4), train.get("loss")),
+        ("Loss, mean of the last steps", plain(train.get("loss"), 4), train.get("loss")),
         ("Peak memory", gib(train.get("peak_memory_gib")), train.get("peak_memory_gib")),
         ("Trained parameters", compact(train.get("parameters")), train.get("parameters")),
         *(

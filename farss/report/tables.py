@@ -227,6 +227,7 @@ def gaps(comparison: dict[str, Any]) -> dict[str, list[Gap]]:
     for row in comparison.get("differences") or []:
         if row.get("metric") in found:
             p = f"{row['p_value']:.3f}" if is_number(row.get("p_value")) else NOTHING
+            p = "<0.001" if p == "0.000" else p
             shown = signed_points(row.get("value")), signed_interval(row.get("low"), row.get("high")), p
             found[row["metric"]].append(Gap(str(row.get("method")), str(row.get("against")), *shown))
     return {name: rows for name, rows in found.items() if rows}

@@ -14,7 +14,7 @@ from farss.errors import ConfigError
 from farss.files import fingerprint
 from farss.rows import example_rows, question_rows
 from farss.tasks.grading import GRADING
-from farss.tasks.questions import Drawn, draw
+from farss.tasks.questions import Drawn, draw, prompt_of
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ def _benchmark(kind: Kind, entry: str | QuestionSet, config: Config, identity: d
     drawn: Drawn | None = None
     asked: Any = entry
     if isinstance(entry, QuestionSet):
+        prompt_of(entry, kind, config.data, None)  # refuses what it cannot be
         rows, examples = question_rows(entry), example_rows(entry)
         drawn = draw(entry, rows, config.seed, examples)
         asked = {key: value for key, value in to_dict(entry).items() if key != "split"} | {

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from farss.errors import ConfigError, nearest
+from farss.rows import looks_local
 
 TASKS = Path(__file__).parent
 """The harness task files that ship with the package."""
@@ -25,6 +26,8 @@ def task_manager(names: list[str], run_generated_code: bool) -> Any:
         return None
     manager = _manager(all((TASKS / f"{name}.yaml").is_file() for name in names))
     for name in names:
+        if name not in manager.task_index and looks_local(name):
+            raise ConfigError(f"evaluate: {name!r} is a file: write it as a question set, {{name: mine, data: {name}}}")
         if name not in manager.task_index:
             raise ConfigError(f"evaluate: lm_eval has no task {name!r}: {_nearest_task(name, manager.all_tasks)}")
         if not run_generated_code and _runs_code(name, manager.task_index):

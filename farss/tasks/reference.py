@@ -29,6 +29,8 @@ def check_reference(config: Config, tokenizer: Any) -> None:
             f"evaluate.full_scores={named}: there is no such file; it is the scores.json of full fine-tuning, or of another run in its "
             "place, which comes first"
         )
+    if named.resolve() in (own := Path(config.out).resolve(), own / "scores.json"):
+        raise FolderError(f"evaluate.full_scores={named} is this run's own: T would be 1 whatever it learned; name another run's")
     scores, folder = read_scores(named)
     for each in list_benchmarks(config, {}):
         if each.kind != "task":

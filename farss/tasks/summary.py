@@ -69,6 +69,8 @@ class Summary:
     only masked. None where it was not asked."""
     learned_by: str = "score"
     """What T is made of (`evaluate.learned_by`)."""
+    reference: str = "full fine-tuning"
+    """What T is relative to."""
     retained: Estimate | None = None
     """Of the knowledge questions that the base model answers right, the share that still are, mean over the benchmarks. K counts
     what is answered by chance, or in a better form, for what was lost; this does not. None where K has no value."""
@@ -101,8 +103,9 @@ def summarise(before: Path, after: Path, full: Path | None, config: Config, only
     ]
     notes = _unpaired(runs[0][0], runs[1][0]) + _unlike(runs[0][0], runs[1][0], reference[0][0] if reference else None)
     asked = {kind: [each for each in outcomes if each.kind == kind] for kind in KINDS}
-    no_k = _why_no("K", asked["knowledge"], BEFORE, "the base model")
-    no_t = _why_no_t(asked["task"], bool(reference), config)
+    who = _named(reference[0][0].meta.get("method", "full")) if reference else _named("full")
+    no_k = _why_no("K", asked["knowledge"], BEFORE, "the base model", "ask easier questions, or more, or show it examples (fewshot)")
+    no_t = _why_no_t(asked["task"], bool(reference), who, config)
     found = standings(before, {"run": [Entry(after, None if no_t else full)]}, config, only)["run"].estimates
     notes += [*no_k, *no_t, *(_about_t(reference[0][0], config) if "T" in found else [])]
     resamples, seed = config.evaluate.resamples, config.seed
@@ -119,7 +122,13 @@ def summarise(before: Path, after: Path, full: Path | None, config: Config, only
         seed=seed,
         notes=notes,
         learned_by=config.evaluate.learned_by,
+        reference=who,
     )
+
+
+def _named(method: str) -> str:
+    """The reference of T in words."""
+    return "full fine-tuning" if method == "full" else f"the run of {method}"
 
 
 def _beside(
@@ -157,17 +166,17 @@ def _unlike(before: Scores, after: Scores, full: Scores | None) -> list[str]:
     return found
 
 
-def _why_no(letter: str, outcomes: list[Outcomes], reference: int, who: str) -> list[str]:
+def _why_no(letter: str, outcomes: list[Outcomes], reference: int, who: str, cure: str) -> list[str]:
     """Why a ratio of scores has no value, if it has none."""
     for each in outcomes:
         if (value := float(each.scores[reference].mean())) <= 0:
             name = each.score.name
-            cure = f"so a ratio to it means nothing: leave {name!r} out, or ask more"
-            return [f"{letter} is not computed: {who} scores {value:.3g} on {name!r}, {cure}."]
+            means_nothing = f"so a ratio to it means nothing: leave {name!r} out, or {cure}"
+            return [f"{letter} is not computed: {who} scores {value:.3g} on {name!r}, {means_nothing}."]
     return []
 
 
-def _why_no_t(tasks: list[Outcomes], has_full: bool, config: Config) -> list[str]:
+def _why_no_t(tasks: list[Outcomes], has_full: bool, who: str, config: Config) -> list[str]:
     if not tasks:
         return []
     if not has_full and config.plan.method == "full":
@@ -178,11 +187,11 @@ def _why_no_t(tasks: list[Outcomes], has_full: bool, config: Config) -> list[str
             "evaluate.full_scores."
         ]
     if lacking := [each.score.name for each in tasks if len(each.scores) <= FULL]:
-        return [f"T is not computed: the full fine-tuning run was not asked {lacking[0]!r}."]
+        return [f"T is not computed: {who} was not asked {lacking[0]!r}."]
     if config.evaluate.learned_by == "score":
-        return _why_no("T", tasks, FULL, "full fine-tuning")
+        return _why_no("T", tasks, FULL, who, "ask more, or measure T by likelihoods (evaluate.learned_by=likelihood)")
     if silent := [each.score.name for each in tasks if not each.gains.size or each.gains[FULL].mean() <= 0]:
-        return [f"T is not computed: full fine-tuning made the right answers of {silent[0]!r} no likelier, or they have no likelihood."]
+        return [f"T is not computed: {who} made the right answers of {silent[0]!r} no likelier, or they have no likelihood."]
     return []
 
 
@@ -191,7 +200,7 @@ def _about_t(full: Scores, config: Config) -> list[str]:
     notes = []
     if config.evaluate.learned_by == "likelihood":
         notes.append(
-            "T says how much likelier right answers became, against full fine-tuning (evaluate.learned_by), and not how many are given."
+            "T says how much likelier right answers became, relative to its reference (evaluate.learned_by), and not how many are given."
         )
     if (method := full.meta.get("method", "full")) != "full":
         notes.append(f"T is relative to the run of {method} that evaluate.full_scores names, and not to full fine-tuning.")

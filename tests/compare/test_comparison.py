@@ -217,7 +217,7 @@ def test_runs_of_another_training_are_no_part_of_a_table(unasked):
     folder = compare(from_dict(unasked), silent)
     unasked["compare"]["seeds"] = [0, 1]
     changed = override(from_dict(unasked), ["train.max_steps=3"])
-    with pytest.raises(FolderError, match=r"lora-seed1.* holds a train made with train.max_steps=2, and now train.max_steps=3"):
+    with pytest.raises(FolderError, match=r"lora-seed1.* holds the step 'train', made with train.max_steps=2, and now train.max_steps=3"):
         compare(changed, silent)
     assert not (folder / "lora-seed0").exists()
     assert not write_so_far(changed)

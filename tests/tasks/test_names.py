@@ -12,6 +12,7 @@ pytest.importorskip("lm_eval")
 @pytest.mark.parametrize(
     ("entry", "text"),
     [
+        ("facts.jsonl", "'facts.jsonl' is a file: write it as a question set, {name: mine, data: facts.jsonl}"),
         ("siqa", "no task 'siqa': did you mean 'social_iqa'?"),
         ("triviaq", "did you mean 'triviaqa'?"),
         ("humaneval", "'humaneval' executes programs that the model writes"),
