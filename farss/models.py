@@ -173,7 +173,7 @@ def check_causal(model: Any) -> None:
         raise Stop
 
     embeddings, blocks = model.get_input_embeddings(), find_blocks(model)[1]
-    tokens = torch.arange(4, device=model.device)[None] + embeddings.num_embeddings // 2
+    tokens = torch.arange(4, device=model.device)[None] + embeddings.weight.shape[0] // 2
     with (
         hooked([embeddings.register_forward_hook(embedded), blocks[0].register_forward_hook(left)]),
         torch.enable_grad(),
