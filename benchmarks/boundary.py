@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from common import environment, percent, run_config, table, write_section
 
-from farss.artifacts import questions
+from farss.artifacts import read_records
 from farss.boundary import Boundary
 from farss.config import Config
 from farss.configfile import override, to_dict
@@ -90,7 +90,7 @@ def balanced(folder: Path, wanted: list[int], config: Config) -> tuple[dict[int,
     outcomes: dict[str, list[Array]] = {}
     for kind in ("knowledge", "task"):
         names = [entry["name"] for entry in to_dict(config)["evaluate"][kind]]
-        outcomes[kind] = [np.array([[row["score"] for row in questions(place / "scores", name)] for place in places]) for name in names]
+        outcomes[kind] = [np.array([[row["score"] for row in read_records(place / "scores", name)] for place in places]) for name in names]
     means = observed_and_resampled([*outcomes["knowledge"], *outcomes["task"]], config.evaluate.resamples, config.seed)
     known, learned = means[: len(outcomes["knowledge"])], means[len(outcomes["knowledge"]) :]
     found = {n: balances(mean_ratios(known, place, BASE), mean_ratios(learned, place, FULL)) for place, n in enumerate(wanted, 2)}

@@ -439,7 +439,8 @@ def _single(values: Config, several: bool = False, within: bool = True, trains: 
 def _exactness(facts: dict[str, Any]) -> str:
     counting = f" (effective rank {facts['effective_rank']:.1f}, mean over the layers)" if "effective_rank" in facts else ""
     return (
-        f"written with rank {facts['rank']}{counting}; logits differ from the trained model's by at most {facts['logit_difference']:.1e} (float32); "
+        f"written with rank {facts['rank']}{counting}; logits differ from the trained model's by at most "
+        f"{facts['logit_difference']:.1e} (float32); "
         f"lost to compression: {facts['lost']:.2%}"
     )
 

@@ -8,7 +8,7 @@ from runs import settings
 from small_models import save_small
 
 from farss import world
-from farss.artifacts import questions
+from farss.artifacts import read_records
 from farss.compare import compare
 from farss.configfile import from_dict, override
 from farss.errors import ConfigError, FolderError
@@ -34,7 +34,7 @@ def test_recovery_trains_on_what_is_not_asked(values):
     found = recovery_rows(config, tokenizer)
     run = Run(config)
     run.evaluate_base()
-    asked = {record["prompt"] for record in questions(run.path / "base" / "scores", "facts")}
+    asked = {record["prompt"] for record in read_records(run.path / "base" / "scores", "facts")}
     trained = [tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in found.rows]
     learnt = [tokenizer.decode([t for t, m in zip(row["input_ids"], row["completion_mask"], strict=True) if m]) for row in found.rows]
     assert len(found.rows) == 2 * BATCH
@@ -77,10 +77,10 @@ def test_a_model_that_learned_nothing_recovers_as_the_base_does(values):
         run.all()
         summary = json.loads((run.path / "summary.json").read_text())
         assert summary["recovered"]["value"] == pytest.approx(1)
-        before, after = (questions(run.path / name / "scores", "facts") for name in ("base-recovered", "recovered"))
+        before, after = (read_records(run.path / name / "scores", "facts") for name in ("base-recovered", "recovered"))
         gold = [[record["gold_loglikelihood"] for record in records] for records in (before, after)]
         assert gold[0] == pytest.approx(gold[1], abs=1e-3)
-        assert gold[0] != [record["gold_loglikelihood"] for record in questions(run.path / "base" / "scores", "facts")]
+        assert gold[0] != [record["gold_loglikelihood"] for record in read_records(run.path / "base" / "scores", "facts")]
         assert "K after a few steps of question answering" in (run.path / "report.html").read_text()
 
 
@@ -117,7 +117,7 @@ def test_other_questions_are_recovered_on_both_sides_or_on_none(values):
     assert recovered() is None  # what came back of the old questions says nothing of these
     Run(from_dict(values)).all()
     assert recovered() is not None
-    assert len(questions(Path(values["out"]) / "recovered" / "scores", "facts")) == 20
+    assert len(read_records(Path(values["out"]) / "recovered" / "scores", "facts")) == 20
 
 
 @pytest.mark.usefixtures("no_figures")

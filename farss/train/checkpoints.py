@@ -36,7 +36,7 @@ def restore(model: Any, folder: Path) -> None:
     newest = newest_complete(Path(folder) / "checkpoints")
     if newest is None:
         place = Path(folder) / "checkpoints"
-        lost = f"its weights in {place} are damaged, and another out trains anew" if any(place.glob("*")) else "its weights are deleted"
+        lost = f"the weights in {place} are damaged" if any(place.glob("*")) else "the weights that were trained there are deleted"
         what = lost if (Path(folder) / "train.json").is_file() else "run `farss train` first"
         raise FolderError(f"there is no training in {folder}: {what}")
     marker = read_json(newest / MARKER)
