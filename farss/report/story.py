@@ -176,7 +176,7 @@ def _start(layers: list[LayerPlan]) -> str:
         "most": "the most important directions",
         None: "random directions",
     }
-    if all(layer.fixed_a for layer in layers):
+    if layers and all(layer.fixed_a for layer in layers):
         return AGAINST
     return words[sides.pop()] if len(sides) == 1 else "directions chosen layer by layer"
 
