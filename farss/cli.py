@@ -6,7 +6,6 @@ import codecs
 import dataclasses
 import io
 import logging
-import shutil
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -17,13 +16,13 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.panel import Panel
 from rich.table import Table
 
 from farss.config import Config
 from farss.configfile import commented, load, override
 from farss.errors import FarssError, UsageError
 from farss.progress import bars, console
+from farss.shown import exactness, handed_over, show_boundary, show_notes, show_places, show_pruning, show_run
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -183,7 +182,7 @@ def survey(config: ConfigFile, overrides: Overrides = None) -> None:
             console.print(importance_table(found))
             console.print(extremes_table(found))
         console.print(survey_facts(found), highlight=False)
-    _where({found.folder.name: found.folder for found in made})
+    show_places({found.folder.name: found.folder for found in made})
 
 
 @app.command()
@@ -197,7 +196,7 @@ def plan(config: ConfigFile, overrides: Overrides = None) -> None:
     console.print(RankMap(made))
     for note in made.notes:
         console.print(note, highlight=False)
-    _where({"plan": one.path / "plan.json"})
+    show_places({"plan": one.path / "plan.json"})
 
 
 @app.command()
@@ -211,19 +210,9 @@ def boundary(config: ConfigFile, overrides: Overrides = None) -> None:
         console.print(one.search_setting.sentence, highlight=False, soft_wrap=True)
         found = one.boundary()
         page = one.report()
-    _show_boundary(found)
+    show_boundary(found)
     console.print(found.sentence, highlight=False, soft_wrap=True)
-    _where({"boundary": one.path / "boundary.json", "report": page})
-
-
-def _show_boundary(found: Any) -> None:
-    from farss.terminal import boundary_table
-
-    if found.candidates:
-        console.print(boundary_table(found))
-        console.print(f"[dim]K: {escape(found.knowledge)}\nT: {escape(found.task)}", highlight=False, soft_wrap=True)
-    for note in found.notes:
-        console.print(note, highlight=False, soft_wrap=True)
+    show_places({"boundary": one.path / "boundary.json", "report": page})
 
 
 @app.command()
@@ -239,7 +228,7 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     if zero:
         found = ", ".join(f"{value:.1e} ({precision})" for precision, value in zero.items())
         console.print(f"before the first step, its logits differed from the base model's by at most {found}", highlight=False)
-    _where({"training state": one.path / "checkpoints"})
+    show_places({"training state": one.path / "checkpoints"})
 
 
 @app.command()
@@ -254,8 +243,8 @@ def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
         one.warn()
         summary = one.evaluate()
     console.print(summary_table(summary))
-    _tell(summary.notes)
-    _where({"scores": one.path / "scores.json", "answers": one.path / "scores"})
+    show_notes(summary.notes)
+    show_places({"scores": one.path / "scores.json", "answers": one.path / "scores"})
 
 
 @app.command()
@@ -275,13 +264,13 @@ def export(
         target = one.export()
     facts = one.folder.record("export") or {}
     if "rank" in facts:
-        console.print(_exactness(facts))
+        console.print(exactness(facts))
     elif "logit_difference" in facts:
         console.print(
             f"its weights are rounded as the base's are: logits differ from the trained model's by at most "
             f"{facts['logit_difference']:.1e} (float32)"
         )
-    _where({target.name: target})
+    show_places({target.name: target})
 
 
 @app.command()
@@ -289,7 +278,7 @@ def prepare(config: ConfigFile, overrides: Overrides = None) -> None:
     """Write a start for another trainer: a base without the start, and the adapter to train on it."""
     with _single(_read(config, overrides)) as one:
         target = one.prepared()
-    _where({"base to train on": target / "base", "adapter to train": target / "adapter", "then": target / "README.md"})
+    show_places({"base to train on": target / "base", "adapter to train": target / "adapter", "then": target / "README.md"})
 
 
 @app.command()
@@ -306,8 +295,8 @@ def convert(
 
     quiet()
     done = turn(prepared, trained, out, rank, energy)
-    console.print(_exactness(done.facts))
-    _where({"adapter": out})
+    console.print(exactness(done.facts))
+    show_places({"adapter": out})
 
 
 @app.command()
@@ -327,16 +316,7 @@ def prune(
     wanted = _read(config, [*(overrides or []), *extra], shared=True)
     with alone(run_folder(wanted)), bars() as tell:
         folder = made(wanted, tell)
-    _show_pruning(folder)
-
-
-def _show_pruning(folder: Path) -> None:
-    from farss.files import read_json
-    from farss.terminal import pruning_table
-
-    rows = read_json(folder / "pruning.json")["rows"]
-    console.print(pruning_table(rows))
-    _where({"table": folder / "pruning.md"} | {row["method"]: folder / row["method"] / "model" for row in rows[1:]})
+    show_pruning(folder)
 
 
 @app.command()
@@ -356,12 +336,12 @@ def report(
         raise UsageError(f"{folder} is a folder, and a folder has no options to override: give its config.yaml instead")
     place = run_folder(read_config(folder, overrides or ())) if folder.is_file() else folder
     if (place / "pruning.json").is_file():
-        _show_pruning(place)
+        show_pruning(place)
         return
     _update_table(place)
     page = write_report(place)
-    _facts(place)
-    _where({"report": page, "figures": place / "figures"})
+    show_run(place)
+    show_places({"report": page, "figures": place / "figures"})
     if show and not webbrowser.open(page.resolve().as_uri()):
         console.print("no browser was found: open the page yourself", highlight=False)
 
@@ -373,7 +353,7 @@ def gemma(folder: Annotated[Path, typer.Argument(help="New folder for the model.
     from farss.models import quiet
 
     quiet()
-    _where({"model": convert(folder)})
+    show_places({"model": convert(folder)})
 
 
 # --- shared ----------------------------------------------------------------------------------------------------------
@@ -436,15 +416,6 @@ def _single(values: Config, several: bool = False, within: bool = True, trains: 
         yield one
 
 
-def _exactness(facts: dict[str, Any]) -> str:
-    counting = f" (effective rank {facts['effective_rank']:.1f}, mean over the layers)" if "effective_rank" in facts else ""
-    return (
-        f"written with rank {facts['rank']}{counting}; logits differ from the trained model's by at most "
-        f"{facts['logit_difference']:.1e} (float32); "
-        f"lost to compression: {facts['lost']:.2%}"
-    )
-
-
 def _refuse_several() -> None:
     from farss import processes
 
@@ -474,9 +445,9 @@ def _run(config: Config) -> None:
             raise _belongs(within)
         one = Run(config, tell=tell)
         one.all()
-    _facts(one.path)
-    made = _handed_over(one.path)
-    _where({made.name: made, "report": one.path / "report.html", "everything": one.path})
+    show_run(one.path)
+    made = handed_over(one.path)
+    show_places({made.name: made, "report": one.path / "report.html", "everything": one.path})
 
 
 def _run_comparison(config: Config) -> None:
@@ -486,70 +457,11 @@ def _run_comparison(config: Config) -> None:
 
     with alone(run_folder(config)), bars() as tell:
         folder = compare(config, tell)
-    _facts(folder)
+    show_run(folder)
     places = {"table": folder / "comparison.md", "report": folder / "report.html"}
     rows = read_json(folder / "comparison.json")["rows"] if config.compare.keep == "all" else []
-    places |= {f"{row['method']} (seed {row['seed']})": _handed_over(folder / row["folder"]) for row in rows}
-    _where(places)
-
-
-def _facts(folder: Path) -> None:
-    """What the report says, briefly: the table of a comparison, or the ranks and the scores of a run."""
-    from farss.artifacts import Plan
-    from farss.boundary import Boundary
-    from farss.files import read_json
-    from farss.terminal import RankMap, boundary_departure, comparison_table, summary_table
-    from farss.train import TrainResult
-
-    if (folder / "comparison.json").is_file():
-        comparison = read_json(folder / "comparison.json")
-        console.print(comparison_table(comparison))
-        _tell(comparison.get("notes") or [])
-        return
-    plan = Plan.load(folder / "plan.json") if (folder / "plan.json").is_file() else None
-    if (folder / "boundary.json").is_file():
-        found = Boundary.load(folder / "boundary.json")
-        _show_boundary(found)
-        told = boundary_departure(found, plan) if plan else found.sentence  # a plan's notes have the sentence
-        if told:
-            console.print(told, highlight=False, markup=False, soft_wrap=True)
-    if plan and plan.layers:
-        console.print(RankMap(plan))
-    if (folder / "summary.json").is_file():
-        summary = read_json(folder / "summary.json")
-        console.print(summary_table(summary))
-        _tell(summary.get("notes") or [])
-    _tell(plan.notes if plan else [])
-    if (folder / "train.json").is_file() and (cut := TrainResult.load(folder / "train.json").cut):
-        console.print(cut, highlight=False)
-
-
-def _tell(notes: Iterable[str]) -> None:
-    for note in notes:
-        console.print(f"[dim]{escape(note)}", highlight=False, soft_wrap=True)
-
-
-def _handed_over(folder: Path) -> Path:
-    """In the form of the last export: an older one may lie beside it."""
-    from farss.folder import Folder
-
-    options = (Folder(folder).record("export") or {}).get("options", {})
-    whole = options.get("export.to") == "merged" or not (folder / "adapter").is_dir()
-    return folder / ("model" if whole else "adapter")
-
-
-def _where(places: dict[str, Path]) -> None:
-    width = max(map(len, places))
-    lines = [f"[bold]{name:<{width}}[/]  {escape(_short(path))}" for name, path in places.items()]
-    if shutil.get_terminal_size().columns < 60 or not console.is_terminal:
-        console.print("\n".join(lines), highlight=False, soft_wrap=True)
-    else:
-        console.print(Panel("\n".join(lines), title="done", title_align="left", expand=False), highlight=False)
-
-
-def _short(path: Path) -> str:
-    here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+    places |= {f"{row['method']} (seed {row['seed']})": handed_over(folder / row["folder"]) for row in rows}
+    show_places(places)
 
 
 if __name__ == "__main__":
