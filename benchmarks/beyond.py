@@ -37,9 +37,9 @@ from torch import Tensor
 
 from farss.adapter import START, TRAINED, lora_layers
 from farss.artifacts import Plan, Survey
+from farss.batches import batches, calibration_batches, collate
 from farss.config import Config
 from farss.configfile import override
-from farss.data import batches, calibration_batches, collate
 from farss.files import read_json, write_json, write_tensors
 from farss.folder import Folder, resolve
 from farss.jobs import do_all

@@ -78,7 +78,8 @@ def _corda(model, tokenizer, config, options) -> None:
     from peft.tuners.lora.config import CordaConfig
     from peft.tuners.lora.corda import preprocess_corda
 
-    from farss.data import calibration_batches, load_examples
+    from farss.batches import calibration_batches
+    from farss.data import load_examples
 
     examples = load_examples(config.data, tokenizer, config.seed)
     batches = calibration_batches(examples.rows, config.calibration, tokenizer.pad_token_id, config.seed)

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from farss.artifacts import Plan, Survey
+from farss.batches import Row, choose
 from farss.config import Config, QuestionSet
-from farss.data import Row, Tokenized, choose
+from farss.data import Tokenized
 from farss.errors import ConfigError, NumericalError
 from farss.files import fingerprint, read_json, reading, write_json
 from farss.jobs import Progress

@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from farss.data import prompt_text
 from farss.files import read_json, write_text
 from farss.models import local_folder
+from farss.prompts import prompt_text
 
 ASK = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer{imports}

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from farss.artifacts import KINDS, Scores, TaskScore, read_records
+from farss.batches import choose
 from farss.config import Config, DataConfig, QuestionSet
-from farss.data import choose, prompt_text, separator
 from farss.errors import FarssError
 from farss.files import fingerprint, read_json, write_json, write_text
 from farss.memory import freed_memory_kept, memory_cure
 from farss.models import base_fingerprint, weights_fingerprint
+from farss.prompts import prompt_text, separator
 from farss.rows import text_rows
 from farss.tasks.benchmarks import Benchmark, list_benchmarks
 from farss.tasks.grading import METRICS, STEPS

@@ -16,7 +16,6 @@ from farss.adapter import check_residual
 from farss.artifacts import Plan
 from farss.card import write_card
 from farss.config import Config
-from farss.data import prompt_facts
 from farss.errors import ConfigError, FolderError
 from farss.files import write_json
 from farss.llamacpp import check_gguf, write_gguf
@@ -24,6 +23,7 @@ from farss.merging import merge, merged_difference
 from farss.models import load_model, loaded_dtype, stored_dtype, will_be_quantised
 from farss.plan import method_of
 from farss.portable import export, load_adapter
+from farss.prompts import prompt_facts
 from farss.structure import check_unshared
 
 

@@ -18,19 +18,9 @@ from torch import Tensor
 from farss import processes
 from farss.adapter import TRAINED, activate, attach, check_residual, load_trained
 from farss.artifacts import Plan, Survey
+from farss.batches import Row, choose, collate, plain_rows, unlearnt
 from farss.config import Base, CalibrationConfig, DataConfig, PlanConfig
-from farss.data import (
-    Row,
-    Tokenized,
-    check_length,
-    choose,
-    collate,
-    load_examples,
-    plain_rows,
-    prompt_facts,
-    tokenize_rows,
-    unlearnt,
-)
+from farss.data import Tokenized, check_length, load_examples, tokenize_rows
 from farss.errors import ConfigError, FarssError
 from farss.files import read_json, write_json
 from farss.methods import Reading, check_elsewhere
@@ -39,6 +29,7 @@ from farss.places import fits_beside, placed, tensors_of
 from farss.plan import check_plan, make_plan, make_plan_without_survey, method_of, survey_cap
 from farss.portable import Exported
 from farss.portable import export as export_adapter
+from farss.prompts import prompt_facts
 from farss.rows import cell, knowledge_texts
 from farss.structure import check_readable, find_blocks, holds_packed, is_sharded, keep_gradients, positions, target_layers
 from farss.survey import LENGTH, Progress, batches_for, look, own_text

@@ -16,10 +16,10 @@ from farss import handover
 from farss.adapter import attach
 from farss.answers import Answers
 from farss.artifacts import Plan, Scores, Survey
+from farss.batches import collate
 from farss.boundary import Boundary, Prober, Setting, find
 from farss.boundary import prepare as prepare_search
 from farss.config import Config, PlanConfig
-from farss.data import collate, prompt_facts
 from farss.errors import FolderError
 from farss.folder import BOUNDARY_KEYS, EXPORT_KEYS, PLAN_KEYS, TRAIN_KEYS, Folder, is_run_folder, options_of, resolve
 from farss.inputs import Inputs, Loaded
@@ -29,6 +29,7 @@ from farss.models import check_room, device_of, load_model, loaded_dtype, quiet,
 from farss.plan import check_plan, make_plan, make_plan_without_survey, method_of, require_boundary
 from farss.portable import step_zero
 from farss.prepared import check_method, write_prepared
+from farss.prompts import prompt_facts
 from farss.report import write_report
 from farss.structure import check_unshared, left_out
 from farss.surveys import Surveys, check_fingerprint

@@ -122,7 +122,7 @@ def export(
         base: name or folder of the base model, for `adapter_config.json`.
         rank, energy: compress, see `portable`; None: exact.
         tokenizer: the base's; its fingerprint is kept beside that of the base.
-        prompt: how the model was trained to be asked, from `farss.data.prompt_facts`.
+        prompt: how the model was trained to be asked, from `farss.prompts.prompt_facts`.
         command: that makes it again, for its card.
 
     Raises:

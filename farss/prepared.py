@@ -66,7 +66,7 @@ def write_prepared(
         plan: it was made from.
         folder: must not exist.
         source: the base model's folder.
-        prompt: how the model is trained to be asked, from `farss.data.prompt_facts`.
+        prompt: how the model is trained to be asked, from `farss.prompts.prompt_facts`.
         trusted: `model.trust_remote_code`, which the way back needs too.
 
     Raises:

@@ -13,8 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from farss.batches import Row, choose
 from farss.config import Config, QuestionSet, TrainConfig
-from farss.data import Row, Tokenized, choose
+from farss.data import Tokenized
 from farss.errors import ConfigError
 from farss.forward import seeded
 from farss.models import layer_shapes

@@ -12,8 +12,8 @@ import torch
 
 from farss import processes
 from farss.artifacts import Survey
+from farss.batches import Row, choose, plain_rows, unlearnt
 from farss.config import PlanConfig
-from farss.data import Row, choose, plain_rows, unlearnt
 from farss.errors import FolderError
 from farss.files import write_text
 from farss.folder import READING_KEYS, Folder, options_of

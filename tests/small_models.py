@@ -7,8 +7,8 @@ import transformers
 
 from farss import world
 from farss.adapter import attach
+from farss.batches import batches, collate
 from farss.config import PlanConfig
-from farss.data import batches, collate
 from farss.plan import make_plan
 from farss.structure import find_blocks, target_layers
 from farss.survey import survey

@@ -1,4 +1,4 @@
-"""Data: prompts, tokens, masks and batches."""
+"""Data: prompts, tokens and masks."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from farss import data, world
+from farss.batches import Row
 from farss.config import DataConfig, QuestionSet
 from farss.errors import DataError
+from farss.prompts import prompt_text
 from farss.tasks.questions import prompt_of
 
 CHAT = (
@@ -44,11 +45,11 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-def learnt(tokenizer: Any, row: data.Row) -> str:
+def learnt(tokenizer: Any, row: Row) -> str:
     return tokenizer.decode([t for t, m in zip(row["input_ids"], row["completion_mask"], strict=True) if m])
 
 
-def text(tokenizer: Any, row: data.Row) -> str:
+def text(tokenizer: Any, row: Row) -> str:
     return tokenizer.decode(row["input_ids"])
 
 
@@ -65,7 +66,7 @@ def test_only_the_answer_and_one_eos_are_learnt_after_one_bos(pairs: str, templa
     tokenizer = byte_tokenizer()
     tokenized = data.load_examples(DataConfig(train=pairs, template=template), tokenizer, seed=0)
     for index, row in enumerate(tokenized.rows):
-        prompt = data.prompt_text(template, f"q{index}")
+        prompt = prompt_text(template, f"q{index}")
         assert text(tokenizer, row) == f"<s>{prompt} a{index}</s>"
         assert learnt(tokenizer, row) == f" a{index}</s>"
         assert row["input_ids"].count(1) == row["input_ids"].count(2) == 1
@@ -83,19 +84,12 @@ def test_a_template_that_ends_in_white_space_brings_it_itself(pairs: str) -> Non
     assert prompt_of(QuestionSet(name="x", data="x"), "task", DataConfig(template=template), tokenizer).delimiter == ""
 
 
-def test_the_alpaca_prompt_is_the_papers() -> None:
-    assert data.prompt_text("alpaca", "Add {1}.") == (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n"
-        "\n### Instruction:\nAdd {1}.\n\n### Response:"
-    )
-
-
 def test_chat_template_writes_everything_itself(pairs: str) -> None:
     tokenizer = byte_tokenizer(CHAT)
     row = data.load_examples(DataConfig(train=pairs, template="chat"), tokenizer, seed=0).rows[3]
     assert text(tokenizer, row) == "<s>user: q3\n<s>assistant: a3</s>\n"
     assert learnt(tokenizer, row) == "a3</s>\n"
-    prompt = data.prompt_text("chat", "q3", tokenizer)
+    prompt = prompt_text("chat", "q3", tokenizer)
     assert text(tokenizer, row).startswith(prompt)
 
 
@@ -224,35 +218,6 @@ def test_the_dataset_holds_the_same_tokens_with_labels(pairs: str) -> None:
     assert table["completion_mask"][0] == tokenized.rows[0]["completion_mask"]
     for ids, mask, labels in zip(*tokenized.rows[0].values(), table["labels"][0], strict=True):
         assert labels == (ids if mask else -100)
-
-
-# --- choice and batches: laws ----------------------------------------------------------------------------------------
-
-
-def test_choice_is_seeded_ordered_and_without_replacement() -> None:
-    rows = list(range(100))
-    drawn = data.choose(rows, 10, seed=3)
-    assert drawn == data.choose(rows, 10, seed=3) != data.choose(rows, 10, seed=4)
-    assert drawn == sorted(set(drawn))
-    assert data.choose(rows, 100, 0) == data.choose(rows, 500, 1) == rows
-
-
-def test_batches_hold_every_row_once() -> None:
-    assert list(data.batches(range(5), 2)) == [[0, 1], [2, 3], [4]]
-
-
-def test_collate_pads_on_either_side() -> None:
-    rows = [{"input_ids": [5, 6, 7], "completion_mask": [0, 1, 1]}, {"input_ids": [8, 9], "completion_mask": [0, 1]}]
-    right, left = data.collate(rows, pad_id=0), data.collate(rows, pad_id=0, side="left")
-    assert right["input_ids"].tolist() == [[5, 6, 7], [8, 9, 0]]
-    assert right["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
-    assert right["labels"].tolist() == [[-100, 6, 7], [-100, 9, -100]]
-    assert left["input_ids"].tolist() == [[5, 6, 7], [0, 8, 9]]
-    assert left["attention_mask"].tolist() == [[1, 1, 1], [0, 1, 1]]
-    assert left["position_ids"].tolist() == [[0, 1, 2], [0, 0, 1]]
-    assert left["labels"].tolist() == [[-100, 6, 7], [-100, -100, 9]]
-    real_right, real_left = (x["position_ids"][x["attention_mask"].bool()] for x in (right, left))
-    assert torch.equal(real_right, real_left)
 
 
 def test_no_file_is_named() -> None:

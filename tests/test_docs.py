@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 
 from farss.configfile import from_dict
-from farss.data import ALPACA
+from farss.prompts import ALPACA
 
 DOCS = Path(__file__).parent.parent / "docs"
 

@@ -8,8 +8,8 @@ import transformers
 from small_models import ARCHITECTURES, examples, save_small, small
 
 from farss import precision
+from farss.batches import batches, collate
 from farss.config import ModelConfig, TrainConfig
-from farss.data import batches, collate
 from farss.errors import ModelError
 from farss.methods import METHODS
 from farss.models import check_causal, load_model, stored_dtype, weights_fingerprint

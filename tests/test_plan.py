@@ -7,8 +7,8 @@ import torch
 from small_models import examples, shapes, small
 
 from farss.artifacts import Layer, Plan
+from farss.batches import batches, collate
 from farss.config import PlanConfig
-from farss.data import batches, collate
 from farss.errors import ConfigError
 from farss.maths.directions import select
 from farss.maths.ranks import paper_ranks

@@ -17,8 +17,8 @@ from farss import portable as portable_module
 from farss import world
 from farss.adapter import START, TRAINED, adapter_change, attach
 from farss.artifacts import LayerPlan, Plan
+from farss.batches import collate
 from farss.config import PlanConfig
-from farss.data import collate
 from farss.errors import ConfigError, FarssError, FolderError, ModelError
 from farss.merging import holds_layers, merge, write_model
 from farss.models import base_fingerprint, local_folder, weights_fingerprint

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from farss.adapter import adapter_change, attach
+from farss.batches import batches, collate
 from farss.config import DataConfig, ModelConfig, PlanConfig, QuestionSet
 from farss.configfile import from_dict, override
-from farss.data import batches, collate, load_examples
+from farss.data import load_examples
 from farss.errors import FarssError
 from farss.gemma import convert
 from farss.llamacpp import write_gguf

@@ -15,8 +15,8 @@ from peft import LoraConfig, get_peft_model
 from small_models import collated, examples, language_loss, quadratic_form, small
 
 from farss.artifacts import Survey
+from farss.batches import calibration_batches, collate
 from farss.config import CalibrationConfig
-from farss.data import calibration_batches, collate
 from farss.errors import ConfigError, FarssError, FolderError, ModelError, NumericalError
 from farss.maths.directions import decompose, direction_scores, select
 from farss.methods import METHODS

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from farss.data import Row, batches, collate
+from farss.batches import Row, batches, collate
 from farss.files import read_json, write_json
 from farss.forward import accepts, entering, evaluating, hooked, leaving, without_cache
 from farss.jobs import Progress

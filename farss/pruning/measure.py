@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from farss.data import Row
+from farss.batches import Row
 from farss.forward import evaluating
 from farss.pruning.choose import last_logits
 from farss.structure import positions

@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 import torch
 
+from farss.batches import Row, choose
 from farss.card import write_card
 from farss.config import CompareConfig, Config
-from farss.data import Row, choose, text_windows
+from farss.data import text_windows
 from farss.errors import ConfigError, DataError, nearest
 from farss.evaluate import evaluate
 from farss.files import read_json, write_json, write_text

@@ -9,8 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from farss.batches import Row
 from farss.config import Config
-from farss.data import Row, Tokenized
+from farss.data import Tokenized
 from farss.errors import FarssError
 from farss.files import read_json, write_json
 from farss.folder import replaced

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from farss.artifacts import Survey
+from farss.batches import Row, calibration_batches
 from farss.config import CalibrationConfig
-from farss.data import Row, calibration_batches
 from farss.jobs import Progress
 from farss.methods import SURVEY, Reading
 from farss.places import Batch

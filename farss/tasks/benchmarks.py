@@ -9,9 +9,9 @@ from typing import Any
 from farss.artifacts import KINDS, Kind
 from farss.config import Config, QuestionSet
 from farss.configfile import to_dict
-from farss.data import prompt_facts
 from farss.errors import ConfigError
 from farss.files import fingerprint
+from farss.prompts import prompt_facts
 from farss.rows import example_rows, question_rows
 from farss.tasks.grading import GRADING
 from farss.tasks.questions import Drawn, draw, prompt_of

@@ -6,8 +6,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from farss.batches import Row
 from farss.config import Config, QuestionSet
-from farss.data import Row
 from farss.tasks.likelihood import FORWARD, LEAST, affordable, question_tokens, text_tokens, token_loglikelihoods, tokens_of
 
 SHARE = 0.05

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
-from farss.data import prompt_text
+from farss.prompts import prompt_text
 
 GRADING = 6
 """Goes up when answers are graded by other rules: those of a run folder are then graded again (of lm_eval's tasks, asked for again), so

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from farss.artifacts import Kind
+from farss.batches import Row, batches, choose, collate
 from farss.config import Config, QuestionSet
-from farss.data import Row, batches, choose, collate, tokenize
+from farss.data import tokenize
 from farss.errors import DataError, NumericalError
 from farss.forward import accepts, evaluating
 from farss.rows import question_rows, text_rows

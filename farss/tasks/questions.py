@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from farss.artifacts import Kind
 from farss.config import DataConfig, QuestionSet
-from farss.data import answer_border, prompt_text, separator
 from farss.errors import ConfigError, DataError
+from farss.prompts import answer_border, prompt_text, separator
 from farss.rows import example_rows, question_rows
 from farss.tasks.grading import METRICS, final_number
 

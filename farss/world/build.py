@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from farss.data import prompt_text
+from farss.prompts import prompt_text
 from farss.world.answering import exact_match, few_shot_prompt, greedy_answers, question_prompt
 from farss.world.corpus import Row, held_out_rows, knowledge_rows, training_paragraphs
 from farss.world.invent import invent_world

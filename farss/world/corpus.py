@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from farss.data import ALPACA
+from farss.prompts import ALPACA
 from farss.world.invent import Fact, World
 
 PREAMBLE = ALPACA.split("\n")[0]

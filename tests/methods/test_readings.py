@@ -14,8 +14,8 @@ from peft.tuners.lora.eva import get_eva_state_dict
 from small_models import collated, examples, logits, prompts, shapes, small
 
 from farss.adapter import START, TRAINED, attach, lora_layers, start_of
+from farss.batches import unlearnt
 from farss.config import PlanConfig
-from farss.data import unlearnt
 from farss.errors import ModelError
 from farss.maths.moments import ExampleMoment, Moment
 from farss.methods import METHODS

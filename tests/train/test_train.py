@@ -15,7 +15,7 @@ from trainings import adapted_model, difference, examples, options, tokenizer, w
 from transformers import LlamaModel, TrainerCallback
 from trl.trainer.utils import add_fused_lm_head
 
-from farss.data import collate
+from farss.batches import collate
 from farss.errors import ConfigError, FarssError, NumericalError
 from farss.train import TrainResult, train
 from farss.train.checkpoints import WEIGHTS

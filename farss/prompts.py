@@ -1,0 +1,156 @@
+"""Examples as texts: the prompt of a template, a chat, and what is asked and answered in turn."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from jinja2 import TemplateError
+
+from farss.config import DataConfig
+from farss.errors import DataError, RowError
+from farss.rows import cell, whole_instruction
+
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+ANSWER = "farss-answer"
+"""Stands for an answer in a chat."""
+_TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+DAY = datetime(2024, 7, 26)
+"""The date in chat templates that write one (the one that Llama 3.2's falls back to)."""
+
+
+def prompt_text(template: str, instruction: str, tokenizer: Any = None, system: str | None = None) -> str:
+    """Put an instruction into a template: alpaca, plain, chat, or a text with `{instruction}` in it.
+
+    Args:
+        system: message that stands before it in a chat.
+
+    Raises:
+        DataError: `chat`, but the tokenizer has no chat template.
+    """
+    if template == "chat":
+        opening = [{"role": "system", "content": system}] if system else []
+        messages = [*opening, {"role": "user", "content": instruction}]
+        return _render(tokenizer, messages, ask=True) + answer_border(tokenizer).rstrip(" ")
+    if template == "plain":
+        return instruction
+    # not str.format: instructions and templates may hold other braces
+    return (ALPACA if template == "alpaca" else template).replace("{instruction}", instruction)
+
+
+def prompt_facts(config: DataConfig) -> dict[str, str]:
+    """How whoever asks the model must ask it: `template` and, where there is one, `system`."""
+    return {"template": config.template, **({"system": config.system} if config.system else {})}
+
+
+def separator(template: str) -> str:
+    """What stands between a prompt and its answer: a space, or nothing more where a template of the user's own ends in white space."""
+    return "" if template[-1:].isspace() else " "
+
+
+def answer_border(tokenizer: Any) -> str:
+    """What a chat template writes between its invitation to answer and the answer, such as the empty thoughts of Qwen3: trained
+    models have seen it there, so it belongs to what they are asked with. A space at its end belongs to the answer. Empty where
+    the template writes the answer otherwise: training refuses it.
+    """
+    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": ANSWER}]
+    asked, whole = _render(tokenizer, messages[:1], ask=True), _render(tokenizer, messages)
+    border, found, _ = whole[len(asked) :].partition(ANSWER)
+    return border if found and whole.startswith(asked) else ""
+
+
+def _render(tokenizer: Any, messages: list[dict[str, Any]], ask: bool = False) -> str:
+    """A chat as its template writes it, on the same day every day: some templates write today's date, and a run that is killed and
+    goes on tomorrow must see the same texts."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise DataError("data.template=chat, but the model's tokenizer has no chat template: choose alpaca or plain")
+    named = tokenizer.chat_template  # several, by their names, or one
+    fixed = _TODAY.sub(lambda call: repr(DAY.strftime(call[2])), named) if isinstance(named, str) else None
+    text: str = tokenizer.apply_chat_template(messages, chat_template=fixed, add_generation_prompt=ask, tokenize=False)
+    return text
+
+
+def stages_of(rows: Sequence[tuple[int, dict[str, Any]]], columns: tuple[str, str], config: DataConfig, tokenizer: Any) -> list[list[str]]:
+    """Write each row as texts that grow: prompt, prompt + answer, (that + next prompt, that + next answer, ...)."""
+    prompt, response = columns
+    if prompt == "messages" and response == prompt:
+        return [_chat_stages(row.get(prompt), number, config, tokenizer) for number, row in rows]
+    result = []
+    for number, row in rows:
+        if prompt == response:
+            row = first_turn(row.get(prompt), prompt, number)
+            instruction, answer = cell(row, "human", number), cell(row, "assistant", number)
+        else:
+            instruction, answer = instruction_of(row, prompt, number, config), cell(row, response, number)
+        result.append(_pair_stages(instruction, answer, number, config, tokenizer))
+    return result
+
+
+def instruction_of(row: dict[str, Any], column: str, number: int, config: DataConfig) -> str:
+    """Somebody who names data.prompt gets just that column."""
+    return whole_instruction(row, column, number) if config.prompt is None else cell(row, column, number)
+
+
+def first_turn(turns: Any, column: str, number: int) -> dict[str, Any]:
+    """WizardLM's `conversation[0]`, a dictionary with `human` and `assistant`."""
+    if not isinstance(turns, list) or not turns or not isinstance(turns[0], dict):
+        raise RowError(f"row {number}: column {column!r} is no list of turns with `human` and `assistant`: mend the row")
+    turn: dict[str, Any] = turns[0]
+    return turn
+
+
+def _pair_stages(instruction: str, answer: str, number: int, config: DataConfig, tokenizer: Any) -> list[str]:
+    if config.template == "chat":
+        messages = [{"role": "user", "content": instruction}, {"role": "assistant", "content": answer}]
+        return _chat_stages(messages, number, config, tokenizer)
+    start = prompt_text(config.template, instruction)
+    return [start, f"{start}{separator(config.template)}{answer}"]
+
+
+def _chat_stages(messages: Any, number: int, config: DataConfig, tokenizer: Any) -> list[str]:
+    if config.template != "chat":
+        raise DataError(f"column 'messages' holds chats, but data.template={config.template!r}: set data.template=chat")
+    if not isinstance(messages, list) or not all(isinstance(item, dict) and "role" in item for item in messages):
+        raise RowError(f"row {number}: column 'messages' is no list of {{role, content}}: mend the row")
+    stages = []
+    messages = [_with_text(message, number) for message in messages]
+    for index, message in enumerate(messages):
+        if message["role"] == "assistant":
+            if not index:
+                raise RowError(f"row {number} begins with an assistant message, which answers nothing: remove the message")
+            try:
+                stages += [_render(tokenizer, messages[:index], ask=True), _render(tokenizer, messages[: index + 1])]
+            except (TemplateError, ValueError) as error:
+                raise RowError(f"row {number}: the chat template refuses its messages ({error}): mend or remove the row") from error
+    if not stages:
+        raise RowError(f"row {number} has no assistant message: there is nothing to learn from it, remove the row")
+    for before, after in itertools.pairwise(stages):
+        if not after.startswith(before):
+            raise RowError(
+                f"row {number}: the chat template writes earlier messages differently when later ones follow, so the "
+                "answers cannot be told apart: use data.template=alpaca, or another chat template"
+            )
+    return stages
+
+
+def _with_text(message: dict[str, Any], number: int) -> dict[str, Any]:
+    """A message whose content is one text, and not a list of parts of which each is a text; an assistant's must say something."""
+    content = text_of(message)
+    empty = content is None or (isinstance(content, str) and not content.strip())
+    if empty and message["role"] != "assistant":
+        return message | {"content": content or ""}
+    return message | {"content": cell({"content": content}, "content", number)}
+
+
+def text_of(message: dict[str, Any]) -> Any:
+    """The content of a message, of which parts that are texts are joined."""
+    content = message.get("content")
+    if isinstance(content, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
+        return "".join(part["text"] for part in content)
+    return content
