@@ -13,10 +13,11 @@ from farss.artifacts import Scores
 from farss.card import write_card
 from farss.config import Config
 from farss.evaluate import evaluate, grade_again
-from farss.folder import BASE_KEYS, COMPRESSED_KEYS, EVALUATE_KEYS, EXPORT_KEYS, LOADED_KEYS, RECOVERY_KEYS, Folder, options_of
+from farss.folder import Folder
 from farss.handover import is_merged, is_whole
 from farss.inputs import Inputs
 from farss.jobs import Tell
+from farss.options import BASE_KEYS, COMPRESSED_KEYS, EVALUATE_KEYS, EXPORT_KEYS, LOADED_KEYS, RECOVERY_KEYS, options_of
 from farss.recovery import knowledge_alone, recover, recovery_rows
 from farss.tasks.benchmarks import grading
 from farss.tasks.summary import Summary, summarise

@@ -21,11 +21,12 @@ from farss.boundary import Boundary, Prober, Setting, find
 from farss.boundary import prepare as prepare_search
 from farss.config import Config, PlanConfig
 from farss.errors import FolderError
-from farss.folder import BOUNDARY_KEYS, EXPORT_KEYS, PLAN_KEYS, TRAIN_KEYS, Folder, is_run_folder, options_of, resolve
+from farss.folder import Folder, is_run_folder, resolve
 from farss.inputs import Inputs, Loaded
 from farss.jobs import Tell
 from farss.methods import SURVEY, Method, Regime
 from farss.models import check_room, device_of, load_model, loaded_dtype, quiet, will_be_quantised
+from farss.options import BOUNDARY_KEYS, EXPORT_KEYS, PLAN_KEYS, TRAIN_KEYS, options_of
 from farss.plan import check_plan, make_plan, make_plan_without_survey, method_of, require_boundary
 from farss.portable import step_zero
 from farss.prepared import check_method, write_prepared

@@ -16,12 +16,13 @@ from farss.batches import Row, choose, plain_rows, unlearnt
 from farss.config import PlanConfig
 from farss.errors import FolderError
 from farss.files import write_text
-from farss.folder import READING_KEYS, Folder, options_of
+from farss.folder import Folder
 from farss.inputs import Inputs
 from farss.jobs import Tell
 from farss.memory import peak_gib, reset_peak
 from farss.methods import Reading
 from farss.models import check_room, device_of, load_model, tokenizer_fingerprint, weights_fingerprint, will_be_quantised
+from farss.options import READING_KEYS, options_of
 from farss.plan import method_of, survey_cap
 from farss.survey import LENGTH, batches_for, look, own_text
 

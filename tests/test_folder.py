@@ -11,17 +11,9 @@ from farss import world
 from farss.configfile import dump, override
 from farss.errors import FolderError
 from farss.files import write_json
-from farss.folder import EVALUATE_KEYS, alone, options_of, read_config, resolve
+from farss.folder import alone, read_config, resolve
+from farss.options import EVALUATE_KEYS, options_of
 from farss.pipeline import Run
-
-
-def test_shallow_ranks_are_the_same_plan_whether_they_are_named_or_not(config):
-    named, unnamed = (
-        options_of(override(config, ["plan.rank=16", f"plan.r_avg={average}", f"plan.r_max={largest}"]), ("plan",))
-        for average, largest in ((6, 8), ("null", "null"))
-    )
-    assert named == unnamed
-    assert (named["plan.r_avg"], named["plan.r_max"]) == (6, 8)
 
 
 def test_a_folder_from_before_an_option_existed_is_taken_up(config):

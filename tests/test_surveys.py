@@ -7,7 +7,8 @@ import pytest
 from farss import world
 from farss.configfile import override
 from farss.errors import FolderError
-from farss.folder import READING_KEYS, options_of, resolve
+from farss.folder import resolve
+from farss.options import READING_KEYS, options_of
 from farss.pipeline import Run
 
 

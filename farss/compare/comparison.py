@@ -15,9 +15,10 @@ from farss.config import Config
 from farss.configfile import load
 from farss.errors import ConfigError, FarssError
 from farss.files import read_json
-from farss.folder import TABLE_KEYS, Folder, options_of, resolve
+from farss.folder import Folder, resolve
 from farss.inputs import Loaded
 from farss.jobs import Tell, do_all
+from farss.options import TABLE_KEYS, options_of
 from farss.pipeline import Run, silent
 from farss.report import write_report
 from farss.versions import versions

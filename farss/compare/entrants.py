@@ -10,10 +10,11 @@ from typing import Any
 from farss.config import Config, PlanConfig, method_of_label
 from farss.configfile import from_dict, set_key, to_dict
 from farss.errors import ConfigError, nearest
-from farss.folder import READING_KEYS, SURVEY_KEYS, options_of, replaced, resolve
+from farss.folder import replaced, resolve
 from farss.inputs import Loaded
 from farss.jobs import Tell
 from farss.methods import METHODS
+from farss.options import READING_KEYS, SURVEY_KEYS, options_of
 from farss.pipeline import Run
 from farss.plan import method_of
 

@@ -19,11 +19,12 @@ from farss.data import text_windows
 from farss.errors import ConfigError, DataError, nearest
 from farss.evaluate import evaluate
 from farss.files import read_json, write_json, write_text
-from farss.folder import BASE_KEYS, CHOICE_KEYS, PRUNING, TRAIN_KEYS, Folder, options_of, resolve
+from farss.folder import PRUNING, Folder, resolve
 from farss.inputs import Inputs, Loaded
 from farss.jobs import Tell
 from farss.memory import memory_cure
 from farss.models import check_room, device_of, load_model, loaded_dtype, quiet, stored_dtype, will_be_quantised
+from farss.options import BASE_KEYS, CHOICE_KEYS, TRAIN_KEYS, options_of
 from farss.pruning.choose import drawn, greedy, influences, smallest
 from farss.pruning.measure import perplexity, speeds
 from farss.pruning.stages import choose_by_scalars, shift

@@ -1,0 +1,145 @@
+"""The options on which the result of a step depends, and whether they are still what they were."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from farss.config import Config, QuestionSet
+from farss.configfile import to_dict
+
+DATA_KEYS = tuple(f"data.{name}" for name in ("train", "split", "prompt", "response", "template", "max_length", "limit"))
+"""Of the examples: all of the section but the system message of what is asked."""
+_LAYER_KEYS = ("model.path", "model.quantization", "model.targets")
+_TASK_KEYS = (*_LAYER_KEYS, *DATA_KEYS, "calibration.examples", "seed")
+SURVEY_KEYS = (*_TASK_KEYS, "calibration.fisher", "calibration.padding", "calibration.svd")
+READING_KEYS = {
+    "weights": _LAYER_KEYS,
+    "task": _TASK_KEYS,
+    "gradients": _TASK_KEYS,
+    "knowledge": (*_LAYER_KEYS, "data.max_length", "calibration.examples", "calibration.knowledge", "seed"),
+    "both": (*_TASK_KEYS, "calibration.knowledge"),
+    "survey": SURVEY_KEYS,
+}
+"""By what a `Reading` looks at."""
+PATHS = (
+    *(("model", "path"), ("data", "train"), ("calibration", "knowledge"), ("evaluate", "text"), ("evaluate", "full_scores")),
+    ("prune", "text"),
+)
+"""Options that may be files."""
+FILES = ("data.train", "calibration.knowledge", "evaluate.knowledge", "evaluate.task", "evaluate.other", "evaluate.text", "prune.text")
+"""Options whose files a result depends on."""
+CONTENT = "content of "
+PLAN_KEYS = ("model.path", "model.targets", "plan")
+TRAIN_KEYS = (
+    *("model.path", "model.dtype", "model.quantization", "adapter", *DATA_KEYS, "seed"),
+    *("train.learning_rate", "train.epochs", "train.max_steps", "train.batch_size", "train.scheduler", "train.warmup_ratio"),
+    *("train.weight_decay", "train.dropout", "train.max_grad_norm", "train.precision"),
+)
+BOUNDARY_KEYS = (
+    *PLAN_KEYS,
+    # probes have a schedule of their own, so train.scheduler is not among these
+    *(key for key in TRAIN_KEYS if key != "train.scheduler"),
+    *("boundary", "evaluate.knowledge", "evaluate.text", "evaluate.resamples"),
+)
+_MAY = ("model.path", "prune.ratio", "prune.gate", "prune.keep_first", "prune.keep_last", "seed")
+_BY_TEXT = (*_MAY, "model.dtype", "prune.text", "prune.sequences", "prune.length")
+CHOICE_KEYS = {
+    "random": _MAY,
+    "shortgpt": _BY_TEXT,
+    "sleb": _BY_TEXT,
+    "scalars": (*_BY_TEXT, "prune.sparsity", "prune.gate_rate", "prune.gate_steps", "train.batch_size", "train.precision"),
+}
+"""Of the blocks that each rule of a pruning chooses."""
+EXPORT_KEYS = ("export",)
+LOADED_KEYS = ("model.path", "model.dtype", "model.quantization")
+"""Of the untouched model, as it is loaded to be asked."""
+COMPRESSED_KEYS = ("export.rank", "export.energy")
+EVALUATE_KEYS = (
+    *("evaluate.knowledge", "evaluate.task", "evaluate.other", "evaluate.text", "evaluate.text_rows", "evaluate.limit"),
+    *("evaluate.run_generated_code", "seed", "data.template", "data.system"),
+)
+RECOVERY_KEYS = (*EVALUATE_KEYS, "evaluate.recovery", "data.max_length")
+BASE_KEYS = (*LOADED_KEYS, "data.max_length", *EVALUATE_KEYS)
+"""Of what the untouched model answers."""
+
+TABLE_KEYS = (
+    *("model", "data", "calibration", "plan", "boundary", "adapter", "train", "evaluate", "seed"),
+    *("compare.methods", "compare.seeds", "compare.settings", "compare.tune", "compare.held_out"),
+)
+"""Of a comparison's table."""
+
+
+def options_of(config: Config, keys: tuple[str, ...]) -> dict[str, Any]:
+    """The values of dotted keys (a section's name stands for all of it), and the content of the files they name."""
+    values = to_dict(config)
+    values["plan"] |= dict(zip(("r_avg", "r_max"), config.plan.shallow_budget, strict=True))  # the same plan, named or not
+    found: dict[str, Any] = {}
+    for key in keys:
+        section, _, name = key.partition(".")
+        value = values[section]
+        if isinstance(value, dict) and not name:
+            found |= {f"{section}.{inner}": value[inner] for inner in value}
+        else:
+            found[key] = value[name] if name else value
+    for key in FILES:
+        hashes = [content_hash(path) for path in files_of(found.get(key))]
+        if hashes:
+            found[f"{CONTENT}{key}"] = hashes[0] if len(hashes) == 1 else hashes
+    return found
+
+
+def difference(recorded: dict[str, Any], options: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first option that is not what it was, with its value then and now; None: they are the same."""
+    # An option that the record does not know is younger than the folder, which was made with its default; and where
+    # it did not look at a file's content, or the file is gone, nothing can be said of it. One that only the record knows changes
+    # nothing any more.
+    now = {key: _filled(value) for key, value in options.items() if not (key.startswith(CONTENT) and _is_gone(value))}
+    then = {key: _filled(value) for key, value in recorded.items() if key in now}
+    known = dict.fromkeys(now) | _defaults(now) | {key: now[key] for key in now if key.startswith(CONTENT)} | then
+    return next(((key, known[key], now[key]) for key in now if now[key] != known[key]), None)
+
+
+def _is_gone(content: Any) -> bool:
+    """Whether a file whose content an option depends on is not there."""
+    return None in content if isinstance(content, list) else content is None
+
+
+def files_of(value: Any) -> list[str]:
+    """The files that an option names: its own path, or those of its question sets."""
+    if isinstance(value, dict):
+        return [value[name] for name in ("data", "examples") if value.get(name)]
+    if isinstance(value, list):
+        return [path for entry in value if isinstance(entry, dict) for path in files_of(entry)]
+    return [value] if value else []
+
+
+def _filled(value: Any) -> Any:
+    """A value in which question sets have all of their options, and a file's no split, which it does not have."""
+    if isinstance(value, list):
+        return [_filled(entry) for entry in value]
+    if not isinstance(value, dict) or not {"name", "data"} <= set(value):
+        return value
+    return to_dict(QuestionSet(**value | ({"split": None} if Path(value["data"]).is_file() else {})))
+
+
+def _defaults(options: dict[str, Any]) -> dict[str, Any]:
+    """The default values of these dotted keys; those without one are left out."""
+    values = to_dict(Config())
+    pairs = ((key, *key.partition(".")[::2]) for key in options)
+    return {key: values[section][name] if name else values[section] for key, section, name in pairs if section in values}
+
+
+def content_hash(path: str) -> str | None:
+    """Short hash of a file's bytes; None for names on a hub."""
+    file = Path(path)
+    return _hashed(file, file.stat().st_mtime_ns, file.stat().st_size) if file.is_file() else None
+
+
+@functools.cache
+def _hashed(path: Path, changed: int, size: int) -> str:
+    """A comparison asks for the same files again and again, and they may be large."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -1,0 +1,23 @@
+"""What of a configuration a step depends on."""
+
+from farss.configfile import override
+from farss.options import difference, options_of
+
+
+def test_shallow_ranks_are_the_same_plan_whether_they_are_named_or_not(config):
+    named, unnamed = (
+        options_of(override(config, ["plan.rank=16", f"plan.r_avg={average}", f"plan.r_max={largest}"]), ("plan",))
+        for average, largest in ((6, 8), ("null", "null"))
+    )
+    assert named == unnamed
+    assert (named["plan.r_avg"], named["plan.r_max"]) == (6, 8)
+
+
+def test_a_difference_is_named_with_both_values_and_what_is_gone_differs_in_nothing():
+    recorded = {"seed": 0, "data.train": "a.jsonl", "content of data.train": "1234", "long.gone": 3}
+    assert difference(recorded, {"seed": 0, "data.train": "a.jsonl", "content of data.train": "1234"}) is None
+    assert difference(recorded, {"seed": 1, "data.train": "b.jsonl"}) == ("seed", 0, 1)
+    assert difference(recorded, {"data.train": "a.jsonl", "content of data.train": "5678"}) == ("content of data.train", "1234", "5678")
+    assert difference(recorded, {"data.train": "a.jsonl", "content of data.train": None}) is None  # the file is gone
+    assert difference(recorded, {"seed": 0, "train.epochs": 1.0}) is None  # younger than the record, and the default
+    assert difference(recorded, {"seed": 0, "train.epochs": 2.0}) == ("train.epochs", 1.0, 2.0)
