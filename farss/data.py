@@ -148,14 +148,20 @@ def _encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
     return result
 
 
-def text_windows(texts: Sequence[str], tokenizer: Any, length: int) -> list[Row]:
+def text_windows(texts: Sequence[str], tokenizer: Any, length: int, count: int, seed: int) -> tuple[list[Row], int]:
     """The texts one after the other, empty lines between them, cut every `length` tokens. Each window begins as the tokenizer begins a
-    text, and every token but the first is to be predicted. What is left at the end is no window."""
+    text, and every token but the first is to be predicted. What is left at the end is no window.
+
+    Returns:
+        `count` of the windows, drawn with the seed, and how many there are.
+    """
     opening, gap = _opening(tokenizer), _encode(["\n\n"], tokenizer)[0]
     ids = array("q", itertools.chain.from_iterable([*text, *gap] for text in _encode(list(texts), tokenizer)))
     size = length - len(opening)
     starts = range(0, len(ids) - size + 1, size)
-    return [{"input_ids": [*opening, *ids[start : start + size]], "completion_mask": [0] + [1] * (length - 1)} for start in starts]
+    mask = [0] + [1] * (length - 1)
+    rows = [{"input_ids": [*opening, *ids[start : start + size]], "completion_mask": mask} for start in choose(starts, count, seed)]
+    return rows, len(starts)
 
 
 def _opening(tokenizer: Any) -> list[int]:

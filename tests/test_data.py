@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from farss import data, world
-from farss.batches import Row
+from farss.batches import Row, choose
 from farss.config import DataConfig, QuestionSet
 from farss.errors import DataError
 from farss.prompts import prompt_text
@@ -312,13 +312,14 @@ def test_conversations_are_chats_or_one_turn() -> None:
 def test_windows_of_text_are_equally_long_and_begin_as_texts_do():
     tokenizer = AutoTokenizer.from_pretrained(world.MODEL)
     texts = [json.loads(line)["text"] for line in Path(world.TEXT).read_text().splitlines()[:40]]
-    rows = data.text_windows(texts, tokenizer, 16)
+    rows, count = data.text_windows(texts, tokenizer, 16, 10**6, 0)
     assert {len(row["input_ids"]) for row in rows} == {16}
     assert {sum(row["completion_mask"]) for row in rows} == {15}
     begin = tokenizer("a").input_ids[: len(tokenizer("a").input_ids) - len(tokenizer("a", add_special_tokens=False).input_ids)]
     gap = tokenizer("\n\n", add_special_tokens=False).input_ids
     whole = [token for text in texts for token in (*tokenizer(text, add_special_tokens=False).input_ids, *gap)]
     size = 16 - len(begin)
-    assert len(rows) == len(whole) // size
+    assert len(rows) == count == len(whole) // size
     assert [token for row in rows for token in row["input_ids"][len(begin) :]] == whole[: len(rows) * size]
-    assert data.text_windows(texts, tokenizer, 10**6) == []
+    assert data.text_windows(texts, tokenizer, 16, 5, 3) == (choose(rows, 5, 3), count)
+    assert data.text_windows(texts, tokenizer, 10**6, 5, 0) == ([], 0)

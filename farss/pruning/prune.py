@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from farss.batches import Row, choose
+from farss.batches import Row
 from farss.card import write_card
 from farss.config import CompareConfig, Config
 from farss.data import text_windows
@@ -123,12 +123,12 @@ class Pruning:
 
     def _windows(self, path: str) -> list[Row]:
         options = self.config.prune
-        found = text_windows(text_rows(path), self.tokenizer, options.length)
+        rows, found = text_windows(text_rows(path), self.tokenizer, options.length, options.sequences, self.config.seed)
         if not found:
             raise DataError(f"{path} does not fill a window of prune.length={options.length} tokens: give more text, or lower prune.length")
-        if len(found) < options.sequences:
-            log.warning(f"{path} fills {len(found):,} windows of {options.length} tokens, fewer than prune.sequences={options.sequences}.")
-        return choose(found, options.sequences, self.config.seed)
+        if found < options.sequences:
+            log.warning(f"{path} fills {found:,} windows of {options.length} tokens, fewer than prune.sequences={options.sequences}.")
+        return rows
 
     @cached_property
     def blocks(self) -> int:

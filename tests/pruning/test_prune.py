@@ -238,7 +238,7 @@ def test_a_pruned_model_is_a_model_to_prune_and_to_fine_tune(pruning, tmp_path):
 def test_perplexity_is_that_of_plain_transformers(model_folder):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
     texts = [json.loads(line)["text"] for line in Path(world.TEXT).read_text().splitlines()[:20]]
-    rows = text_windows(texts, tokenizer, 16)
+    rows, _ = text_windows(texts, tokenizer, 16, 10**6, 0)
     ids = torch.tensor([row["input_ids"] for row in rows])
     expected = math.exp(model(input_ids=ids, labels=ids).loss.item())
     assert perplexity(model, rows, 4, 0, silent) == pytest.approx(expected, rel=1e-4)
