@@ -29,6 +29,10 @@ BASE = "base"
 """What `meta.method` says of the untouched model."""
 
 
+RECOVERED = {"recover-base": "base-recovered", "recover": "recovered"}
+"""Where the answers of these steps lie."""
+
+
 @dataclass
 class Answers:
     """Of one run, and of the untouched model, which the runs of a comparison share."""
@@ -68,15 +72,15 @@ class Answers:
 
     def recovered_base(self, load: Load) -> bool:
         """`base-recovered/`: the untouched model after the steps of `farss.recovery`. Returns whether it was made now."""
-        return self._recover("recover-base", self.common, "base-recovered", load, LOADED_KEYS, BASE)
+        return self._recover("recover-base", self.common, load, LOADED_KEYS, BASE)
 
     def recovered(self, load: Load) -> bool:
         """`recovered/`: knowledge asked once more, after a few steps of question answering. Returns whether it was made now."""
-        return self._recover("recover", self.folder, "recovered", load, EXPORT_KEYS, self.inputs.config.plan.method)
+        return self._recover("recover", self.folder, load, EXPORT_KEYS, self.inputs.config.plan.method)
 
-    def _recover(self, step: str, place: Folder, name: str, load: Load, keys: tuple[str, ...], method: str) -> bool:
-        config, target, options = self.inputs.common_config, place.path / name, self._recover_options(keys)
-        if place.is_done(step, options, redo=True):
+    def _recover(self, step: str, place: Folder, load: Load, keys: tuple[str, ...], method: str) -> bool:
+        config, target, options = self.inputs.common_config, place.path / RECOVERED[step], self._recover_options(keys)
+        if place.is_done(step, options, redo=True, makes=target / "scores.json"):
             return False
         if self._graded_again(step, place, options, target, knowledge_alone(config)):
             return True
@@ -114,7 +118,7 @@ class Answers:
         found = summarise(self.common.path / "base", self.folder.path, full, config, only)
         if not self._is_recovered:
             return found
-        pair = self.common.path / "base-recovered", self.folder.path / "recovered"
+        pair = self.common.path / RECOVERED["recover-base"], self.folder.path / RECOVERED["recover"]
         return replace(found, recovered=summarise(*pair, None, config, only).K)
 
     def save(self, summary: Summary) -> None:
@@ -138,8 +142,7 @@ class Answers:
     def complete(self) -> bool:
         """Whether everything was asked that shall be asked of the run's result, as it is configured now."""
         wanted = self.inputs.config.evaluate
-        recovered = self.folder.is_done("recover", self._recover_options(EXPORT_KEYS), redo=True) if wanted.recovery else True
-        return recovered and (self._is_asked or not wanted.asks)
+        return (self._recovered(self.folder, "recover", EXPORT_KEYS) or not wanted.recovery) and (self._is_asked or not wanted.asks)
 
     @property
     def _is_asked(self) -> bool:
@@ -149,8 +152,11 @@ class Answers:
     def _is_recovered(self) -> bool:
         """Whether this model and the untouched one were asked once more, as it is configured now."""
         steps = ((self.common, "recover-base", LOADED_KEYS), (self.folder, "recover", EXPORT_KEYS))
-        wanted = bool(self.inputs.config.evaluate.recovery)
-        return wanted and all(place.is_done(step, self._recover_options(keys), redo=True) for place, step, keys in steps)
+        return bool(self.inputs.config.evaluate.recovery) and all(self._recovered(*each) for each in steps)
+
+    def _recovered(self, place: Folder, step: str, keys: tuple[str, ...]) -> bool:
+        scores = place.path / RECOVERED[step] / "scores.json"
+        return place.is_done(step, self._recover_options(keys), redo=True, makes=scores)
 
     @property
     def _after_options(self) -> dict[str, Any]:

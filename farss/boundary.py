@@ -39,8 +39,6 @@ from farss.tasks.likelihood import (
 )
 from farss.train import train, training_steps
 
-"""Called with (optimiser steps done, steps in all, a line to show)."""
-
 SCORING = 0.25
 """Share of the budget that scoring may take: questions are left out until it does."""
 

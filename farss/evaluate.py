@@ -27,6 +27,9 @@ from farss.tasks.names import task_manager
 from farss.tasks.questions import prompt_of, task_settings
 from farss.tasks.records import Logged, Record, main_metric, metric_label, records_of
 
+OF_BASE = "base_fingerprint"
+"""Of what an adapter is on: for people, and not among what results depend on, which `weights` is."""
+
 
 def evaluate(
     model: Any,
@@ -51,13 +54,7 @@ def evaluate(
     """
     if config.evaluate.asked:
         require_harness()
-    identity = {
-        "weights": _identity(model),
-        "base_fingerprint": base_fingerprint(model),
-        **(meta or {}),
-        "seed": config.seed,
-        **_versions(),
-    }
+    identity = {"weights": _identity(model), **(meta or {}), "seed": config.seed, **_versions()}
     benchmarks = list_benchmarks(config, identity)
     results = {each.name: _finished(folder / "scores", each) for each in benchmarks}
     waiting = [each for each in benchmarks if results[each.name] is None]
@@ -70,7 +67,8 @@ def evaluate(
         for each in waiting:
             results[each.name] = _ask_and_write(each, tasks.pop(each.name), live, config, folder / "scores")
         loss = _text_loss(model, asks, config, identity, folder / "scores", on_progress)
-    scores = Scores(**_by_kind(benchmarks, results), text_loss=loss, meta=identity)
+    base = {OF_BASE: base_fingerprint(model)} if hasattr(model, "peft_config") else {}
+    scores = Scores(**_by_kind(benchmarks, results), text_loss=loss, meta=identity | base)
     scores.save(folder / "scores.json")
     return scores
 
@@ -78,7 +76,7 @@ def evaluate(
 def grade_again(config: Config, folder: Path) -> Scores | None:
     """The scores in a folder by the rules of today, without the model; None where something would have to be asked again."""
     known = Scores.load(folder / "scores.json")
-    benchmarks = list_benchmarks(config, known.meta)
+    benchmarks = list_benchmarks(config, {key: value for key, value in known.meta.items() if key != OF_BASE})
     results = {each.name: _finished(folder / "scores", each) for each in benchmarks}
     if None in results.values():
         return None

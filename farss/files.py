@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,23 +49,36 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """Give a temporary folder beside `path` to fill. When the block ends well it takes the name, and only now does an older
     folder of that name make way. A link stays one, and so does a folder that cannot be replaced."""
     path = path.resolve()
+    if path.is_file():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
     temporary = path.with_name(f".{path.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         yield temporary
-    except BaseException:
+        if os.path.ismount(path) or path == Path.cwd():
+            _refill(path, temporary)
+        else:
+            _take_place(path, temporary)
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _take_place(folder: Path, source: Path) -> None:
+    """Give a folder another one's name. The older goes aside first, and is deleted last: of what cannot be deleted something would stay
+    in the way."""
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    old = aside / "old"
+    try:
+        if folder.exists():
+            folder.rename(old)
+        source.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
         raise
-    if os.path.ismount(path) or path == Path.cwd():
-        _refill(path, temporary)
-        shutil.rmtree(temporary, ignore_errors=True)
-        return
-    old = path.with_name(f".{path.name}.old")  # aside, and not deleted yet: of what cannot be deleted something would stay in the way
-    shutil.rmtree(old, ignore_errors=True)
-    with contextlib.suppress(FileNotFoundError):
-        path.rename(old)
-    temporary.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if folder.exists():  # or the older one is all there is
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def _refill(folder: Path, source: Path) -> None:

@@ -226,6 +226,8 @@ def _paths_in(folder: Path) -> set[str]:
     except FarssError:
         return set()
     named = [values[section][name] for section, name in PATHS]
+    for options in values["compare"]["settings"].values():
+        named += [value for key, value in options.items() if str(key).partition(".")[::2] in PATHS]
     return {path for value in (*named, *(values["evaluate"][kind] for kind in KINDS)) for path in files_of(value)}
 
 

@@ -123,6 +123,7 @@ def read(config: Config, folder: Path, tokenizer: Any) -> Any:
 
     Raises:
         FolderError: its weights are deleted.
+        FarssError: they, the base or the tokenizer are not those that were exported.
     """
     target = place_of(config, folder)
     if not any(target.glob("*.safetensors")):

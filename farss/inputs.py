@@ -105,11 +105,20 @@ class Inputs:
             self._once(self._check_recovery, self.common_config)
 
     def check_asked(self) -> None:
-        """Read every question file, and see that the questions can be asked, and as they were trained."""
+        """Read every question file, and see that the questions can be asked, and as they were trained.
+
+        Raises:
+            DataError: a file or a column is missing.
+            ConfigError: a question set cannot be asked, or would be asked with another system message.
+        """
         self._once(self.check_questions, self.config.evaluate)
-        self._once(list_benchmarks, self.common_config, {})
+        config = self.common_config
+        self._once(self._check_benchmarks, config.evaluate, config.data, config.seed)
         if self.config.data.template == "chat" and self.config.evaluate.task:
             self.check_system()
+
+    def _check_benchmarks(self, evaluate: EvaluateConfig, data: DataConfig, seed: int) -> None:
+        list_benchmarks(Config(evaluate=evaluate, data=data, seed=seed), {})
 
     def check_system(self) -> None:
         """Refuse to ask the task without the system message that every example has, or with another one.

@@ -96,15 +96,18 @@ def difference(recorded: dict[str, Any], options: dict[str, Any]) -> tuple[str, 
     # An option that the record does not know is younger than the folder, which was made with its default; and where
     # it did not look at a file's content, or the file is gone, nothing can be said of it. One that only the record knows changes
     # nothing any more.
-    now = {key: _filled(value) for key, value in options.items() if not (key.startswith(CONTENT) and _is_gone(value))}
+    now = {key: _filled(value) for key, value in options.items()}
     then = {key: _filled(value) for key, value in recorded.items() if key in now}
+    now |= {key: _still(now[key], value) for key, value in then.items() if key.startswith(CONTENT)}
     known = dict.fromkeys(now) | _defaults(now) | {key: now[key] for key in now if key.startswith(CONTENT)} | then
     return next(((key, known[key], now[key]) for key in now if now[key] != known[key]), None)
 
 
-def _is_gone(content: Any) -> bool:
-    """Whether a file whose content an option depends on is not there."""
-    return None in content if isinstance(content, list) else content is None
+def _still(now: Any, then: Any) -> Any:
+    """The content of files now; that of one which is not there is what it was."""
+    if isinstance(now, list) and isinstance(then, list) and len(now) == len(then):
+        return [_still(*pair) for pair in zip(now, then, strict=True)]
+    return then if now is None else now
 
 
 def files_of(value: Any) -> list[str]:

@@ -35,6 +35,7 @@ from farss.report import write_report
 from farss.structure import check_unshared, left_out
 from farss.surveys import Surveys, check_fingerprint
 from farss.tasks.course import Course, prepare_course
+from farss.tasks.reference import check_not_own
 from farss.tasks.summary import Summary
 from farss.train import TrainResult, check_options, products, restore, train, training_steps
 from farss.versions import versions
@@ -140,6 +141,7 @@ class Run:
 
     def check_inputs(self, trains: bool = True) -> None:
         """Read the tokenizer, the data and every question file, and plan what can be planned without a survey."""
+        check_not_own(self.config)
         if self.has_trained:  # they were usable; what is asked may be asked anew
             if not self.answers.complete:
                 self.inputs.check_asked()
@@ -252,7 +254,7 @@ class Run:
         require_boundary(self.config.plan)
         step, options = self._boundary_step, self._boundary_options
         place = self.place.path / "boundary" / self._searched_for
-        if not self.place.is_done(step, options):
+        if not self.place.is_done(step, options, makes=place / "boundary.json"):
             known, config = self.survey(), self.common_config
 
             def tell(done: int, total: int, line: str) -> None:
@@ -437,7 +439,8 @@ class Run:
     def complete(self) -> bool:
         """Whether all of that is done, as it is configured now."""
         exported = (self.folder.record("export") or {"done": False})["done"]  # in whatever form: no score depends on it
-        return exported and self.folder.is_done("train", self._train_options, redo=True) and self.answers.complete
+        trained = self.folder.is_done("train", self._train_options, redo=True, makes=self.path / "train.json")
+        return exported and trained and (self.path / "plan.json").is_file() and self.answers.complete
 
     def drop_weights(self) -> None:
         """Delete the trained weights in every form; what was measured of them stays, and the run counts as done."""

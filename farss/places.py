@@ -15,6 +15,7 @@ from farss.precision import computing_dtype
 from farss.structure import holds_numbers
 
 Batch = dict[str, Tensor]
+"""`input_ids`, `attention_mask` and what else belongs to some examples, each [b, t]."""
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -210,8 +211,15 @@ def load_adapter(model: Any, folder: Path | str, tokenizer: Any = None, trainabl
                 f"{folder} was made for a {what} with fingerprint {expected}, but this one has {actual}: "
                 f"load {facts.get('base')!r} as it was{cure}"
             )
-    if facts.get("adapter_fingerprint", held := tensors_fingerprint(load_file(folder / "adapter_model.safetensors"))) != held:
-        raise FarssError(f"the weights in {folder} are not those that farss.json there describes: export it again, or copy it as a whole")
+    try:
+        held = tensors_fingerprint(load_file(folder / "adapter_model.safetensors"))
+    except (OSError, SafetensorError) as error:
+        raise FarssError(f"the weights in {folder} are missing or damaged: export it again") from error
+    if facts.get("adapter_fingerprint", held) != held:
+        raise FarssError(
+            f"the weights in {folder} are not those that farss.json there describes: copy or export it as a whole or, if they were "
+            "trained on there, load it with PeftModel.from_pretrained"
+        )
     return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
 
 

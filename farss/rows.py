@@ -114,9 +114,11 @@ def _read_csv(stream: IO[str], file: Path) -> list[dict[str, Any]]:
         reader = csv.DictReader(stream, strict=True)
         rows: list[dict[str, Any]] = []
         try:
-            if len(names := list(reader.fieldnames or ())) == 1 and (found := next((each for each in ";\t|" if each in names[0]), None)):
-                raise DataError(f"{file} separates its columns by {found!r}: write it with commas")
+            names = list(reader.fieldnames or ())
+            other = next((each for each in ";\t|" if len(names) == 1 and each in names[0]), None)
             for row in reader:
+                if other and other in "".join([row[names[0]] or "", *row.get(None, [])]):  # type: ignore[call-overload]
+                    raise DataError(f"{file} separates its columns by {other!r}: write it with commas")
                 if None in row or None in row.values():
                     raise DataError(f"{file}, line {reader.line_num} has more or fewer cells than the header: mend the line")
                 rows.append(row)

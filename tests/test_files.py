@@ -105,10 +105,22 @@ def test_broken_and_missing_files_are_named(tmp_path):
 
 
 def test_what_cannot_be_deleted_loses_nothing(tmp_path, monkeypatch):
-    for text in ("first", "second"):
+    for text in ("first", "second", "third"):
         with whole_folder(tmp_path / "a") as folder:
             folder.mkdir()
             (folder / "x").write_text(text)
         monkeypatch.setattr("shutil.rmtree", lambda path, ignore_errors=False: None)
-    assert (tmp_path / "a" / "x").read_text() == "second"
-    assert (tmp_path / ".a.old" / "x").read_text() == "first"
+    assert (tmp_path / "a" / "x").read_text() == "third"
+    assert {file.read_text() for file in tmp_path.rglob("old/x")} == {"first", "second"}
+
+
+def test_a_name_that_cannot_be_had_leaves_the_older_folder(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x").write_text("first")
+    with pytest.raises(FileNotFoundError), whole_folder(tmp_path / "a"):
+        pass  # nothing was made
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "x"]
+    (tmp_path / "b").write_text("a file")
+    with pytest.raises(NotADirectoryError), whole_folder(tmp_path / "b"):
+        pytest.fail("it is known before anything is made")
+    assert (tmp_path / "b").read_text() == "a file"

@@ -137,3 +137,18 @@ def test_a_model_that_reads_ahead_is_refused(tmp_path, kind):
         load_model(ModelConfig(path=str(tmp_path)))
     config.is_decoder = True
     check_causal(build(config))
+
+
+def test_nan_is_another_fault_than_reading_ahead_and_the_callers_mode_and_numbers_stay():
+    model = small("llama")
+    model.model.layers[0].self_attn.q_proj.weight.data[0, 0] = torch.nan
+    check_causal(model)
+    model = small("gpt2").float()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.train()
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    check_causal(model)
+    assert torch.equal(torch.rand(3), expected)
+    assert model.training

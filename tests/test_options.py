@@ -19,5 +19,9 @@ def test_a_difference_is_named_with_both_values_and_what_is_gone_differs_in_noth
     assert difference(recorded, {"seed": 1, "data.train": "b.jsonl"}) == ("seed", 0, 1)
     assert difference(recorded, {"data.train": "a.jsonl", "content of data.train": "5678"}) == ("content of data.train", "1234", "5678")
     assert difference(recorded, {"data.train": "a.jsonl", "content of data.train": None}) is None  # the file is gone
+    two = {"content of evaluate.knowledge": [None, "1234"]}  # the first is on a hub
+    assert difference(two, {"content of evaluate.knowledge": [None, "1234"]}) is None
+    assert difference(two, {"content of evaluate.knowledge": [None, None]}) is None
+    assert difference(two, {"content of evaluate.knowledge": [None, "5678"]}) is not None
     assert difference(recorded, {"seed": 0, "train.epochs": 1.0}) is None  # younger than the record, and the default
     assert difference(recorded, {"seed": 0, "train.epochs": 2.0}) == ("train.epochs", 1.0, 2.0)

@@ -100,6 +100,18 @@ def test_an_adapter_is_loaded_on_its_own_base_only(tmp_path):
         load_adapter(small("llama").float(), tmp_path / "adapter")
 
 
+def test_an_adapter_without_its_weights_is_one_sentence(tmp_path):
+    adapted, plan = trained("llama", tmp_path)
+    export(adapted, plan, tmp_path / "adapter", prompts())
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    assert "in layers of rank" in (tmp_path / "adapter" / "README.md").read_text()
+    file.write_bytes(file.read_bytes()[:100])
+    for _ in range(2):
+        with pytest.raises(FarssError, match="are missing or damaged: export it again"):
+            load_adapter(small("llama").float(), tmp_path / "adapter")
+        file.unlink(missing_ok=True)
+
+
 def test_an_adapter_is_loaded_with_its_own_tokenizer_only(tmp_path):
     adapted, plan = trained("llama", tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(world.MODEL)

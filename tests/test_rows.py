@@ -262,6 +262,11 @@ def test_another_separator_is_named(tmp_path, separator):
         room.read_rows(str(tmp_path / "x.csv"))
 
 
+def test_a_column_may_be_called_anything(tmp_path):
+    (tmp_path / "x.csv").write_text("text (a; b)\nhello\n")
+    assert room.read_rows(str(tmp_path / "x.csv")) == [{"text (a; b)": "hello"}]
+
+
 def test_text_has_a_column_of_its_own(tmp_path):
     path = write_rows(tmp_path / "t.jsonl", [{"prompt": "a", "completion": "b"}])
     for read in (room.text_rows, room.knowledge_texts):

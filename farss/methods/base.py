@@ -27,6 +27,7 @@ class Context:
 
 
 Over = Literal["tokens", "answers", "examples"]
+"""See `Reading.over`."""
 
 
 @dataclass(frozen=True)

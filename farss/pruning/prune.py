@@ -281,7 +281,7 @@ class Pruning:
         """`<name>/scores.json` and `<name>/measured.json`: its answers, its perplexity, and its speed beside the whole model's."""
         place, where = Folder(self.folder.path / name), self.config.model
         options = options_of(self.config, (*BASE_KEYS, "prune.length", "prune.sequences")) | grading(self.config.evaluate.asked)
-        if place.is_done("measure", options, redo=True):
+        if place.is_done("measure", options, redo=True, makes=place.path / "measured.json"):
             return
         with place.step("measure", options), self._fits():
             model = load_model(where if name == DENSE else replace(where, path=str(self._model(name))))

@@ -100,6 +100,8 @@ def _same(found: Any, model: Any) -> bool:
     held, written = model.state_dict(), found.state_dict()
     if held.keys() != written.keys() or not all(torch.equal(tensor, written[name]) for name, tensor in held.items()):
         return False
+    if any(tensor.dtype != written[name].dtype for name, tensor in held.items() if is_rounded(model, name, tensor)):
+        return False
     found.load_state_dict(held, assign=True)  # the very same, for sums depend on where in memory a weight begins
     ids = torch.arange(3, 3 + CHECKED_TOKENS)[None] % model.config.get_text_config().vocab_size
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -37,6 +37,7 @@ def list_benchmarks(config: Config, identity: dict[str, Any]) -> list[Benchmark]
 
     Raises:
         ConfigError: a name that cannot be a file name, or a question set that cannot be asked.
+        DataError: its file, or a column of it, is missing.
     """
     return [_benchmark(kind, entry, config, identity) for kind in KINDS for entry in getattr(config.evaluate, kind)]
 

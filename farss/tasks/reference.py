@@ -29,8 +29,6 @@ def check_reference(config: Config, tokenizer: Any) -> None:
             f"evaluate.full_scores={named}: there is no such file; it is the scores.json of full fine-tuning, or of another run in its "
             "place, which comes first"
         )
-    if named.resolve() in (own := Path(config.out).resolve(), own / "scores.json"):
-        raise FolderError(f"evaluate.full_scores={named} is this run's own: T would be 1 whatever it learned; name another run's")
     scores, folder = read_scores(named)
     for each in list_benchmarks(config, {}):
         if each.kind != "task":
@@ -61,6 +59,17 @@ def check_reference(config: Config, tokenizer: Any) -> None:
                 f"evaluate.full_scores={config.evaluate.full_scores}: that run was asked {each.name!r} with {otherwise}, so T would be a "
                 "ratio of unlike things: evaluate both in the same way"
             )
+
+
+def check_not_own(config: Config) -> None:
+    """Refuse to measure a run by itself.
+
+    Raises:
+        FolderError: `evaluate.full_scores` names the run's own scores.
+    """
+    named, own = Path(config.evaluate.full_scores or "."), Path(config.out).resolve()
+    if config.evaluate.full_scores and named.resolve() in (own, own / "scores.json"):
+        raise FolderError(f"evaluate.full_scores={named} is this run's own: T would be 1 whatever it learned; name another run's")
 
 
 def _asked_otherwise(entry: QuestionSet, drawn: Drawn, config: Config, score: TaskScore, folder: Path, tokenizer: Any) -> str:

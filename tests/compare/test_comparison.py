@@ -45,6 +45,7 @@ def test_methods_and_seeds_have_intervals_and_differences(values):
     assert pairs == {(one, other, metric) for one, other in (("lora", "farss"), ("farss", "lora")) for metric in known}
     assert {"kept", "learned"} <= set(known)
     assert comparison["frontier"] is None
+    assert "Questions asked: 16 of facts (knowledge); 16 of seals (task)." in comparison["notes"]
 
 
 def has_no_reference(row):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import statistics
 from pathlib import Path
@@ -15,6 +16,8 @@ from rich.console import Console
 from farss.artifacts import Plan, Survey
 from farss.files import read_json
 from farss.report import comparison_csv, comparison_markdown, write_report
+from farss.report.figures import AGAINST
+from farss.report.tables import gaps
 from farss.terminal import RankMap, comparison_table, importance_table, summary_table
 
 
@@ -178,7 +181,19 @@ def test_the_rank_map_fits_every_terminal(run_folder: Path, width: int) -> None:
     assert all(len(line) <= width for line in text.splitlines())
 
 
-def test_full_fine_tuning_has_no_RankMap(comparison_folder: Path) -> None:
+def test_the_rank_map_says_where_farss_plus_starts(run_folder: Path) -> None:
+    plan = Plan.load(run_folder / "plan.json")
+    layers = {name: dataclasses.replace(layer, side="most", fixed_a=True) for name, layer in plan.layers.items()}
+    assert printed(RankMap(dataclasses.replace(plan, layers=layers)), 100).splitlines()[-1].strip() == f"■ {AGAINST}"
+
+
+def test_a_small_p_value_is_no_zero() -> None:
+    row = {"method": "farss", "against": "lora", "metric": "KT", "value": 0.1, "low": 0.05, "high": 0.15}
+    shown = [gaps({"differences": [row | {"p_value": p}]})["KT"][0].p for p in (0.00049, 0.0005001, 0.031)]
+    assert shown == ["<0.001", "0.001", "0.031"]
+
+
+def test_full_fine_tuning_has_no_rank_map(comparison_folder: Path) -> None:
     text = printed(RankMap(Plan.load(comparison_folder / "full-seed0" / "plan.json")), 80)
     assert text.strip() == "full trains every weight: there are no ranks"
 

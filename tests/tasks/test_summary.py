@@ -12,7 +12,6 @@ from farss.config import EvaluateConfig, QuestionSet
 from farss.errors import FolderError
 from farss.evaluate import evaluate
 from farss.report.story import tiles
-from farss.tasks.reference import check_reference
 from farss.tasks.summary import summarise
 
 pytest.importorskip("lm_eval")
@@ -65,14 +64,6 @@ def test_another_reference_than_full_fine_tuning_is_named(three):
     assert "T is relative to the run of lora that evaluate.full_scores names, and not to full fine-tuning." in summary.notes
     assert summary.reference == "the run of lora"
     assert [tile.meaning for tile in tiles(dataclasses.asdict(summary)) if tile.name == "T"] == ["learned, against the run of lora"]
-
-
-def test_a_run_is_no_reference_of_itself(three, tokenizer):
-    config, folder = three
-    for named in (folder / "after", folder / "after" / "scores.json"):
-        own = replace(config, out=str(folder / "after"), evaluate=replace(config.evaluate, full_scores=str(named)))
-        with pytest.raises(FolderError, match="is this run's own: T would be 1 whatever it learned"):
-            check_reference(own, tokenizer)
 
 
 @pytest.mark.parametrize("knowledge", ["none", "fewer"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,6 +129,13 @@ def test_restore_errors(tmp_path: Path) -> None:
     train(whole_model(), tokenizer(), examples(), options(max_steps=4), tmp_path)
     with pytest.raises(FolderError, match=r"from a base model with fingerprint [0-9a-f]{16}, but this one has [0-9a-f]{16}"):
         restore(whole_model(kv_heads=1), tmp_path)
+    (tmp_path / "train.json").write_text("{}")
+    (tmp_path / "checkpoints" / "checkpoint-4" / MARKER).unlink()
+    with pytest.raises(FolderError, match=r"the weights in .*checkpoints are damaged"):
+        restore(whole_model(), tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(FolderError, match="the weights that were trained there are deleted"):
+        restore(whole_model(), tmp_path)
 
 
 def test_checkpoints_come_as_often_as_is_asked_for_now(tmp_path: Path) -> None:
