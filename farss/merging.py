@@ -90,9 +90,9 @@ def write_model(model: Any, plan: Plan, tokenizer: Any, target: Path, dtype: tor
 
 
 def is_rounded(model: Any, name: str, tensor: Tensor) -> bool:
-    """Whether a weight is written in the precision of the others: some stay float32 whatever a model is loaded in (routers' biases)."""
+    """Whether a weight is written in the precision of the others: some stay float32 whatever a model is loaded in (routers)."""
     kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
-    return tensor.is_floating_point() and not any(part in kept for part in name.split("."))
+    return tensor.is_floating_point() and not any(f".{part}." in f".{name}." for part in kept)
 
 
 def holds_layers(source: Path, plan: Plan) -> bool:

@@ -78,12 +78,13 @@ def test_what_was_trained_in_float32_is_written_in_the_files_precision(kind, tmp
 
 
 def test_what_stays_float32_in_a_16_bit_model_is_not_rounded(tmp_path):
-    """The routers' biases of DeepSeek-V3."""
+    """The routers' weights and biases of DeepSeek-V3."""
     folder = save_small("deepseek-v3", tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     assert base._keep_in_fp32_modules_strict or base._keep_in_fp32_modules
     for block in base.model.layers[1:]:
         block.mlp.gate.e_score_correction_bias.data = torch.tensor([0.1, 0.2, 0.3, 0.4]) + 1e-4
+        block.mlp.gate.weight.data = torch.full_like(block.mlp.gate.weight, 0.1, dtype=torch.float32)
     base.save_pretrained(folder)
     config = ModelConfig(path=str(folder), device="cpu")
     model = load_model(config, as_stored=True)
@@ -94,6 +95,7 @@ def test_what_stays_float32_in_a_16_bit_model_is_not_rounded(tmp_path):
         bias = block.mlp.gate.e_score_correction_bias
         assert bias.dtype == torch.float32
         assert torch.equal(bias.data, torch.tensor([0.1, 0.2, 0.3, 0.4]) + 1e-4)
+        assert torch.equal(block.mlp.gate.weight.data, torch.full_like(block.mlp.gate.weight, 0.1, dtype=torch.float32))
 
 
 def test_a_model_that_does_not_come_back_is_not_kept(tmp_path, monkeypatch):
