@@ -12,6 +12,7 @@ from farss.config import Config, DataConfig, EvaluateConfig, ModelConfig, Questi
 from farss.data import Tokenized, check_length, load_examples, same_words
 from farss.errors import ConfigError
 from farss.models import empty_model, layer_shapes, load_tokenizer
+from farss.plan import method_of
 from farss.recovery import recovery_rows
 from farss.rows import example_rows, knowledge_texts, question_rows, text_rows
 from farss.structure import positions
@@ -81,6 +82,8 @@ class Inputs:
         for kind, what in asked.items():
             if not getattr(config.evaluate, kind):
                 found.append(f"No {kind} questions are given (evaluate.{kind}): nothing will say what was {what}.")
+        if config.plan.boundary is not None and not (method_of(config.plan).boundary or config.compare.methods):
+            found.append(f"plan.boundary={config.plan.boundary} has no effect: {config.plan.method} treats all blocks alike.")
         methods = {config.plan.method, *map(method_of_label, config.compare.methods)}
         if config.evaluate.task and not config.evaluate.full_scores and "full" not in methods:
             found.append(

@@ -62,6 +62,8 @@ def test_what_would_be_missed_at_the_end_is_told_before_anything_is_done(config,
     assert "T and KT will be missing" in told()
     assert "T and KT will be missing" not in told("plan.method=full")
     assert "T and KT will be missing" not in told("compare.methods=[full, lora]")
+    assert "plan.boundary=1 has no effect: lora treats all blocks alike." in told("plan.method=lora")
+    assert "no effect" not in told() + told("plan.method=lora", "plan.boundary=null") + told("compare.methods=[full, lora]")
     rows = [json.loads(line) for line in Path(config.data.train).read_text().splitlines()]
     first = next(iter(rows[0]))
     asked = tmp_path / "asked.jsonl"
