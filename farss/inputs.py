@@ -14,7 +14,7 @@ from farss.errors import ConfigError
 from farss.models import empty_model, layer_shapes, load_tokenizer
 from farss.plan import method_of
 from farss.recovery import recovery_rows
-from farss.rows import example_rows, knowledge_texts, question_rows, text_rows
+from farss.rows import knowledge_texts, question_rows, text_rows
 from farss.structure import positions
 from farss.tasks.benchmarks import list_benchmarks
 from farss.tasks.reference import check_reference
@@ -114,14 +114,9 @@ class Inputs:
             DataError: a file or a column is missing.
             ConfigError: a question set cannot be asked, or would be asked with another system message.
         """
-        self._once(self.check_questions, self.config.evaluate)
-        config = self.common_config
-        self._once(self._check_benchmarks, config.evaluate, config.data, config.seed)
+        self.check_questions()
         if self.config.data.template == "chat" and self.config.evaluate.task:
             self.check_system()
-
-    def _check_benchmarks(self, evaluate: EvaluateConfig, data: DataConfig, seed: int) -> None:
-        list_benchmarks(Config(evaluate=evaluate, data=data, seed=seed), {})
 
     def check_system(self) -> None:
         """Refuse to ask the task without the system message that every example has, or with another one.
@@ -143,14 +138,15 @@ class Inputs:
     def _questions(self, entry: QuestionSet) -> list[dict[str, Any]]:
         return self._once(question_rows, entry)
 
-    def check_questions(self, options: EvaluateConfig) -> None:
-        """Read every question file and the general text."""
-        for entry in options.asked:
-            if isinstance(entry, QuestionSet):
-                self._questions(entry)
-                example_rows(entry)
-        if options.text:
-            text_rows(options.text)
+    def check_questions(self) -> None:
+        """Read every question file and the general text, and see that the questions can be asked."""
+        config = self.common_config
+        self._once(self._read_questions, config.evaluate, config.data, config.seed)
+
+    def _read_questions(self, evaluate: EvaluateConfig, data: DataConfig, seed: int) -> None:
+        list_benchmarks(Config(evaluate=evaluate, data=data, seed=seed), {})
+        if evaluate.text:
+            text_rows(evaluate.text)
 
     def _check_reference(self, config: Config) -> None:
         check_reference(config, self.tokenizer)

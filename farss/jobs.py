@@ -27,6 +27,10 @@ Work = Callable[[Any, Tell], None]
 """A function of a module, called with one of the items and something to tell its progress to."""
 
 
+def unseen(done: int, total: int, line: str) -> None:
+    """Show no progress."""
+
+
 def do_all(work: Work, items: Sequence[Any], jobs: int, tell: Tell) -> None:
     """Call `work(item, tell)` for every item, `jobs` of them at a time.
 

@@ -31,7 +31,7 @@ from farss.portable import Exported
 from farss.portable import export as export_adapter
 from farss.prompts import prompt_facts
 from farss.rows import cell, knowledge_texts
-from farss.structure import check_readable, find_blocks, holds_packed, is_sharded, keep_gradients, positions, target_layers
+from farss.structure import check_loaded, check_readable, find_blocks, holds_packed, is_sharded, keep_gradients, positions, target_layers
 from farss.survey import LENGTH, Progress, batches_for, look, own_text
 
 CHECK_ROWS = 4
@@ -98,8 +98,7 @@ def prepare(
     Raises:
         FarssError: something in the arguments, the data or the model cannot be used; the message says what and the cure.
     """
-    if not hasattr(model, "named_modules"):
-        raise ConfigError(f"model is a {type(model).__name__}: load it first, with AutoModelForCausalLM.from_pretrained")
+    check_loaded(model)
     if not callable(tokenizer):
         raise ConfigError(f"tokenizer is a {type(tokenizer).__name__}: load the model's, with AutoTokenizer.from_pretrained")
     for name, given, kind in (("plan", plan, PlanConfig), ("data", data, DataConfig), ("calibration", calibration, CalibrationConfig)):

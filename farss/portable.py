@@ -28,7 +28,7 @@ from farss.maths.compress import compress
 from farss.models import base_fingerprint, tensors_fingerprint, tokenizer_fingerprint
 from farss.places import outside, placed, placed_in_turn
 from farss.precision import float32_products
-from farss.structure import PEFT_PREFIX, find_blocks, is_linear, is_packed, weight_of
+from farss.structure import PEFT_PREFIX, check_loaded, find_blocks, is_linear, is_packed, weight_of
 
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """vLLM accepts these and no others (`max_lora_rank`), so the exported rank is padded up to one of them."""
@@ -194,8 +194,7 @@ def load_adapter(model: Any, folder: Path | str, tokenizer: Any = None, trainabl
     from peft import PeftModel
 
     folder = Path(folder)
-    if not isinstance(model, nn.Module):
-        raise FarssError(f"model is a {type(model).__name__}: load it first, with AutoModelForCausalLM.from_pretrained")
+    check_loaded(model)
     if not folder.is_dir():
         raise FarssError(f"there is no folder {folder}: give that of an exported adapter")
     if not (folder / "farss.json").is_file():

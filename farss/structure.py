@@ -46,6 +46,16 @@ def positions(model: nn.Module) -> int | None:
     return limit if limit and any(table.num_embeddings in (limit, limit + 2) for table in tables) else None  # OPT's begin at 2
 
 
+def check_loaded(model: Any) -> None:
+    """Refuse what is no model, such as the name of one.
+
+    Raises:
+        ConfigError: with the cure.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model is a {type(model).__name__}: load it first, with AutoModelForCausalLM.from_pretrained")
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether a module computes `y = W h (+ b)` with a two-dimensional weight."""
     return (isinstance(module, nn.Linear) and _only_multiplies(module)) or is_transposed(module)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from farss.batches import Row, batches, collate
 from farss.files import read_json, write_json
 from farss.forward import accepts, entering, evaluating, hooked, leaving, without_cache
-from farss.jobs import Progress
+from farss.jobs import Progress, unseen
 from farss.places import moved
 from farss.pruning.surgery import skipped
 from farss.structure import find_blocks
@@ -97,7 +97,7 @@ def _look(
     batch_size: int,
     pad_id: int,
     see: Callable[[Tensor, int, Tensor, Tensor], None],
-    tell: Progress = lambda done, total, line: None,
+    tell: Progress = unseen,
 ) -> None:
     """Send rows through a model, and see what enters and what leaves these blocks: `see(mask, block, before, after)`, `[b, t]` true on
     the real tokens and `[b, t, d]`."""

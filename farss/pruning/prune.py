@@ -181,7 +181,7 @@ class Pruning:
         for dtype in {*([torch.float32] if trains else []), *([loaded_dtype(model)] if scales else [])}:
             check_options(self.config.train, device_of(model), dtype, self.inputs.architecture.supports_gradient_checkpointing)
         check_room(model, trains, "choose methods that train nothing (trsp-stage-1, shortgpt, sleb)")
-        self.inputs.check_questions(self.config.evaluate)
+        self.inputs.check_questions()
         made = [self._is_made(method) for method in options.methods]  # every one of them may refuse
         if not all(made):
             _ = self.rows

@@ -18,7 +18,7 @@ from torch import nn
 
 from farss.artifacts import Layer, Survey
 from farss.files import write_json
-from farss.jobs import Progress
+from farss.jobs import Progress, unseen
 from farss.maths.fisher import output_energy
 from farss.maths.moments import Covariance, ExampleMoment, Moment
 from farss.memory import freed_memory_kept, give_back_if_scarce, peak_gib
@@ -30,7 +30,7 @@ from farss.survey.kept import INPUT, Kept
 from farss.survey.passage import check_finite, check_passage, counted, enter, returned_by, through
 from farss.survey.record import PROGRESS, begin, finish, mark_file, same_survey, write_block
 from farss.survey.statistics import check_counts, finite_moment, finite_weight, finite_weights, recording_inputs, sums_of
-from farss.survey.sweep import batches_fit, silent
+from farss.survey.sweep import batches_fit
 
 KINDS: dict[Over, type[Moment]] = {"tokens": Moment, "answers": Covariance, "examples": ExampleMoment}
 
@@ -62,7 +62,7 @@ def read_layers(
         NumericalError: a weight or an activation is NaN or infinite; the layer is named.
         FolderError: the folder holds something else.
     """
-    folder, tell = Path(folder), on_progress or silent
+    folder, tell = Path(folder), on_progress or unseen
     keep_gradients(model)
     layers, (_, blocks) = target_layers(model, targets), find_blocks(model)
     batches = [*batches]

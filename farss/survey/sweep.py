@@ -25,7 +25,7 @@ from farss import processes
 from farss.artifacts import Layer, Survey
 from farss.errors import FarssError
 from farss.files import fingerprint, write_json
-from farss.jobs import Progress
+from farss.jobs import Progress, unseen
 from farss.maths.directions import decompose
 from farss.memory import freed_memory_kept, memory_cure, peak_gib, used_gib
 from farss.models import weights_fingerprint
@@ -120,7 +120,7 @@ def carry_out(
     before = processes.shared(begin(folder, key, cap, batches) if processes.rank() == 0 else None)
     started = time.monotonic()
     place = computing_device(model, device)
-    sweep = make(model, blocks, layers, folder, cap, place, on_progress or silent)
+    sweep = make(model, blocks, layers, folder, cap, place, on_progress or unseen)
     sweep.parts.update(before["parts"])
 
     def so_far() -> dict[str, Any]:
@@ -152,10 +152,6 @@ def check_share(batches: list[Batch]) -> None:
             f"{processes.size()} processes for {len(batches)} batches: start fewer processes, or lower "
             "calibration.batch_size, or raise calibration.examples"
         )
-
-
-def silent(done: int, total: int, line: str) -> None:
-    """Show nothing."""
 
 
 @dataclass
