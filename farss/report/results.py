@@ -33,7 +33,7 @@ def balance_figure(rows: list[dict[str, Any]]) -> Figure | None:
 def frontier_figure(frontier: dict[str, Any] | None) -> Figure | None:
     """K against T of every method over its learning rates; None where none was tuned."""
     curves = (frontier or {}).get("curves", {})
-    choices = [choice for axes in (SCORES, LIKELIHOODS) if (choice := _frontier_choice(curves, axes))]
+    choices = [choice for axes in (SCORES, LIKELIHOODS) if (choice := frontier_choice(curves, axes))]
     return Figure("frontier", "What each method can give", choices, "Measured by") if choices else None
 
 
@@ -52,7 +52,8 @@ SCORES = Axes("scores", "K", "T", "%", 100, ("K: kept of the knowledge, %", "T: 
 LIKELIHOODS = Axes("log-likelihoods", "kept", "learned", "nats", 1, ("right answers to knowledge, nats", "right answers to the task, nats"))
 
 
-def _frontier_choice(curves: dict[str, Any], axes: Axes) -> Choice | None:
+def frontier_choice(curves: dict[str, Any], axes: Axes) -> Choice | None:
+    """The curves in two metrics; None where no run has both."""
     reached = {name: points for name, curve in curves.items() if (points := _reached(curve, axes))}
     if not reached:
         return None
@@ -80,14 +81,15 @@ def _frontier_lines(method: str, points: list[dict[str, Any]], place: int, axes:
         pairs = [tuple(significant(axes.factor * point[name]["value"]) for name in (axes.kept, axes.learned)) for point in some]
         values = f"{axes.kept} %{{x:.4g}} {axes.unit}, {axes.learned} %{{y:.4g}} {axes.unit}"
         found = line(method, pairs, place, f"{label(method)}, learning rate %{{customdata}}<br>{values}")  # type: ignore[arg-type]
+        found["marker"] |= {"size": 7, "symbol": symbol(place)}
         return {**found, "customdata": [f"{point['learning_rate']:g}" for point in some], "legendgroup": label(method)}
 
     chosen = [point for point in points if point.get("chosen")]
     mark, colour = drawn(chosen), f"theme:c{place % 8 + 1}"
     named = (("error_x", axes.kept), ("error_y", axes.learned))
     spread = {side: bars([point[name] for point in chosen], colour, axes.factor) for side, name in named}
-    large = {"size": 13, "symbol": symbol(place)}
-    return [drawn(points), {**mark, "mode": "markers", "marker": {**mark["marker"], **large}, **spread, "showlegend": False}]
+    large = {**mark["marker"], "size": 13}
+    return [drawn(points), {**mark, "mode": "markers", "marker": large, **spread, "showlegend": False}]
 
 
 def _span(values: list[dict[str, Any]], factor: float = 100) -> list[float]:

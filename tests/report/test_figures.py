@@ -134,6 +134,10 @@ def test_the_frontier_has_a_line_for_each_method_and_a_mark_on_the_chosen_rate()
     assert (curve["x"], curve["y"], curve["customdata"]) == ([80, 50], [90, 100], ["0.0001", "0.0002"])
     assert (mark["x"], mark["y"], mark["mode"]) == ([80], [90], "markers")
     assert results.frontier_figure(None) is None
+    many = results.frontier_figure({"curves": {str(place): one for place in range(18)}})
+    assert many is not None
+    looks = {(trace["marker"]["color"], trace["marker"]["symbol"]) for trace in many.choices[0].data[1:]}
+    assert len(looks) == 18, "a colour and a mark of its own for each"
 
 
 def test_many_methods_are_told_apart():

@@ -1,0 +1,71 @@
+"""What each method learned on Banking77 against what it kept, as pictures, read from the table in docs/results.md.
+
+    python benchmarks/curves.py
+
+It writes `docs/banking77-scores.png` and `docs/banking77-likelihoods.png`.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import statistics
+import tempfile
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from common import DOCS
+
+from farss.report.drawing import save_figures
+from farss.report.figures import Figure
+from farss.report.results import Axes, frontier_choice
+
+HEAD = "| Method | Learning rate | Loss |"
+BESIDE = r", on 2( other)? cores|, seed \d| as it is now"
+"""What a row says of its machine and its seed, and not of its method."""
+OUTSIDE = ("kasa",)
+"""Would make the pictures too wide to read: 0 % kept, 62 nats lost."""
+LEARNED = "T: learned, % of full fine-tuning"
+PICTURES = {
+    "scores": Axes("scores", "K", "T", "%", 1, ("K: kept of the knowledge, %", LEARNED)),
+    "likelihoods": Axes("likelihoods", "nats", "T", "", 1, ("right answers to knowledge: change of their log-likelihood, nats", LEARNED)),
+}
+
+
+def main() -> None:
+    found = curves((DOCS / "results.md").read_text())
+    for name, axes in PICTURES.items():
+        choice = frontier_choice(found, axes)
+        assert choice
+        with tempfile.TemporaryDirectory() as folder:
+            save_figures([Figure(name, "", [choice._replace(layout=choice.layout | {"height": 640})])], Path(folder))
+            shutil.copyfile(Path(folder) / f"{name}.png", DOCS / f"banking77-{name}.png")
+
+
+def curves(page: str) -> dict[str, list[dict[str, Any]]]:
+    """The points of every method, of the runs that were asked everything: means over the seeds of a learning rate."""
+    rows, method, base = [], "", 0.0
+    for line in page[page.index(HEAD) :].partition("\n\n")[0].splitlines()[2:]:
+        name, rate, _, kept, learned, balance, *known, _, _ = (cell.strip(" *") for cell in line.strip("|").split("|"))
+        method = method if name.startswith("the same") else re.sub(BESIDE, "", name)
+        if method == "base":
+            base = _nats(known)
+        elif balance and method not in OUTSIDE:
+            rows.append((method, float(rate), {"K": float(kept.split()[0]), "T": float(learned), "nats": _nats(known) - base}))
+    order = list(dict.fromkeys(method for method, _, _ in rows))
+    found: dict[str, list[dict[str, Any]]] = {}
+    for (method, rate), runs in groupby(sorted(rows, key=lambda row: (order.index(row[0]), row[1])), key=lambda row: row[:2]):
+        seeds = [values for _, _, values in runs]
+        means = {key: {"value": statistics.fmean(values[key] for values in seeds)} for key in seeds[0]}
+        found.setdefault(method, []).append({"learning_rate": rate, **means})
+    return found
+
+
+def _nats(cells: list[str]) -> float:
+    """The mean of the log-likelihoods, each in brackets behind a percentage."""
+    return statistics.fmean(float(cell.partition("(")[2].rstrip(")")) for cell in cells)
+
+
+if __name__ == "__main__":
+    main()
