@@ -51,7 +51,7 @@ from farss.pipeline import Run
 from farss.places import moved
 from farss.progress import bars
 from farss.structure import target_layers
-from farss.survey import survey
+from farss.survey import Site, survey
 from farss.tasks.standing import Entry, Standing, standings
 from farss.versions import versions
 
@@ -194,8 +194,8 @@ class Variant(Run):
         parts = calibration_batches(rows, config.calibration, self.inputs.tokenizer.pad_token_id, config.seed, config.data.max_length)
         cap = max(min(layer.shape) for layer in layer_shapes(config.model)[0].values())
         model = self.surveys.base_model()
-        meta = {"model": weights_fingerprint(model)}
-        return survey(model, parts, place, cap, config.model.targets, config.calibration.fisher, config.seed, meta)
+        site = Site(model, place, cap, config.model.targets, {"model": weights_fingerprint(model)})
+        return survey(site, parts, config.calibration.fisher, config.seed)
 
     def statistics(self) -> Survey | None:
         rules = {"ratio", "aside"} & set(self.changes)

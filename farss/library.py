@@ -23,6 +23,7 @@ from farss.config import Base, CalibrationConfig, DataConfig, PlanConfig
 from farss.data import Tokenized, check_length, load_examples, tokenize_rows
 from farss.errors import ConfigError, FarssError
 from farss.files import read_json, write_json
+from farss.jobs import Progress, unseen
 from farss.methods import Reading, check_elsewhere
 from farss.models import base_fingerprint, check_causal, is_quantised, weights_fingerprint
 from farss.places import fits_beside, placed, tensors_of
@@ -32,7 +33,7 @@ from farss.portable import export as export_adapter
 from farss.prompts import prompt_facts
 from farss.rows import cell, knowledge_texts
 from farss.structure import check_loaded, check_readable, find_blocks, holds_packed, is_sharded, keep_gradients, positions, target_layers
-from farss.survey import LENGTH, Progress, batches_for, look, own_text
+from farss.survey import LENGTH, Site, batches_for, look, own_text
 
 CHECK_ROWS = 4
 
@@ -206,8 +207,8 @@ class _Looked:
         texts = processes.shared([self._batches(text, needs) for text in needs.texts] if processes.rank() == 0 else None)
         if processes.rank() == 0 or needs.in_parts:
             meta = {"model": weights_fingerprint(self.model)}
-            how = self.calibration, self.targets, self.seed, meta, self.on_progress, self.device
-            look(self.model, needs, texts, self.place, self.cap, *how)
+            site = Site(self.model, self.place, self.cap, self.targets, meta, self.on_progress or unseen, self.device)
+            look(site, needs, texts, self.calibration, self.seed)
         processes.wait()
         return Survey.load(self.place)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from farss.methods import Reading
 from farss.models import check_room, device_of, load_model, tokenizer_fingerprint, weights_fingerprint, will_be_quantised
 from farss.options import READING_KEYS, options_of
 from farss.plan import method_of, survey_cap
-from farss.survey import LENGTH, batches_for, look, own_text
+from farss.survey import LENGTH, Site, batches_for, look, own_text
 
 
 @dataclass
@@ -61,11 +62,8 @@ class Surveys:
         reset_peak(device)
         model = self.base_model()
         with self.place.step(needs.name, options) as facts:
-            found = look(
-                *(model, needs, texts, place, cap, config.calibration, config.model.targets, config.seed, self._meta(model)),
-                on_progress=lambda done, total, line: self.tell(needs.name, done, total, line),
-                device=device,
-            )
+            site = Site(model, place, cap, config.model.targets, self._meta(model), partial(self.tell, needs.name), device)
+            found = look(site, needs, texts, config.calibration, config.seed)
             facts |= {name: found.meta[name] for name in ("seconds", "peak_memory_gib")}
         return found
 

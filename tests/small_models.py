@@ -11,7 +11,7 @@ from farss.batches import batches, collate
 from farss.config import PlanConfig
 from farss.plan import make_plan
 from farss.structure import find_blocks, target_layers
-from farss.survey import survey
+from farss.survey import Site, survey
 
 VOCABULARY = 97
 MIXTURE = {
@@ -198,7 +198,7 @@ CONFIG = PlanConfig(boundary=2, rank=8, r_min=1, r_avg=4, r_max=6, alpha=16.0)
 
 def surveyed(kind, folder, dtype=torch.float32, **options):
     model = small(kind, **options).to(dtype)
-    found = survey(model, [collate(part, 0) for part in batches(examples(), 3)], folder, cap=8)
+    found = survey(Site(model, folder, 8), [collate(part, 0) for part in batches(examples(), 3)])
     return model, found, make_plan(CONFIG, found)
 
 

@@ -13,7 +13,7 @@ from farss.config import ModelConfig, TrainConfig
 from farss.errors import ModelError
 from farss.methods import METHODS
 from farss.models import check_causal, load_model, stored_dtype, weights_fingerprint
-from farss.survey import read_layers, survey
+from farss.survey import Site, read_layers, survey
 from farss.train import products
 
 CPU, BFLOAT16 = torch.device("cpu"), torch.bfloat16
@@ -90,7 +90,7 @@ def bytes_of(folder):
 def test_without_units_a_survey_is_that_of_the_same_weights_in_float32(tmp_path, monkeypatch):
     without_units(monkeypatch)
     narrow, wide = narrow_and_wide()
-    found = [survey(model, as_batches(), tmp_path / str(model.dtype), cap=4) for model in (narrow, wide)]
+    found = [survey(Site(model, tmp_path / str(model.dtype), 4), as_batches()) for model in (narrow, wide)]
     assert bytes_of(found[0].folder) == bytes_of(found[1].folder)
     assert narrow.dtype == BFLOAT16
     assert all(parameter.dtype == BFLOAT16 for parameter in narrow.parameters())
@@ -99,14 +99,14 @@ def test_without_units_a_survey_is_that_of_the_same_weights_in_float32(tmp_path,
 def test_without_units_a_reading_is_that_of_the_same_weights_in_float32(tmp_path, monkeypatch):
     without_units(monkeypatch)
     read = METHODS["corda-kpm"].needs.read
-    found = [read_layers(model, tmp_path / str(model.dtype), read, 4, as_batches()) for model in narrow_and_wide()]
+    found = [read_layers(Site(model, tmp_path / str(model.dtype), 4), read, as_batches()) for model in narrow_and_wide()]
     assert bytes_of(found[0].folder) == bytes_of(found[1].folder)
 
 
 @pytest.mark.parametrize("first", [True, False])
 def test_a_survey_goes_on_where_another_kind_of_machine_left_it(tmp_path, monkeypatch, first):
     narrow, _ = narrow_and_wide()
-    expected = survey(narrow, as_batches(), tmp_path / "whole", cap=4)
+    expected = survey(Site(narrow, tmp_path / "whole", 4), as_batches())
 
     def stop(done, total, line):
         if done == 2:
@@ -115,9 +115,9 @@ def test_a_survey_goes_on_where_another_kind_of_machine_left_it(tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr("farss.precision.multiplies_in", lambda dtype, device: first)
         with pytest.raises(KeyboardInterrupt):
-            survey(narrow, as_batches(), tmp_path / "moved", cap=4, on_progress=stop)
+            survey(Site(narrow, tmp_path / "moved", 4, tell=stop), as_batches())
     monkeypatch.setattr("farss.precision.multiplies_in", lambda dtype, device: not first)
-    found = survey(narrow, as_batches(), tmp_path / "moved", cap=4)
+    found = survey(Site(narrow, tmp_path / "moved", 4), as_batches())
     for name in found.layers:
         torch.testing.assert_close(found.directions(name).scores, expected.directions(name).scores, rtol=0.1, atol=0)
 

@@ -16,7 +16,7 @@ from farss.methods.farss import shallow_ranks
 from farss.methods.uniform import uniform_parameters
 from farss.plan import check_exact, check_plan, make_plan, make_plan_without_survey, survey_cap
 from farss.structure import find_blocks, target_layers
-from farss.survey import survey
+from farss.survey import Site, survey
 
 BASE = PlanConfig(boundary=2, rank=8, r_min=1, r_avg=4, r_max=6)
 
@@ -24,7 +24,7 @@ BASE = PlanConfig(boundary=2, rank=8, r_min=1, r_avg=4, r_max=6)
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     parts = [collate(part, 0) for part in batches(examples(), 3)]
-    return survey(small("llama-gqa"), parts, tmp_path_factory.mktemp("survey"), cap=16)
+    return survey(Site(small("llama-gqa"), tmp_path_factory.mktemp("survey"), 16), parts)
 
 
 def test_side_is_decided_by_the_block_never_by_the_rank(found):
@@ -70,7 +70,7 @@ def test_too_few_tokens_are_told(found):
 def test_one_survey_answers_every_plan(found, tmp_path, changes):
     config = dataclasses.replace(BASE, **changes)
     parts = [collate(part, 0) for part in batches(examples(), 3)]
-    fresh = survey(small("llama-gqa"), parts, tmp_path, cap=survey_cap(config, *shapes(small("llama-gqa"))))
+    fresh = survey(Site(small("llama-gqa"), tmp_path, survey_cap(config, *shapes(small("llama-gqa")))), parts)
     assert make_plan(config, found) == make_plan(config, fresh)
     for name, layer in make_plan(config, found).layers.items():
         for one, two in zip(found.vectors(name, layer.directions), fresh.vectors(name, layer.directions), strict=True):
@@ -162,7 +162,7 @@ def test_a_survey_is_wide_enough_for_a_matched_rank(tmp_path, method):
     cap = survey_cap(config, *shapes(model))
     assert cap > 2 * max(config.rank, config.r_max)
     parts = [collate(part, 0) for part in batches(examples(), 3)]
-    plan = make_plan(config, survey(model, parts, tmp_path, cap=cap))
+    plan = make_plan(config, survey(Site(model, tmp_path, cap), parts))
     assert 10 < max(layer.rank for layer in plan.layers.values()) <= cap
 
 

@@ -25,7 +25,7 @@ from farss.models import base_fingerprint, local_folder, weights_fingerprint
 from farss.plan import make_plan
 from farss.portable import CHECKED_TOKENS, SERVED_RANKS, export, in_float32, load_adapter
 from farss.precision import float32_products
-from farss.survey import survey
+from farss.survey import Site, survey
 
 
 @pytest.mark.parametrize("kind", ["llama-gqa", "gemma3", "gpt2", "phi3", "gpt-neox", "deepseek-v3", "glm4-moe"])
@@ -322,7 +322,7 @@ def test_a_model_of_the_hubs_cache_is_merged_file_by_file(tmp_path, monkeypatch)
 def test_layers_that_are_named_alike_elsewhere_keep_their_full_names(tmp_path):
     """GPT-2 has a c_proj in its attention and in its MLP: PEFT would wrap both for the short name of one."""
     model = small("gpt2")
-    found = survey(model, [collate(examples(), 0)], tmp_path / "survey", cap=4, targets=["attn.c_proj"])
+    found = survey(Site(model, tmp_path / "survey", 4, targets=["attn.c_proj"]), [collate(examples(), 0)])
     plan = make_plan(PlanConfig(boundary=1, rank=4, r_avg=2, r_max=4), found)
     export(attach(model, plan, found), plan, tmp_path / "adapter", prompts())
     targets = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["target_modules"]

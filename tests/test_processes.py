@@ -15,25 +15,26 @@ from farss.artifacts import Survey
 
 SCRIPT = textwrap.dedent("""
     import sys
+    from pathlib import Path
     sys.path.insert(0, sys.argv[1])
     import torch
     torch.set_num_threads(1)
     from small_models import collated, examples, small
     from farss import processes
     from farss.methods import METHODS
-    from farss.survey import look, survey
+    from farss.survey import Site, look, survey
     from farss.survey.against import against
     if len(sys.argv) > 6:
         torch.distributed.init_process_group("gloo")  # as a trainer does before it is ours
     with processes.joined():
-        model, task = small("gemma3"), collated(examples(), int(sys.argv[3]))
+        site, task = Site(small("gemma3"), Path(sys.argv[2]), 4), collated(examples(), int(sys.argv[3]))
         if sys.argv[4] == "survey":
-            survey(model, task, sys.argv[2], 4, fisher="sampled")
+            survey(site, task, fisher="sampled")
         elif sys.argv[4] == "gradients":
-            look(model, METHODS["fora"].needs, [task], sys.argv[2], 1)
+            look(site, METHODS["fora"].needs, [task])
         else:
             knowledge = collated(examples(7, seed=1), int(sys.argv[5]))
-            against(model, task, knowledge, sys.argv[2], METHODS["farss-plus"].needs.read, 4)
+            against(site, task, knowledge, METHODS["farss-plus"].needs.read)
     if len(sys.argv) > 6:
         torch.distributed.barrier()  # it is there as it was
 """)

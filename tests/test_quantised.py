@@ -20,7 +20,7 @@ from farss.plan import make_plan
 from farss.portable import export, in_float32
 from farss.prepared import write_prepared
 from farss.structure import base_weights, holds_packed, keep_gradients, target_layers, weight_of
-from farss.survey import survey
+from farss.survey import Site, survey
 from farss.survey.gradients import gradients
 from farss.train import train
 
@@ -47,8 +47,8 @@ def test_statistics_are_those_of_the_dequantised_weights(folder, tmp_path):
     model = four_bits(folder)
     plain = dequantised(model, folder)
     assert target_layers(model).keys() == target_layers(plain).keys()
-    one = survey(model, collated(examples()), tmp_path / "one", 8)
-    two = survey(plain, collated(examples()), tmp_path / "two", 8)
+    one = survey(Site(model, tmp_path / "one", 8), collated(examples()))
+    two = survey(Site(plain, tmp_path / "two", 8), collated(examples()))
     for name in one.layers:
         assert one.layers[name].shape == two.layers[name].shape
         torch.testing.assert_close(one.directions(name).sigma, two.directions(name).sigma)
@@ -58,7 +58,7 @@ def test_statistics_are_those_of_the_dequantised_weights(folder, tmp_path):
 def test_gradients_of_blocks_are_those_of_the_dequantised_weights(folder, tmp_path):
     model = four_bits(folder)
     one, two = (
-        gradients(each, collated(examples()), tmp_path / str(place)) for place, each in enumerate((model, dequantised(model, folder)))
+        gradients(Site(each, tmp_path / str(place)), collated(examples())) for place, each in enumerate((model, dequantised(model, folder)))
     )
     for name, layer in two.layers.items():
         assert one.layers[name].importance == pytest.approx(layer.importance, rel=0.02)
@@ -83,7 +83,7 @@ def test_training_and_export_on_a_4_bit_base(folder, tmp_path):
     before = logits(model).float()
     packed = {name: tensor.clone() for name, tensor in model.state_dict().items() if tensor.dtype == torch.uint8}
     assert packed
-    found = survey(model, collated(examples()), tmp_path / "survey", 8)
+    found = survey(Site(model, tmp_path / "survey", 8), collated(examples()))
     plan = make_plan(CONFIG, found)
     adapted = attach(model, plan, found)
     scale = before.abs().max().item()
@@ -112,7 +112,7 @@ def test_training_and_export_on_a_4_bit_base(folder, tmp_path):
 def test_its_adapters_train_in_float32(folder, tmp_path):
     """TRL makes adapters of 4-bit models bfloat16, where steps of this size are lost."""
     model = four_bits(folder)
-    found = survey(model, collated(examples()), tmp_path / "survey", 8)
+    found = survey(Site(model, tmp_path / "survey", 8), collated(examples()))
     adapted = attach(model, make_plan(CONFIG, found), found)
     before = {name: parameter.detach().clone() for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     options = {"learning_rate": 1e-5, "max_steps": 2, "batch_size": 4, "gradient_checkpointing": False}
@@ -125,7 +125,7 @@ def test_its_adapters_train_in_float32(folder, tmp_path):
 
 def test_what_a_4_bit_base_cannot_do_is_refused(folder, tmp_path):
     model = four_bits(folder)
-    found = survey(model, collated(examples()), tmp_path / "survey", 8)
+    found = survey(Site(model, tmp_path / "survey", 8), collated(examples()))
     plan = make_plan(CONFIG, found)
     with pytest.raises(ConfigError, match=r"takes the start out of weights that are quantised: set adapter.base=untouched"):
         attach(four_bits(folder), plan, found, base="residual")

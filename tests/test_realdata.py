@@ -20,7 +20,7 @@ from farss.pipeline import Run
 from farss.plan import make_plan
 from farss.portable import export, in_float32
 from farss.rows import question_rows, read_rows
-from farss.survey import survey
+from farss.survey import Site, survey
 
 pytestmark = pytest.mark.realdata
 DATA = Path(os.environ.get("FARSS_DATA", "../shared/data"))
@@ -45,7 +45,7 @@ def prepared(gemma, tmp_path_factory):
     model, tokenizer = load_model(config), load_tokenizer(config)
     rows = load_examples(BANKING, tokenizer, 0).rows
     parts = [collate(part, tokenizer.pad_token_id) for part in batches(rows[:16], 8)]
-    found = survey(model, parts, tmp_path_factory.mktemp("survey"), cap=64)
+    found = survey(Site(model, tmp_path_factory.mktemp("survey"), 64), parts)
     return model, tokenizer, rows, found, make_plan(PlanConfig(boundary=4, rank=64, r_avg=25, r_max=32), found)
 
 

@@ -21,7 +21,7 @@ from farss.errors import ConfigError, FarssError, FolderError, ModelError, Numer
 from farss.maths.directions import decompose, direction_scores, select
 from farss.methods import METHODS
 from farss.structure import left_out, target_layers, weight_of
-from farss.survey import read_layers, survey
+from farss.survey import Site, read_layers, survey
 from farss.survey.against import against
 from farss.survey.passage import enter, sampled, through
 from farss.survey.sweep import shallow_end
@@ -80,33 +80,33 @@ def assert_equals(found, model, expected):
 
 def test_statistics_equal_brute_force(architecture, tmp_path):
     rows = examples()
-    assert_equals(survey(architecture, collated(rows), tmp_path, cap=4), architecture, brute_force(architecture, rows))
+    assert_equals(survey(Site(architecture, tmp_path, 4), collated(rows)), architecture, brute_force(architecture, rows))
 
 
 @pytest.mark.parametrize("kind", ["granite-moe", "granite-hybrid"])
 def test_no_block_sees_the_keys_of_the_passes_before(kind, tmp_path):
     """These models take `use_cache` for the model inside. With one example a batch nothing else than the numbers would tell."""
     model, rows = small(kind), examples()
-    assert_equals(survey(model, collated(rows, 1), tmp_path, cap=4), model, brute_force(model, rows))
+    assert_equals(survey(Site(model, tmp_path, 4), collated(rows, 1)), model, brute_force(model, rows))
 
 
 @pytest.mark.parametrize("kind", ["bamba", "bloom", "falcon", "falcon-h1", "gpt-neox-japanese", "mpt"])
 def test_blocks_that_return_a_tuple_equal_brute_force(kind, tmp_path):
     """A model takes the hidden states out of a tuple of one or two, which a tensor in its place would be cut into."""
     model, rows = small(kind), examples()
-    assert_equals(survey(model, collated(rows, 3), tmp_path / "task", cap=4), model, brute_force(model, rows))
+    assert_equals(survey(Site(model, tmp_path / "task", 4), collated(rows, 3)), model, brute_force(model, rows))
     assert read_activations(model, tmp_path / "read").tokens == sum(len(row["input_ids"]) for row in rows)
 
 
 def test_blocks_that_hand_on_more_than_one_state_a_token_are_refused(tmp_path):
     with pytest.raises(ModelError, match=r"the blocks of Gemma3nForCausalLM hand on states of shape \(2, 1, 11, 32\), not \[batch, tokens"):
-        survey(small("gemma3n"), collated(examples()), tmp_path, cap=4)
+        survey(Site(small("gemma3n"), tmp_path, 4), collated(examples()))
 
 
 def test_a_model_that_cannot_be_kept_from_caching_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("farss.forward.accepts_or_hands_on", lambda model, argument: False)
     with pytest.raises(ModelError, match=r"LlamaForCausalLM caches keys and values whatever it is told"):
-        survey(small("llama"), collated(examples()), tmp_path, cap=4)
+        survey(Site(small("llama"), tmp_path, 4), collated(examples()))
 
 
 def test_weak_directions_equal_brute_force(llama, tmp_path):
@@ -116,14 +116,14 @@ def test_weak_directions_equal_brute_force(llama, tmp_path):
         u, _, vh = torch.linalg.svd(module.weight.detach(), full_matrices=False)
         module.weight.data = (u * torch.logspace(0, -4, count, dtype=torch.float64)) @ vh
     rows = examples()
-    assert_equals(survey(llama, collated(rows), tmp_path, cap=4), llama, brute_force(llama, rows))
+    assert_equals(survey(Site(llama, tmp_path, 4), collated(rows)), llama, brute_force(llama, rows))
 
 
 def test_bfloat16_models_agree_with_float64_sums(tmp_path, monkeypatch):
     """Sums of a bfloat16 model are float32 or better: they are those of float64 sums of the same rows to 1e-4."""
     monkeypatch.setattr("farss.precision.multiplies_in", lambda dtype, device: True)  # computed in bfloat16 on every machine
     model, rows = small("llama-gqa").bfloat16(), examples()
-    found = survey(model, collated(rows), tmp_path, cap=4)
+    found = survey(Site(model, tmp_path, 4), collated(rows))
     layers, blocks = target_layers(model), model.model.layers
 
     def keep(name, inputs, module, args, output):
@@ -155,8 +155,8 @@ def test_bfloat16_models_agree_with_float64_sums(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("size", "side", "order"), [(1, "right", 1), (6, "right", 1), (3, "left", 1), (2, "right", -1)])
 def test_batches_padding_and_order_do_not_matter(llama, tmp_path, size, side, order):
     rows = examples()
-    one = survey(llama, collated(rows), tmp_path / "one", cap=4)
-    two = survey(llama, collated(rows[::order], size, side), tmp_path / "two", cap=4)
+    one = survey(Site(llama, tmp_path / "one", 4), collated(rows))
+    two = survey(Site(llama, tmp_path / "two", 4), collated(rows[::order], size, side))
     assert one.tokens == two.tokens == sum(len(row["input_ids"]) for row in rows)
     for name in one.layers:
         assert one.layers[name].importance == pytest.approx(two.layers[name].importance, rel=1e-9)
@@ -165,7 +165,7 @@ def test_batches_padding_and_order_do_not_matter(llama, tmp_path, size, side, or
 
 def test_same_seed_same_bytes(llama, tmp_path):
     for place in ("one", "two"):
-        survey(llama, collated(examples()), tmp_path / place, cap=4)
+        survey(Site(llama, tmp_path / place, 4), collated(examples()))
     for file in sorted((tmp_path / "one").glob("*.safetensors")):
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
 
@@ -173,7 +173,7 @@ def test_same_seed_same_bytes(llama, tmp_path):
 def test_the_model_is_left_as_it_was(llama, tmp_path):
     llama.train()
     before = {name: tensor.clone() for name, tensor in llama.state_dict().items()}
-    survey(llama, collated(examples()), tmp_path, cap=4)
+    survey(Site(llama, tmp_path, 4), collated(examples()))
     assert llama.training
     assert all(parameter.requires_grad and parameter.grad is None for parameter in llama.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in llama.state_dict().items())
@@ -182,7 +182,7 @@ def test_the_model_is_left_as_it_was(llama, tmp_path):
 
 def test_survey_is_read_back_and_leaves_no_working_files(llama, tmp_path):
     (tmp_path / ".input-0001.safetensors.123.part").touch()  # of a process that was killed
-    written = survey(llama, collated(examples()), tmp_path, cap=4)
+    written = survey(Site(llama, tmp_path, 4), collated(examples()))
     assert Survey.load(tmp_path) == written
     assert {file.name for file in tmp_path.iterdir()} == {"survey.json", *(f"block-{index:04d}.safetensors" for index in range(4))}
 
@@ -191,12 +191,13 @@ def test_survey_is_read_back_and_leaves_no_working_files(llama, tmp_path):
 def test_a_killed_survey_goes_on_to_the_same_bytes(tmp_path, moment):
     script = textwrap.dedent("""
         import sys, os, signal
+        from pathlib import Path
         sys.path.insert(0, sys.argv[1])
         from small_models import collated, examples, small
-        from farss.survey import survey
+        from farss.survey import Site, survey
         def tell(done, total, line):
             if line.startswith(sys.argv[4]) and sys.argv[3] == "kill": os.kill(os.getpid(), signal.SIGKILL)
-        survey(small("llama-gqa"), collated(examples()), sys.argv[2], 4, on_progress=tell)
+        survey(Site(small("llama-gqa"), Path(sys.argv[2]), 4, tell=tell), collated(examples()))
     """)
     here = os.path.dirname(__file__)
 
@@ -217,19 +218,19 @@ def test_a_killed_survey_goes_on_to_the_same_bytes(tmp_path, moment):
 
 
 def test_a_folder_of_another_survey_is_refused_and_the_same_one_read(llama, tmp_path):
-    first = survey(llama, collated(examples()), tmp_path, cap=4)
+    first = survey(Site(llama, tmp_path, 4), collated(examples()))
     stamp = (tmp_path / "survey.json").stat().st_mtime_ns
-    assert survey(llama, collated(examples()), tmp_path, cap=3) == first
+    assert survey(Site(llama, tmp_path, 3), collated(examples())) == first
     assert (tmp_path / "survey.json").stat().st_mtime_ns == stamp
     with pytest.raises(FolderError, match="other data"):
-        survey(llama, collated(examples(seed=1)), tmp_path, cap=4)
+        survey(Site(llama, tmp_path, 4), collated(examples(seed=1)))
     with pytest.raises(FolderError, match="kept 4 directions at each end, and 5 may be needed"):
-        survey(llama, collated(examples()), tmp_path, cap=5)
+        survey(Site(llama, tmp_path, 5), collated(examples()))
 
 
 def test_other_batches_of_the_same_examples_are_the_same_survey(llama, tmp_path):
-    first = survey(llama, collated(examples(), 2), tmp_path, cap=4)
-    assert survey(llama, collated(examples(), 3, "left"), tmp_path, cap=4) == first
+    first = survey(Site(llama, tmp_path, 4), collated(examples(), 2))
+    assert survey(Site(llama, tmp_path, 4), collated(examples(), 3, "left")) == first
 
 
 def test_an_unfinished_survey_of_other_data_is_refused(llama, tmp_path):
@@ -241,19 +242,19 @@ def test_an_unfinished_survey_of_other_data_is_refused(llama, tmp_path):
             raise Stop
 
     with pytest.raises(Stop):
-        survey(llama, collated(examples()), tmp_path, cap=4, on_progress=stop)
+        survey(Site(llama, tmp_path, 4, tell=stop), collated(examples()))
     with pytest.raises(FolderError, match="unfinished survey"):
-        survey(llama, collated(examples(seed=1)), tmp_path, cap=4)
+        survey(Site(llama, tmp_path, 4), collated(examples(seed=1)))
     with pytest.raises(FolderError, match=r"begun with another calibration.batch_size: go on with that, or delete it"):
-        survey(llama, collated(examples(), 1), tmp_path, cap=4)  # what was kept on the way are states of other batches
-    assert survey(llama, collated(examples()), tmp_path, cap=4).examples == 6
+        survey(Site(llama, tmp_path, 4), collated(examples(), 1))  # what was kept on the way are states of other batches
+    assert survey(Site(llama, tmp_path, 4), collated(examples())).examples == 6
 
 
 def test_what_follows_the_blocks_sees_no_more_positions_than_it_knows(tmp_path):
     """All supervised tokens of a batch together are more than a table of 16 positions holds."""
     model = small("gpt2", max_position_embeddings=16)
     rows = [{**row, "input_ids": row["input_ids"][:14], "completion_mask": row["completion_mask"][:14]} for row in examples(12)]
-    together, alone = (survey(model, collated(rows, size), tmp_path / str(size), cap=4) for size in (12, 1))
+    together, alone = (survey(Site(model, tmp_path / str(size), 4), collated(rows, size)) for size in (12, 1))
     for name, layer in together.layers.items():
         assert layer.importance == pytest.approx(alone.layers[name].importance, rel=1e-9)
 
@@ -262,7 +263,7 @@ def test_every_module_has_its_own_mode_back(llama, tmp_path):
     llama.train()
     llama.model.layers[1].eval()
     before = [module.training for module in llama.modules()]
-    survey(llama, collated(examples()), tmp_path, cap=4)
+    survey(Site(llama, tmp_path, 4), collated(examples()))
     assert [module.training for module in llama.modules()] == before
 
 
@@ -271,13 +272,13 @@ def test_blocks_that_are_gone_through_again_are_refused(tmp_path):
     model = transformers.AlbertForSequenceClassification(transformers.AlbertConfig(vocab_size=97, **options)).double()
     batch = {"input_ids": torch.arange(3, 13)[None], "attention_mask": torch.ones(1, 10, dtype=torch.long), "labels": torch.tensor([1])}
     with pytest.raises(ModelError, match=r"calls its last block 3 times: this architecture is not supported"):
-        survey(model, [batch], tmp_path, cap=4)
+        survey(Site(model, tmp_path, 4), [batch])
 
 
 def test_sampled_fisher_draws_labels_from_the_model(llama, tmp_path):
-    by_data = survey(llama, collated(examples()), tmp_path / "a", 4)
+    by_data = survey(Site(llama, tmp_path / "a", 4), collated(examples()))
     drawn = [
-        survey(llama, collated(examples()), tmp_path / f"{seed}{again}", 4, fisher="sampled", seed=seed)
+        survey(Site(llama, tmp_path / f"{seed}{again}", 4), collated(examples()), fisher="sampled", seed=seed)
         for seed, again in ((1, 0), (1, 1), (2, 0))
     ]
     name = next(iter(by_data.layers))
@@ -287,8 +288,8 @@ def test_sampled_fisher_draws_labels_from_the_model(llama, tmp_path):
 
 
 def test_drawn_labels_do_not_depend_on_the_batches(llama, tmp_path):
-    one = survey(llama, collated(examples(), 1), tmp_path / "one", 4, fisher="sampled")
-    two = survey(llama, collated(examples(), 4), tmp_path / "two", 4, fisher="sampled")
+    one = survey(Site(llama, tmp_path / "one", 4), collated(examples(), 1), fisher="sampled")
+    two = survey(Site(llama, tmp_path / "two", 4), collated(examples(), 4), fisher="sampled")
     for name in one.layers:
         assert one.layers[name].importance == pytest.approx(two.layers[name].importance, rel=1e-9)
 
@@ -302,8 +303,8 @@ def test_labels_are_drawn_with_the_models_probabilities():
 
 def test_fast_is_exact_where_blocks_may_become_shallow(tmp_path):
     model = small("llama", num_hidden_layers=8)
-    exact = survey(model, collated(examples()), tmp_path / "exact", 4)
-    fast = survey(model, collated(examples()), tmp_path / "fast", 4, svd="fast")
+    exact = survey(Site(model, tmp_path / "exact", 4), collated(examples()))
+    fast = survey(Site(model, tmp_path / "fast", 4), collated(examples()), svd="fast")
     assert "overlap" not in exact.meta
     assert fast.meta["overlap"]["most"] >= 0.9
     for name, layer in fast.layers.items():
@@ -336,13 +337,13 @@ def test_a_model_that_hands_more_from_block_to_block_is_refused(llama, tmp_path)
     for index in range(4):
         llama.model.layers[index] = Counting(llama.model.layers[index])
     with pytest.raises(ModelError, match="more than hidden states from block to block"):
-        survey(llama, collated(examples()), tmp_path, 4)
+        survey(Site(llama, tmp_path, 4), collated(examples()))
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_computed(llama, tmp_path, monkeypatch):
     monkeypatch.setattr("farss.survey.kept.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     with pytest.raises(FarssError, match=r"keeps 0\.0 GB in .* while it runs, and 0\.0 GB are free"):
-        survey(llama, collated(examples()), tmp_path, 4)
+        survey(Site(llama, tmp_path, 4), collated(examples()))
     assert {file.name for file in tmp_path.iterdir()} == {"progress.json"}
 
 
@@ -362,7 +363,7 @@ def test_encoder_with_a_classification_head(tmp_path):
     parts = [{**collate(rows[i : i + 2], 1), "labels": labels[i : i + 2]} for i in (0, 2)]
     for part in parts:
         part.pop("position_ids")
-    found = survey(model, parts, tmp_path, 4)
+    found = survey(Site(model, tmp_path, 4), parts)
     asked = iter(labels)
 
     def loss(model, row):
@@ -373,7 +374,7 @@ def test_encoder_with_a_classification_head(tmp_path):
 
 
 def test_a_single_target_layer(llama, tmp_path):
-    found = survey(llama, collated(examples()), tmp_path, 4, targets=["model.layers.2.mlp.down_proj"])
+    found = survey(Site(llama, tmp_path, 4, targets=["model.layers.2.mlp.down_proj"]), collated(examples()))
     assert list(found.layers) == ["model.layers.2.mlp.down_proj"]
 
 
@@ -383,15 +384,15 @@ def test_unknown_target_names_the_nearest(llama):
 
 
 def read_activations(model, folder):
-    return read_layers(model, folder, METHODS["corda-kpm"].needs.read, 4, collated(examples()))
+    return read_layers(Site(model, folder, 4), METHODS["corda-kpm"].needs.read, collated(examples()))
 
 
 def read_against(model, folder):
-    return against(model, collated(examples()), collated(examples(seed=1)), folder, METHODS["farss-plus"].needs.read, 4)
+    return against(Site(model, folder, 4), collated(examples()), collated(examples(seed=1)), METHODS["farss-plus"].needs.read)
 
 
 MAPS = Path("/proc/self/maps")
-LOOKS = [lambda model, folder: survey(model, collated(examples()), folder, 4), read_activations, read_against]
+LOOKS = [lambda model, folder: survey(Site(model, folder, 4), collated(examples())), read_activations, read_against]
 
 
 @pytest.mark.skipif(not MAPS.exists(), reason="reads what Linux says of the files in use")
@@ -413,7 +414,7 @@ def test_no_file_is_in_use_when_it_is_deleted(llama, tmp_path, monkeypatch, look
 def test_nan_weights_are_named(llama, tmp_path):
     llama.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(NumericalError, match=r"weights of model.layers.1.mlp.up_proj hold NaN"):
-        survey(llama, collated(examples()), tmp_path, 4)
+        survey(Site(llama, tmp_path, 4), collated(examples()))
     assert not (tmp_path / "survey.json").exists()
 
 
@@ -439,7 +440,7 @@ def test_mixture_of_experts_is_adapted_outside_the_experts(tmp_path):
     )
     torch.manual_seed(0)
     model = transformers.MixtralForCausalLM(config).eval()
-    found = survey(model, collated(examples()), tmp_path, 4)
+    found = survey(Site(model, tmp_path, 4), collated(examples()))
     assert {name.rsplit(".", 1)[-1] for name in found.layers} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert left_out(model) == [
         "Not adapted: mlp.experts.gate_up_proj in 2 blocks, 4 experts in one parameter of shape (4, 96, 32).",
@@ -482,7 +483,7 @@ def test_what_no_adapter_fits_is_left_out_and_said_and_the_rest_equals_brute_for
     left = next(iter(LEFT[kind]))
     with pytest.raises(ConfigError, match=rf"model.targets: no adapter fits '{left}' of this model, wh.*: leave it out"):
         target_layers(model, [left])
-    found = survey(model, collated(rows), tmp_path, cap=4)
+    found = survey(Site(model, tmp_path, 4), collated(rows))
     assert_equals(found, model, brute_force(model, rows))
 
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=list(found.layers), init_lora_weights=False))
@@ -495,7 +496,7 @@ def test_a_layer_that_runs_without_gradients_is_named(llama, tmp_path, texts):
     layer = llama.model.layers[3].self_attn.k_proj
     layer.forward = torch.no_grad()(layer.forward)
     with pytest.raises(ModelError, match=r"no gradient reaches model.layers.3.self_attn.k_proj: leave it out of model.targets"):
-        survey(llama, collated(examples()), tmp_path, 4) if texts == 1 else read_against(llama, tmp_path)
+        survey(Site(llama, tmp_path, 4), collated(examples())) if texts == 1 else read_against(llama, tmp_path)
 
 
 def test_padding_counts_only_when_it_is_asked_for(tmp_path):
@@ -503,7 +504,7 @@ def test_padding_counts_only_when_it_is_asked_for(tmp_path):
     model, rows = small("llama"), examples()
     shapes = {"examples": 6, "batch_size": 3}
     ignored, padded = (
-        survey(model, calibration_batches(rows, CalibrationConfig(padding=padding, **shapes), 0, 0, 16), tmp_path / padding, 8)
+        survey(Site(model, tmp_path / padding, 8), calibration_batches(rows, CalibrationConfig(padding=padding, **shapes), 0, 0, 16))
         for padding in ("ignore", "count")
     )
     assert padded.tokens == 6 * 16
@@ -517,4 +518,4 @@ def test_a_classifier_is_not_asked_for_tokens(tmp_path):
     model = transformers.LlamaForSequenceClassification(small("llama").config).double().eval()
     model.config.pad_token_id = 0
     with pytest.raises(ModelError, match="says 1 things of"):
-        survey(model, collated(examples(2), 2), tmp_path, 4)
+        survey(Site(model, tmp_path, 4), collated(examples(2), 2))

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +16,14 @@ from torch import Tensor, nn
 from farss import processes
 from farss.artifacts import Layer, Survey
 from farss.files import fingerprint
-from farss.jobs import Progress
 from farss.maths.fisher import output_energy
 from farss.maths.moments import Moment
 from farss.memory import give_back_if_scarce
 from farss.models import weights_fingerprint
 from farss.places import Batch
-from farss.structure import keep_gradients, target_layers
 from farss.survey.kept import KNOWLEDGE
 from farss.survey.passage import Passage, counted, through
+from farss.survey.site import Site
 from farss.survey.statistics import (
     Readout,
     add_up,
@@ -44,32 +41,19 @@ Read = Callable[..., dict[str, Tensor]]
 looked at."""
 
 
-def against(
-    model: nn.Module,
-    task: list[Batch],
-    knowledge: list[Batch],
-    folder: Path | str,
-    read: Read,
-    cap: int,
-    targets: list[str] | None = None,
-    meta: dict[str, Any] | None = None,
-    on_progress: Progress | None = None,
-    device: torch.device | None = None,
-) -> Survey:
+def against(site: Site, task: list[Batch], knowledge: list[Batch], read: Read) -> Survey:
     """Read every target layer by what the task wants of it and what knowledge makes of it.
 
     Arguments and errors are those of `farss.survey.survey`, and `read` says what is kept of a layer.
     """
-    keep_gradients(model)
-    layers = target_layers(model, targets)
-    key = reading_key(read, model, layers, [*task, *knowledge])
-    make = partial(Against, read=read, knowledge=knowledge)
-    return carry_out(make, model, layers, task, Path(folder), cap, key, meta or {}, on_progress, device)
+    key = reading_key(site, read, [*task, *knowledge])
+    return carry_out(partial(Against, read=read, knowledge=knowledge), site, task, key)
 
 
-def reading_key(read: Read, model: nn.Module, layers: dict[str, Layer], batches: list[Batch], *more: str) -> str:
+def reading_key(site: Site, read: Read, batches: list[Batch], *more: str) -> str:
     """Hash of everything a reading's numbers depend on."""
-    return fingerprint([f"{read.__module__}.{read.__qualname__}", weights_fingerprint(model), list(layers), real_tokens(batches), *more])
+    name, weights = f"{read.__module__}.{read.__qualname__}", weights_fingerprint(site.model)
+    return fingerprint([name, weights, list(site.layers), real_tokens(batches), *more])
 
 
 @dataclass(kw_only=True)
@@ -107,7 +91,7 @@ class Against(Sweep):
             gradients = self.walk(index, passages, lambda mask: recording_pull(modules, task, mask))
             for text, state in zip(self.texts, self.kept.read(KNOWLEDGE, index), strict=True):
                 with torch.no_grad(), recording_inputs(modules, knowledge, text.mask):
-                    through(self.blocks[index], index, text, state)
+                    through(self.site.blocks[index], index, text, state)
             add_up([*task.values(), *knowledge.values()])
         tokens = sum(int(counted(batch).sum()) for batch in self.knowledge)
         found = {}
@@ -120,6 +104,6 @@ class Against(Sweep):
                     weight, pull = finite_weight(layer, modules[name]), finite_moment(name, "gradients", pulled.mean)
                     energy = finite_moment(name, "activations", seen.mean)
                     del pulled, seen
-                    give_back_if_scarce(self.device)
-                    found[name] = Readout(output_energy(weight, pull), self.read(weight, self.cap, pull, energy))
+                    give_back_if_scarce(self.site.place)
+                    found[name] = Readout(output_energy(weight, pull), self.read(weight, self.site.cap, pull, energy))
         return gradients, found

@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,33 +15,24 @@ from farss.artifacts import Layer, Survey, layer_tensors
 from farss.errors import ModelError, NumericalError
 from farss.files import fingerprint
 from farss.forward import hooked
-from farss.jobs import Progress
 from farss.models import weights_fingerprint
 from farss.places import Batch
-from farss.structure import holds_numbers, is_linear, is_packed, keep_gradients, target_layers
+from farss.structure import holds_numbers, is_linear, is_packed
 from farss.survey.passage import Passage
+from farss.survey.site import Site
 from farss.survey.statistics import Readout, on_gradient, sums_of
 from farss.survey.sweep import Sweep, carry_out, real_tokens
 
 
-def gradients(
-    model: nn.Module,
-    batches: list[Batch],
-    folder: Path | str,
-    targets: list[str] | None = None,
-    meta: dict[str, Any] | None = None,
-    on_progress: Progress | None = None,
-    device: torch.device | None = None,
-) -> Survey:
+def gradients(site: Site, batches: list[Batch]) -> Survey:
     """The mean over the examples of the squared gradients of all weights of a block, summed: the trace of its empirical Fisher matrix.
 
-    It is written as a survey in which a layer's importance is its block's, and no directions are kept. Arguments and errors are those
-    of `farss.survey.survey`; how the examples are batched does not matter.
+    It is written as a survey in which a layer's importance is its block's, and no directions are kept (`cap` is 1). Arguments and errors
+    are those of `farss.survey.survey`; how the examples are batched does not matter.
     """
-    keep_gradients(model)
-    layers, single = target_layers(model, targets), one_by_one(batches)
-    key = fingerprint(["squared gradients of blocks", weights_fingerprint(model), real_tokens(single), list(layers)])
-    return carry_out(Gradients, model, layers, single, Path(folder), 1, key, meta or {}, on_progress, device)
+    single = one_by_one(batches)
+    key = fingerprint(["squared gradients of blocks", weights_fingerprint(site.model), real_tokens(single), list(site.layers)])
+    return carry_out(Gradients, replace(site, cap=1), single, key)
 
 
 def one_by_one(batches: list[Batch]) -> list[Batch]:
@@ -64,7 +53,8 @@ class Gradients(Sweep):
         self, index: int, passages: list[Passage], inside: dict[str, Layer], modules: dict[str, nn.Module]
     ) -> tuple[list[Tensor], dict[str, Readout]]:
         """Add up the squares of the gradients of a block; see `Sweep.look`."""
-        block, wide = self.blocks[index], sums_of(self.blocks[index])
+        block = self.site.blocks[index]
+        wide = sums_of(block)
         weights = [weight for weight in block.parameters() if holds_numbers(weight)]
         packed = [module for module in block.modules() if is_linear(module) and is_packed(module)]
         known = {id(weight) for module in packed for weight in module.parameters()} | {id(weight) for weight in weights}
@@ -72,7 +62,7 @@ class Gradients(Sweep):
             raise ModelError(
                 f"block {index} has quantised weights outside its linear layers, whose gradients are not known: load it unquantised"
             )
-        total, beside = torch.zeros((), dtype=torch.float64, device=self.device), dict[nn.Module, Tensor]()
+        total, beside = torch.zeros((), dtype=torch.float64, device=self.site.place), dict[nn.Module, Tensor]()
 
         def take(found: Sequence[Tensor | None]) -> None:
             total.add_(sum(torch.linalg.vector_norm(each, dtype=wide).square() for each in (*found, *beside.values()) if each is not None))

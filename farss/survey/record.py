@@ -14,36 +14,40 @@ from farss.files import fingerprint, read_json, write_json, write_tensors
 from farss.places import Batch
 from farss.survey.kept import Kept
 from farss.survey.passage import counted
+from farss.survey.site import Site
 
 PROGRESS = "progress.json"
 """In the survey's folder while it is unfinished."""
 
 
-def same_survey(found: Survey, key: str, cap: int) -> Survey:
-    """A complete survey, if it is the one that is wanted.
+def complete(site: Site, key: str) -> Survey | None:
+    """The survey that lies there already; None: it is still to be made.
 
     Raises:
         FolderError: it is of something else, or kept too little.
     """
+    if not (site.folder / "survey.json").is_file():
+        return None
+    found = Survey.load(site.folder)
     if found.meta.get("key") != key:
         raise FolderError(f"{found.folder} holds a survey of another model or of other data: choose another folder, or delete it")
-    found.check_cap(cap)
+    found.check_cap(site.cap)
     return found
 
 
-def begin(folder: Path, key: str, cap: int, batches: list[Batch]) -> dict[str, Any]:
+def begin(site: Site, key: str, batches: list[Batch]) -> dict[str, Any]:
     """Mark a folder as ours, or check that the unfinished survey in it is this one: states are kept batch by batch, each process its own.
 
     Returns:
         That mark, with the `seconds` that were spent on it before, in all and by `parts`.
     """
     shapes = fingerprint([list(batch["input_ids"].shape) for batch in batches])
-    mark = {"key": key, "cap": cap, "processes": processes.size(), "batches": shapes}
+    folder, mark = site.folder, {"key": key, "cap": site.cap, "processes": processes.size(), "batches": shapes}
     if (folder / PROGRESS).is_file():
         progress: dict[str, Any] = read_json(folder / PROGRESS)
         if {name: progress.get(name) for name in mark} == mark:
             return progress
-        if (progress["key"], progress["cap"]) != (key, cap):
+        if (progress["key"], progress["cap"]) != (key, site.cap):
             raise FolderError(f"{folder} holds an unfinished survey of another model, other data or another rank: delete it")
         if progress.get("processes") != mark["processes"]:
             raise FolderError(f"{folder} holds a survey that {progress.get('processes')} processes began: go on with as many, or delete it")
@@ -53,18 +57,18 @@ def begin(folder: Path, key: str, cap: int, batches: list[Batch]) -> dict[str, A
     return fresh
 
 
-def finish(folder: Path, layers: dict[str, Layer], blocks: int, cap: int, batches: list[Batch], meta: dict[str, Any]) -> Survey:
-    """Gather the importances and write `survey.json`."""
-    importances: dict[str, float] = {}
+def finish(site: Site, batches: list[Batch], facts: dict[str, Any]) -> Survey:
+    """Gather the importances and write `survey.json`, with these facts."""
+    folder, meta, importances = site.folder, {**site.meta, **facts}, dict[str, float]()
     for path in sorted(folder.glob("block-????.json")):
-        facts = read_json(path)
-        importances |= facts["importance"]
-        if facts["overlap"]:
-            meta["overlap"] = facts["overlap"]
-    measured = {name: Layer(name, x.block, x.shape, importances[name]) for name, x in layers.items()}
+        found = read_json(path)
+        importances |= found["importance"]
+        if found["overlap"]:
+            meta["overlap"] = found["overlap"]
+    measured = {name: Layer(name, x.block, x.shape, importances[name]) for name, x in site.layers.items()}
     examples = sum(batch["input_ids"].shape[0] for batch in batches)
     tokens = sum(int(counted(batch).sum()) for batch in batches)
-    Survey(folder, measured, blocks, cap, examples, tokens, meta).save()
+    Survey(folder, measured, len(site.blocks), site.cap, examples, tokens, meta).save()
     for path in [*folder.glob("block-????.json"), folder / PROGRESS]:
         path.unlink()
     Kept(folder).clear()

@@ -13,9 +13,8 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -25,13 +24,11 @@ from farss import processes
 from farss.artifacts import Layer, Survey
 from farss.errors import FarssError
 from farss.files import fingerprint, write_json
-from farss.jobs import Progress, unseen
 from farss.maths.directions import decompose
 from farss.memory import freed_memory_kept, memory_cure, peak_gib, used_gib
 from farss.models import weights_fingerprint
-from farss.places import Batch, computing_device, frozen, moved, outside, placed, placed_in_turn, tensors_of
+from farss.places import Batch, frozen, moved, outside, placed, placed_in_turn, tensors_of
 from farss.search import shallow_end
-from farss.structure import find_blocks, keep_gradients, target_layers
 from farss.survey.kept import GRADIENT, INPUT, KINDS, Kept, check_space
 from farss.survey.passage import (
     Passage,
@@ -44,40 +41,25 @@ from farss.survey.passage import (
     through,
     uniform_draws,
 )
-from farss.survey.record import PROGRESS, begin, finish, same_survey, write_block
+from farss.survey.record import PROGRESS, begin, complete, finish, write_block
+from farss.survey.site import Site
 from farss.survey.statistics import Readout, add_up, finite_weights, read_out, recording, start, summary
 
 Svd = Literal["exact", "fast"]
 
 
-def survey(
-    model: nn.Module,
-    batches: list[Batch],
-    folder: Path | str,
-    cap: int,
-    targets: list[str] | None = None,
-    fisher: str = "empirical",
-    seed: int = 0,
-    meta: dict[str, Any] | None = None,
-    on_progress: Progress | None = None,
-    svd: Svd = "exact",
-    device: torch.device | None = None,
-) -> Survey:
+def survey(site: Site, batches: list[Batch], fisher: str = "empirical", seed: int = 0, svd: Svd = "exact") -> Survey:
     """Estimate the Kronecker-factored Fisher statistics of every target layer and keep what any plan can ask for.
 
     As one of several processes that were joined (`farss.processes.joined`), each takes its share of the batches and of
     the decompositions; the first one writes.
 
     Args:
-        model: a causal language model, or an encoder with a classification head (labels [b]).
-        batches: `input_ids`, `attention_mask`, `labels` (-100: not supervised), each [b, t]; the same in all processes.
-        folder: `survey.json` and one safetensors file a block are written here; a killed survey goes on from them.
-        cap: the singular vectors of this many directions at each end of the score order are kept.
-        targets: names of the layers, such as `["q_proj"]`; empty: every linear layer of every block.
+        site: the model, its target layers, and where the survey goes.
+        batches: `input_ids`, `attention_mask`, `labels` (-100: not supervised), each [b, t] (a classifier's labels [b]); the same in
+            all processes.
         fisher: `empirical` (labels of the data) or `sampled` (labels drawn from the model).
-        on_progress: called with (blocks done, blocks, a line to show).
         svd: `exact` decomposes in float64; `fast` in float32, except for the blocks that may become shallow.
-        device: compute here, one block at a time; None: where the model is.
 
     Raises:
         NumericalError: a weight, activation, gradient or loss is NaN or infinite; the layer is named.
@@ -85,55 +67,37 @@ def survey(
         FolderError: the folder holds a survey of something else.
         FarssError: the disk cannot hold the states that are kept while it runs.
     """
-    keep_gradients(model)
-    layers = target_layers(model, targets)
-    key = identity(model, batches, list(layers), fisher, seed, svd)
-    draws, facts = seed if fisher == "sampled" else None, {**(meta or {}), "fisher": fisher, "seed": seed, "svd": svd}
-    return carry_out(partial(Sweep, svd=svd), model, layers, batches, Path(folder), cap, key, facts, on_progress, device, draws)
+    how = {"fisher": fisher, "seed": seed, "svd": svd}
+    key = fingerprint([weights_fingerprint(site.model), real_tokens(batches), list(site.layers), *how.values()])
+    draws = seed if fisher == "sampled" else None
+    return carry_out(partial(Sweep, svd=svd), replace(site, meta={**site.meta, **how}), batches, key, draws)
 
 
-def carry_out(
-    make: Callable[..., Sweep],
-    model: nn.Module,
-    layers: dict[str, Layer],
-    batches: list[Batch],
-    folder: Path,
-    cap: int,
-    key: str,
-    facts: dict[str, Any],
-    on_progress: Progress | None,
-    device: torch.device | None,
-    draws: int | None = None,
-) -> Survey:
+def carry_out(make: Callable[[Site], Sweep], site: Site, batches: list[Batch], key: str, draws: int | None = None) -> Survey:
     """Begin a sweep, or go on with a killed one, and finish its survey; a complete one is read.
 
     Args:
-        make: the sweep, but for its first seven fields.
-        key: of everything that its numbers depend on.
-        facts: what is known of it.
+        key: of everything that its numbers depend on; how the examples are batched and padded is not among it.
         draws: see `Sweep.run`.
     """
-    _, blocks = find_blocks(model)
-    if (folder / "survey.json").is_file():
-        return same_survey(Survey.load(folder), key, cap)
+    if (found := complete(site, key)) is not None:
+        return found
     check_share(batches)
-    before = processes.shared(begin(folder, key, cap, batches) if processes.rank() == 0 else None)
-    started = time.monotonic()
-    place = computing_device(model, device)
-    sweep = make(model, blocks, layers, folder, cap, place, on_progress or unseen)
+    before = processes.shared(begin(site, key, batches) if processes.rank() == 0 else None)
+    started, sweep = time.monotonic(), make(site)
     sweep.parts.update(before["parts"])
 
     def so_far() -> dict[str, Any]:
         seconds = round(before["seconds"] + time.monotonic() - started, 1)
         return {"seconds": seconds, "parts": {name: round(spent, 1) for name, spent in sweep.parts.items()}}
 
-    with frozen(model), freed_memory_kept(place), batches_fit(batches):
-        sweep.run(batches, draws, lambda: write_json(folder / PROGRESS, {**before, **so_far()}))
+    with frozen(site.model), freed_memory_kept(site.place), batches_fit(batches):
+        sweep.run(batches, draws, lambda: write_json(site.folder / PROGRESS, {**before, **so_far()}))
     if processes.rank() == 0:
-        facts = {**facts, "key": key, "processes": processes.size(), **so_far(), "peak_memory_gib": round(peak_gib(place), 2)}
-        finish(folder, layers, len(blocks), cap, batches, facts)
+        facts = {"key": key, "processes": processes.size(), **so_far(), "peak_memory_gib": round(peak_gib(site.place), 2)}
+        finish(site, batches, facts)
     processes.wait()
-    return Survey.load(folder)
+    return Survey.load(site.folder)
 
 
 def batches_fit(batches: list[Batch]) -> AbstractContextManager[None]:
@@ -158,19 +122,13 @@ def check_share(batches: list[Batch]) -> None:
 class Sweep:
     """The two ways through the blocks, each going on where a killed one stopped."""
 
-    model: nn.Module
-    blocks: nn.ModuleList
-    layers: dict[str, Layer]
-    folder: Path
-    cap: int
-    device: torch.device
-    tell: Progress
+    site: Site
     svd: Svd = "exact"
     parts: dict[str, float] = field(default_factory=dict)
     """Seconds by part, over all attempts."""
 
     def __post_init__(self) -> None:
-        self.kept = Kept(self.folder)
+        self.kept = Kept(self.site.folder)
 
     def run(self, batches: list[Batch], draws: int | None, note: Callable[[], None]) -> None:
         """Go forwards, unless that was done, then backwards from the newest undone block.
@@ -182,15 +140,15 @@ class Sweep:
         """
         self.tokens = sum(int(counted(batch).sum()) for batch in batches)
         self.examples = sum(len(batch["input_ids"]) for batch in batches)
-        last, lowest = len(self.blocks) - 1, min(layer.block for layer in self.layers.values())
+        last, lowest = len(self.site.blocks) - 1, min(layer.block for layer in self.site.layers.values())
         undone = self._first_undone()
-        with placed(outside(self.model, self.blocks), self.device):
+        with placed(outside(self.site.model, self.site.blocks), self.site.place):
             if undone == last and not self.kept.blocks(INPUT):
-                with placed_in_turn(self.blocks, self.device):
-                    check_passage(self.model, self.blocks, moved(batches[0], self.device))
+                with placed_in_turn(self.site.blocks, self.site.place):
+                    check_passage(self.site.model, self.site.blocks, moved(batches[0], self.site.place))
                 self.announce(batches)
-            with placed_in_turn(self.blocks[:1], self.device):
-                self.returned = returned_by(self.model, self.blocks, moved(batches[0], self.device))
+            with placed_in_turn(self.site.blocks[:1], self.site.place):
+                self.returned = returned_by(self.site.model, self.site.blocks, moved(batches[0], self.site.place))
             passages = self.share(batches, INPUT, draws)
             if undone == last and last not in self.kept.blocks(GRADIENT):
                 with self.timed("forward pass"):
@@ -201,18 +159,18 @@ class Sweep:
                 if processes.rank() == 0:
                     note()
                 speed = self.tokens * (undone - index + 1) / (time.monotonic() - begun)
-                line = f"block {index}, {speed:,.0f} tokens/s through a block, {used_gib(self.device):.1f} GiB in use"
-                self.tell(last - index + 1, last - lowest + 1, line)
+                line = f"block {index}, {speed:,.0f} tokens/s through a block, {used_gib(self.site.place):.1f} GiB in use"
+                self.site.tell(last - index + 1, last - lowest + 1, line)
 
     def forwards(self, passages: list[Passage]) -> None:
         """Send every batch through each block in turn, and the last block's output through the loss."""
         states = self.through_all(passages, INPUT)
         gradients = [
-            output_gradient(self.model, self.blocks, passage, passage.here(state)).cpu()
+            output_gradient(self.site.model, self.site.blocks, passage, passage.here(state)).cpu()
             for passage, state in zip(passages, states, strict=True)
         ]
         check_finite(gradients, "the loss's gradient at the last block")
-        self.kept.write(GRADIENT, len(self.blocks) - 1, gradients)
+        self.kept.write(GRADIENT, len(self.site.blocks) - 1, gradients)
 
     def through_all(self, passages: list[Passage], kind: str) -> list[Tensor]:
         """Send every batch through each block in turn, keep what enters each, and return what leaves the last."""
@@ -220,21 +178,21 @@ class Sweep:
             self.kept.write(kind, 0, [passage.start for passage in passages])
             for passage in passages:
                 passage.let_go()
-        for index in range(max(self.kept.blocks(kind)), len(self.blocks)):
-            self.tell(0, len(self.blocks), f"forward pass, block {index}")
+        for index in range(max(self.kept.blocks(kind)), len(self.site.blocks)):
+            self.site.tell(0, len(self.site.blocks), f"forward pass, block {index}")
             states = self.kept.read(kind, index)
-            with placed(tensors_of(self.blocks[index]), self.device), torch.no_grad():  # on a GPU one batch's states at a time
-                states = [through(self.blocks[index], index, *pair).cpu() for pair in zip(passages, states, strict=True)]
-            check_finite(states, f"what leaves block {index}", partial(finite_weights, self.model, self.layers, index))
-            if index < len(self.blocks) - 1:
+            with placed(tensors_of(self.site.blocks[index]), self.site.place), torch.no_grad():  # on a GPU one batch's states at a time
+                states = [through(self.site.blocks[index], index, *pair).cpu() for pair in zip(passages, states, strict=True)]
+            check_finite(states, f"what leaves block {index}", partial(finite_weights, self.site.model, self.site.layers, index))
+            if index < len(self.site.blocks) - 1:
                 self.kept.write(kind, index + 1, states)
         return states
 
     def backwards(self, index: int, passages: list[Passage]) -> None:
         """Walk one block and write what is kept of its layers."""
-        inside = {name: layer for name, layer in self.layers.items() if layer.block == index}
-        with placed(tensors_of(self.blocks[index]), self.device):
-            gradients, found = self.look(index, passages, inside, {name: self.model.get_submodule(name) for name in inside})
+        inside = self.site.inside(index)
+        with placed(tensors_of(self.site.blocks[index]), self.site.place):
+            gradients, found = self.look(index, passages, inside, {name: self.site.model.get_submodule(name) for name in inside})
         if index:
             check_finite(gradients, f"the loss's gradient at block {index - 1}")
             self.kept.write(GRADIENT, index - 1, gradients)
@@ -256,7 +214,7 @@ class Sweep:
         """
         precision, check = self._precision(index)
         with self.timed("decompositions"):
-            weights = finite_weights(self.model, self.layers, index)
+            weights = finite_weights(self.site.model, self.site.layers, index)
             owners = {name: place % processes.size() for place, name in enumerate(inside)}
             # all of a process's own first: what they share afterwards waits for its owner
             own = {name: decompose(weights[name], precision) for name, owner in owners.items() if owner == processes.rank()}
@@ -265,7 +223,7 @@ class Sweep:
             gradients = self.walk(index, passages, lambda mask: recording(modules, known, mask))
             add_up(moment for one in known.values() for moment in one.moments)
         with self.timed("scores and vectors"):
-            return gradients, {name: read_out(known[name], self.cap, self.tokens, check) for name in own}
+            return gradients, {name: read_out(known[name], self.site.cap, self.tokens, check) for name in own}
 
     def walk(
         self,
@@ -290,7 +248,7 @@ class Sweep:
         for passage, state, gradient in zip(passages, inputs, gradients, strict=True):
             hidden = passage.here(state).detach().requires_grad_(True)
             with torch.enable_grad(), recorded(passage.mask):
-                output = through(self.blocks[index], index, passage, hidden)
+                output = through(self.site.blocks[index], index, passage, hidden)
                 found = torch.autograd.grad(output, [hidden, *weights], gradient.to(output), allow_unused=bool(weights))
             result.append(found[0].cpu())
             take(found[1:])
@@ -298,7 +256,7 @@ class Sweep:
 
     def _write(self, index: int, readouts: dict[str, Readout]) -> None:
         facts = {"importance": {name: readout.importance for name, readout in readouts.items()}, "overlap": summary([*readouts.values()])}
-        write_block(self.folder, index, {name: readout.tensors for name, readout in readouts.items()}, facts)
+        write_block(self.site.folder, index, {name: readout.tensors for name, readout in readouts.items()}, facts)
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -309,15 +267,15 @@ class Sweep:
 
     def _precision(self, index: int) -> tuple[torch.dtype, bool]:
         """Of the decompositions of a block, and whether they are compared with exact ones."""
-        count = len(self.blocks)
+        count = len(self.site.blocks)
         if self.svd == "exact" or index < shallow_end(count):
             return torch.float64, False
         return torch.float32, index == count - 1
 
     def _first_undone(self) -> int:
         """The block that comes next on the way back: the one before the newest that is done."""
-        done = [int(path.stem.removeprefix("block-")) for path in self.folder.glob("block-????.json")]
-        return int(processes.shared(min(done, default=len(self.blocks)) - 1))
+        done = [int(path.stem.removeprefix("block-")) for path in self.site.folder.glob("block-????.json")]
+        return int(processes.shared(min(done, default=len(self.site.blocks)) - 1))
 
     def share(self, batches: list[Batch], kind: str, draws: int | None = None) -> list[Passage]:
         """This process's share of the batches, embedded; what enters the first block is let go of where it is kept already."""
@@ -326,8 +284,8 @@ class Sweep:
         result = []
         for place in range(processes.rank(), len(batches), processes.size()):
             batch = batches[place]
-            uniforms = uniform_draws(batch, draws, firsts[place]).to(self.device) if draws is not None else None
-            result.append(enter(self.model, self.blocks, moved(batch, self.device), self.returned, uniforms))
+            uniforms = uniform_draws(batch, draws, firsts[place]).to(self.site.place) if draws is not None else None
+            result.append(enter(self.site.model, self.site.blocks, moved(batch, self.site.place), self.returned, uniforms))
             if kept:
                 result[-1].let_go()
         return result
@@ -337,19 +295,11 @@ class Sweep:
 
         The gradients of two blocks lie beside the inputs of all of them.
         """
-        width = self.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator, union-attr]
-        dtype = next(self.model.parameters()).dtype
-        needed = sum(batch["input_ids"].numel() for batch in batches) * width * dtype.itemsize * (len(self.blocks) + 2)
-        check_space(self.folder, needed)
-        self.tell(0, len(self.blocks), f"keeps {needed / 1e9:.2f} GB of block inputs on disk while it runs")
-
-
-# --- identity --------------------------------------------------------------------------------------------------------
-
-
-def identity(model: nn.Module, batches: list[Batch], layers: list[str], fisher: str, seed: int, svd: Svd) -> str:
-    """Hash of everything a survey's numbers depend on; how the examples are batched and padded is not among it."""
-    return fingerprint([weights_fingerprint(model), real_tokens(batches), layers, fisher, seed, svd])
+        width = self.site.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator, union-attr]
+        dtype = next(self.site.model.parameters()).dtype
+        needed = sum(batch["input_ids"].numel() for batch in batches) * width * dtype.itemsize * (len(self.site.blocks) + 2)
+        check_space(self.site.folder, needed)
+        self.site.tell(0, len(self.site.blocks), f"keeps {needed / 1e9:.2f} GB of block inputs on disk while it runs")
 
 
 def real_tokens(batches: list[Batch]) -> list[list[list[int]]]:

@@ -15,7 +15,7 @@ from farss.plan import make_plan, survey_cap
 from farss.portable import export
 from farss.prepared import write_prepared
 from farss.structure import target_layers
-from farss.survey import read_layers
+from farss.survey import Site, read_layers
 from farss.survey.against import against
 
 CONFIG = PlanConfig(method="farss-plus", rank=6)
@@ -24,7 +24,7 @@ TASK, KNOWLEDGE = examples(12), examples(9, seed=1)
 
 def looked_at(model, folder, task=None, knowledge=None, **options):
     texts = task or collated(TASK), knowledge or collated(KNOWLEDGE)
-    return against(model, *texts, folder, read, survey_cap(CONFIG, *shapes(model)), **options)
+    return against(Site(model, folder, survey_cap(CONFIG, *shapes(model)), **options), *texts, read)
 
 
 def brute_force(model, layers):
@@ -98,7 +98,7 @@ def test_any_rank_can_be_had_though_the_task_pulls_few_directions(tmp_path, pull
         return read(weight, cap, inputs.T @ inputs, torch.eye(weight.shape[1]))
 
     model = small("llama-gqa").float()
-    known = read_layers(model, tmp_path, few, survey_cap(CONFIG, *shapes(model)))
+    known = read_layers(Site(model, tmp_path, survey_cap(CONFIG, *shapes(model))), few)
     adapted = attach(model, plan := make_plan(CONFIG, known), known)
     for module in lora_layers(adapted, plan).values():
         assert torch.linalg.matrix_rank(module.lora_A[TRAINED].weight) == 6
@@ -169,7 +169,7 @@ def test_a_killed_sweep_goes_on_to_the_same_bytes(moment, tmp_path):
             raise Stop
 
     with pytest.raises(Stop):
-        looked_at(small("llama"), tmp_path / "one", on_progress=stop)
+        looked_at(small("llama"), tmp_path / "one", tell=stop)
     one, _ = looked_at(small("llama"), tmp_path / "one"), looked_at(small("llama"), tmp_path / "two")
     for file in (tmp_path / "two").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "one" / file.name).read_bytes()

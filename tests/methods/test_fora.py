@@ -22,7 +22,7 @@ from farss.methods.fora import BETAS, RATE, CayleyAdamW, largest_half
 from farss.plan import make_plan, survey_cap
 from farss.portable import export
 from farss.structure import find_blocks
-from farss.survey import look
+from farss.survey import Site, look
 from farss.survey.gradients import gradients
 from farss.survey.passage import output_gradient
 from farss.train import train
@@ -31,7 +31,7 @@ CONFIG = PlanConfig(method="fora", rank=4, alpha=8)
 
 
 def planned(model, folder, rows=None, **changes):
-    known = look(model, METHODS["fora"].needs, [rows or collated(examples())], folder, 1)
+    known = look(Site(model, folder, 1), METHODS["fora"].needs, [rows or collated(examples())])
     return make_plan(dataclasses.replace(CONFIG, **changes), known)
 
 
@@ -76,7 +76,7 @@ def test_scores_are_those_of_brute_force(kind, tmp_path):
     model, batches = small(kind).requires_grad_(True), collated(examples())
     expected = brute_force(model, batches)
     frozen = next(model.parameters()).requires_grad_(False)
-    found = gradients(model, batches, tmp_path)
+    found = gradients(Site(model, tmp_path), batches)
     for layer in found.layers.values():
         assert layer.importance == pytest.approx(expected[layer.block], rel=1e-6)
     assert [p.requires_grad for p in model.parameters()] == [p is not frozen for p in model.parameters()]
@@ -86,7 +86,7 @@ def test_scores_are_those_of_brute_force(kind, tmp_path):
 def test_batches_and_padding_do_not_matter(tmp_path):
     model, rows = small("gpt2"), examples()
     found = [
-        gradients(model, collated(rows, size, side), tmp_path / str(size)).layers
+        gradients(Site(model, tmp_path / str(size)), collated(rows, size, side)).layers
         for size, side in ((1, "right"), (3, "right"), (6, "left"))
     ]
     for other in found[1:]:
@@ -96,9 +96,9 @@ def test_batches_and_padding_do_not_matter(tmp_path):
 
 def test_they_scale_with_the_square_of_the_loss(tmp_path, monkeypatch):
     model, batches = small("llama"), collated(examples())
-    one = gradients(model, batches, tmp_path / "one").layers
+    one = gradients(Site(model, tmp_path / "one"), batches).layers
     monkeypatch.setattr("farss.survey.sweep.output_gradient", lambda *args: 3 * output_gradient(*args))
-    three = gradients(model, batches, tmp_path / "three").layers
+    three = gradients(Site(model, tmp_path / "three"), batches).layers
     for name, layer in one.items():
         assert three[name].importance == pytest.approx(9 * layer.importance, rel=1e-6)  # its norms compute in float32
 
@@ -113,17 +113,17 @@ def test_a_killed_reading_goes_on_to_the_same_file(tmp_path):
 
     model, batches = small("llama"), collated(examples())
     with pytest.raises(Stop):
-        gradients(model, batches, tmp_path / "one", on_progress=stop)
-    one, two = (gradients(model, batches, tmp_path / name) for name in ("one", "two"))
+        gradients(Site(model, tmp_path / "one", tell=stop), batches)
+    one, two = (gradients(Site(model, tmp_path / name), batches) for name in ("one", "two"))
     assert one.layers == two.layers
-    assert gradients(model, batches, tmp_path / "one").layers == one.layers  # a complete one is read
+    assert gradients(Site(model, tmp_path / "one"), batches).layers == one.layers  # a complete one is read
 
 
 def test_a_gradient_that_is_no_number_is_refused(tmp_path):
     model = small("llama")
     model.model.layers[1].input_layernorm.register_full_backward_hook(lambda module, inputs, outputs: (inputs[0] * float("nan"),))
     with pytest.raises(NumericalError, match=r"block [01]"):
-        gradients(model, collated(examples()), tmp_path)
+        gradients(Site(model, tmp_path), collated(examples()))
 
 
 @given(st.lists(st.floats(0, 9), min_size=1, max_size=12))
@@ -273,7 +273,7 @@ def test_b_takes_the_steps_of_cayley_adam():
 
 def test_a_rank_beyond_every_direction_is_planned_from_the_same_reading(tmp_path):
     config = dataclasses.replace(CONFIG, rank=20, match_params="lora")
-    known = look(small("llama"), METHODS["fora"].needs, [collated(examples())], tmp_path, survey_cap(config, *shapes(small("llama"))))
+    known = look(Site(small("llama"), tmp_path, survey_cap(config, *shapes(small("llama")))), METHODS["fora"].needs, [collated(examples())])
     make_plan(config, known)
     known.check_cap(survey_cap(config, *shapes(small("llama"))))
 

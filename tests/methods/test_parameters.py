@@ -16,7 +16,7 @@ from farss.methods.eva import share_out
 from farss.methods.uniform import uniform_parameters
 from farss.plan import make_plan, make_plan_without_survey, survey_cap
 from farss.structure import find_blocks, target_layers
-from farss.survey import look
+from farss.survey import Site, look
 
 CONFIG = PlanConfig(boundary=2, rank=6, r_min=1, r_avg=4, r_max=5, match_params="lora")
 
@@ -27,7 +27,7 @@ def planner(config, model, folder):
     if needs is None:
         layers, blocks = target_layers(model), len(find_blocks(model)[1])
         return None, lambda wanted: make_plan_without_survey(wanted, layers, blocks)
-    known = look(model, needs, [collated(examples())] * len(needs.texts), folder, survey_cap(config, *shapes(model)))
+    known = look(Site(model, folder, survey_cap(config, *shapes(model))), needs, [collated(examples())] * len(needs.texts))
     return known, lambda wanted: make_plan(wanted, known)
 
 

@@ -22,7 +22,7 @@ from farss.methods import METHODS
 from farss.plan import make_plan, survey_cap
 from farss.portable import export
 from farss.structure import target_layers, weight_of
-from farss.survey import look, own_text, read_layers
+from farss.survey import Site, look, own_text, read_layers
 
 CONFIG = PlanConfig(rank=6)
 READINGS = ["olora", "corda-ipm", "corda-kpm", "lora-null", "eva", "farss-plus"]
@@ -31,7 +31,7 @@ READINGS = ["olora", "corda-ipm", "corda-kpm", "lora-null", "eva", "farss-plus"]
 def planned(method, model, folder, batches=None, **options):
     config = dataclasses.replace(CONFIG, method=method, **options)
     needs = METHODS[method].needs
-    known = look(model, needs, [batches] * len(needs.texts), folder, survey_cap(config, *shapes(model)))
+    known = look(Site(model, folder, survey_cap(config, *shapes(model))), needs, [batches] * len(needs.texts))
     return known, make_plan(config, known)
 
 
@@ -116,7 +116,7 @@ def test_a_start_is_the_same_part_of_the_weight_however_it_is_scaled(method, tmp
 def test_corda_factors_rebuild_the_weight(tmp_path):
     model, batches = small("llama"), collated(examples())
     config = dataclasses.replace(CONFIG, method="corda-ipm", rank=32)
-    known = read_layers(model, tmp_path, METHODS["corda-ipm"].needs.read, survey_cap(config, *shapes(model)), batches)
+    known = read_layers(Site(model, tmp_path, survey_cap(config, *shapes(model))), METHODS["corda-ipm"].needs.read, batches)
     plan = make_plan(config, known)
     for name, layer in plan.layers.items():
         b, a = start_of(plan, known, name).trained
@@ -223,10 +223,10 @@ def test_a_killed_reading_goes_on_to_the_same_bytes(method, tmp_path):
     needs = METHODS[method].needs
     texts = [collated(examples())] * len(needs.texts)
     with pytest.raises(Stop):
-        look(small("llama"), needs, texts, tmp_path / "one", 6, on_progress=stop)
+        look(Site(small("llama"), tmp_path / "one", 6, tell=stop), needs, texts)
     first = (tmp_path / "one" / "block-0000.safetensors").stat().st_mtime_ns
-    look(small("llama"), needs, texts, tmp_path / "one", 6)
-    look(small("llama"), needs, texts, tmp_path / "two", 6)
+    look(Site(small("llama"), tmp_path / "one", 6), needs, texts)
+    look(Site(small("llama"), tmp_path / "two", 6), needs, texts)
     assert (tmp_path / "one" / "block-0000.safetensors").stat().st_mtime_ns == first
     for file in (tmp_path / "two").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "one" / file.name).read_bytes()
@@ -260,14 +260,14 @@ def test_a_layer_that_not_every_token_goes_through_once_is_refused(over, calls, 
     forward = model.model.layers[1].mlp.forward
     model.model.layers[1].mlp.forward = lambda x: sum(forward(x) for _ in range(calls)) + x
     with pytest.raises(ModelError, match=rf"{message}.*: leave it out of model.targets"):
-        read_layers(model, tmp_path, METHODS["eva"].needs.read, 6, collated(examples(), 2), over=over)
+        read_layers(Site(model, tmp_path, 6), METHODS["eva"].needs.read, collated(examples(), 2), over=over)
 
 
 @pytest.mark.parametrize("over", ["tokens", "answers", "examples"])
 def test_batches_do_not_matter(over, tmp_path):
     rows = examples()
-    one = read_layers(small("qwen3"), tmp_path / "one", METHODS["eva"].needs.read, 6, collated(rows, 1), over=over)
-    two = read_layers(small("qwen3"), tmp_path / "two", METHODS["eva"].needs.read, 6, collated(rows, 6, "left"), over=over)
+    one = read_layers(Site(small("qwen3"), tmp_path / "one", 6), METHODS["eva"].needs.read, collated(rows, 1), over=over)
+    two = read_layers(Site(small("qwen3"), tmp_path / "two", 6), METHODS["eva"].needs.read, collated(rows, 6, "left"), over=over)
     for name in one.layers:
         torch.testing.assert_close(one.directions(name).lam, two.directions(name).lam, rtol=1e-5, atol=1e-8)
         assert one.layers[name].importance == pytest.approx(two.layers[name].importance, rel=1e-6)

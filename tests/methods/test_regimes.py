@@ -22,7 +22,7 @@ from farss.plan import make_plan, make_plan_without_survey
 from farss.portable import export
 from farss.prepared import write_prepared
 from farss.structure import find_blocks, is_transposed, target_layers, weight_of
-from farss.survey import read_layers
+from farss.survey import Site, read_layers
 from farss.train import restore, train
 
 CONFIG = PlanConfig(rank=6)
@@ -31,7 +31,7 @@ CONFIG = PlanConfig(rank=6)
 def attached(method, model, folder=None, **changes):
     """The model with a method's adapters, its plan and its regime."""
     config = dataclasses.replace(CONFIG, method=method, **changes)
-    known = read_layers(model, folder, read, 8) if METHODS[method].needs else None
+    known = read_layers(Site(model, folder, 8), read) if METHODS[method].needs else None
     plan = make_plan(config, known) if known else make_plan_without_survey(config, target_layers(model), len(find_blocks(model)[1]))
     regime = METHODS[method].regime(config, plan) if METHODS[method].regime else None
     return attach(model, plan, known, seed=3, regime=regime), plan, regime
@@ -127,7 +127,7 @@ def test_kasa_exports_as_a_plain_lora_on_the_whole_base(tmp_path):
 def test_kasa_leaves_every_layer_a_component(kind, tmp_path):
     """Grouped keys and values are the narrow ones: PEFT refuses a rank that takes all of them."""
     model = small(kind).float()
-    known = read_layers(model, tmp_path, read, 16)
+    known = read_layers(Site(model, tmp_path, 16), read)
     narrow = [name for name, layer in known.layers.items() if min(layer.shape) == 16]
     plan = make_plan(PlanConfig(method="kasa", rank=16), known)
     assert narrow

@@ -13,7 +13,7 @@ from farss.errors import ConfigError
 from farss.methods.singular import read
 from farss.plan import make_plan, make_plan_without_survey
 from farss.structure import target_layers, weight_of
-from farss.survey import read_layers, survey
+from farss.survey import Site, read_layers, survey
 
 CONFIG = PlanConfig(boundary=2, rank=6, r_min=1, r_avg=4, r_max=5)
 
@@ -25,7 +25,7 @@ def planned(method, known, **changes):
 @pytest.mark.parametrize("kind", ["llama-gqa", "gpt2"])
 def test_pissa_is_pefts_up_to_sign(kind, tmp_path):
     model = small(kind).float()
-    known = read_layers(model, tmp_path, read, 8)
+    known = read_layers(Site(model, tmp_path, 8), read)
     plan = planned("pissa", known)
     theirs = get_peft_model(
         small(kind).float(),
@@ -44,7 +44,7 @@ def test_pissa_is_pefts_up_to_sign(kind, tmp_path):
 
 def test_milora_takes_the_smallest_and_pissa_the_largest(tmp_path):
     model = small("llama")
-    known = read_layers(model, tmp_path, read, 8)
+    known = read_layers(Site(model, tmp_path, 8), read)
     for method, wanted in (("pissa", slice(None, 6)), ("milora", slice(-6, None))):
         for name, layer in planned(method, known).layers.items():
             sigma = torch.linalg.svdvals(weight_of(model.get_submodule(name)))
@@ -57,7 +57,7 @@ def test_equal_singular_values_fall_the_same_way_in_survey_and_plan(method, tmp_
     model = small("llama-gqa").float()
     for name in target_layers(model):
         torch.nn.init.orthogonal_(model.get_submodule(name).weight)
-    known = read_layers(model, tmp_path, read, 3)
+    known = read_layers(Site(model, tmp_path, 3), read)
     for name, layer in planned(method, known, rank=3).layers.items():
         u, v = (side.double() for side in known.vectors(name, layer.directions))
         weight, values = weight_of(model.get_submodule(name)).double(), torch.ones(3, dtype=torch.float64)
@@ -66,7 +66,7 @@ def test_equal_singular_values_fall_the_same_way_in_survey_and_plan(method, tmp_
 
 def test_weights_are_a_survey_with_identity_moments(tmp_path):
     model = small("gemma3")
-    known = read_layers(model, tmp_path, read, 4)
+    known = read_layers(Site(model, tmp_path, 4), read)
     for name, layer in known.layers.items():
         weight = weight_of(model.get_submodule(name))
         assert layer.importance == pytest.approx(weight.square().mean().item(), rel=1e-5)
@@ -82,10 +82,10 @@ def test_a_killed_decomposition_goes_on_to_the_same_bytes(tmp_path):
             raise Stop
 
     with pytest.raises(Stop):
-        read_layers(small("llama"), tmp_path / "one", read, 4, on_progress=stop)
+        read_layers(Site(small("llama"), tmp_path / "one", 4, tell=stop), read)
     first = (tmp_path / "one" / "block-0000.safetensors").stat().st_mtime_ns
-    read_layers(small("llama"), tmp_path / "one", read, 4)
-    read_layers(small("llama"), tmp_path / "two", read, 4)
+    read_layers(Site(small("llama"), tmp_path / "one", 4), read)
+    read_layers(Site(small("llama"), tmp_path / "two", 4), read)
     assert (tmp_path / "one" / "block-0000.safetensors").stat().st_mtime_ns == first
     for file in (tmp_path / "two").iterdir():
         if file.suffix == ".safetensors":
@@ -95,7 +95,7 @@ def test_a_killed_decomposition_goes_on_to_the_same_bytes(tmp_path):
 
 def test_the_ablations_of_farss(tmp_path):
     model = small("llama-gqa")
-    found = survey(model, collated(examples()), tmp_path, 8)
+    found = survey(Site(model, tmp_path, 8), collated(examples()))
     whole, init, high, fixed = (planned(method, found) for method in ("farss", "farss-init", "farss-all-high", "farss-fixed"))
     for name, layer in whole.layers.items():
         shallow = layer.block < 2
@@ -116,7 +116,8 @@ def test_the_ablations_of_farss(tmp_path):
 @pytest.mark.parametrize("method", ["pissa", "milora", "farss-init", "farss-all-high", "farss-fixed"])
 def test_step_zero_is_the_base(method, tmp_path):
     model = small("llama").float()
-    known = read_layers(model, tmp_path, read, 8) if method in ("pissa", "milora") else survey(model, collated(examples()), tmp_path, 8)
+    site = Site(model, tmp_path, 8)
+    known = read_layers(site, read) if method in ("pissa", "milora") else survey(site, collated(examples()))
     ids = torch.arange(3, 23).reshape(2, 10)
     with torch.no_grad():
         before = model(input_ids=ids).logits
@@ -129,7 +130,7 @@ def test_step_zero_is_the_base(method, tmp_path):
 def test_the_released_codes_alpha_takes_s_times_the_part_out(method, base, tmp_path):
     """`alpha: constant`: factors without 1 / s, scaled by alpha / rank, exactly that out of the base, and step 0 the base."""
     model = small("llama-gqa").float()
-    known = survey(model, collated(examples()), tmp_path, 20)
+    known = survey(Site(model, tmp_path, 20), collated(examples()))
     plan = planned(method, known, alpha="constant", rank=20, match_params=None)
     weights = {name: weight_of(model.get_submodule(name)).clone() for name in plan.layers}
     ids = torch.arange(3, 23).reshape(2, 10)
