@@ -1,0 +1,119 @@
+"""The folder of a survey: read back, refused, killed and gone on with."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from oracle import read_activations, read_against, survey_of
+from small_models import collated, examples
+
+from farss.artifacts import Survey
+from farss.errors import FarssError, FolderError
+from farss.survey import Site, survey
+
+
+def test_same_seed_same_bytes(llama, tmp_path):
+    for place in ("one", "two"):
+        survey(Site(llama, tmp_path / place, 4), collated(examples()))
+    for file in sorted((tmp_path / "one").glob("*.safetensors")):
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
+
+
+def test_survey_is_read_back_and_leaves_no_working_files(llama, tmp_path):
+    (tmp_path / ".input-0001.safetensors.123.part").touch()  # of a process that was killed
+    written = survey(Site(llama, tmp_path, 4), collated(examples()))
+    assert Survey.load(tmp_path) == written
+    assert {file.name for file in tmp_path.iterdir()} == {"survey.json", *(f"block-{index:04d}.safetensors" for index in range(4))}
+
+
+@pytest.mark.parametrize("moment", ["forward pass, block 2", "block 2, "])
+def test_a_killed_survey_goes_on_to_the_same_bytes(tmp_path, moment):
+    script = textwrap.dedent("""
+        import sys, os, signal
+        from pathlib import Path
+        sys.path.insert(0, sys.argv[1])
+        from small_models import collated, examples, small
+        from farss.survey import Site, survey
+        def tell(done, total, line):
+            if line.startswith(sys.argv[4]) and sys.argv[3] == "kill": os.kill(os.getpid(), signal.SIGKILL)
+        survey(Site(small("llama-gqa"), Path(sys.argv[2]), 4, tell=tell), collated(examples()))
+    """)
+    here = os.path.dirname(os.path.dirname(__file__))
+
+    def start(folder, how):
+        return subprocess.run([sys.executable, "-c", script, here, str(tmp_path / folder), how, moment], check=False).returncode
+
+    assert start("whole", "run") == 0
+    assert start("killed", "kill") == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "survey.json").exists()
+    pattern = "input-000[012].safetensors" if moment.startswith("forward") else "block-000[23].safetensors"
+    done = {file: file.stat().st_mtime_ns for file in (tmp_path / "killed").glob(pattern)}
+    assert len(done) == (3 if moment.startswith("forward") else 2)
+    assert start("killed", "run") == 0
+    if not moment.startswith("forward"):
+        assert all(file.stat().st_mtime_ns == time for file, time in done.items())
+    for file in (tmp_path / "whole").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "killed" / file.name).read_bytes()
+
+
+def test_a_folder_of_another_survey_is_refused_and_the_same_one_read(llama, tmp_path):
+    first = survey(Site(llama, tmp_path, 4), collated(examples()))
+    stamp = (tmp_path / "survey.json").stat().st_mtime_ns
+    assert survey(Site(llama, tmp_path, 3), collated(examples())) == first
+    assert (tmp_path / "survey.json").stat().st_mtime_ns == stamp
+    with pytest.raises(FolderError, match="other data"):
+        survey(Site(llama, tmp_path, 4), collated(examples(seed=1)))
+    with pytest.raises(FolderError, match="kept 4 directions at each end, and 5 may be needed"):
+        survey(Site(llama, tmp_path, 5), collated(examples()))
+
+
+def test_other_batches_of_the_same_examples_are_the_same_survey(llama, tmp_path):
+    first = survey(Site(llama, tmp_path, 4), collated(examples(), 2))
+    assert survey(Site(llama, tmp_path, 4), collated(examples(), 3, "left")) == first
+
+
+def test_an_unfinished_survey_of_other_data_is_refused(llama, tmp_path):
+    class Stop(Exception):
+        pass
+
+    def stop(done, total, line):
+        if done == 1:
+            raise Stop
+
+    with pytest.raises(Stop):
+        survey(Site(llama, tmp_path, 4, tell=stop), collated(examples()))
+    with pytest.raises(FolderError, match="unfinished survey"):
+        survey(Site(llama, tmp_path, 4), collated(examples(seed=1)))
+    with pytest.raises(FolderError, match=r"begun with another calibration.batch_size: go on with that, or delete it"):
+        survey(Site(llama, tmp_path, 4), collated(examples(), 1))  # what was kept on the way are states of other batches
+    assert survey(Site(llama, tmp_path, 4), collated(examples())).examples == 6
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_computed(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr("farss.survey.kept.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    with pytest.raises(FarssError, match=r"keeps 0\.0 GB in .* while it runs, and 0\.0 GB are free"):
+        survey(Site(llama, tmp_path, 4), collated(examples()))
+    assert {file.name for file in tmp_path.iterdir()} == {"progress.json"}
+
+
+MAPS = Path("/proc/self/maps")
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="reads what Linux says of the files in use")
+@pytest.mark.parametrize("look", [survey_of, read_activations, read_against])
+def test_no_file_is_in_use_when_it_is_deleted(llama, tmp_path, monkeypatch, look):
+    """Windows does not delete one that is."""
+    deleted, unlink = {}, Path.unlink
+
+    def noted(path, missing_ok=False):
+        deleted[path.name] = str(path) in MAPS.read_text()
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", noted)
+    look(llama, tmp_path)
+    assert not any(deleted.values())
+    assert {f"input-{block:04d}.safetensors" for block in range(4)} <= deleted.keys()
