@@ -3,9 +3,11 @@
 import re
 from pathlib import Path
 
+import pytest
 import yaml
 
 from farss.configfile import from_dict
+from farss.maths.metrics import balance
 from farss.prompts import ALPACA
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -48,3 +50,17 @@ def test_every_test_that_the_adapters_table_names_exists():
     assert len(named) >= 14
     for file, test in named:
         assert f"def {test}(" in (DOCS.parent / file).read_text(), (file, test)
+
+
+def test_every_balance_in_the_results_is_that_of_its_k_and_t():
+    checked = 0
+    for table in re.findall(r"(?:^\|.*\n)+", (DOCS / "results.md").read_text(), re.MULTILINE):
+        head, _, *rows = ([cell.strip(" *") for cell in line.strip("|").split("|")] for line in table.strip().split("\n"))
+        if not {"K %", "T %", "KT %"} <= set(head):
+            continue
+        for row in rows:
+            k, t, both = (row[head.index(name)].partition(" ")[0].strip("*") for name in ("K %", "T %", "KT %"))
+            if both:
+                assert float(both) == pytest.approx(100 * balance(float(k) / 100, float(t) / 100), abs=0.15), row  # of rounded numbers
+                checked += 1
+    assert checked > 70
