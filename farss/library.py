@@ -135,8 +135,8 @@ def prepare(
     texts = None if knowledge is None else _texts(knowledge)
     if texts is None and calibration.knowledge:
         texts = choose(knowledge_texts(calibration.knowledge), calibration.examples, seed)
-    cap = survey_cap(wanted, layers, blocks)
-    at = _Looked(model, tokenizer, examples, texts, cap, data.max_length, calibration, targets, place, seed, on_progress)
+    site = Site(model, place, survey_cap(wanted, layers, blocks), targets, tell=on_progress or unseen, device=_device(model))
+    at = _Looked(site, tokenizer, examples, texts, data.max_length, calibration, seed)
     found = at.look(needs) if (needs := method_of(wanted).needs) else None
     made = make_plan(wanted, found) if found is not None else make_plan_without_survey(wanted, layers, blocks)
     adapted = attach(model, made, found, dropout, seed, base)
@@ -178,39 +178,33 @@ def _place(wanted: PlanConfig, folder: Path | str | None, model: Any) -> Path:
     return place
 
 
+def _device(model: Any) -> torch.device | None:
+    """The GPU, for a model that its trainer is still to move there, and that may be moved; None: where the model is."""
+    waits = torch.cuda.is_available() and model.device.type == "cpu" and not is_quantised(model)
+    return torch.device("cuda", torch.cuda.current_device()) if waits else None
+
+
 @dataclass(frozen=True)
 class _Looked:
     """What a model is looked at with, before it is planned."""
 
-    model: Any
+    site: Site
     tokenizer: Any
     examples: Tokenized
     knowledge: list[str] | None
     """None: what the model writes by itself."""
-    cap: int
-    """Directions that are kept at each end."""
     max_length: int
     calibration: CalibrationConfig
-    targets: list[str] | None
-    place: Path
     seed: int
-    on_progress: Progress | None
-
-    @property
-    def device(self) -> torch.device | None:
-        """The GPU, for a model that its trainer is still to move there, and that may be moved; None: where the model is."""
-        waits = torch.cuda.is_available() and self.model.device.type == "cpu" and not is_quantised(self.model)
-        return torch.device("cuda", torch.cuda.current_device()) if waits else None
 
     def look(self, needs: Reading) -> Survey:
         """What a method looks at; the first process does it for all where they cannot share it."""
         texts = processes.shared([self._batches(text, needs) for text in needs.texts] if processes.rank() == 0 else None)
         if processes.rank() == 0 or needs.in_parts:
-            meta = {"model": weights_fingerprint(self.model)}
-            site = Site(self.model, self.place, self.cap, self.targets, meta, self.on_progress or unseen, self.device)
-            look(site, needs, texts, self.calibration, self.seed)
+            meta = {"model": weights_fingerprint(self.site.model)}
+            look(dataclasses.replace(self.site, meta=meta), needs, texts, self.calibration, self.seed)
         processes.wait()
-        return Survey.load(self.place)
+        return Survey.load(self.site.folder)
 
     def _batches(self, text: str, needs: Reading) -> list[dict[str, Tensor]]:
         rows = self.examples.rows if text == "task" else self._knowledge()
@@ -220,11 +214,12 @@ class _Looked:
         if self.knowledge is not None:
             return plain_rows(self.knowledge, self.tokenizer, self.max_length)
         asked = self.calibration.examples, min(LENGTH, self.max_length), self.seed
-        path = self.place / f"own-text-{'-'.join(map(str, asked))}.json"
+        path = self.site.folder / f"own-text-{'-'.join(map(str, asked))}.json"
         if not path.is_file():  # kept, for another device or another kernel would write another one when it is prepared again
-            gpu, whole = self.device, tensors_of(self.model)
+            model, gpu = self.site.model, self.site.device
+            whole = tensors_of(model)
             with placed(whole, gpu) if gpu and fits_beside(whole, gpu) else nullcontext():
-                write_json(path, own_text(self.model, self.tokenizer, *asked))
+                write_json(path, own_text(model, self.tokenizer, *asked))
         return unlearnt(read_json(path))
 
 

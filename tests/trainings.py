@@ -74,6 +74,16 @@ class Killed(Exception):
     pass
 
 
+def killed_at(place: int) -> Any:
+    """Something to tell progress to, which raises when so much is done."""
+
+    def tell(done: int, total: int, what: Any) -> None:
+        if done == place:
+            raise Killed
+
+    return tell
+
+
 class Kill(TrainerCallback):
     """Raise before a step, as late as a kill can come after the checkpoint of the step before."""
 

@@ -140,15 +140,16 @@ class Sweep:
         """
         self.tokens = sum(int(counted(batch).sum()) for batch in batches)
         self.examples = sum(len(batch["input_ids"]) for batch in batches)
-        last, lowest = len(self.site.blocks) - 1, min(layer.block for layer in self.site.layers.values())
+        model, blocks, device = self.site.model, self.site.blocks, self.site.place
+        last, lowest = len(blocks) - 1, min(layer.block for layer in self.site.layers.values())
         undone = self._first_undone()
-        with placed(outside(self.site.model, self.site.blocks), self.site.place):
+        with placed(outside(model, blocks), device):
             if undone == last and not self.kept.blocks(INPUT):
-                with placed_in_turn(self.site.blocks, self.site.place):
-                    check_passage(self.site.model, self.site.blocks, moved(batches[0], self.site.place))
+                with placed_in_turn(blocks, device):
+                    check_passage(model, blocks, moved(batches[0], device))
                 self.announce(batches)
-            with placed_in_turn(self.site.blocks[:1], self.site.place):
-                self.returned = returned_by(self.site.model, self.site.blocks, moved(batches[0], self.site.place))
+            with placed_in_turn(blocks[:1], device):
+                self.returned = returned_by(model, blocks, moved(batches[0], device))
             passages = self.share(batches, INPUT, draws)
             if undone == last and last not in self.kept.blocks(GRADIENT):
                 with self.timed("forward pass"):
@@ -159,7 +160,7 @@ class Sweep:
                 if processes.rank() == 0:
                     note()
                 speed = self.tokens * (undone - index + 1) / (time.monotonic() - begun)
-                line = f"block {index}, {speed:,.0f} tokens/s through a block, {used_gib(self.site.place):.1f} GiB in use"
+                line = f"block {index}, {speed:,.0f} tokens/s through a block, {used_gib(device):.1f} GiB in use"
                 self.site.tell(last - index + 1, last - lowest + 1, line)
 
     def forwards(self, passages: list[Passage]) -> None:
@@ -178,13 +179,14 @@ class Sweep:
             self.kept.write(kind, 0, [passage.start for passage in passages])
             for passage in passages:
                 passage.let_go()
-        for index in range(max(self.kept.blocks(kind)), len(self.site.blocks)):
-            self.site.tell(0, len(self.site.blocks), f"forward pass, block {index}")
+        blocks = self.site.blocks
+        for index in range(max(self.kept.blocks(kind)), len(blocks)):
+            self.site.tell(0, len(blocks), f"forward pass, block {index}")
             states = self.kept.read(kind, index)
-            with placed(tensors_of(self.site.blocks[index]), self.site.place), torch.no_grad():  # on a GPU one batch's states at a time
-                states = [through(self.site.blocks[index], index, *pair).cpu() for pair in zip(passages, states, strict=True)]
+            with placed(tensors_of(blocks[index]), self.site.place), torch.no_grad():  # on a GPU one batch's states at a time
+                states = [through(blocks[index], index, *pair).cpu() for pair in zip(passages, states, strict=True)]
             check_finite(states, f"what leaves block {index}", partial(finite_weights, self.site.model, self.site.layers, index))
-            if index < len(self.site.blocks) - 1:
+            if index < len(blocks) - 1:
                 self.kept.write(kind, index + 1, states)
         return states
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
 from small_models import collated, examples, logits, prompts, shapes, small
-from trainings import Kill, Killed, difference, options, tokenizer, weights, whole_model
+from trainings import Kill, Killed, difference, killed_at, options, tokenizer, weights, whole_model
 from trainings import examples as rows_to_learn
 
 from farss.adapter import TRAINED, adapter_change, attach, lora_layers
@@ -104,16 +104,9 @@ def test_they_scale_with_the_square_of_the_loss(tmp_path, monkeypatch):
 
 
 def test_a_killed_reading_goes_on_to_the_same_file(tmp_path):
-    class Stop(Exception):
-        pass
-
-    def stop(done, total, line):
-        if done == 2:
-            raise Stop
-
     model, batches = small("llama"), collated(examples())
-    with pytest.raises(Stop):
-        gradients(Site(model, tmp_path / "one", tell=stop), batches)
+    with pytest.raises(Killed):
+        gradients(Site(model, tmp_path / "one", tell=killed_at(2)), batches)
     one, two = (gradients(Site(model, tmp_path / name), batches) for name in ("one", "two"))
     assert one.layers == two.layers
     assert gradients(Site(model, tmp_path / "one"), batches).layers == one.layers  # a complete one is read

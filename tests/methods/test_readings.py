@@ -12,6 +12,7 @@ from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.eva import get_eva_state_dict
 from small_models import collated, examples, logits, prompts, shapes, small
+from trainings import Killed, killed_at
 
 from farss.adapter import START, TRAINED, attach, lora_layers, start_of
 from farss.batches import unlearnt
@@ -213,17 +214,10 @@ def test_step_zero_training_and_export(method, tmp_path):
 
 @pytest.mark.parametrize("method", ["olora", "lora-null", "eva", "corda-ipm"])
 def test_a_killed_reading_goes_on_to_the_same_bytes(method, tmp_path):
-    class Stop(Exception):
-        pass
-
-    def stop(done, total, line):
-        if done == 2:
-            raise Stop
-
     needs = METHODS[method].needs
     texts = [collated(examples())] * len(needs.texts)
-    with pytest.raises(Stop):
-        look(Site(small("llama"), tmp_path / "one", 6, tell=stop), needs, texts)
+    with pytest.raises(Killed):
+        look(Site(small("llama"), tmp_path / "one", 6, tell=killed_at(2)), needs, texts)
     first = (tmp_path / "one" / "block-0000.safetensors").stat().st_mtime_ns
     look(Site(small("llama"), tmp_path / "one", 6), needs, texts)
     look(Site(small("llama"), tmp_path / "two", 6), needs, texts)

@@ -8,7 +8,7 @@ import torch
 from peft import AdaLoraConfig, KasaConfig, LoraConfig, get_peft_model
 from peft.tuners.lora.variants import _kasa_layer_regularization_loss
 from small_models import logits, prompts, small
-from trainings import difference, options, tokenizer, weights, whole_model
+from trainings import Killed, difference, killed_at, options, tokenizer, weights, whole_model
 from trainings import examples as rows_to_learn
 
 from farss.adapter import START, TRAINED, attach, changed_weight, lora_layers, start_of
@@ -207,23 +207,16 @@ def test_adalora_prunes_as_pefts(tmp_path):
 def test_a_killed_training_goes_on_to_the_same_weights(method, tmp_path):
     """Under our trainer, with what the method keeps beside the weights."""
 
-    class Stop(Exception):
-        pass
-
-    def stop(done, total, loss):
-        if done == 5:
-            raise Stop
-
     def go(folder, on_progress=None):
         adapted, plan, regime = attached(method, whole_model().float(), tmp_path / "weights")
         try:
             train(adapted, tokenizer(), rows_to_learn(), options(epochs=2, max_steps=10), folder, on_progress=on_progress, regime=regime)
-        except Stop:
+        except Killed:
             return go(folder)
         return weights(adapted), plan, adapted
 
     straight, _, adapted = go(tmp_path / "one")
-    resumed, _, _ = go(tmp_path / "two", stop)
+    resumed, _, _ = go(tmp_path / "two", killed_at(5))
     assert difference(straight, resumed) == 0
     fresh, _, _ = attached(method, whole_model().float(), tmp_path / "weights")
     restore(fresh, tmp_path / "one")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from small_models import collated, examples, small
+from trainings import Killed, killed_at
 
 from farss.adapter import START, TRAINED, attach, lora_layers, start_of
 from farss.config import PlanConfig
@@ -74,15 +75,8 @@ def test_weights_are_a_survey_with_identity_moments(tmp_path):
 
 
 def test_a_killed_decomposition_goes_on_to_the_same_bytes(tmp_path):
-    class Stop(Exception):
-        pass
-
-    def stop(done, total, line):
-        if done == 2:
-            raise Stop
-
-    with pytest.raises(Stop):
-        read_layers(Site(small("llama"), tmp_path / "one", 4, tell=stop), read)
+    with pytest.raises(Killed):
+        read_layers(Site(small("llama"), tmp_path / "one", 4, tell=killed_at(2)), read)
     first = (tmp_path / "one" / "block-0000.safetensors").stat().st_mtime_ns
     read_layers(Site(small("llama"), tmp_path / "one", 4), read)
     read_layers(Site(small("llama"), tmp_path / "two", 4), read)

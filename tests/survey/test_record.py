@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from oracle import read_activations, read_against, survey_of
 from small_models import collated, examples
+from trainings import Killed, killed_at
 
 from farss.artifacts import Survey
 from farss.errors import FarssError, FolderError
@@ -77,15 +78,8 @@ def test_other_batches_of_the_same_examples_are_the_same_survey(llama, tmp_path)
 
 
 def test_an_unfinished_survey_of_other_data_is_refused(llama, tmp_path):
-    class Stop(Exception):
-        pass
-
-    def stop(done, total, line):
-        if done == 1:
-            raise Stop
-
-    with pytest.raises(Stop):
-        survey(Site(llama, tmp_path, 4, tell=stop), collated(examples()))
+    with pytest.raises(Killed):
+        survey(Site(llama, tmp_path, 4, tell=killed_at(1)), collated(examples()))
     with pytest.raises(FolderError, match="unfinished survey"):
         survey(Site(llama, tmp_path, 4), collated(examples(seed=1)))
     with pytest.raises(FolderError, match=r"begun with another calibration.batch_size: go on with that, or delete it"):
