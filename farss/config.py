@@ -262,7 +262,8 @@ class TrainConfig:
     batch_size: int = 16
     """Examples per optimiser step."""
     micro_batch_size: int | None = None
-    """Examples per forward pass; null: the whole batch_size. Smaller needs less memory, the result is the same."""
+    """Examples per forward pass; null: the whole batch_size. Smaller needs less memory. The loss is the same, but
+    dropout draws its elements anew for each."""
     scheduler: str = "linear"
     """Learning-rate schedule, by its name in transformers (linear, cosine, constant, ...)."""
     warmup_ratio: float = 0.03

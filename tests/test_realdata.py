@@ -1,6 +1,7 @@
 """Gemma 3 270M and the data sets in FARSS_DATA: the line on real input. Run with `make realdata`."""
 
 import dataclasses
+import importlib
 import os
 from pathlib import Path
 
@@ -47,6 +48,16 @@ def prepared(gemma, tmp_path_factory):
     parts = [collate(part, tokenizer.pad_token_id) for part in batches(rows[:16], 8)]
     found = survey(Site(model, tmp_path_factory.mktemp("survey"), 64), parts)
     return model, tokenizer, rows, found, make_plan(PlanConfig(boundary=4, rank=64, r_avg=25, r_max=32), found)
+
+
+def test_the_data_sets_are_those_that_the_benchmarks_fetch(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    data = importlib.import_module("data")
+    for name, source in data.SOURCES.items():
+        rows = read_rows(str(DATA / name))
+        assert data.digest_of(rows) == source.digest, name
+        data.write(rows, tmp_path / name)
+        assert read_rows(str(tmp_path / name)) == rows, name
 
 
 def test_the_converted_model_is_a_language_model(gemma):
