@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from farss.artifacts import Plan, Survey
 from farss.config import Base
 from farss.errors import ConfigError, FarssError, FolderError
+from farss.files import read_tensors
 from farss.forward import seeded
 from farss.methods import METHODS, Regime
 from farss.methods.base import Start
@@ -162,7 +162,7 @@ def load_trained(adapted: Any, checkpoint: Path) -> None:
         place = Path(adapter, "adapter_model.safetensors")
         if not (checkpoint / place).is_file():
             raise FolderError(f"{checkpoint} is no checkpoint of a model from farss.prepare: there is no {place} in it")
-        known, saved = get_peft_model_state_dict(adapted, adapter_name=adapter), load_file(checkpoint / place)
+        known, saved = get_peft_model_state_dict(adapted, adapter_name=adapter), read_tensors(checkpoint / place)
         shapes = [{name: tensor.shape for name, tensor in state.items()} for state in (known, saved)]
         if shapes[0] != shapes[1] or (adapter == START and not _alike(known, saved)):
             raise FolderError(

@@ -13,14 +13,16 @@ from farss.artifacts import Scores
 from farss.card import write_card
 from farss.config import Config
 from farss.evaluate import evaluate, grade_again
-from farss.folder import Folder
+from farss.folder import Folder, replaced
 from farss.handover import is_merged, is_whole
 from farss.inputs import Inputs
 from farss.jobs import Tell
+from farss.models import device_of
 from farss.options import BASE_KEYS, COMPRESSED_KEYS, EVALUATE_KEYS, EXPORT_KEYS, LOADED_KEYS, RECOVERY_KEYS, options_of
 from farss.recovery import knowledge_alone, recover, recovery_rows
 from farss.tasks.benchmarks import grading
 from farss.tasks.summary import Summary, summarise
+from farss.train import products
 
 log = logging.getLogger(__name__)
 Load = Callable[[], Any]
@@ -79,7 +81,8 @@ class Answers:
         return self._recover("recover", self.folder, load, EXPORT_KEYS, self.inputs.config.plan.method)
 
     def _recover(self, step: str, place: Folder, load: Load, keys: tuple[str, ...], method: str) -> bool:
-        config, target, options = self.inputs.common_config, place.path / RECOVERED[step], self._recover_options(keys)
+        target, options = place.path / RECOVERED[step], self._recover_options(keys)
+        config = replaced(self.inputs.common_config, "train", precision=options["train.precision"])
         if place.is_done(step, options, redo=True, makes=target / "scores.json"):
             return False
         if self._graded_again(step, place, options, target, knowledge_alone(config)):
@@ -142,7 +145,7 @@ class Answers:
     def complete(self) -> bool:
         """Whether everything was asked that shall be asked of the run's result, as it is configured now."""
         wanted = self.inputs.config.evaluate
-        return (self._recovered(self.folder, "recover", EXPORT_KEYS) or not wanted.recovery) and (self._is_asked or not wanted.asks)
+        return (not wanted.recovery or self._recovered(self.folder, "recover", EXPORT_KEYS)) and (not wanted.asks or self._is_asked)
 
     @property
     def _is_asked(self) -> bool:
@@ -167,7 +170,16 @@ class Answers:
 
     def _recover_options(self, keys: tuple[str, ...]) -> dict[str, Any]:
         """`keys`: on which the model depends that is loaded."""
-        return self._asked(RECOVERY_KEYS) | options_of(self.inputs.config, keys)
+        return self._asked(RECOVERY_KEYS) | options_of(self.inputs.config, keys) | {"train.precision": self._recovery_precision}
+
+    @property
+    def _recovery_precision(self) -> str:
+        """Of the steps on top of every model, which are the same for all: what `auto` was when the untouched one took them."""
+        config = self.inputs.common_config
+        if config.train.precision != "auto":
+            return config.train.precision
+        before: str | None = (self.common.record("recover-base") or {}).get("options", {}).get("train.precision")
+        return before or products(config.train, device_of(config.model))
 
     def _asked(self, keys: tuple[str, ...]) -> dict[str, Any]:
         """What answers depend on: these options, and how they are graded."""

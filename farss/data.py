@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from farss import processes
 from farss.batches import Row, batches, choose, labels_of
 from farss.config import DataConfig
-from farss.errors import DataError
+from farss.errors import DataError, RowError
 from farss.prompts import first_turn, instruction_of, stages_of, text_of
 from farss.rows import cell, find_columns, naming, read_rows
 
@@ -82,8 +82,12 @@ def tokenize_rows(rows: Sequence[dict[str, Any]], config: DataConfig, tokenizer:
     """The same for rows that are in memory; `config.train` is not looked at."""
     if not rows:
         raise DataError("the data set has no rows: give at least one example")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, Mapping):
+            raise RowError(f"row {number} is a {type(row).__name__}, not a dictionary of its columns: give a list of rows")
     rows = [_with_messages(row) for row in rows]
-    columns = find_columns(rows, config.prompt, config.response)
+    prompt = "messages" if config.prompt == "conversations" and "messages" in rows[0] else config.prompt
+    columns = find_columns(rows, prompt, config.response)
     numbered = list(enumerate(rows, 1))
     chosen = choose(numbered, config.limit or len(rows), seed)
     stages = stages_of(chosen, columns, config, tokenizer)
@@ -115,11 +119,17 @@ ROLES = {"human": "user", "gpt": "assistant"}
 
 
 def _with_messages(row: dict[str, Any]) -> dict[str, Any]:
-    """A row whose `conversations` are ShareGPT's (`from`, `value`) with them as `messages`; any other as it is."""
+    """A row with its `conversations` as `messages`, of ShareGPT (`from`, `value`) or with roles; any other as it is."""
     turns = row.get("conversations")
-    if "messages" in row or not isinstance(turns, list) or not all(isinstance(turn, dict) and "from" in turn for turn in turns):
+    if "messages" in row or not isinstance(turns, list):
         return row
-    return row | {"messages": [{"role": ROLES.get(turn["from"], turn["from"]), "content": turn.get("value")} for turn in turns]}
+    if not all(isinstance(turn, dict) and {"from", "role"} & set(turn) for turn in turns):
+        return row
+    return row | {"messages": [turn if "role" in turn else _turn(turn) for turn in turns]}
+
+
+def _turn(turn: dict[str, Any]) -> dict[str, Any]:
+    return {"role": ROLES.get(turn["from"], turn["from"]), "content": turn.get("value")}
 
 
 def _shared_system(chats: Sequence[Any]) -> str | None:

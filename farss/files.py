@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from farss.errors import FarssError, FolderError
@@ -22,7 +23,7 @@ from farss.errors import FarssError, FolderError
 NEARLY_FULL_BYTES = 2**22
 """With less than this free, a failed write is taken for a full disk."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
-FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 @contextlib.contextmanager
@@ -30,15 +31,10 @@ def whole_file(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path` to write to, and rename it when the block ends well."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.errno in FULL:
-            raise FarssError(f"the disk is full, or your quota of it: {path} was not written; free some space and run again") from error
-        if error.errno in FORBIDDEN:
-            raise FolderError(f"{path} cannot be written ({error.strerror}): check the permissions, or choose another folder") from error
-        raise
+        with _writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -50,17 +46,37 @@ def whole_folder(path: Path) -> Iterator[Path]:
     folder of that name make way. A link stays one, and so does a folder that cannot be replaced."""
     path = path.resolve()
     if path.is_file():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+        raise FolderError(f"{path} is a file: give another folder")
     temporary = path.with_name(f".{path.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        yield temporary
-        if os.path.ismount(path) or path == Path.cwd():
-            _refill(path, temporary)
-        else:
-            _take_place(path, temporary)
+        with _writing(path):
+            yield temporary
+            if os.path.ismount(path) or path == Path.cwd():
+                _refill(path, temporary)
+            else:
+                _take_place(path, temporary)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn what the operating system says of a file or folder that cannot be written into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise _full(path) from error
+        named = Path(str(error.filename or path))
+        there = named.is_relative_to(path.parent) or path.is_relative_to(named)  # and not something that was to be read
+        if error.errno in UNWRITABLE and there:
+            raise FolderError(f"{path} cannot be written ({error.strerror}): check the permissions, or choose another folder") from error
+        raise
+
+
+def _full(path: Path) -> FarssError:
+    return FarssError(f"the disk is full, or your quota of it: {path} was not written; free some space and run again")
 
 
 def _take_place(folder: Path, source: Path) -> None:
@@ -97,9 +113,7 @@ def disk_cure(folder: Path) -> Iterator[None]:
     except (OSError, RuntimeError) as error:
         full = isinstance(error, OSError) and error.errno in FULL
         if full or shutil.disk_usage(folder).free < NEARLY_FULL_BYTES:
-            raise FarssError(
-                f"the disk is full, or your quota of it: {folder} could not be written; free some space and run again"
-            ) from error
+            raise _full(folder) from error
         raise
 
 
@@ -137,6 +151,18 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
             if found := re.search(r"\(os error (\d+)\)", str(error)):
                 raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
             raise
+
+
+def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        FolderError: the file is missing or damaged.
+    """
+    try:
+        return load_file(path, device)
+    except (OSError, SafetensorError) as error:
+        raise FolderError(f"{path} is missing or damaged ({error}): write it again") from error
 
 
 def fingerprint(value: Any) -> str:

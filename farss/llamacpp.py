@@ -6,11 +6,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from farss.errors import FarssError
-from farss.files import read_json, whole_file
+from farss.files import read_json, read_tensors, whole_file
 from farss.structure import PEFT_PREFIX
 
 ARCHITECTURES = {
@@ -50,7 +49,7 @@ def write_gguf(adapter: Path | str, config: Any) -> Path:
         writer.add_string(gguf.Keys.General.TYPE, gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(read_json(folder / "adapter_config.json")["lora_alpha"]))
-        for key, tensor in load_file(folder / "adapter_model.safetensors").items():
+        for key, tensor in read_tensors(folder / "adapter_model.safetensors").items():
             layer, side = _parts(key)
             known = names.get_name(f"{layer}.weight", try_suffixes=(".weight",))
             if known is None:

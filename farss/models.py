@@ -255,6 +255,8 @@ def _from_pretrained(kind: Any, config: ModelConfig, **options: Any) -> Any:
         raise ModelError(f"model.path={config.path!r} cannot be read: {reason}") from error
     except SafetensorError as error:
         raise ModelError(f"model.path={config.path!r} holds a damaged safetensors file: {error}") from error
+    except ImportError as error:  # of the package that its quantisation needs
+        raise ModelError(f"model.path={config.path!r} cannot be loaded as this environment is: {_first_sentence(error)}") from error
 
 
 def check_path(path: str) -> None:
@@ -344,5 +346,11 @@ def empty_of(architecture: Any, trusted: bool) -> Any:
     """The model without its weights that a configuration of transformers describes."""
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(architecture, trust_remote_code=trusted)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(architecture, trust_remote_code=trusted)
+    except ValueError as error:
+        if "AutoModelForCausalLM" not in str(error):
+            raise
+        kind = getattr(architecture, "model_type", type(architecture).__name__)
+        raise ModelError(f"a model of type {kind!r} writes no text one token after the other: name a causal language model") from error

@@ -37,7 +37,7 @@ from farss.surveys import Surveys, check_fingerprint
 from farss.tasks.course import Course, prepare_course
 from farss.tasks.reference import check_not_own
 from farss.tasks.summary import Summary
-from farss.train import TrainResult, check_options, products, restore, train, training_steps
+from farss.train import TrainResult, check_options, restore, train, training_steps, with_products
 from farss.versions import versions
 
 log = logging.getLogger(__name__)
@@ -172,8 +172,9 @@ class Run:
         """
         for step, options in self.surveys.steps(self.method.needs).items():
             self.place.is_done(step, options)
-        if self.searches and self._may_replan:
-            self.place.is_done(self._boundary_step, self._boundary_options)
+        if self.searches:  # of one that was trained from, questions may change, and not how it was searched
+            options = self._boundary_options if self._may_replan else options_of(self.common_config, ("boundary",))
+            self.place.is_done(self._boundary_step, options)
         self._is_planned()
         self._is_trained()
 
@@ -193,9 +194,9 @@ class Run:
 
     @property
     def _boundary_options(self) -> dict[str, Any]:
-        options = options_of(self.common_config, BOUNDARY_KEYS) | self._products
+        options = options_of(self.common_config, BOUNDARY_KEYS)
         del options["plan.boundary"]  # a search is the same, whatever was chosen before it
-        return options
+        return with_products(options, self.config, self.place.is_over(self._boundary_step))
 
     @property
     def _plan_options(self) -> dict[str, Any]:
@@ -203,23 +204,12 @@ class Run:
 
     @property
     def _train_options(self) -> dict[str, Any]:
-        options = options_of(self.config, (*PLAN_KEYS, *TRAIN_KEYS))
-        if self.config.train.precision != "auto":
-            return options
-        if self.has_trained:  # what auto means here may not be what it meant where it was trained
-            del options["train.precision"]
-            return options
-        return options | self._products
+        return with_products(options_of(self.config, (*PLAN_KEYS, *TRAIN_KEYS)), self.config, self.has_trained)
 
     @property
     def has_trained(self) -> bool:
         """Whether the training is over."""
-        return bool((self.folder.record("train") or {}).get("done"))
-
-    @property
-    def _products(self) -> dict[str, str]:
-        """What `train.precision: auto` means on this machine: a result depends on it."""
-        return {"train.precision": products(self.config.train, device_of(self.config.model))}
+        return self.folder.is_over("train")
 
     @property
     def _may_replan(self) -> bool:
@@ -438,9 +428,10 @@ class Run:
     @property
     def complete(self) -> bool:
         """Whether all of that is done, as it is configured now."""
-        exported = (self.folder.record("export") or {"done": False})["done"]  # in whatever form: no score depends on it
+        if not (self.has_trained and self.folder.is_over("export")):  # in whatever form: no score depends on it
+            return False
         trained = self.folder.is_done("train", self._train_options, redo=True, makes=self.path / "train.json")
-        return exported and trained and (self.path / "plan.json").is_file() and self.answers.complete
+        return trained and (self.path / "plan.json").is_file() and self.answers.complete
 
     def drop_weights(self) -> None:
         """Delete the trained weights in every form; what was measured of them stays, and the run counts as done."""

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from farss.adapter import activate, adapter_change, untouched_base
@@ -22,7 +20,7 @@ from farss.artifacts import Plan
 from farss.card import write_card
 from farss.config import ExportConfig
 from farss.errors import FarssError, FolderError
-from farss.files import read_json, whole_folder, write_json, write_tensors
+from farss.files import read_json, read_tensors, whole_folder, write_json, write_tensors
 from farss.forward import attribute, evaluating, unwrapped, without_cache
 from farss.maths.compress import compress
 from farss.models import base_fingerprint, tensors_fingerprint, tokenizer_fingerprint
@@ -210,10 +208,7 @@ def load_adapter(model: Any, folder: Path | str, tokenizer: Any = None, trainabl
                 f"{folder} was made for a {what} with fingerprint {expected}, but this one has {actual}: "
                 f"load {facts.get('base')!r} as it was{cure}"
             )
-    try:
-        held = tensors_fingerprint(load_file(folder / "adapter_model.safetensors"))
-    except (OSError, SafetensorError) as error:
-        raise FarssError(f"the weights in {folder} are missing or damaged: export it again") from error
+    held = tensors_fingerprint(read_tensors(folder / "adapter_model.safetensors"))
     if facts.get("adapter_fingerprint", held) != held:
         raise FarssError(
             f"the weights in {folder} are not those that farss.json there describes: copy or export it as a whole or, if they were "

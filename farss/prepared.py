@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from farss.adapter import TRAINED, lora_config, lora_layers
 from farss.artifacts import Plan
 from farss.config import ModelConfig
 from farss.errors import ConfigError, FarssError, FolderError
-from farss.files import read_json, whole_folder, write_json, write_tensors, write_text
+from farss.files import read_json, read_tensors, whole_folder, write_json, write_tensors, write_text
 from farss.merging import in_layers, write_model
 from farss.methods import METHODS, check_elsewhere
 from farss.models import load_model, load_tokenizer
@@ -135,7 +134,7 @@ def convert(prepared: Path | str, trained: Path | str, out: Path | str, rank: in
     if out.exists():
         raise FolderError(f"{out} exists: give a new folder")
     plan, facts = Plan.load(prepared / "plan.json"), read_json(prepared / "prepared.json")
-    start, end = load_file(prepared / "start.safetensors"), _trained_state(trained)
+    start, end = read_tensors(prepared / "start.safetensors"), _trained_state(trained)
     if strange := next((key for key, factor in start.items() if key not in end or end[key].shape != factor.shape), None):
         layer = strange.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0]
         raise FarssError(f"{trained} is not an adapter that began as this start: {layer} is missing or has another rank")
@@ -164,7 +163,7 @@ def convert(prepared: Path | str, trained: Path | str, out: Path | str, rank: in
 def _trained_state(folder: Path) -> dict[str, Tensor]:
     if not (folder / "adapter_model.safetensors").is_file():
         raise FolderError(f"{folder} holds no adapter_model.safetensors: give the folder that the trainer wrote the adapter to")
-    return load_file(folder / "adapter_model.safetensors")
+    return read_tensors(folder / "adapter_model.safetensors")
 
 
 def _change(name: str, scaling: float, start: dict[str, Tensor], end: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -77,7 +77,13 @@ def _read_file(file: Path) -> list[dict[str, Any]]:
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{file} cannot be read ({error}): check the file, or write it again") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8 text (byte {error.start}): convert it to UTF-8") from error
+        raise DataError(f"{file} is not UTF-8 text (line {_undecodable(opener, file)}): convert it to UTF-8") from error
+
+
+def _undecodable(opener: Any, file: Path) -> int:
+    """The line of the first byte that is not UTF-8; a stream tells its place in what it had read at once."""
+    with opener(file, "rb") as stream:
+        return next((number for number, line in enumerate(stream, 1) if line.decode("utf-8", "ignore").encode() != line), 0)
 
 
 def _read_jsonl(stream: IO[str], file: Path) -> list[dict[str, Any]]:
@@ -87,8 +93,8 @@ def _read_jsonl(stream: IO[str], file: Path) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{file}, line {number} is not valid JSON ({error.msg}): mend or remove the line") from error
+        except (ValueError, RecursionError) as error:  # also: a number of thousands of digits, brackets within brackets
+            raise DataError(f"{file}, line {number} is not valid JSON ({_in_json(error)}): mend or remove the line") from error
         if not isinstance(row, dict):
             raise DataError(f'{file}, line {number} holds a {type(row).__name__}, not an object: write {{"column": value}}')
         rows.append(row)
@@ -101,12 +107,18 @@ def _read_json(stream: IO[str], file: Path) -> list[dict[str, Any]]:
         return _read_jsonl(io.StringIO(text), file)
     try:
         rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file}, line {error.lineno} is not valid JSON ({error.msg}): mend the file") from error
+    except (ValueError, RecursionError) as error:
+        line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise DataError(f"{file}{line} is not valid JSON ({_in_json(error)}): mend the file") from error
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise DataError(f'{file}, row {number} is a {type(row).__name__}, not an object: write {{"column": value}}')
     return list(rows)
+
+
+def _in_json(error: Exception) -> str:
+    """What is wrong, in a word."""
+    return error.msg if isinstance(error, json.JSONDecodeError) else _first_line(error)
 
 
 def _read_csv(stream: IO[str], file: Path) -> list[dict[str, Any]]:
@@ -115,6 +127,8 @@ def _read_csv(stream: IO[str], file: Path) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
         try:
             names = list(reader.fieldnames or ())
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise DataError(f"{file} has two columns {twice!r}: rename one, or remove it")
             other = next((each for each in ";\t|" if len(names) == 1 and each in names[0]), None)
             for row in reader:
                 if other and other in "".join([row[names[0]] or "", *row.get(None, [])]):  # type: ignore[call-overload]
@@ -237,7 +251,7 @@ def _texts(rows: list[dict[str, Any]], path: str) -> list[str]:
 
 def whole_instruction(row: dict[str, Any], column: str, number: int) -> str:
     """The text in a column; an instruction with the `input` (Alpaca) or the `context` (Dolly) beside it."""
-    beside = [name for name in BESIDE if column == "instruction" and row.get(name) and not _is_empty(row[name])]
+    beside = [name for name in BESIDE if column == "instruction" and not _says_nothing(row.get(name))]
     for name in beside:
         if not isinstance(row[name], (str, int, float)):
             raise RowError(
@@ -308,7 +322,7 @@ def _listed(text: str) -> Any:
     for parse in (json.loads, ast.literal_eval):
         try:
             found = parse(text if parse is json.loads else _BETWEEN_QUOTES.sub(", ", text))
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # literal_eval raises any of them
             continue
         return found if isinstance(found, list) and all(isinstance(each, str) for each in found) else text
     return text
@@ -328,6 +342,11 @@ def cell(row: dict[str, Any], column: str, number: int) -> str:
     if _HALF.search(value):
         raise RowError(f"row {number}: column {column!r} holds half of a character (a surrogate without its pair): mend the row")
     return value
+
+
+def _says_nothing(value: Any) -> bool:
+    """Whether a cell beside an instruction adds nothing to it; 0 adds something."""
+    return _is_empty(value) or value is False or (isinstance(value, (list, dict)) and not value)
 
 
 def _is_empty(value: Any) -> bool:

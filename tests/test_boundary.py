@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from farss.configfile import from_dict, override
 from farss.data import Tokenized
 from farss.errors import ConfigError, FolderError, NumericalError
 from farss.models import load_tokenizer
+from farss.options import PLAN_KEYS, TRAIN_KEYS, options_of
 from farss.pipeline import Run
 from farss.rows import question_rows
 from farss.search import Round, candidates
@@ -160,6 +162,16 @@ def test_killed_it_goes_on_and_makes_the_same_choice(searched, config, moments, 
 def test_a_search_with_other_options_is_refused(searched, text, key):
     with pytest.raises(FolderError, match=f"holds the step 'boundary-farss', made with {key}="):
         Run(override(searched.config, [text])).claim()
+
+
+def test_a_trained_run_holds_to_how_it_was_searched_and_not_to_the_questions(searched, tmp_path):
+    shutil.copytree(searched.path, tmp_path / "run")
+    config = override(searched.config, [f"out={tmp_path / 'run'}"])
+    with Run(config).folder.step("train", options_of(config, (*PLAN_KEYS, *TRAIN_KEYS))):
+        (tmp_path / "run" / "train.json").write_text("{}")
+    Run(override(config, ["evaluate.resamples=200"])).claim()
+    with pytest.raises(FolderError, match=r"holds the step 'boundary-farss', made with boundary\.rate=4"):
+        Run(override(config, ["boundary.rate=8"])).claim()
 
 
 def test_a_changed_question_file_is_noticed(config, tmp_path, monkeypatch):

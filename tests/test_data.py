@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -304,6 +305,9 @@ def test_conversations_are_chats_or_one_turn() -> None:
     found, expected = (data.tokenize_rows([row], config, tokenizer, 0) for row in (shared, own))
     assert found == expected
     assert found.system == "be kind"
+    named = dataclasses.replace(config, prompt="conversations")
+    with_roles = {"id": 7, "conversations": own["messages"]}
+    assert data.tokenize_rows([shared], named, tokenizer, 0) == data.tokenize_rows([with_roles], config, tokenizer, 0) == expected
     assert found.instructions == {data.same_words("HI"), data.same_words(" bye")}
     wizard = data.tokenize_rows([{"conversation": [{"human": "Hi", "assistant": "hello"}]}], DataConfig(), tokenizer, 0)
     assert wizard.instructions == {data.same_words("hi")}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from farss.errors import FarssError, FolderError
-from farss.files import disk_cure, read_json, whole_file, whole_folder, write_json, write_tensors
+from farss.files import disk_cure, read_json, read_tensors, whole_file, whole_folder, write_json, write_tensors
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
@@ -77,6 +77,8 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
     with pytest.raises(FolderError, match=r"x cannot be written \(Permission denied\): check the permissions"), whole_file(tmp_path / "x"):
         raise PermissionError(errno.EACCES, "Permission denied")
+    with pytest.raises(PermissionError), whole_file(tmp_path / "x"):
+        raise PermissionError(errno.EACCES, "Permission denied", "/elsewhere/that/was/read")
     with pytest.raises(FarssError, match="the disk is full"), disk_cure(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(RuntimeError, match="unexpected pos"), disk_cure(tmp_path):
@@ -102,6 +104,11 @@ def test_broken_and_missing_files_are_named(tmp_path):
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(FolderError, match="is not valid JSON"):
         read_json(tmp_path / "x.json")
+    with pytest.raises(FolderError, match=r"y\.safetensors is missing or damaged"):
+        read_tensors(tmp_path / "y.safetensors")
+    (tmp_path / "y.safetensors").write_bytes(b"not tensors at all")
+    with pytest.raises(FolderError, match=r"y\.safetensors is missing or damaged"):
+        read_tensors(tmp_path / "y.safetensors")
 
 
 def test_what_cannot_be_deleted_loses_nothing(tmp_path, monkeypatch):
@@ -121,6 +128,8 @@ def test_a_name_that_cannot_be_had_leaves_the_older_folder(tmp_path):
         pass  # nothing was made
     assert [path.name for path in tmp_path.rglob("*")] == ["a", "x"]
     (tmp_path / "b").write_text("a file")
-    with pytest.raises(NotADirectoryError), whole_folder(tmp_path / "b"):
+    with pytest.raises(FolderError, match="b is a file: give another folder"), whole_folder(tmp_path / "b"):
         pytest.fail("it is known before anything is made")
+    with pytest.raises(FolderError, match=r"c cannot be written \(Not a directory\)"), whole_folder(tmp_path / "b" / "c") as folder:
+        folder.mkdir(parents=True)
     assert (tmp_path / "b").read_text() == "a file"

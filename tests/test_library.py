@@ -64,14 +64,15 @@ def test_prepare_train_export_load(tokenizer, rows, tmp_path, method):
 
 def test_a_file_a_list_and_a_dataset_give_the_same(tokenizer, tmp_path):
     import datasets
+    import pandas
 
     rows = [json.loads(line) for line in world.TASK_TRAIN.read_text().splitlines()]
     calibration = farss.CalibrationConfig(examples=4)
-    plans = [
+    first, *others = [
         farss.prepare(base(tokenizer), tokenizer, data, plan=PLAN, calibration=calibration).farss.plan
-        for data in (str(world.TASK_TRAIN), rows, datasets.Dataset.from_list(rows))
+        for data in (str(world.TASK_TRAIN), world.TASK_TRAIN, rows, datasets.Dataset.from_list(rows), pandas.DataFrame(rows))
     ]
-    assert plans[0] == plans[1] == plans[2]
+    assert all(plan == first for plan in others)
 
 
 def test_the_model_keeps_its_survey(tokenizer, rows, tmp_path):
@@ -258,12 +259,14 @@ def test_an_encoder_is_refused(tokenizer, rows):
         ({"model": "my-model"}, "model is a str: load it first"),
         ({"tokenizer": None}, "tokenizer is a NoneType"),
         ({"plan": {"rank": 8}}, r"plan is a dict: give a farss\.PlanConfig"),
+        ({"dataset": {"train": [], "test": []}}, "dataset is a dict of train, test: give the rows of one of them"),
+        ({"dataset": ["a prompt"]}, "row 1 is a str, not a dictionary of its columns: give a list of rows"),
     ],
 )
-def test_what_is_no_model_no_tokenizer_or_no_options_is_named(tokenizer, rows, changes, message):
-    given = {"model": base(tokenizer), "tokenizer": tokenizer, "plan": PLAN} | changes
+def test_what_is_no_model_no_tokenizer_no_rows_or_no_options_is_named(tokenizer, rows, changes, message):
+    given = {"model": base(tokenizer), "tokenizer": tokenizer, "dataset": rows, "plan": PLAN} | changes
     with pytest.raises(farss.FarssError, match=message):
-        farss.prepare(given.pop("model"), given.pop("tokenizer"), rows, **given)
+        farss.prepare(**given)
 
 
 def test_an_adapter_that_is_not_there(tokenizer, tmp_path):

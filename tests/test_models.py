@@ -12,7 +12,7 @@ from farss.batches import batches, collate
 from farss.config import ModelConfig, TrainConfig
 from farss.errors import ModelError
 from farss.methods import METHODS
-from farss.models import check_causal, load_model, stored_dtype, weights_fingerprint
+from farss.models import check_causal, layer_shapes, load_model, stored_dtype, weights_fingerprint
 from farss.survey import Site, read_layers, survey
 from farss.train import products
 
@@ -137,6 +137,20 @@ def test_a_model_that_reads_ahead_is_refused(tmp_path, kind):
         load_model(ModelConfig(path=str(tmp_path)))
     config.is_decoder = True
     check_causal(build(config))
+
+
+@pytest.mark.parametrize("kind", ["t5", "clip", "vit", "albert"])
+def test_a_model_that_writes_no_text_is_refused(tmp_path, kind):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(ModelError, match=f"a model of type '{kind}' writes no text .*: name a causal language model"):
+        layer_shapes(ModelConfig(path=str(tmp_path)))
+
+
+def test_a_model_whose_quantisation_needs_a_package_says_so(tmp_path):
+    config = small("llama").config.to_dict() | {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32}}
+    (tmp_path / "config.json").write_text(json.dumps(config, default=str))
+    with pytest.raises(ModelError, match=r"cannot be loaded as this environment is: .*GPTQ"):
+        load_model(ModelConfig(path=str(tmp_path)))
 
 
 def test_nan_is_another_fault_than_reading_ahead_and_the_callers_mode_and_numbers_stay():

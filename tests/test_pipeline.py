@@ -302,7 +302,7 @@ def test_what_is_named_after_a_survey_is_checked_before_the_training(config):
 def test_a_finished_training_is_one_on_a_machine_of_another_precision(config, monkeypatch):
     config = override(config, ["train.precision=auto"])
     for bits, steps in (("bf16", 1), ("fp32", 0)):
-        monkeypatch.setattr("farss.pipeline.products", lambda *_, bits=bits: bits)
+        monkeypatch.setattr("farss.train.trainer.products", lambda *_, bits=bits: bits)
         calls = []
         monkeypatch.setattr("farss.pipeline.train", counted(calls, "train", train))
         run = Run(config)
@@ -310,6 +310,11 @@ def test_a_finished_training_is_one_on_a_machine_of_another_precision(config, mo
         run.train()
         assert len(calls) == steps
         assert run.folder.record("train")["options"]["train.precision"] == "bf16"
+
+
+def test_an_unfinished_run_is_told_from_a_finished_one_on_a_machine_without_its_device(config):
+    run = Run(override(config, ["train.precision=auto", "model.device=cuda:7"]))
+    assert not run.complete
 
 
 MOMENTS = {

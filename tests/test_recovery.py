@@ -105,6 +105,22 @@ def test_a_recovery_of_other_steps_begins_anew(values, tmp_path):
 
 
 @pytest.mark.usefixtures("no_figures")
+def test_both_sides_recover_in_one_precision(values, monkeypatch):
+    values["plan"], values["train"]["precision"] = {"method": "lora", "rank": 4}, "auto"
+    config, used = from_dict(values), []
+    for units in (False, True):  # it goes on where there are units for bfloat16, after a first machine without
+        monkeypatch.setattr("farss.train.trainer.multiplies_in", lambda *_, units=units: units)
+        run = Run(config)
+        run.claim()
+        run.all() if units else run.recover_base()
+        used.append(run.folder.record("train")["options"]["train.precision"] if units else None)
+    records = [run.folder.record(step)["options"]["train.precision"] for step in ("recover-base", "recover")]
+    assert (records, used[-1]) == (["fp32", "fp32"], "bf16")
+    assert run.answers.complete
+    assert not Run(override(config, ["train.precision=bf16"])).answers.complete
+
+
+@pytest.mark.usefixtures("no_figures")
 def test_other_questions_are_recovered_on_both_sides_or_on_none(values):
     def recovered():
         return json.loads((Path(values["out"]) / "summary.json").read_text())["recovered"]

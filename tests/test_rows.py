@@ -81,7 +81,11 @@ def test_long_csv_cells_are_read_and_the_limit_is_put_back(tmp_path: Path) -> No
         ("x.csv", b"a,b\n", "x.csv is empty"),
         ("x.csv", b"a,b\n1,2\n1,2,3\n", "line 3 has more or fewer cells than the header"),
         ("x.csv", b'a,b\n1,"2\n', "is not valid CSV"),
-        ("x.jsonl", b'{"a": "\xff"}', r"x.jsonl is not UTF-8 text \(byte 7\): convert it to UTF-8"),
+        ("x.jsonl", b'{"a": "\xff"}', r"x.jsonl is not UTF-8 text \(line 1\): convert it to UTF-8"),
+        pytest.param("x.csv", b"a,b\n" + 9000 * b"c,d\n" + b"\xff,e\n", r"x.csv is not UTF-8 text \(line 9002\)", id="far"),
+        pytest.param("x.jsonl", b'{"a": ' + 5000 * b"1" + b"}", r"x.jsonl, line 1 is not valid JSON \(.*digits", id="a long number"),
+        pytest.param("x.json", 100_000 * b"[", "x.json is not valid JSON", id="deep"),
+        ("x.csv", b"question,answer,answer\nq,a,b\n", r"x.csv has two columns 'answer': rename one, or remove it"),
         ("x.jsonl.gz", b"not gzip", "x.jsonl.gz cannot be read .*: check the file"),
         ("x.jsonl.gz", gzip.compress(b'{"a": 1}' * 99, mtime=0)[:-9], "x.jsonl.gz cannot be read"),
         ("x.parquet", b"not parquet", "x.parquet is not a readable parquet file .*: write it again"),
@@ -222,7 +226,8 @@ def test_knowledge_of_a_hub_is_never_what_is_asked_afterwards(monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    ("value", "written"), [(21, "21"), (0.00001, "0.00001"), (1e22, "1" + 22 * "0"), (2.5, "2.5"), (10**400, "1" + 400 * "0")]
+    ("value", "written"),
+    [(21, "21"), (0, "0"), (0.0, "0.0"), (0.00001, "0.00001"), (1e22, "1" + 22 * "0"), (2.5, "2.5"), (10**400, "1" + 400 * "0")],
 )
 def test_numbers_are_written_out(tmp_path: Path, value: float, written: str) -> None:
     path = write_rows(tmp_path / "q.jsonl", [{"instruction": "Double it", "input": value, "output": value}])

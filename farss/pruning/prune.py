@@ -34,7 +34,7 @@ from farss.rows import text_rows
 from farss.structure import find_blocks, positions
 from farss.tasks.benchmarks import grading
 from farss.tasks.summary import summarise
-from farss.train import check_options
+from farss.train import check_options, with_products
 from farss.versions import versions
 
 log = logging.getLogger(__name__)
@@ -171,7 +171,7 @@ class Pruning:
         recipes = [RECIPES[method] for method in options.methods]
         for rule in {recipe.rule for recipe in recipes}:
             self._check_number(rule)
-            self.folder.is_done(f"choose-{rule}", options_of(self.config, CHOICE_KEYS[rule]))
+            self.folder.is_done(f"choose-{rule}", self._choice_options(rule))
         limit = positions(self.inputs.architecture)
         if limit and options.length > limit:
             raise ConfigError(f"prune.length={options.length}, and the model knows {limit} positions: set prune.length={limit}")
@@ -203,14 +203,16 @@ class Pruning:
 
     def chosen(self, rule: Rule) -> list[int]:
         """The blocks that a rule chooses, in its order; `chosen/<rule>.json` says why."""
-        path, step = self.folder.path / "chosen" / f"{rule}.json", f"choose-{rule}"
-        options = options_of(self.config, CHOICE_KEYS[rule])
+        path, step, options = self.folder.path / "chosen" / f"{rule}.json", f"choose-{rule}", self._choice_options(rule)
         if not (self.folder.is_done(step, options) and path.is_file()):
             with self.folder.step(step, options):
                 write_json(path, self._choose(rule, path.with_suffix("")))
             shutil.rmtree(path.with_suffix(""), ignore_errors=True)
         found: list[int] = read_json(path)["blocks"]
         return found
+
+    def _choice_options(self, rule: Rule) -> dict[str, Any]:
+        return with_products(options_of(self.config, CHOICE_KEYS[rule]), self.config, self.folder.is_over(f"choose-{rule}"))
 
     def _choose(self, rule: Rule, place: Path) -> dict[str, Any]:
         may, told = self.may(rule), partial(self.tell, f"choose {rule}")
@@ -270,7 +272,7 @@ class Pruning:
             keys = (*keys, *(key for key in TRAIN_KEYS if not key.startswith(("data.", "adapter"))))
         if recipe.then == "shift":
             keys = (*keys, "prune.shift", "prune.norm")
-        return options_of(self.config, keys)
+        return with_products(options_of(self.config, keys), self.config, Folder(self.folder.path / method).is_over("prune"))
 
     def _model(self, method: str) -> Path:
         return self.folder.path / method / "model"

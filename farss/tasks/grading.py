@@ -13,7 +13,7 @@ from typing import Any
 
 from farss.prompts import prompt_text
 
-GRADING = 6
+GRADING = 7
 """Goes up when answers are graded by other rules: those of a run folder are then graded again (of lm_eval's tasks, asked for again), so
 that none that were graded by the old rules stand beside the new."""
 STEPS = " Let's think step by step."
@@ -36,8 +36,21 @@ _NO_DIGIT = r"(?<!\d)", r"(?!\d)"
 _DECIMAL = re.compile(r"(?<![.\d])(\d*)\.(\d+)(?![.\d])")
 _MARK = re.compile(r"(?:####|[Tt]he (?:final )?answer is:?)")
 _LISTED = re.compile(r"^\s*[-+−]\s+", re.MULTILINE)
-_NUMBER = re.compile(r"(?:(?<![\w)])[-+−]\s?)?\$?\s?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}\b|/\d+)?")
-"""The dash of "20-25" is no sign."""
+_NUMBER = re.compile(
+    r"(?:(?<![\w)])[-+−]\s?)?\$?\s?"
+    r"(?:\d+\s+\d+/\d+|\d{1,3}(?:[\u00a0\u2009\u202f]\d{3})+|(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}\b|\s?/\s?\d+)?)"
+)
+"""Also a mixed one, "3 1/2". The dash of "20-25" is no sign."""
+_FRAC = re.compile(r"\\[dt]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}")
+_CALCULATED = re.compile(r"<<[^<>\n]*>>")
+"""GSM8K's annotation of a step: "4 + 5 = <<4+5=9>>9"."""
+_LEFT_SIDE = re.compile(r"\s*(?:[\d\s.,+\-−*/×x÷()$]*\d[\s)]*=)+(?=\s*[-+−$]?\s*[.\d])")
+"""Of an equation between numbers."""
+_INSIDE = re.compile(r"(?:\\[dt]?frac\s*\{|\\sqrt\s*(?:\[\d*\]\s*)?\{?|\^\s*\{?|_\s*\{?)\s*$")
+_GOES_ON = re.compile(r"\s*(?:\^|\*\s*\d|×|·|÷|\\times|\\cdot|\\sqrt|\\pi|\\frac|[x+−–/-]\s*\d|:\d|(?<=\b\d)\s\d{3}\b)")
+"""Before and behind a number that is a part of something else: of "2^3", "4 + 5", "6:30" or "1 000"."""
+_WORDS_AROUND = re.compile(r"^(?:[A-Za-z]{2,}\s+)+(?=[-\d\\$(.])|(?<=[\d})$])\s+(?:\(?[A-Za-z]{2,}[\s.,)]*)+$")
+"""Of an answer such as "about 5 dollars", whose words math-verify would read as products of letters."""
 _APART = re.compile(r"(?<!\d)[/,;:–—()\[\]]|[/,;:–—()\[\]](?!\d)|(?<=\d)[-–](?=\d)|['’]s\b")
 """What parts words, though no space stands there: "Paris/London", "1914-1918", "Smith's"; not "1,000", "1/2" or "non-fiction"."""
 _NUMBER_MARK = re.compile(r"####(?=\W*\d)|[Tt]he (?:final )?answer is:?")  # "#### Step 2" is a heading
@@ -49,22 +62,33 @@ def normalise(text: str) -> str:
 
 
 def final_number(text: str) -> Fraction | None:
-    """The number behind the last `####` or `The answer is:`, else the last number in the text; None without one."""
-    text = _LISTED.sub("", text)
+    """The number behind the last `####` or `The answer is:`, else the last number in the text; None without one, and where a formula or a
+    time of day stands behind the mark."""
+    text = _FRAC.sub(r" \1/\2", _CALCULATED.sub("", _LISTED.sub("", text)))
     marks = list(_NUMBER_MARK.finditer(text))
-    if marks:
-        found = _NUMBER.search(text, marks[-1].end())
-        return _value(found.group()) if found else None
-    numbers = _NUMBER.findall(text)
-    return _value(numbers[-1]) if numbers else None
+    if not marks:
+        numbers = _NUMBER.findall(text)
+        return _value(numbers[-1]) if numbers else None
+    answer = text[marks[-1].end() :]
+    answer = answer[left.end() :] if (left := _LEFT_SIDE.match(answer)) else answer
+    found = _NUMBER.search(answer)
+    if not found or _INSIDE.search(answer[: found.start()]) or _GOES_ON.match(answer, found.end()):
+        return None
+    return _value(found.group())
 
 
 def _value(number: str) -> Fraction | None:
-    numerator, _, denominator = re.sub(r"[\s,$+]", "", number).replace("−", "-").partition("/")
+    whole, _, fraction = number.rpartition(" ") if re.search(r"\d\s+\d+/", number) else ("", "", number)
+    numerator, _, denominator = _bare(fraction).partition("/")
     try:
-        return Fraction(numerator) / Fraction(denominator or 1)
+        value, before = Fraction(numerator) / Fraction(denominator or 1), Fraction(_bare(whole) or 0)
+        return before - value if whole.lstrip().startswith(("-", "−")) else before + value
     except (ZeroDivisionError, ValueError):  # thousands of digits, as a model writes that repeats itself
         return None
+
+
+def _bare(number: str) -> str:
+    return re.sub(r"[\s,$+]", "", number).replace("−", "-")
 
 
 def exact_match(answer: str, answers: Sequence[str]) -> float:
@@ -167,6 +191,8 @@ def same_mathematics(answer: str, solution: str) -> float:
     seconds = 5 if interruptible else None
     marks = list(_MARK.finditer(answer))
     final = answer[marks[-1].end() :].strip().split("\n")[0] if marks else answer
+    if marks and "\\boxed" not in final:  # all of it is the answer; without a mark math-verify looks for one in the text
+        final = f"${_WORDS_AROUND.sub('', final.strip().strip('$.')).strip().strip('$.')}$"
     gold = parse(solution, parsing_timeout=seconds)
-    found = parse(final if "\\boxed" in final else f"${final.strip().strip('$.')}$", parsing_timeout=seconds)
+    found = parse(final, parsing_timeout=seconds)
     return float(bool(gold) and bool(found) and verify(gold, found, timeout_seconds=seconds))

@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from farss.data import told_cut
 from farss.errors import FolderError, NumericalError
-from farss.files import read_json, reading, write_json
+from farss.files import read_json, read_tensors, reading, write_json
 from farss.memory import peak_gib, reset_peak
 from farss.methods import Regime
 from farss.models import base_fingerprint
@@ -102,7 +101,7 @@ class Record:
         self.started, self.total = time.monotonic(), total
         self.regime.begin(self.model, total)
         if (self.checkpoint / REGIME).is_file():
-            self.regime.load(load_file(self.checkpoint / REGIME, str(self.device)))
+            self.regime.load(read_tensors(self.checkpoint / REGIME, str(self.device)))
         reset_peak(self.device)
         if self.step == 0:
             self.look()

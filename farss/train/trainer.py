@@ -18,6 +18,7 @@ from farss.errors import ConfigError, nearest
 from farss.files import write_tensors
 from farss.forward import modes_kept, unwrapped, without_cache
 from farss.memory import give_back_if_scarce
+from farss.models import device_of
 from farss.precision import multiplies_in
 from farss.train.checkpoints import REGIME, read_weights, write_weights
 from farss.train.record import Record
@@ -33,6 +34,16 @@ def products(options: TrainConfig, device: torch.device) -> Literal["bf16", "fp3
     if options.precision != "auto":
         return options.precision
     return "bf16" if multiplies_in(torch.bfloat16, device) else "fp32"
+
+
+def with_products(options: dict[str, Any], config: Config, over: bool) -> dict[str, Any]:
+    """The options on which a step depends, with what `train.precision: auto` means on this machine; without it if the step is over, which
+    may have been done on another."""
+    if config.train.precision != "auto" or "train.precision" not in options:
+        return options
+    if over:
+        return {key: value for key, value in options.items() if key != "train.precision"}
+    return options | {"train.precision": products(config.train, device_of(config.model))}
 
 
 def training_steps(options: TrainConfig, rows: int) -> int:

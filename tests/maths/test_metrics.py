@@ -52,6 +52,21 @@ def test_every_misprint_is_in_the_record():
         assert f"| {table} | {model} | {method} | {letter} | {printed:.2f} | {value:.2f} |" in text
 
 
+@pytest.mark.parametrize(
+    ("row", "printed", "scores"),
+    [
+        ("| 2b | LLaMA2-7B | Full fine-tuning |", 21.14, [35.10, 11.08, 7.38, 25.00, 31.13]),
+        ("| 2b | LLaMA2-7B | LoRA-Null |", 22.66, [50.13, 13.07, 6.35, 14.02, 29.89]),
+        ("| 8 | LLaMA2-7B | (1, 50, 64) |", 26.98, [5.01, 50.94]),
+        ("| 11 | LLaMA3-8B | FARSS(R=155) |", 38.72, [14.34, 62.54, 12.84, 48.78, 54.89]),
+    ],
+)
+def test_averages_that_do_not_follow_are_in_the_record_too(row, printed, scores):
+    value = sum(scores) / len(scores)
+    assert abs(value - printed) > 2 * HALF
+    assert f"{row} Avg | {printed:.2f} | {value + 1e-9:.2f} |" in (Path(__file__).parents[2] / "PAPERS.md").read_text()
+
+
 def test_the_data_file_holds_all_tables():
     assert [group["table"] for group in PAPER["groups"]] == ["2a", "2b", "2c", "5", "6a", "6b", "6c", *["10"] * 3, *["11"] * 4, *["12"] * 3]
     assert len(ROWS) == 8 * 3 + 6 + 2 * 3 + 8 * 10

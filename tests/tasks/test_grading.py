@@ -18,6 +18,21 @@ from farss.tasks.grading import contains, exact_match, final_number, normalise, 
         ("#### €40 for 2 people", "40", 1), ("#### -5", "-5", 1), ("it is − 7", "-7", 1), ("so\n  - 5 apples", "5", 1),
         ("20-25", "25", 1), ("1e-05", "0.00001", 1), ("#### 1.5e3", "1500", 1), ("5e", "5", 1), ("3e4x", "3", 0),
         ("-$3", "-3", 1), ("9" * 5000, "9", 0),
+        *((f"The answer is: {wrong}", gold, 0) for wrong, gold in (
+            ("\\frac{1}{2}", "1"), ("$\\frac{3}{4}$", "3"), ("2^3", "2"), ("2^{3}", "2"), ("2\\sqrt{3}", "2"), ("\\sqrt{3}", "3"),
+            ("3 1/2", "3"), ("12 / 4", "12"), ("1 000", "1"), ("6:30", "6"), ("10-2", "10"), ("20-25 people", "20"), ("4 + 5", "4"),
+            ("4 + 5 = 9", "4"),
+            ("3 x 4", "3"), ("5\\times 2", "5"), ("7/8", "7"), ("2\\pi", "2"),
+        )),
+        *((f"The answer is: {right}", gold, 1) for right, gold in (
+            ("\\frac{1}{2}", "1/2"), ("-3 1/2", "-3.5"), ("3\\frac{1}{2}", "7/2"), ("12 / 4", "3"), ("1\u202f000", "1000"),
+            ("4 + 5 = 9", "9"), ("$4 x $5 = $20", "20"), ("\\boxed{5}", "5"), ("\\$5", "5"), ("**42**", "42"), ("x = 4", "4"),
+            ("5 (2 + 3)", "5"),
+            ("5+", "5"),
+            ("2+2=4=4", "4"), ("10 hours", "10"), ("5% of 3", "5"), ("\\text{5 apples}", "5"), ("5, 6", "5"),
+        )),
+        ("so 4 + 5 = <<4+5=9>>9 eggs", "9", 1), ("so 4 + 5 = <<4+5=9>> eggs", "9", 0), ("it takes 3 1/2", "3.5", 1),
+        ("it takes 3 1/2", "1/2", 0),
     ],
 )  # fmt: skip
 def test_numbers(answer, gold, score):
@@ -130,9 +145,17 @@ def test_words_may_stand_close_together(answer, accepted, right):
     ("answer", "score"),
     [
         ("The answer is: \\frac{1}{2}", 1), ("So \\boxed{0.5}", 1), ("The answer is: $\\frac{2}{4}$.\nNext", 1),
-        ("The answer is: 3", 0), ("", 0), ("\\frac{", 0),
+        ("The answer is: 3", 0), ("", 0), ("\\frac{", 0), ("The answer is: about \\frac{1}{2} cups.", 1),
+        ("So it is $\\frac12$ of them", 1),
+        ("So x = 5 and y = 7. It is 1/2", 1), ("The answer is: no half", 0), ("The answer is: 1/2 or 3", 0),
     ],
 )  # fmt: skip
 def test_mathematics(answer, score):
     assert same_mathematics(answer, "Thus $\\boxed{\\frac{1}{2}}$.") == score
     assert same_mathematics(answer, "no result") == 0
+
+
+@pytest.mark.parametrize("unit", ["dollars", "hours", "ways", "miles", "integers", "square inches", "(dollars)"])
+def test_the_spelling_of_a_unit_decides_nothing(unit):
+    assert same_mathematics(f"The answer is: 5 {unit}", "$\\boxed{5}$") == 1
+    assert same_mathematics(f"The answer is: 6 {unit}", "$\\boxed{5}$") == 0
