@@ -12,7 +12,6 @@ the rest one after the other.
 
 import argparse
 import contextlib
-import os
 import statistics
 import tempfile
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from common import data_file
 from transformers import TrainerCallback
 
 from farss import forward, precision
@@ -113,21 +113,6 @@ def question_seconds(model: str, data: Path) -> float:
     return scores.knowledge["nq_open"].seconds
 
 
-def without(room, name: str, result=None):
-    """A context in which one of a room's measures does nothing and returns this."""
-
-    @contextlib.contextmanager
-    def patched():
-        measure = getattr(room, name)
-        setattr(room, name, lambda *args: result)
-        try:
-            yield
-        finally:
-            setattr(room, name, measure)
-
-    return patched()
-
-
 def show(what: str, before: float, after: float) -> None:
     print(f"| {what} | {before:.1f} s | {after:.1f} s | {before / after:.1f} |", flush=True)
 
@@ -142,7 +127,7 @@ def float32(model: str, data: Path) -> None:
         return step_seconds(model, data, "lora", "Banking77", [ALL])[ALL], question_seconds(model, data)
 
     now = measured()
-    with without(precision, "multiplies_in", True), without(trainer, "multiplies_in", True):
+    with mock.patch.object(precision, "multiplies_in", return_value=True), mock.patch.object(trainer, "multiplies_in", return_value=True):
         before = measured()
     for what, *seconds in zip(("lora, a step of 16 examples of Banking77", f"{QUESTIONS} five-shot questions"), before, now, strict=True):
         show(f"float32 instead of bfloat16: {what}", *seconds)
@@ -155,7 +140,7 @@ def training_steps(model: str, data: Path, method: str) -> None:
         seconds = step_seconds(model, data, method, task, [ALL, *MEASURES, NONE])
         for name in (*MEASURES, NONE):
             show(f"{name}: {step}", seconds[name], seconds[ALL])
-        with without(training, "freed_memory_kept", contextlib.nullcontext()):
+        with mock.patch.object(training, "freed_memory_kept", return_value=contextlib.nullcontext()):
             show(f"freed memory kept: {step}", step_seconds(model, data, method, task, [ALL])[ALL], seconds[ALL])
 
 
@@ -166,7 +151,7 @@ def questions(model: str, data: Path) -> None:
         (forward, "compact_head", "compact output layer", contextlib.nullcontext()),
         (live, "shared_prefix", "examples read once", None),
     ):
-        with without(room, measure, nothing):
+        with mock.patch.object(room, measure, return_value=nothing):
             before = question_seconds(model, data)
         show(f"{words}: {QUESTIONS} five-shot questions", before, now)
 
@@ -176,7 +161,7 @@ def main() -> None:
     parser.add_argument("model", help="folder of a causal language model")
     parser.add_argument("--only", choices=["float32", "lora", "full", "questions"], help="one part")
     chosen = parser.parse_args()
-    data = Path(os.environ.get("FARSS_DATA", "../shared/data"))
+    data = data_file("banking77/train.jsonl").parents[1]
     print(", ".join(f"{name} {version}" for name, version in versions().items()), f"({torch.get_num_threads()} threads)")
     print("\n| what | without | with | ratio |\n|---|---:|---:|---:|")
     parts = {

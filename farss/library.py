@@ -18,7 +18,7 @@ from torch import Tensor
 from farss import processes
 from farss.adapter import TRAINED, activate, attach, check_residual, load_trained
 from farss.artifacts import Plan, Survey
-from farss.batches import Row, choose, collate, plain_rows, unlearnt
+from farss.batches import Row, choose, plain_rows, unlearnt
 from farss.config import Base, CalibrationConfig, DataConfig, PlanConfig
 from farss.data import Tokenized, check_length, load_examples, tokenize_rows
 from farss.errors import ConfigError, FarssError
@@ -28,14 +28,12 @@ from farss.methods import Reading, check_elsewhere
 from farss.models import base_fingerprint, check_causal, is_quantised, weights_fingerprint
 from farss.places import fits_beside, placed, tensors_of
 from farss.plan import check_plan, make_plan, make_plan_without_survey, method_of, survey_cap
-from farss.portable import Exported
+from farss.portable import Exported, check_batch
 from farss.portable import export as export_adapter
 from farss.prompts import prompt_facts
 from farss.rows import cell, knowledge_texts
 from farss.structure import check_loaded, check_readable, find_blocks, holds_packed, is_sharded, keep_gradients, positions, target_layers
 from farss.survey import LENGTH, Site, batches_for, look, own_text
-
-CHECK_ROWS = 4
 
 
 class Prepared(NamedTuple):
@@ -136,8 +134,7 @@ def prepare(
     found = at.look(needs) if (needs := method_of(wanted).needs) else None
     made = make_plan(wanted, found) if found is not None else make_plan_without_survey(wanted, layers, blocks)
     adapted = attach(model, made, found, dropout, seed, base)
-    check = collate(examples.rows[:CHECK_ROWS], tokenizer.pad_token_id)
-    batch = {key: check[key] for key in ("input_ids", "attention_mask")}
+    batch = check_batch(examples.rows, tokenizer.pad_token_id)
     adapted.farss = Prepared(made, found, batch, tokenizer, prompt_facts(data), untouched)
     return adapted
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,11 @@ SHARD = 4 * 2**30
 """Bytes of weights in one file, which are held in memory together while it is written."""
 
 
+def unchanged(name: str, weight: Tensor) -> Tensor:
+    """A `Change` that is none."""
+    return weight
+
+
 def merge(adapted: Any, plan: Plan, tokenizer: Any, folder: Path | str, dtype: torch.dtype, source: Path | str = "") -> Path:
     """Write a whole model: the base with the trained change added in float32 (or the fully fine-tuned model).
 
@@ -56,8 +61,8 @@ def merge(adapted: Any, plan: Plan, tokenizer: Any, folder: Path | str, dtype: t
     check_unshared(model, plan.layers)
 
     with whole_folder(folder) as unfinished:
-        change = in_layers(adapted, plan, partial(changed_weight, adapted))
-        write_model(model, plan, tokenizer, unfinished, dtype, Path(source), change)
+        change = in_layers(adapted, plan.layers, partial(changed_weight, adapted))
+        write_model(model, plan.layers, tokenizer, unfinished, dtype, Path(source), change)
     return folder
 
 
@@ -71,13 +76,19 @@ def merged_difference(adapted: Any, merged: Any, batch: dict[str, Tensor]) -> fl
     return float((found[0] - found[1]).abs().max())
 
 
-def write_model(model: Any, plan: Plan, tokenizer: Any, target: Path, dtype: torch.dtype, source: Path, change: Change) -> None:
-    """Write a model with changed weights: from the base's files where they have the model's names, from memory otherwise."""
+def write_model(
+    model: Any, layers: Collection[str], tokenizer: Any, target: Path, dtype: torch.dtype, source: Path, change: Change = unchanged
+) -> None:
+    """Write a model with changed weights: from the base's files where they have the model's names, from memory otherwise.
+
+    Args:
+        layers: those that change; none: all of the model is written from memory.
+    """
     source = local_folder(source)
-    if plan.layers and holds_layers(source, plan):
+    if layers and holds_layers(source, layers):
         _rewrite_files(source, target, change)
         return
-    state = base_weights(model) if plan.layers else dict(model.state_dict())
+    state = base_weights(model) if layers else dict(model.state_dict())
     state = {name: change(name, tensor) for name, tensor in state.items()}
     state = {name: tensor.to(dtype) if is_rounded(model, name, tensor) else tensor for name, tensor in state.items()}
     model.config.dtype = dtype
@@ -95,13 +106,13 @@ def is_rounded(model: Any, name: str, tensor: Tensor) -> bool:
     return tensor.is_floating_point() and not any(f".{part}." in f".{name}." for part in kept)
 
 
-def holds_layers(source: Path, plan: Plan) -> bool:
-    """Whether the files of a folder hold every planned weight under the name it has in the model, as plain numbers."""
+def holds_layers(source: Path, layers: Collection[str]) -> bool:
+    """Whether the files of a folder hold the weight of every layer under the name it has in the model, as plain numbers."""
     held: dict[str, str] = {}
     for file in weight_files(source):
         with safe_open(file, framework="pt") as tensors:
             held |= {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118 (it is no dictionary)
-    return all(held.get(f"{name}.weight") in PLAIN for name in plan.layers)
+    return all(held.get(f"{name}.weight") in PLAIN for name in layers)
 
 
 def _rewrite_files(source: Path, target: Path, change: Change) -> None:
@@ -130,12 +141,12 @@ def _bytes(values: Any) -> int:
     return int(math.prod(values.get_shape())) * (int(bits[0]) if bits else 8) // 8
 
 
-def in_layers(adapted: Any, plan: Plan, changed: Callable[[str, Tensor], Tensor]) -> Change:
-    """What becomes of a weight where planned layers change: `changed(layer, W [m, n])`, float32, rounded once."""
+def in_layers(adapted: Any, layers: Collection[str], changed: Callable[[str, Tensor], Tensor]) -> Change:
+    """What becomes of a weight where these layers change: `changed(layer, W [m, n])`, float32, rounded once."""
 
     def change(name: str, weight: Tensor) -> Tensor:
         layer = name.removesuffix(".weight")
-        if layer not in plan.layers or not name.endswith(".weight"):
+        if layer not in layers or not name.endswith(".weight"):
             return weight
         turned = is_transposed(adapted.base_model.model.get_submodule(layer).base_layer)
         result = changed(layer, weight.T if turned else weight)

@@ -53,6 +53,8 @@ CHOICE_KEYS = {
     "scalars": (*_BY_TEXT, "prune.sparsity", "prune.gate_rate", "prune.gate_steps", "train.batch_size", "train.precision"),
 }
 """Of the blocks that each rule of a pruning chooses."""
+SHIFT_KEYS = ("prune.shift", "prune.norm")
+"""Of the penalty in TRSP's second stage."""
 EXPORT_KEYS = ("export",)
 LOADED_KEYS = ("model.path", "model.dtype", "model.quantization")
 """Of the untouched model, as it is loaded to be asked."""
@@ -64,7 +66,13 @@ EVALUATE_KEYS = (
 RECOVERY_KEYS = (*EVALUATE_KEYS, "evaluate.recovery", "data.max_length")
 BASE_KEYS = (*LOADED_KEYS, "data.max_length", *EVALUATE_KEYS)
 """Of what the untouched model answers."""
-
+OF_NO_STEP = (
+    *("model.device", "model.trust_remote_code", "calibration.batch_size", "evaluate.batch_size", "evaluate.looks", "out"),
+    *("train.micro_batch_size", "train.gradient_checkpointing", "train.save_steps", "train.logging_steps", "train.report_to"),
+    *("evaluate.full_scores", "evaluate.learned_by", "prune.methods"),
+    *("compare.methods", "compare.seeds", "compare.settings", "compare.tune", "compare.held_out", "compare.jobs", "compare.keep"),
+)
+"""Options on which the result of no step depends: where and how much at a time, what is told, and of what is made anew every time."""
 TABLE_KEYS = (
     *("model", "data", "calibration", "plan", "boundary", "adapter", "train", "evaluate", "seed"),
     *("compare.methods", "compare.seeds", "compare.settings", "compare.tune", "compare.held_out"),

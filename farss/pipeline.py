@@ -16,7 +16,6 @@ from farss import handover
 from farss.adapter import attach
 from farss.answers import Answers
 from farss.artifacts import Plan, Scores, Survey
-from farss.batches import collate
 from farss.boundary import Boundary, Prober, Setting, find
 from farss.boundary import prepare as prepare_search
 from farss.config import Config, PlanConfig
@@ -28,7 +27,7 @@ from farss.methods import SURVEY, Method, Regime
 from farss.models import check_room, device_of, load_model, loaded_dtype, quiet, will_be_quantised
 from farss.options import BOUNDARY_KEYS, EXPORT_KEYS, PLAN_KEYS, TRAIN_KEYS, options_of
 from farss.plan import check_plan, make_plan, make_plan_without_survey, method_of, require_boundary
-from farss.portable import step_zero
+from farss.portable import check_batch, step_zero
 from farss.prepared import check_method, write_prepared
 from farss.prompts import prompt_facts
 from farss.report import write_report
@@ -41,8 +40,6 @@ from farss.train import TrainResult, check_options, restore, train, training_ste
 from farss.versions import versions
 
 log = logging.getLogger(__name__)
-CHECK_PROMPTS = 4
-"""Real examples on which an exported adapter is compared with the trained model."""
 
 
 def silent(step: str, done: int, total: int, line: str) -> None:
@@ -284,7 +281,7 @@ class Run:
         if self._is_trained():
             return TrainResult.load(self.path / "train.json")
         model = self._adapted(plan)
-        before = step_zero(model, self._prompts(model)) if plan.layers else {}
+        before = step_zero(model, self._prompts) if plan.layers else {}
         with self.folder.step("train", options) as facts:
             result = train(
                 *(model, self.inputs.tokenizer, self.inputs.examples, self.config, self.path),
@@ -332,7 +329,7 @@ class Run:
         model = self.trained()  # first: where its weights are deleted, the record of what was exported stays
         with self.folder.step("export", options) as facts:
             written = model, plan, self.inputs.tokenizer, self.config, self.path
-            target, exactness = handover.write(*written, self._prompts(model), self.answers.command)
+            target, exactness = handover.write(*written, self._prompts, self.answers.command)
             facts |= exactness
         self.tell("export", 1, 1, "")
         return target
@@ -462,10 +459,10 @@ class Run:
             self._live = model  # not before: where the weights are gone, it is untrained
         return self._live.eval()
 
-    def _prompts(self, model: Any) -> dict[str, torch.Tensor]:
+    @property
+    def _prompts(self) -> dict[str, torch.Tensor]:
         """A few real examples, on which models are compared."""
-        batch = collate(self.inputs.examples.rows[:CHECK_PROMPTS], self.inputs.tokenizer.pad_token_id)
-        return {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
+        return check_batch(self.inputs.examples.rows, self.inputs.tokenizer.pad_token_id)
 
     def _scored(self) -> Any:
         """The model whose answers are those of what is handed over."""

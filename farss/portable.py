@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from farss.adapter import activate, adapter_change, untouched_base
 from farss.artifacts import Plan
+from farss.batches import Row, collate
 from farss.card import write_card
 from farss.config import ExportConfig
 from farss.errors import FarssError, FolderError
@@ -31,6 +32,7 @@ from farss.structure import PEFT_PREFIX, check_loaded, find_blocks, is_linear, i
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """vLLM accepts these and no others (`max_lora_rank`), so the exported rank is padded up to one of them."""
 CHECKED = "farss_checked"
+CHECKED_PROMPTS = 4
 CHECKED_TOKENS = 128
 """Of each prompt: the logits of thousands of tokens over a large vocabulary fill a memory."""
 TOLERANCE = 1e-4
@@ -275,6 +277,12 @@ def logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
             prompt = ids[mask][None, :CHECKED_TOKENS].to(model.device)
             found.append(model(input_ids=prompt, attention_mask=torch.ones_like(prompt), **options).logits[0].float().cpu())
     return torch.cat(found)
+
+
+def check_batch(rows: Sequence[Row], pad: int) -> dict[str, Tensor]:
+    """A few real prompts, on which models are compared."""
+    batch = collate(rows[:CHECKED_PROMPTS], pad)
+    return {key: batch[key] for key in ("input_ids", "attention_mask")}
 
 
 def step_zero(adapted: Any, batch: dict[str, Tensor]) -> dict[str, float]:

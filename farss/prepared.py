@@ -86,7 +86,8 @@ def write_prepared(
 
     model = adapted.get_base_model()
     with whole_folder(folder) as unfinished:
-        write_model(model, plan, tokenizer, unfinished / "base", next(model.parameters()).dtype, source, in_layers(adapted, plan, residual))
+        change = in_layers(adapted, plan.layers, residual)
+        write_model(model, plan.layers, tokenizer, unfinished / "base", next(model.parameters()).dtype, source, change)
         state = {f"{PEFT_PREFIX}{name}.lora_{side}.weight": x for name, pair in start.items() for side, x in zip("BA", pair, strict=True)}
         write_tensors(unfinished / "adapter" / "adapter_model.safetensors", state, {"format": "pt"})
         config = lora_config(plan, 0.0)

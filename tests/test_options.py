@@ -1,7 +1,19 @@
 """What of a configuration a step depends on."""
 
+from farss import options
+from farss.config import Config
 from farss.configfile import override
-from farss.options import difference, options_of
+from farss.options import OF_NO_STEP, difference, options_of
+
+
+def test_every_option_is_of_a_step_or_of_none():
+    """An option that nobody thought of would change a result, and its folder would not notice."""
+    known = [value for name, value in vars(options).items() if name.endswith("_KEYS") and name != "TABLE_KEYS"]
+    tuples = [keys for value in known for keys in (value.values() if isinstance(value, dict) else [value])]
+    of_steps = {key for keys in tuples for key in options_of(Config(), keys)}
+    sections = tuple(vars(Config()))
+    assert of_steps.isdisjoint(OF_NO_STEP)
+    assert of_steps | set(OF_NO_STEP) == set(options_of(Config(), sections))
 
 
 def test_shallow_ranks_are_the_same_plan_whether_they_are_named_or_not(config):

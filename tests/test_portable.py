@@ -247,12 +247,12 @@ def test_only_the_files_that_are_loaded_are_merged(tmp_path):
     for name in ("config.json", "params.json"):
         (source / name).write_text("{}")
     plan = Plan("lora", {"a": LayerPlan(1, 1.0, 0, (2, 2))}, 1)
-    assert holds_layers(source, plan)
-    write_model(None, plan, None, target, torch.float32, source, lambda name, weight: weight + 1)
+    assert holds_layers(source, plan.layers)
+    write_model(None, plan.layers, None, target, torch.float32, source, lambda name, weight: weight + 1)
     assert sorted(path.name for path in target.iterdir()) == ["config.json", "model.safetensors"]
     assert torch.equal(load_file(target / "model.safetensors")["a.weight"], torch.ones(2, 2))
     save_file({"a.weight": torch.zeros(2, 2).to(torch.float8_e4m3fn)}, source / "model.safetensors")
-    assert not holds_layers(source, plan)  # its numbers mean nothing without their scales
+    assert not holds_layers(source, plan.layers)  # its numbers mean nothing without their scales
 
 
 def test_the_files_that_transformers_loads_are_merged_whatever_index_stayed_behind(tmp_path):
@@ -264,7 +264,7 @@ def test_the_files_that_transformers_loads_are_merged_whatever_index_stayed_behi
     index = source / "model.safetensors.index.json"
     for shard in ("model-00001-of-00001.safetensors", "long-gone.safetensors"):
         index.write_text(json.dumps({"weight_map": {"a.weight": shard}}))
-        write_model(None, plan, None, tmp_path / shard, torch.float32, source, lambda name, weight: weight + 1)
+        write_model(None, plan.layers, None, tmp_path / shard, torch.float32, source, lambda name, weight: weight + 1)
         assert [path.name for path in (tmp_path / shard).iterdir()] == ["model.safetensors"]
         assert torch.equal(load_file(tmp_path / shard / "model.safetensors")["a.weight"], torch.ones(2, 2))
 
@@ -276,7 +276,7 @@ def test_no_more_than_a_shard_is_held_at_a_time(tmp_path, monkeypatch):
     limit = sum(tensor.nbytes for tensor in weights.values()) // 5
     monkeypatch.setattr("farss.merging.SHARD", limit)
     plan = Plan("lora", {"model.layers.0.mlp.up_proj": LayerPlan(1, 1.0, 0, (80, 32))}, 4)
-    write_model(None, plan, None, tmp_path / "merged", torch.float32, tmp_path / "base", lambda name, weight: weight + 1)
+    write_model(None, plan.layers, None, tmp_path / "merged", torch.float32, tmp_path / "base", lambda name, weight: weight + 1)
     files = sorted((tmp_path / "merged").glob("*.safetensors"))
     assert len(files) >= 5
     assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"

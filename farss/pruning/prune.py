@@ -24,7 +24,7 @@ from farss.inputs import Inputs, Loaded
 from farss.jobs import Tell
 from farss.memory import memory_cure
 from farss.models import check_room, device_of, load_model, loaded_dtype, quiet, stored_dtype, will_be_quantised
-from farss.options import BASE_KEYS, CHOICE_KEYS, TRAIN_KEYS, options_of
+from farss.options import BASE_KEYS, CHOICE_KEYS, SHIFT_KEYS, TRAIN_KEYS, options_of
 from farss.pruning.choose import drawn, greedy, influences, smallest
 from farss.pruning.measure import perplexity, speeds
 from farss.pruning.stages import choose_by_scalars, shift
@@ -271,7 +271,7 @@ class Pruning:
         if recipe.then != "delete":
             keys = (*keys, *(key for key in TRAIN_KEYS if not key.startswith(("data.", "adapter"))))
         if recipe.then == "shift":
-            keys = (*keys, "prune.shift", "prune.norm")
+            keys = (*keys, *SHIFT_KEYS)
         return with_products(options_of(self.config, keys), self.config, Folder(self.folder.path / method).is_over("prune"))
 
     def _model(self, method: str) -> Path:

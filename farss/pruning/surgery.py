@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from farss.artifacts import Plan
 from farss.config import ModelConfig
 from farss.errors import ModelError
-from farss.merging import is_rounded, merge
+from farss.files import whole_folder
+from farss.merging import is_rounded, write_model
 from farss.models import empty_of, load_model
 from farss.portable import CHECKED_TOKENS, logits
 from farss.structure import find_blocks
@@ -123,10 +123,10 @@ def write_shorter(model: Any, tokenizer: Any, folder: Path, config: ModelConfig,
     Raises:
         ModelError: it does not. Nothing is left at `folder`.
     """
-    blocks = len(find_blocks(model)[1])
     for name, tensor in model.state_dict(keep_vars=True).items():  # not the rotary frequencies, which stay float32 when a model is loaded
         tensor.data = tensor.data.to(dtype) if is_rounded(model, name, tensor) else tensor.data
-    merge(model, Plan("full", {}, blocks), tokenizer, folder, dtype, config.path)
+    with whole_folder(folder) as unfinished:
+        write_model(model, (), tokenizer, unfinished, dtype, Path(config.path))
     found = load_model(replace(config, path=str(folder), dtype="auto"), device=model.device, as_stored=True)
     if not _same(found, model):
         shutil.rmtree(folder)

@@ -21,14 +21,12 @@ from farss.files import fingerprint
 from farss.memory import freed_memory_kept, memory_cure
 from farss.methods import Regime
 from farss.models import hushed
+from farss.options import OF_NO_STEP
 from farss.tasks.course import Course
 from farss.train.checkpoints import read_weights, remove_broken, tidy
 from farss.train.record import Progress, Record, TrainResult
 from farss.train.speed import faster_steps
 from farss.train.trainer import build, products, stop, unchanged
-
-SAME_RESULT = ("micro_batch_size", "gradient_checkpointing", "save_steps", "logging_steps", "report_to")
-"""Options that a run may change between being killed and going on."""
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +100,7 @@ def _identity(model: nn.Module, examples: Tokenized, config: Config, cycles: int
     digest = hashlib.sha256()
     for row in examples.rows:
         digest.update(array.array("q", [*row["input_ids"], -1, *row["completion_mask"], -1]).tobytes())
-    options = {key: value for key, value in dataclasses.asdict(config.train).items() if key not in SAME_RESULT}
+    options = {key: value for key, value in dataclasses.asdict(config.train).items() if f"train.{key}" not in OF_NO_STEP}
     options["precision"] = products(config.train, next(model.parameters()).device)
     shapes = [[name, list(p.shape)] for name, p in model.named_parameters() if p.requires_grad]
     return fingerprint([options, config.seed, digest.hexdigest(), shapes, *([cycles] if cycles else [])])
