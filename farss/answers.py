@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from farss.artifacts import Scores
 from farss.card import write_card
@@ -28,11 +28,33 @@ log = logging.getLogger(__name__)
 Load = Callable[[], Any]
 """Gives the model that is asked."""
 BASE = "base"
-"""What `meta.method` says of the untouched model."""
+"""What `meta.method` says of the untouched model, and where its answers lie."""
 
 
-RECOVERED = {"recover-base": "base-recovered", "recover": "recovered"}
-"""Where the answers of these steps lie."""
+class Asking(NamedTuple):
+    """The questions to one model."""
+
+    step: str
+    place: Folder
+    """Holds the step's record."""
+    target: Path
+    """Where the answers lie."""
+    options: dict[str, Any]
+    """On which they depend."""
+    config: Config
+    """What is asked."""
+    method: str
+    """Of the model: `BASE`, or that of a run."""
+
+    @property
+    def scores(self) -> Path:
+        """`scores.json`."""
+        return self.target / "scores.json"
+
+    @property
+    def done(self) -> bool:
+        """Whether they are answered."""
+        return self.place.is_done(self.step, self.options, makes=self.scores)
 
 
 @dataclass
@@ -50,68 +72,67 @@ class Answers:
 
     def base(self, load: Load) -> Scores:
         """`base/`: the untouched model's scores."""
-        step, options, folder, config = "evaluate-base", self._asked(BASE_KEYS), self.common.path / "base", self.inputs.common_config
-        done = self.common.is_done(step, options, redo=True, makes=folder / "scores.json")
-        if not done and not self._graded_again(step, self.common, options, folder, config):
-            with self.common.step(step, options):
-                self._ask(load(), folder, "evaluate base", BASE)
-            for name, score in Scores.load(folder / "scores.json").knowledge.items():
+        if self._answered(self._of_base, load):
+            for name, score in Scores.load(self._of_base.scores).knowledge.items():
                 if not score.score:
                     log.warning(f"The untouched model answers none of the {score.questions:,} questions of {name!r}: K will have no value.")
-        return Scores.load(folder / "scores.json")
+        return Scores.load(self._of_base.scores)
 
     def after(self, load: Load) -> bool:
         """`scores.json`: those of what is handed over. Returns whether it was asked now."""
-        if self._is_asked:
-            return False
-        options = self._after_options
-        if self._graded_again("evaluate", self.folder, options, self.folder.path, self.inputs.common_config):
-            return True
-        model = load()
-        with self.folder.step("evaluate", options):
-            self._ask(model, self.folder.path, "evaluate trained", self.inputs.config.plan.method)
-        return True
+        return self._answered(self._of_trained, load)
 
     def recovered_base(self, load: Load) -> bool:
         """`base-recovered/`: the untouched model after the steps of `farss.recovery`. Returns whether it was made now."""
-        return self._recover("recover-base", self.common, load, LOADED_KEYS, BASE)
+        return self._recover(self._of_recovered_base, load)
 
     def recovered(self, load: Load) -> bool:
         """`recovered/`: knowledge asked once more, after a few steps of question answering. Returns whether it was made now."""
-        return self._recover("recover", self.folder, load, EXPORT_KEYS, self.inputs.config.plan.method)
+        return self._recover(self._of_recovered, load)
 
-    def _recover(self, step: str, place: Folder, load: Load, keys: tuple[str, ...], method: str) -> bool:
-        target, options = place.path / RECOVERED[step], self._recover_options(keys)
-        config = replaced(self.inputs.common_config, "train", precision=options["train.precision"])
-        if place.is_done(step, options, redo=True, makes=target / "scores.json"):
+    def _recover(self, one: Asking, load: Load) -> bool:
+        config, tokenizer = replaced(self.inputs.common_config, "train", precision=one.options["train.precision"]), self.inputs.tokenizer
+
+        def ready() -> Any:
+            held = load(), recovery_rows(config, tokenizer)
+            if (one.place.record(one.step) or {"options": one.options})["options"] != one.options:
+                shutil.rmtree(one.target / "checkpoints", ignore_errors=True)  # of other steps, or of another model
+            return held
+
+        def taught(held: Any) -> Any:
+            model, rows = held
+            told = f"train {one.step}"
+            return recover(model, tokenizer, rows, config, one.target, lambda done, total, loss: self.tell(told, done, total, ""))
+
+        return self._answered(one, ready, taught)
+
+    def _answered(self, one: Asking, load: Load, taught: Callable[[Any], Any] = lambda model: model) -> bool:
+        """Ask, unless that was done. Returns whether it was asked, or graded, now.
+
+        Args:
+            taught: makes the model that is asked from what was loaded.
+        """
+        if one.done:
             return False
-        if self._graded_again(step, place, options, target, knowledge_alone(config)):
+        if self._graded_again(one):
             return True
-        # first: where its weights are deleted, or there are too few questions, what was measured stays
-        model, rows = load(), recovery_rows(config, self.inputs.tokenizer)
-        if (place.record(step) or {"options": options})["options"] != options:
-            shutil.rmtree(target / "checkpoints", ignore_errors=True)  # of other steps, or of another model
-        with place.step(step, options):
-            model = recover(model, self.inputs.tokenizer, rows, config, target, lambda done, total, loss: self.tell(step, done, total, ""))
-            self._ask(model, target, f"evaluate {step}", method, knowledge_alone(config))
+        held = load()  # first: where its weights are deleted, or there are too few questions, what was measured stays
+        with one.place.step(one.step, one.options):
+            model, options = taught(held), self.inputs.config.model
+            # of a model that would answer otherwise these are others
+            meta = {"path": options.path, "method": one.method, "dtype": str(model.dtype).removeprefix("torch.")}
+            meta |= {"quantization": options.quantization} if options.quantization != "none" else {}
+            asked = model, self.inputs.tokenizer, one.config, one.target, meta
+            evaluate(*asked, lambda name, done, total: self.tell(one.step, done, total, name))
         return True
 
-    def _graded_again(self, step: str, place: Folder, options: dict[str, Any], folder: Path, config: Config) -> bool:
+    def _graded_again(self, one: Asking) -> bool:
         """Grade what is asked by the rules of today, where nothing else changed; that needs no model. Returns whether it was done."""
-        ungraded = {key: value for key, value in options.items() if key != "grading"}
-        if not place.is_done(step, ungraded, redo=True, makes=folder / "scores.json"):
+        ungraded = {key: value for key, value in one.options.items() if key != "grading"}
+        if not one._replace(options=ungraded).done or grade_again(one.config, one.target) is None:
             return False
-        if grade_again(config, folder) is None:
-            return False
-        with place.step(step, options):
+        with one.place.step(one.step, one.options):
             return True
-
-    def _ask(self, model: Any, folder: Path, step: str, method: str, config: Config | None = None) -> None:
-        options = self.inputs.config.model
-        meta = {"path": options.path, "method": method, "dtype": str(model.dtype).removeprefix("torch.")}  # another one answers otherwise
-        meta |= {"quantization": options.quantization} if options.quantization != "none" else {}
-        asked = config or self.inputs.common_config
-        evaluate(model, self.inputs.tokenizer, asked, folder, meta, lambda name, done, total: self.tell(step, done, total, name))
 
     # --- what they say ----------------------------------------------------------------------------------------------
 
@@ -119,10 +140,12 @@ class Answers:
         """K, T and KT from the stored scores, of all questions or those whose id `only` takes."""
         full, config = Path(full_scores) if full_scores else None, self.inputs.common_config
         found = summarise(self.common.path / "base", self.folder.path, full, config, only)
-        if not self._is_recovered:
+        if not self.inputs.config.evaluate.recovery:
             return found
-        pair = self.common.path / RECOVERED["recover-base"], self.folder.path / RECOVERED["recover"]
-        return replace(found, recovered=summarise(*pair, None, config, only).K)
+        before, after = self._of_recovered_base, self._of_recovered
+        if not (before.done and after.done):
+            return found
+        return replace(found, recovered=summarise(before.target, after.target, None, config, only).K)
 
     def save(self, summary: Summary) -> None:
         """`summary.json`, and the card of what was asked."""
@@ -145,21 +168,27 @@ class Answers:
     def complete(self) -> bool:
         """Whether everything was asked that shall be asked of the run's result, as it is configured now."""
         wanted = self.inputs.config.evaluate
-        return (not wanted.recovery or self._recovered(self.folder, "recover", EXPORT_KEYS)) and (not wanted.asks or self._is_asked)
+        return (not wanted.recovery or self._of_recovered.done) and (not wanted.asks or self._of_trained.done)
 
     @property
-    def _is_asked(self) -> bool:
-        return self.folder.is_done("evaluate", self._after_options, redo=True, makes=self.folder.path / "scores.json")
+    def _of_base(self) -> Asking:
+        config = self.inputs.common_config
+        return Asking("evaluate-base", self.common, self.common.path / BASE, self._asked(BASE_KEYS), config, BASE)
 
     @property
-    def _is_recovered(self) -> bool:
-        """Whether this model and the untouched one were asked once more, as it is configured now."""
-        steps = ((self.common, "recover-base", LOADED_KEYS), (self.folder, "recover", EXPORT_KEYS))
-        return bool(self.inputs.config.evaluate.recovery) and all(self._recovered(*each) for each in steps)
+    def _of_trained(self) -> Asking:
+        config, method = self.inputs.common_config, self.inputs.config.plan.method
+        return Asking("evaluate", self.folder, self.folder.path, self._after_options, config, method)
 
-    def _recovered(self, place: Folder, step: str, keys: tuple[str, ...]) -> bool:
-        scores = place.path / RECOVERED[step] / "scores.json"
-        return place.is_done(step, self._recover_options(keys), redo=True, makes=scores)
+    @property
+    def _of_recovered_base(self) -> Asking:
+        config, options = knowledge_alone(self.inputs.common_config), self._recover_options(LOADED_KEYS)
+        return Asking("recover-base", self.common, self.common.path / "base-recovered", options, config, BASE)
+
+    @property
+    def _of_recovered(self) -> Asking:
+        config, options = knowledge_alone(self.inputs.common_config), self._recover_options(EXPORT_KEYS)
+        return Asking("recover", self.folder, self.folder.path / "recovered", options, config, self.inputs.config.plan.method)
 
     @property
     def _after_options(self) -> dict[str, Any]:

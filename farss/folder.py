@@ -30,7 +30,7 @@ PRUNING = "pruning"
 
 class Folder:
     """A run folder. A step leaves a record of the options it was made with; a step whose record is complete and whose
-    options are unchanged is skipped. One whose options changed is refused, or done again where that is cheap: see `is_done`."""
+    options are unchanged is skipped. One whose options changed is refused (`refuse_other`), or done again where that is cheap."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
@@ -102,30 +102,35 @@ class Folder:
         """Whether a step is complete, with whatever options."""
         return bool((self.record(step) or {}).get("done"))
 
-    def is_done(self, step: str, options: dict[str, Any], redo: bool = False, cure: str | None = None, makes: Path | None = None) -> bool:
+    def is_done(self, step: str, options: dict[str, Any], makes: Path | None = None) -> bool:
         """Whether a step is complete with these options.
 
         Args:
-            redo: a change of options means doing it again, instead of a refusal.
-            cure: what the refusal recommends, instead of the usual.
             makes: what it makes; where that is gone, it is not complete.
-
-        Raises:
-            FolderError: it was begun with other options; the first difference is named.
         """
         record = self.record(step)
-        if record is None:
+        if record is None or difference(record["options"], options) is not None:
             return False
-        if (found := difference(record["options"], options)) is not None:
-            if redo:
-                return False
-            key, before, now = found
-            if cure is None and tuple(key.split(".")) in PATHS:
-                cure = "choose another out or, if it is the same that lies elsewhere now, put a link to it in its old place"
-            elif cure is None:
-                cure = "choose another out" if record["done"] else "choose another out, or delete that folder"
-            raise FolderError(f"out={str(self.path)!r} holds the step {step!r}, made with {key}={before!r}, and now {key}={now!r}: {cure}")
         return bool(record["done"]) and (makes is None or makes.exists())
+
+    def refuse_other(self, step: str, options: dict[str, Any], cure: str | None = None) -> None:
+        """Refuse to go on where a step was begun with other options.
+
+        Args:
+            cure: what is recommended, instead of the usual.
+
+        Raises:
+            FolderError: the first difference is named.
+        """
+        record = self.record(step)
+        if record is None or (found := difference(record["options"], options)) is None:
+            return
+        key, before, now = found
+        if cure is None and tuple(key.split(".")) in PATHS:
+            cure = "choose another out or, if it is the same that lies elsewhere now, put a link to it in its old place"
+        elif cure is None:
+            cure = "choose another out" if record["done"] else "choose another out, or delete that folder"
+        raise FolderError(f"out={str(self.path)!r} holds the step {step!r}, made with {key}={before!r}, and now {key}={now!r}: {cure}")
 
     @contextmanager
     def step(self, step: str, options: dict[str, Any]) -> Iterator[dict[str, Any]]:

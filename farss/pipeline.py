@@ -168,12 +168,12 @@ class Run:
             FolderError: the first option that differs is named.
         """
         for step, options in self.surveys.steps(self.method.needs).items():
-            self.place.is_done(step, options)
+            self.place.refuse_other(step, options)
         if self.searches:  # of one that was trained from, questions may change, and not how it was searched
             options = self._boundary_options if self._may_replan else options_of(self.common_config, ("boundary",))
-            self.place.is_done(self._boundary_step, options)
-        self._is_planned()
-        self._is_trained()
+            self.place.refuse_other(self._boundary_step, options)
+        self._refuse_other_plan()
+        self._refuse_other_training()
 
     @property
     def steps_before(self) -> list[str]:
@@ -214,13 +214,22 @@ class Run:
         begun = self.folder.record("train")
         return begun is None or not (begun["done"] or any((self.path / "checkpoints").glob("checkpoint-*")))
 
-    def _is_planned(self) -> bool:
-        return self.folder.is_done("plan", self._plan_options, redo=self._may_replan, makes=self.path / "plan.json")
+    def _refuse_other_plan(self) -> None:
+        if not self._may_replan:
+            self.folder.refuse_other("plan", self._plan_options)
 
+    def _refuse_other_training(self) -> None:
+        if not self._may_replan:
+            cure = None if self.has_trained else f"choose another out, or delete {self.path / 'checkpoints'} to train anew"
+            self.folder.refuse_other("train", self._train_options, cure)
+
+    @property
+    def _is_planned(self) -> bool:
+        return self.folder.is_done("plan", self._plan_options, makes=self.path / "plan.json")
+
+    @property
     def _is_trained(self) -> bool:
-        done = (self.folder.record("train") or {"done": True})["done"]
-        cure = {} if done else {"cure": f"choose another out, or delete {self.path / 'checkpoints'} to train anew"}
-        return self.folder.is_done("train", self._train_options, redo=self._may_replan, makes=self.path / "train.json", **cure)
+        return self.folder.is_done("train", self._train_options, makes=self.path / "train.json")
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
@@ -241,6 +250,7 @@ class Run:
         require_boundary(self.config.plan)
         step, options = self._boundary_step, self._boundary_options
         place = self.place.path / "boundary" / self._searched_for
+        self.place.refuse_other(step, options)
         if not self.place.is_done(step, options, makes=place / "boundary.json"):
             known, config = self.survey(), self.common_config
 
@@ -259,7 +269,8 @@ class Run:
     def plan(self) -> Plan:
         """`plan.json`: ranks and directions. Made again when its options change and nothing was trained from it."""
         options = self._plan_options
-        if self._is_planned():
+        self._refuse_other_plan()
+        if self._is_planned:
             return Plan.load(self.path / "plan.json")
         config, known, notes = self.config.plan, self.statistics(), []
         if self.searches:
@@ -278,7 +289,8 @@ class Run:
     def train(self) -> TrainResult:
         """`checkpoints/` and `train.json`."""
         plan, options = self.plan(), self._train_options
-        if self._is_trained():
+        self._refuse_other_training()
+        if self._is_trained:
             return TrainResult.load(self.path / "train.json")
         model = self._adapted(plan)
         before = step_zero(model, self._prompts) if plan.layers else {}
@@ -323,7 +335,7 @@ class Run:
         plan, options = self.plan(), options_of(self.config, EXPORT_KEYS)
         target = handover.place_of(self.config, self.path)
         gone = not any(target.glob("*.safetensors")) and (self.path / "checkpoints").is_dir()  # not deleted by compare.keep
-        if self.folder.is_done("export", options, redo=True, makes=target) and not gone:
+        if self.folder.is_done("export", options, makes=target) and not gone:
             return target
         self.tell("export", 0, 1, "")
         model = self.trained()  # first: where its weights are deleted, the record of what was exported stays
@@ -397,7 +409,7 @@ class Run:
     def source(self) -> tuple[str, str, str] | None:
         """Where its statistics will lie, what they look at and their name; None: it has a plan already, or needs none."""
         needs = self.method.needs
-        if needs is None or self._is_planned():
+        if needs is None or self._is_planned:
             return None
         return str(self.place.path), "knowledge" if "knowledge" in needs.texts else needs.name, needs.name
 
@@ -407,7 +419,7 @@ class Run:
         if not self.shared:  # a comparison has done it
             self.warn()
         self.base()  # first: one model in memory at a time, and a question that cannot be asked is found early
-        if not self._is_planned():
+        if not self._is_planned:
             self.statistics()
             if self.searches:
                 self.boundary()
@@ -427,8 +439,7 @@ class Run:
         """Whether all of that is done, as it is configured now."""
         if not (self.has_trained and self.folder.is_over("export")):  # in whatever form: no score depends on it
             return False
-        trained = self.folder.is_done("train", self._train_options, redo=True, makes=self.path / "train.json")
-        return trained and (self.path / "plan.json").is_file() and self.answers.complete
+        return self._is_trained and (self.path / "plan.json").is_file() and self.answers.complete
 
     def drop_weights(self) -> None:
         """Delete the trained weights in every form; what was measured of them stays, and the run counts as done."""

@@ -54,7 +54,8 @@ class Surveys:
         """`<its name>/`: what a method looks at."""
         config, place = self.inputs.common_config, self.place.path / needs.name
         options, device = self.steps(needs)[needs.name], device_of(config.model)
-        if self.place.is_done(needs.name, options) and place.is_dir():
+        self.place.refuse_other(needs.name, options)
+        if self.place.is_done(needs.name, options, makes=place):
             found = Survey.load(place)
             found.check_cap(self._cap(needs))
             return found
@@ -74,10 +75,10 @@ class Surveys:
         if config.calibration.knowledge:
             return plain_rows(choose(self.inputs.knowledge, count, config.seed), tokenizer, config.data.max_length)
         path, options = self.place.path / "own_text.jsonl", options_of(config, READING_KEYS["knowledge"])
-        written = self.place.is_done("own_text", options) and path.is_file()
-        if processes.rank() == 0 and not written:  # the others wait, for all read what this one has written
+        self.place.refuse_other("own_text", options)
+        if processes.rank() == 0 and not self.place.is_done("own_text", options, makes=path):
             self._write_own_text(path, options)
-        processes.wait()
+        processes.wait()  # all read what the first has written
         return unlearnt([json.loads(line)["tokens"] for line in path.read_text(encoding="utf-8").strip().split("\n")])
 
     def _write_own_text(self, path: Path, options: dict[str, Any]) -> None:

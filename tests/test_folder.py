@@ -40,10 +40,10 @@ def test_a_question_set_from_before_an_option_existed_is_the_same(config):
     older["evaluate.knowledge"][0]["split"] = "test"  # what a file had once, for nothing
     del older["evaluate.knowledge"][0]["fewshot"]
     write_json(run.path / "steps" / "evaluate.json", {"options": older, "done": True})
-    assert run.folder.is_done("evaluate", options, redo=True)
+    assert run.folder.is_done("evaluate", options)
     older["evaluate.knowledge"][0]["limit"] = 3
     write_json(run.path / "steps" / "evaluate.json", {"options": older, "done": True})
-    assert not run.folder.is_done("evaluate", options, redo=True)
+    assert not run.folder.is_done("evaluate", options)
 
 
 def test_a_folder_that_is_not_ours_is_left_alone(config, tmp_path):

@@ -34,7 +34,7 @@ def test_knowledge_may_have_columns_of_other_names(config, tmp_path):
     run.claim()
     run.statistics()
     file.write_text(file.read_text()[:-1])
-    assert not run.place.is_done("null-space", options_of(resolve(run.config), READING_KEYS["knowledge"]), redo=True)
+    assert not run.place.is_done("null-space", options_of(resolve(run.config), READING_KEYS["knowledge"]))
 
 
 @pytest.mark.usefixtures("no_figures")

@@ -124,7 +124,7 @@ def _is_finished(config: Config) -> bool:
     table: dict[str, Any] = read_json(path) if path.is_file() else {"missing": 1}
     rows = {(row["method"], row["seed"]) for row in table.get("rows", [])}
     folder = Folder(config.out)
-    same = folder.record("table") is None or folder.is_done("table", options_of(config, TABLE_KEYS), redo=True)
+    same = folder.record("table") is None or folder.is_done("table", options_of(config, TABLE_KEYS))
     return same and not table.get("missing") and rows >= set(itertools.product(config.compare.methods, seeds(config)))
 
 

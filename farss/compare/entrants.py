@@ -50,7 +50,7 @@ class Entrant:
         keys = (*SURVEY_KEYS, *READING_KEYS["knowledge"])
         same = options_of(common, keys) == options_of(self.config, keys)
         needs = method_of(own.plan).needs
-        shared = {"evaluate base", "recover-base", "evaluate recover-base"}
+        shared = {"evaluate-base", "recover-base", "train recover-base"}
         shared |= {"own text", *([needs.name] if needs else [])} if same else set()
 
         def named(step: str, done: int, total: int, line: str) -> None:

@@ -171,7 +171,7 @@ class Pruning:
         recipes = [RECIPES[method] for method in options.methods]
         for rule in {recipe.rule for recipe in recipes}:
             self._check_number(rule)
-            self.folder.is_done(f"choose-{rule}", self._choice_options(rule))
+            self.folder.refuse_other(f"choose-{rule}", self._choice_options(rule))
         limit = positions(self.inputs.architecture)
         if limit and options.length > limit:
             raise ConfigError(f"prune.length={options.length}, and the model knows {limit} positions: set prune.length={limit}")
@@ -182,8 +182,9 @@ class Pruning:
             check_options(self.config.train, device_of(model), dtype, self.inputs.architecture.supports_gradient_checkpointing)
         check_room(model, trains, "choose methods that train nothing (trsp-stage-1, shortgpt, sleb)")
         self.inputs.check_questions()
-        made = [self._is_made(method) for method in options.methods]  # every one of them may refuse
-        if not all(made):
+        for method in options.methods:
+            Folder(self.folder.path / method).refuse_other("prune", self._made_options(method))
+        if not all(map(self._is_made, options.methods)):
             _ = self.rows
         if options.text == self.config.evaluate.text:
             log.warning("prune.text is evaluate.text: perplexity will be that of text by which the blocks were chosen.")
@@ -204,7 +205,8 @@ class Pruning:
     def chosen(self, rule: Rule) -> list[int]:
         """The blocks that a rule chooses, in its order; `chosen/<rule>.json` says why."""
         path, step, options = self.folder.path / "chosen" / f"{rule}.json", f"choose-{rule}", self._choice_options(rule)
-        if not (self.folder.is_done(step, options) and path.is_file()):
+        self.folder.refuse_other(step, options)
+        if not self.folder.is_done(step, options, makes=path):
             with self.folder.step(step, options):
                 write_json(path, self._choose(rule, path.with_suffix("")))
             shutil.rmtree(path.with_suffix(""), ignore_errors=True)
@@ -262,8 +264,7 @@ class Pruning:
         return facts
 
     def _is_made(self, method: str) -> bool:
-        made = Folder(self.folder.path / method).is_done("prune", self._made_options(method))
-        return made and self._model(method).is_dir()
+        return Folder(self.folder.path / method).is_done("prune", self._made_options(method), makes=self._model(method))
 
     def _made_options(self, method: str) -> dict[str, Any]:
         recipe = RECIPES[method]
@@ -283,7 +284,7 @@ class Pruning:
         """`<name>/scores.json` and `<name>/measured.json`: its answers, its perplexity, and its speed beside the whole model's."""
         place, where = Folder(self.folder.path / name), self.config.model
         options = options_of(self.config, (*BASE_KEYS, "prune.length", "prune.sequences")) | grading(self.config.evaluate.asked)
-        if place.is_done("measure", options, redo=True, makes=place.path / "measured.json"):
+        if place.is_done("measure", options, makes=place.path / "measured.json"):
             return
         with place.step("measure", options), self._fits():
             model = load_model(where if name == DENSE else replace(where, path=str(self._model(name))))

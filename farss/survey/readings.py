@@ -58,7 +58,7 @@ def read_layers(site: Site, read: Read, batches: Sequence[Batch] = (), over: Ove
             del moments  # or they lie beside those of the next block
             before["seconds"], started = before["seconds"] + time.monotonic() - started, time.monotonic()
             write_json(site.folder / PROGRESS, before)
-            site.tell(index + 1, len(site.blocks), f"block {index}")
+            site.tell(index + 1, _last(site) + 1, f"block {index}")
     return finish(site, batches, {"key": key, "seconds": round(before["seconds"], 1), "peak_memory_gib": round(peak_gib(site.place), 2)})
 
 
@@ -81,10 +81,14 @@ def _read_block(site: Site, index: int, read: Read, moments: dict[str, Moment], 
     write_block(site.folder, index, found, {"importance": worth, "overlap": None})
 
 
+def _last(site: Site) -> int:
+    """The last block with a target layer."""
+    return max(layer.block for layer in site.layers.values())
+
+
 def _undone(site: Site) -> list[int]:
     """The blocks, up to the last with a target layer, that are not read yet."""
-    last = max(layer.block for layer in site.layers.values())
-    return [index for index in range(last + 1) if not mark_file(site.folder, index).is_file()]
+    return [index for index in range(_last(site) + 1) if not mark_file(site.folder, index).is_file()]
 
 
 def _alone(site: Site) -> Iterator[tuple[int, dict[str, Moment]]]:
