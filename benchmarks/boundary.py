@@ -18,23 +18,20 @@ from typing import NamedTuple
 import numpy as np
 from common import environment, percent, run_config, table, write_section
 
-from farss.artifacts import read_records
 from farss.boundary import Boundary
 from farss.config import Config
-from farss.configfile import override, to_dict
+from farss.configfile import override
 from farss.folder import Folder
 from farss.jobs import Tell, do_all
-from farss.maths.metrics import Array, balances, interval, mean_ratios, observed_and_resampled
+from farss.maths.metrics import interval
 from farss.models import layer_shapes
 from farss.pipeline import Run
 from farss.progress import bars
 from farss.search import candidates
+from farss.tasks.standing import Entry, Standing, standings
 from farss.tasks.summary import Summary
 from farss.train import TrainResult
 from farss.versions import versions
-
-BASE, FULL = 0, 1
-"""The first two models of every benchmark's outcomes; the candidates follow."""
 
 
 class Measured(NamedTuple):
@@ -43,10 +40,13 @@ class Measured(NamedTuple):
     found: Boundary
     summaries: dict[int, Summary]
     trained: dict[int, TrainResult]
-    values: dict[int, float]
-    """KT of each candidate."""
-    draws: dict[int, Array]
-    """Its resamples, paired over questions and candidates."""
+    standings: dict[int, Standing]
+    """Of each candidate, over the same draws of questions."""
+
+    def lead(self, one: int, other: int) -> tuple[float, float, float]:
+        """By how much KT of one candidate exceeds another's, with the 95 % interval over the questions."""
+        values, draws = ([getattr(self.standings[n], part)["KT"] for n in (one, other)] for part in ("estimates", "draws"))
+        return values[0].value - values[1].value, *interval(draws[0] - draws[1])
 
 
 def measure(config: Config, folder: Path) -> Measured:
@@ -72,7 +72,8 @@ def measure(config: Config, folder: Path) -> Measured:
         found = search.boundary()
     summaries = {n: run.summarise(full.path / "scores.json") for n, run in runs.items()}
     trained = {n: TrainResult.load(run.path / "train.json") for n, run in runs.items()}
-    return Measured(found, summaries, trained, *balanced(folder, list(runs), config))
+    stand = standings(folder / "base", {str(n): [Entry(run.path, full.path)] for n, run in runs.items()}, config)
+    return Measured(found, summaries, trained, {n: stand[str(n)] for n in runs})
 
 
 def _run(config: Config, folder: Path, tell: Tell) -> Run:
@@ -84,27 +85,13 @@ def _whole(item: tuple[Config, Path], tell: Tell) -> None:
     _run(*item, tell).all_but_report()
 
 
-def balanced(folder: Path, wanted: list[int], config: Config) -> tuple[dict[int, float], dict[int, Array]]:
-    """KT of every candidate, and its paired resamples."""
-    places = [folder / "base", folder / "full", *(folder / f"boundary-{n}" for n in wanted)]
-    outcomes: dict[str, list[Array]] = {}
-    for kind in ("knowledge", "task"):
-        names = [entry["name"] for entry in to_dict(config)["evaluate"][kind]]
-        outcomes[kind] = [np.array([[row["score"] for row in read_records(place / "scores", name)] for place in places]) for name in names]
-    means = observed_and_resampled([*outcomes["knowledge"], *outcomes["task"]], config.evaluate.resamples, config.seed)
-    known, learned = means[: len(outcomes["knowledge"])], means[len(outcomes["knowledge"]) :]
-    found = {n: balances(mean_ratios(known, place, BASE), mean_ratios(learned, place, FULL)) for place, n in enumerate(wanted, 2)}
-    return {n: float(each[0]) for n, each in found.items()}, {n: each[1:] for n, each in found.items()}
-
-
 def written(measured: Measured, arguments: list[str]) -> str:
     """The table, and what it says."""
-    found, best = measured.found, max(measured.values, key=lambda n: (measured.values[n], -n))
+    found, best = measured.found, max(measured.standings, key=lambda n: (measured.standings[n].estimates["KT"].value, -n))
     probed = {each.boundary: each for each in found.candidates}
     rows = []
     for n, summary in measured.summaries.items():
         one = probed.get(n)
-        gap = (measured.values[best] - measured.values[n], *interval(measured.draws[best] - measured.draws[n]))
         rows.append(
             {
                 "boundary": f"**{n}**" if n == found.chosen else str(n),
@@ -113,11 +100,11 @@ def written(measured: Measured, arguments: list[str]) -> str:
                 "full run: K %": f"{100 * summary.K.value:.1f}",
                 "T %": f"{100 * summary.T.value:.1f}",
                 "KT %": percent(summary.KT.value, summary.KT.low, summary.KT.high),
-                "best minus it": percent(*gap) if n != best else "best",
+                "best minus it": percent(*measured.lead(best, n)) if n != best else "best",
                 "training (s)": f"{measured.trained[n].seconds:.0f}",
             }
         )
-    gap, ends = measured.values[best] - measured.values[found.chosen], interval(measured.draws[best] - measured.draws[found.chosen])
+    gap, *ends = measured.lead(best, found.chosen)
     seconds = float(np.mean([each.seconds for each in measured.trained.values()]))
     verdict = "within" if ends[0] <= 0 else "outside"
     lines = [

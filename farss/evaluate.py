@@ -22,7 +22,7 @@ from farss.rows import text_rows
 from farss.tasks.benchmarks import Benchmark, list_benchmarks
 from farss.tasks.grading import METRICS, STEPS
 from farss.tasks.likelihood import text_loss
-from farss.tasks.live import Progress, asking, live_model, prompt_tokenizer, require_harness
+from farss.tasks.live import PromptProgress, asking, live_model, prompt_tokenizer, require_harness
 from farss.tasks.names import task_manager
 from farss.tasks.questions import prompt_of, task_settings
 from farss.tasks.records import Logged, Record, main_metric, metric_label, records_of
@@ -37,7 +37,7 @@ def evaluate(
     config: Config,
     folder: Path,
     meta: dict[str, Any] | None = None,
-    on_progress: Progress | None = None,
+    on_progress: PromptProgress | None = None,
 ) -> Scores:
     """Ask everything in `config.evaluate`, write `scores.json` and one `scores/<name>.jsonl` a benchmark.
 
@@ -245,7 +245,7 @@ def _grade_again(benchmark: Benchmark, folder: Path, score: TaskScore) -> TaskSc
 
 
 def _text_loss(
-    model: Any, tokenizer: Any, config: Config, identity: dict[str, Any], folder: Path, on_progress: Progress | None
+    model: Any, tokenizer: Any, config: Config, identity: dict[str, Any], folder: Path, on_progress: PromptProgress | None
 ) -> float | None:
     """Mean token loss on the general text, or what was computed before under the same key; None without a text."""
     if config.evaluate.text is None:

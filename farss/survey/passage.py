@@ -95,7 +95,7 @@ def enter(model: nn.Module, blocks: nn.ModuleList, batch: Batch, returned: int, 
             raise Stop
         return hidden_states
 
-    with torch.no_grad(), replaced(blocks, note, returned), contextlib.suppress(Stop):
+    with torch.no_grad(), blocks_replaced(blocks, note, returned), contextlib.suppress(Stop):
         model(**_arguments(model, batch))
     return Passage(batch, first[0].cpu(), found, uniforms, returned)
 
@@ -152,7 +152,7 @@ def _arguments(model: nn.Module, batch: Batch) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def replaced(blocks: Iterable[nn.Module], stand_in: Callable[..., Tensor], returned: int) -> Iterator[None]:
+def blocks_replaced(blocks: Iterable[nn.Module], stand_in: Callable[..., Tensor], returned: int) -> Iterator[None]:
     """Call `stand_in(index, hidden_states, ...)` in the place of every block, and hand on hidden states as `returned_by` the blocks."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -213,7 +213,7 @@ def _tail_gradient(
     def pass_over(index: int, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden if index == len(blocks) - 1 else hidden_states
 
-    with torch.enable_grad(), replaced(blocks, pass_over, returned):
+    with torch.enable_grad(), blocks_replaced(blocks, pass_over, returned):
         logits = model(**_arguments(model, batch)).logits
         logits = logits.reshape(-1, logits.shape[-1])
         if len(logits) != len(targets):

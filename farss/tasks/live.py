@@ -20,7 +20,7 @@ from farss.processes import environment
 from farss.tasks.likelihood import rows_that_fit
 from farss.tasks.prefix import Prefix, shared_prefix
 
-Progress = Callable[[str, int, int], None]
+PromptProgress = Callable[[str, int, int], None]
 """Called with (benchmark, prompts done, prompts in all)."""
 
 
@@ -128,7 +128,7 @@ class Asking(Base):
     """What we add to lm_eval's `HFLM`: progress, plain greedy decoding, and care for memory and context."""
 
     title, done, total = "", 0, 0
-    on_progress: Progress | None = None
+    on_progress: PromptProgress | None = None
     greedy: dict[str, Any]
     answers: dict[tuple[int, ...], int]
     """Length of the answer at the end of each row of tokens that is being scored."""
@@ -279,7 +279,7 @@ class Asking(Base):
         return tokens
 
 
-def live_model(model: Any, tokenizer: Any, batch_size: int, on_progress: Progress | None) -> Any:
+def live_model(model: Any, tokenizer: Any, batch_size: int, on_progress: PromptProgress | None) -> Any:
     """lm_eval's `HFLM` around a live model, which stays on its device.
 
     Args:

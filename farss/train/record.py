@@ -21,7 +21,7 @@ from farss.models import base_fingerprint
 from farss.tasks.course import Course
 from farss.train.checkpoints import MARKER, REGIME, check_base, start_fingerprint
 
-Progress = Callable[[int, int, float | None], None]
+StepProgress = Callable[[int, int, float | None], None]
 """Called with the step, the number of steps and the loss of that step (None before the first)."""
 
 KEPT = ("identity", "base", "start", "step", "total", "epoch", "losses", "entries", "looks", "seconds", "memory")
@@ -74,7 +74,7 @@ class Record:
     """What is recorded while training, and goes on after a resume."""
 
     def __init__(
-        self, identity: str, model: nn.Module, every: int, on_progress: Progress | None, regime: Regime, course: Course | None
+        self, identity: str, model: nn.Module, every: int, on_progress: StepProgress | None, regime: Regime, course: Course | None
     ) -> None:
         self.identity, self.every, self.on_progress, self.regime, self.course = identity, every, on_progress, regime, course
         self.model, self.checkpoint = model, Path()

@@ -24,7 +24,7 @@ from farss.models import hushed
 from farss.options import OF_NO_STEP
 from farss.tasks.course import Course
 from farss.train.checkpoints import read_weights, remove_broken, tidy
-from farss.train.record import Progress, Record, TrainResult
+from farss.train.record import Record, StepProgress, TrainResult
 from farss.train.speed import faster_steps
 from farss.train.trainer import build, products, stop, unchanged
 
@@ -38,7 +38,7 @@ def train(
     config: Config,
     folder: Path,
     callbacks: Sequence[Any] = (),
-    on_progress: Progress | None = None,
+    on_progress: StepProgress | None = None,
     regime: Regime | None = None,
     stop_at: int | None = None,
     cycles: int | None = None,
@@ -53,7 +53,7 @@ def train(
         config: its `train` and `seed` are used.
         folder: checkpoints go to `folder/checkpoints`.
         callbacks: further `transformers.TrainerCallback`s.
-        on_progress: see `Progress`.
+        on_progress: see `StepProgress`.
         regime: what the method does beside the loss; the one that the model was attached with.
         stop_at: stop after this many steps, with a checkpoint; the same call with a later stop, or none, goes on from there.
         cycles: for `train.scheduler: cosine_with_restarts`: how often the learning rate falls to zero.
