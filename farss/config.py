@@ -347,7 +347,7 @@ class EvaluateConfig:
         files = [entry for entry in self.knowledge if isinstance(entry, QuestionSet)]
         _check(not self.recovery or bool(files), "evaluate.recovery needs a question file in evaluate.knowledge: {name, data, ...}")
         _check(self.looks >= 0, f"evaluate.looks={self.looks}: give 0 or more")
-        _check(self.resamples >= 100, f"evaluate.resamples={self.resamples}: give 100 or more")
+        _check(100 <= self.resamples <= 10**6, f"evaluate.resamples={self.resamples}: give 100 to 1,000,000")
         names = [entry if isinstance(entry, str) else entry.name for entry in self.asked]
         lower = [name.lower() for name in names]  # they name files too, and not every system tells "NQ" from "nq"
         twice = sorted({name for name in names if lower.count(name.lower()) > 1})

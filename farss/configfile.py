@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import difflib
 import functools
 import inspect
 import itertools
+import math
 import re
 import types
 import typing
@@ -27,6 +29,8 @@ CALLED = {
     **dict.fromkeys(("per_device_train_batch_size", "train_batch_size", "micro_batch"), "train.micro_batch_size"),
     **dict.fromkeys(("lr_scheduler_type", "lr_scheduler"), "train.scheduler"),
     "lora_dropout": "train.dropout",
+    "warmup_steps": "train.warmup_ratio",
+    **dict.fromkeys(("gradient_clipping", "grad_clip", "clip", "max_norm"), "train.max_grad_norm"),
     **dict.fromkeys(("bf16", "fp16", "tf32"), "train.precision"),
     **dict.fromkeys(("r", "lora_r", "lora_rank"), "plan.rank"),
     "lora_alpha": "plan.alpha",
@@ -37,6 +41,11 @@ CALLED = {
     "torch_dtype": "model.dtype",
     **dict.fromkeys(("dataset", "datasets", "dataset_name", "train_file"), "data.train"),
     **dict.fromkeys(("max_seq_length", "max_seq_len", "cutoff_len", "sequence_len"), "data.max_length"),
+    **dict.fromkeys(("data.path", "data.file", "data.data", "train.data", "train.file"), "data.train"),
+    **dict.fromkeys(("data.instruction", "data.question", "data.input", "data.query"), "data.prompt"),
+    **dict.fromkeys(("data.output", "data.answer", "data.completion"), "data.response"),
+    **dict.fromkeys(("learning_rates", "lrs"), "compare.tune"),
+    **dict.fromkeys(("prune.blocks", "prune.layers"), "prune.ratio"),
     **dict.fromkeys(("output_dir", "output"), "out"),
 }
 """Our keys, by what others call them."""
@@ -68,7 +77,7 @@ def _read(path: Path) -> dict[str, Any]:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path} is not valid YAML: {_told(error)}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a {type(values).__name__}, not `key: value` lines: start from `farss config`")
@@ -87,7 +96,7 @@ def override(config: Config, overrides: Iterable[str]) -> Config:
     """Apply `section.key=value` texts, each value read as YAML, and the options of further .yaml files, in their order."""
     values = to_dict(config)
     for text in overrides:
-        if "=" not in text and text.endswith((".yaml", ".yml")):
+        if text.endswith((".yaml", ".yml")) and ("=" not in text or Path(text).is_file()):
             for section, inner in _read(Path(text)).items():
                 set_key(values, str(section), inner)
             continue
@@ -96,7 +105,7 @@ def override(config: Config, overrides: Iterable[str]) -> Config:
             raise ConfigError(f"{text!r} is not of the form key=value, such as train.learning_rate=1e-4")
         try:
             set_key(values, key.strip(), yaml.load(value, _Loader))
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:
             raise ConfigError(f"{text!r}: the value is not valid YAML: {_told(error)}") from error
     return from_dict(values)
 
@@ -122,9 +131,20 @@ def set_key(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _unknown(key: str, known: list[str]) -> ConfigError:
-    last = key.rpartition(".")[2].removeprefix("use_").lower()
-    meant = f"did you mean {CALLED[last]!r}?" if CALLED.get(last, "").partition(":")[0] in known else nearest(key, known)
-    return ConfigError(f"unknown key {key!r}: {REFUSED.get(last, meant)}")
+    """The error of a key that is not there, with what was probably meant: what others call so, a key of that name in another section,
+    or one of its own that is spelt much like it."""
+    section, _, name = key.rpartition(".")
+    last = name.removeprefix("use_").lower()
+    if last in REFUSED:
+        return ConfigError(f"unknown key {key!r}: {REFUSED[last]}")
+    called = CALLED.get(key, CALLED.get(last, ""))
+    beside = [each for each in known if each.rpartition(".")[0] == section] if section else list({each.partition(".")[0] for each in known})
+    names = {each.rpartition(".")[2]: each for each in beside or known}
+    close = difflib.get_close_matches(last, names, n=1, cutoff=0.6)
+    namesakes = [each for each in known if each.rpartition(".")[2] == last]
+    meant = [*([called] if called.partition(":")[0] in known else []), *namesakes, *(names[each] for each in close)]
+    cure = f"did you mean {meant[0]!r}?" if meant else f"choose one of {', '.join(sorted(beside or known))}"
+    return ConfigError(f"unknown key {key!r}: {cure}")
 
 
 def all_keys() -> list[str]:
@@ -207,17 +227,23 @@ def _convert_union(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
             return _convert(argument, value, where)
         except ConfigError as error:
             errors.append(str(error))
-    cures = ", or ".join(error.split(": ", 1)[-1] for error in errors)
-    raise ConfigError(f"{where}={value!r}: {cures}")
+    found = f"{where}={value!r}: "
+    cures = ", or ".join(error.removeprefix(found) for error in errors)
+    raise ConfigError(f"{found}{cures}")
 
 
 def _convert_plain(kind: type, value: Any, where: str) -> Any:
     names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ConfigError(f"{where} is a number of {len(str(value)):,} digits: give a smaller one")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not kind:
         unquoted = " without quotes" if isinstance(value, str) and re.fullmatch(r"[-+.\d]+(e[-+]?\d+)?", value) else ""
-        raise ConfigError(f"{where}={value!r}: give {names[kind]}{unquoted}")
+        quoted = ", in quotes" if kind is str else ""  # where YAML finds a mapping, a number or a truth value in it
+        raise ConfigError(f"{where}={value!r}: give {names[kind]}{unquoted}{quoted}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where}={value!r}: give a finite number")
     return value
 
 
@@ -235,6 +261,8 @@ class _Loader(yaml.SafeLoader):
 
 _FLOAT = r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+0123456789"))
+for _first, _kinds in _Loader.yaml_implicit_resolvers.items():  # a date is a text: no option takes one
+    _Loader.yaml_implicit_resolvers[_first] = [kind for kind in _kinds if kind[0] != "tag:yaml.org,2002:timestamp"]
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from farss.configfile import CONFIG, dump, from_dict, load, override, to_dict
 from farss.errors import ConfigError, FarssError, FolderError
 from farss.files import disk_cure, read_json, write_json, write_text
 from farss.options import PATHS, difference, files_of
-from farss.rows import looks_local
+from farss.rows import looks_local, refuse_text
 
 VERSIONS = "versions.json"
 PRUNING = "pruning"
@@ -241,6 +241,7 @@ def _paths_in(folder: Path) -> set[str]:
 
 
 def _expand(key: str, path: str) -> str:
+    refuse_text(path, key)
     expanded = os.path.expanduser(os.path.expandvars(path))
     unset = re.search(r"\$\{?(\w+)\}?", expanded)
     if unset:

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,6 +26,7 @@ from farss.memory import give_back
 from farss.precision import computing_dtype
 from farss.structure import base_weights, find_blocks, keep_gradients, target_layers
 
+log = logging.getLogger(__name__)
 INDEX = "model.safetensors.index.json"
 PLAIN = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """The types that hold numbers as they are, by their names in safetensors."""
@@ -145,13 +147,39 @@ def load_model(config: ModelConfig, dtype: torch.dtype | None = None, device: to
         options["quantization_config"] = _four_bits(computing_dtype(torch.bfloat16, place))
     if options or _stored(config) is not None:
         options["device_map"] = {"": place}  # what is quantised is not moved afterwards
-    model = _from_pretrained(AutoModelForCausalLM, config, dtype=wanted, **options)
+    # a weight of another shape than config.json says is named by us
+    found = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = _from_pretrained(AutoModelForCausalLM, config, dtype=wanted, **found, **options)
+    _check_weights(model, info, config)
     model = model if is_quantised(model) else model.to(place)
     keep_gradients(model)
     model = model.requires_grad_(False).eval()
     if not as_stored:  # which need not compute here
         check_causal(model)
     return model
+
+
+def _check_weights(model: Any, info: dict[str, Any], config: ModelConfig) -> None:
+    """Refuse a model of which some weights are random numbers, for its files do not hold them; others each time it is loaded.
+
+    Raises:
+        ModelError: with the first.
+    """
+    for name, there, wanted in sorted(info["mismatched_keys"]):
+        raise ModelError(
+            f"model.path={config.path!r}: {name} has the shape {[*there]}, and config.json there wants {[*wanted]}: "
+            "take the two from one model"
+        )
+    if missing := sorted(set(info["missing_keys"]) & dict(model.named_parameters()).keys()):
+        raise ModelError(
+            f"model.path={config.path!r} holds no {missing[0]}, and {len(missing)} of its weights are missing in all: copy or download "
+            "the model again"
+        )
+    prefix, blocks = find_blocks(model)
+    beyond = (re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in info["unexpected_keys"])
+    if unused := {int(found[1]) for found in beyond if found and int(found[1]) >= len(blocks)}:
+        held = len(blocks) + len(unused)
+        log.warning(f"model.path={config.path!r} holds weights of {held} blocks, of which its config.json names the first {len(blocks)}.")
 
 
 def check_causal(model: Any) -> None:
@@ -233,7 +261,15 @@ def load_tokenizer(config: ModelConfig) -> Any:
     """Load the model's tokenizer; a missing pad token becomes the end-of-sequence token."""
     from transformers import AutoTokenizer
 
-    tokenizer = _from_pretrained(AutoTokenizer, config)
+    try:
+        tokenizer = _from_pretrained(AutoTokenizer, config)
+    except ModelError as error:
+        if not Path(config.path).is_dir():
+            raise
+        reason = _first_sentence(error.__cause__ or error).rstrip(": ")
+        raise ModelError(
+            f"the tokenizer in {config.path} cannot be read ({reason}): copy the model's tokenizer.json and tokenizer_config.json there"
+        ) from error
     if tokenizer.eos_token is None:
         raise ModelError(f"the tokenizer in {config.path} has no end-of-sequence token: set eos_token in tokenizer_config.json")
     if tokenizer.pad_token is None:
@@ -245,7 +281,7 @@ def _from_pretrained(kind: Any, config: ModelConfig, **options: Any) -> Any:
     check_path(config.path)
     try:
         return kind.from_pretrained(config.path, trust_remote_code=config.trust_remote_code, **options)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         reason = _first_sentence(error)
         if not Path(config.path).exists():
             raise ModelError(

@@ -27,6 +27,8 @@ CHATS = ("messages", "conversation")
 BESIDE = ("input", "context")
 _BETWEEN_QUOTES = re.compile(r"(?<=['\"])\s+(?=['\"])")
 _HALF = re.compile("[\ud800-\udfff]")
+LONGEST_NAME = 255
+"""Bytes of a file's name."""
 KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 
 
@@ -45,6 +47,7 @@ def read_rows(path: str, split: str = "train") -> list[dict[str, Any]]:
     """
     if not path:
         raise DataError("no data file is named: give a .jsonl, .csv or .parquet file, or a data set's name on a hub")
+    refuse_text(path)
     file = Path(path).expanduser()
     if file.is_file():
         rows = _read_file(file)
@@ -55,6 +58,20 @@ def read_rows(path: str, split: str = "train") -> list[dict[str, Any]]:
     if not rows:
         raise DataError(f"{path} is empty: give a file with at least one row")
     return rows
+
+
+def refuse_text(path: str, key: str = "") -> None:
+    """Refuse a text where a file or a name is wanted.
+
+    Args:
+        key: the option.
+
+    Raises:
+        DataError: no file system has a name as long.
+    """
+    if any(len(part.encode("utf-8", "ignore")) > LONGEST_NAME for part in Path(path).parts):
+        found = f"{key}={path[:60] + '...'!r}".removeprefix("=")
+        raise DataError(f"{found} is a text of {len(path):,} characters: give the path of a file that holds it")
 
 
 def looks_local(path: str) -> bool:

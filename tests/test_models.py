@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from small_models import ARCHITECTURES, examples, save_small, small
 
 from farss import precision
@@ -12,7 +13,7 @@ from farss.batches import batches, collate
 from farss.config import ModelConfig, TrainConfig
 from farss.errors import ModelError
 from farss.methods import METHODS
-from farss.models import check_causal, layer_shapes, load_model, stored_dtype, weights_fingerprint
+from farss.models import check_causal, layer_shapes, load_model, load_tokenizer, stored_dtype, weights_fingerprint
 from farss.survey import Site, read_layers, survey
 from farss.train import products
 
@@ -144,6 +145,30 @@ def test_a_model_that_writes_no_text_is_refused(tmp_path, kind):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
     with pytest.raises(ModelError, match=f"a model of type '{kind}' writes no text .*: name a causal language model"):
         layer_shapes(ModelConfig(path=str(tmp_path)))
+
+
+def damaged(folder, change):
+    """A model's folder whose weights are no more those of its `config.json`."""
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return ModelConfig(path=str(folder))
+
+
+def test_weights_that_are_missing_or_of_another_shape_are_refused(stored, caplog):
+    name, other = "model.layers.1.mlp.up_proj.weight", "model.layers.9.mlp.up_proj.weight"
+    load_model(damaged(stored, lambda weights: weights.update({other: torch.zeros(2, 2)})))
+    assert "holds weights of 5 blocks, of which its config.json names the first 4" in caplog.text
+    with pytest.raises(ModelError, match=rf"{name} has the shape \[2, 2\], and config\.json there wants \[80, 32\]"):
+        load_model(damaged(stored, lambda weights: weights.update({name: torch.zeros(2, 2)})))
+    with pytest.raises(ModelError, match=rf"holds no {name}, and 1 of its weights are missing in all"):
+        load_model(damaged(stored, lambda weights: weights.pop(name)))
+
+
+def test_a_tokenizer_that_is_not_there_is_named(stored):
+    (stored / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=r"the tokenizer in .* cannot be read \(.*[^:]\): copy the model's tokenizer\.json"):
+        load_tokenizer(ModelConfig(path=str(stored)))
 
 
 def test_a_model_whose_quantisation_needs_a_package_says_so(tmp_path):

@@ -107,6 +107,11 @@ def test_missing_files() -> None:
         room.read_rows("")
 
 
+def test_a_text_is_no_path() -> None:
+    with pytest.raises(DataError, match=r"'The capital .*\.\.\.' is a text of 700 characters: give the path of a file that holds it"):
+        room.read_rows("The capital of France is Paris. " * 21 + 28 * "x")
+
+
 def test_hub_names(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 

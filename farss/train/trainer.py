@@ -162,7 +162,8 @@ def check_options(options: TrainConfig, device: torch.device, dtype: torch.dtype
     for name in options.report_to:
         if name not in installed:
             cure = f", or choose of {', '.join(installed)}" if installed else " (none is installed yet)"
-            raise ConfigError(f"train.report_to: {name!r} is not installed or not known: `pip install` it{cure}")
+            cure = "`pip install` it" + cure if name not in ("none", "all") else f"give {'[]' if name == 'none' else 'their names'}"
+            raise ConfigError(f"train.report_to: {name!r} is not installed or not known: {cure}")
 
 
 @functools.cache
