@@ -54,7 +54,8 @@ class Asking(NamedTuple):
     @property
     def done(self) -> bool:
         """Whether they are answered."""
-        return self.place.is_done(self.step, self.options, makes=self.scores)
+        known = self.place.is_done(self.step, self.options, makes=self.scores)
+        return known and Scores.load(self.scores).has_records(self.target / "scores")
 
 
 @dataclass

@@ -283,7 +283,18 @@ class Scores:
         values = read_json(path)
         with reading(path, "scores"):
             kinds = {kind: {name: TaskScore(**entry) for name, entry in values.get(kind, {}).items()} for kind in KINDS}
-            return cls(**{**values, **kinds})
+            return cls(**{**values, **kinds, "meta": values["meta"]})
+
+    def has_records(self, folder: Path) -> bool:
+        """Whether the answers to every question lie in a folder."""
+        everything = [score for kind in KINDS for score in getattr(self, kind).values()]
+        return all(has_records(folder, score) for score in everything)
+
+
+def has_records(folder: Path, score: TaskScore) -> bool:
+    """Whether the answers to every question of a benchmark lie in a folder."""
+    path = folder / f"{score.name}.jsonl"
+    return path.is_file() and path.read_bytes().count(b"\n") == score.questions
 
 
 def read_records(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -291,8 +302,9 @@ def read_records(folder: Path, name: str) -> list[dict[str, Any]]:
     path = folder / f"{name}.jsonl"
     if not path.is_file():
         raise FolderError(f"there is no {path}: run `farss evaluate` first")
-    # Not splitlines(): answers may hold characters that it takes for line ends.
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    with reading(path, "answers that are whole"):
+        # Not splitlines(): answers may hold characters that it takes for line ends.
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def held_out(share: float) -> Callable[[str], bool]:

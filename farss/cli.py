@@ -223,11 +223,13 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
         result = one.train()
     console.print(f"{result.steps} steps, loss {result.loss:.4f}, {result.seconds:.0f} s, peak memory {result.peak_memory_gib:.1f} GiB")
     if result.cut:
-        console.print(result.cut, highlight=False)
+        console.print(result.cut, highlight=False, soft_wrap=True)
     zero = (one.folder.record("train") or {}).get("step_zero")
     if zero:
         found = ", ".join(f"{value:.1e} ({precision})" for precision, value in zero.items())
-        console.print(f"before the first step, its logits differed from the base model's by at most {found}", highlight=False)
+        console.print(
+            f"before the first step, its logits differed from the base model's by at most {found}", highlight=False, soft_wrap=True
+        )
     show_places({"training state": one.path / "checkpoints"})
 
 
@@ -264,11 +266,12 @@ def export(
         target = one.export()
     facts = one.folder.record("export") or {}
     if "rank" in facts:
-        console.print(exactness(facts))
+        console.print(exactness(facts), soft_wrap=True)
     elif "logit_difference" in facts:
         console.print(
             f"its weights are rounded as the base's are: logits differ from the trained model's by at most "
-            f"{facts['logit_difference']:.1e} (float32)"
+            f"{facts['logit_difference']:.1e} (float32)",
+            soft_wrap=True,
         )
     show_places({target.name: target})
 
@@ -295,7 +298,7 @@ def convert(
 
     quiet()
     done = turn(prepared, trained, out, rank, energy)
-    console.print(exactness(done.facts))
+    console.print(exactness(done.facts), soft_wrap=True)
     show_places({"adapter": out})
 
 

@@ -129,7 +129,7 @@ def _with_messages(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _turn(turn: dict[str, Any]) -> dict[str, Any]:
-    return {"role": ROLES.get(turn["from"], turn["from"]), "content": turn.get("value")}
+    return {"role": ROLES.get(str(turn["from"]), turn["from"]), "content": turn.get("value")}
 
 
 def _shared_system(chats: Sequence[Any]) -> str | None:

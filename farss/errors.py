@@ -11,7 +11,7 @@ class FarssError(Exception):
 
 
 class UsageError(FarssError):
-    """What the user gave cannot be used (exit code 2). Nothing was written."""
+    """What the user gave cannot be used (exit code 2)."""
 
     exit_code = 2
 

@@ -10,11 +10,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from farss.artifacts import KINDS, Scores, TaskScore, read_records
+from farss.artifacts import KINDS, Scores, TaskScore, has_records, read_records
 from farss.batches import choose
 from farss.config import Config, DataConfig, QuestionSet
 from farss.errors import FarssError
-from farss.files import fingerprint, read_json, write_json, write_text
+from farss.files import fingerprint, read_json, reading, write_json, write_text
 from farss.memory import freed_memory_kept, memory_cure
 from farss.models import base_fingerprint, weights_fingerprint
 from farss.prompts import prompt_text, separator
@@ -228,12 +228,13 @@ def _with_gold(ask: Callable[[list[Any]], list[tuple[float, bool]]], logged: Log
 def _finished(folder: Path, benchmark: Benchmark) -> TaskScore | None:
     """The score of a benchmark that was asked before under the same key."""
     path = folder / f"{benchmark.name}.json"
-    if not path.is_file() or not (folder / f"{benchmark.name}.jsonl").is_file():
+    if not path.is_file():
         return None
-    found = read_json(path)
-    if found.get("key") in benchmark.earlier:
-        return _grade_again(benchmark, folder, TaskScore(**found["score"]))
-    return TaskScore(**found["score"]) if found.get("key") == benchmark.key else None
+    with reading(path, "score of a benchmark"):
+        key, score = (found := read_json(path))["key"], TaskScore(**found["score"])
+    if key not in (benchmark.key, *benchmark.earlier) or not has_records(folder, score):
+        return None
+    return score if key == benchmark.key else _grade_again(benchmark, folder, score)
 
 
 def _grade_again(benchmark: Benchmark, folder: Path, score: TaskScore) -> TaskScore:

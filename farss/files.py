@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -153,6 +153,20 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
             raise
 
 
+@contextlib.contextmanager
+def opened_tensors(path: Path) -> Iterator[Any]:
+    """A safetensors file, of which each tensor is read when it is asked for.
+
+    Raises:
+        FolderError: the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (FileNotFoundError, SafetensorError) as error:
+        raise FolderError(f"{path} is missing or damaged ({error}): delete it, and it is made again") from error
+
+
 def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     """Read a safetensors file.
 
@@ -179,5 +193,5 @@ def reading(path: Path, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise FolderError(f"{path} holds no {what}: name another file, or delete it and make it again") from error

@@ -19,7 +19,7 @@ from farss.artifacts import KINDS
 from farss.config import Config
 from farss.configfile import CONFIG, dump, from_dict, load, override, to_dict
 from farss.errors import ConfigError, FarssError, FolderError
-from farss.files import disk_cure, read_json, write_json, write_text
+from farss.files import disk_cure, read_json, reading, write_json, write_text
 from farss.options import PATHS, difference, files_of
 from farss.rows import looks_local, refuse_text
 
@@ -95,7 +95,11 @@ class Folder:
     def record(self, step: str) -> dict[str, Any] | None:
         """The record of a step, or None where it has not begun."""
         path = self.path / "steps" / f"{step}.json"
-        record: dict[str, Any] | None = read_json(path) if path.is_file() else None
+        if not path.is_file():
+            return None
+        record: dict[str, Any] = read_json(path)
+        with reading(path, "record of a step"):
+            _ = record["done"], record["options"]
         return record
 
     def is_over(self, step: str) -> bool:
@@ -200,7 +204,7 @@ def read_config(path: Path, overrides: Iterable[str] = ()) -> Config:
         ConfigError: see `farss.configfile.load`.
     """
     config = load(path)
-    if path.name == CONFIG and is_run_folder(path.parent):
+    if path.name == CONFIG and (is_run_folder(path.parent) or (path.parent / "steps").is_dir()):  # what it lacks is told
         config = dataclasses.replace(config, out=str(path.parent.absolute()))
     return override(config, overrides)
 

@@ -17,7 +17,7 @@ from farss.artifacts import Plan
 from farss.card import write_card
 from farss.config import Config
 from farss.errors import ConfigError, FolderError
-from farss.files import write_json
+from farss.files import opened_tensors, write_json
 from farss.llamacpp import check_gguf, write_gguf
 from farss.merging import merge, merged_difference
 from farss.models import load_model, loaded_dtype, stored_dtype, will_be_quantised
@@ -40,6 +40,18 @@ def is_merged(config: Config) -> bool:
 def place_of(config: Config, folder: Path) -> Path:
     """Where it lies in a run's folder."""
     return folder / ("model" if is_whole(config) else "adapter")
+
+
+def is_whole_there(target: Path) -> bool:
+    """Whether weights lie in a folder, in files of full length."""
+    files = [*target.glob("*.safetensors")]
+    try:
+        for file in files:
+            with opened_tensors(file):
+                pass
+    except FolderError:
+        return False
+    return bool(files)
 
 
 def check_form(config: Config) -> None:

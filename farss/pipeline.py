@@ -334,8 +334,8 @@ class Run:
         self.train()
         plan, options = self.plan(), options_of(self.config, EXPORT_KEYS)
         target = handover.place_of(self.config, self.path)
-        gone = not any(target.glob("*.safetensors")) and (self.path / "checkpoints").is_dir()  # not deleted by compare.keep
-        if self.folder.is_done("export", options, makes=target) and not gone:
+        lost = not handover.is_whole_there(target) and (self.path / "checkpoints").is_dir()  # not deleted by compare.keep
+        if self.folder.is_done("export", options, makes=target) and not lost:
             return target
         self.tell("export", 0, 1, "")
         model = self.trained()  # first: where its weights are deleted, the record of what was exported stays

@@ -17,11 +17,11 @@ from torch import Tensor
 from farss.adapter import TRAINED, lora_config, lora_layers
 from farss.artifacts import Plan
 from farss.config import ModelConfig
-from farss.errors import ConfigError, FarssError, FolderError
-from farss.files import read_json, read_tensors, whole_folder, write_json, write_tensors, write_text
+from farss.errors import ConfigError, FarssError, FolderError, NumericalError
+from farss.files import read_json, read_tensors, reading, whole_folder, write_json, write_tensors, write_text
 from farss.merging import in_layers, write_model
 from farss.methods import METHODS, check_elsewhere
-from farss.models import load_model, load_tokenizer
+from farss.models import load_model, load_tokenizer, weights_fingerprint
 from farss.portable import Exported, logits, origin_of, portable, target_names, write_adapter, write_facts
 from farss.structure import PEFT_PREFIX, check_unshared, holds_packed
 
@@ -96,7 +96,9 @@ def write_prepared(
         write_tensors(unfinished / "start.safetensors", state)
         plan.save(unfinished / "plan.json")
         origin = origin_of(adapted, str(source), tokenizer, prompt)
-        write_json(unfinished / "prepared.json", {"origin": origin, "trusted": trusted, "target_modules": target_names(plan, adapted)})
+        written = load_model(ModelConfig(path=str(unfinished / "base"), device="cpu", trust_remote_code=trusted), as_stored=True)
+        facts = {"origin": origin, "trusted": trusted, "target_modules": target_names(plan, adapted)}
+        write_json(unfinished / "prepared.json", facts | {"fingerprint": weights_fingerprint(written)})
         write_text(unfinished / "README.md", GUIDE.format(source=source, folder=folder))
     return folder
 
@@ -134,12 +136,23 @@ def convert(prepared: Path | str, trained: Path | str, out: Path | str, rank: in
     prepared, trained, out = Path(prepared), Path(trained), Path(out)
     if out.exists():
         raise FolderError(f"{out} exists: give a new folder")
+    if not (prepared / "prepared.json").is_file():
+        raise FolderError(
+            f"{prepared} is not what `farss prepare` wrote: name that folder first, then the trained adapter, then a new folder"
+        )
     plan, facts = Plan.load(prepared / "plan.json"), read_json(prepared / "prepared.json")
+    with reading(prepared / "prepared.json", "facts about a prepared start"):
+        origin, trusted, targets = (facts[key] for key in ("origin", "trusted", "target_modules"))
+        base = origin["base"]
     start, end = read_tensors(prepared / "start.safetensors"), _trained_state(trained)
     if strange := next((key for key, factor in start.items() if key not in end or end[key].shape != factor.shape), None):
         layer = strange.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0]
         raise FarssError(f"{trained} is not an adapter that began as this start: {layer} is missing or has another rank")
+    if broken := next((key for key, tensor in end.items() if not torch.isfinite(tensor).all()), None):
+        raise NumericalError(f"{trained} holds NaN or infinite numbers, in {broken}: its training diverged")
     before, after = (read_json(folder / "adapter_config.json") for folder in (prepared / "adapter", trained))
+    if not isinstance(after, dict):
+        raise FolderError(f"{trained / 'adapter_config.json'} holds no adapter's options: give the folder that the trainer wrote")
     for option in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"):
         if (after.get(option) or None) != (before.get(option) or None):
             raise FarssError(
@@ -153,11 +166,10 @@ def convert(prepared: Path | str, trained: Path | str, out: Path | str, rank: in
         )
     made = portable(((name, _change(name, layer.scaling, start, end)) for name, layer in plan.layers.items()), rank, energy)
     with whole_folder(out) as unfinished:
-        base = facts["origin"]["base"]
-        write_adapter(unfinished, made.state, facts["target_modules"], base, made.rank)
-        difference = _compare((str(prepared / "base"), trained), (base, unfinished), facts["trusted"])
+        write_adapter(unfinished, made.state, targets, base, made.rank)
+        difference = _compare((str(prepared / "base"), trained), (base, unfinished), trusted, facts.get("fingerprint"))
         exported = Exported(out, made.rank, made.lost, difference, made.effective_ranks)
-        write_facts(unfinished, plan, facts["origin"], exported, made.state)
+        write_facts(unfinished, plan, origin, exported, made.state)
     return exported
 
 
@@ -174,8 +186,12 @@ def _change(name: str, scaling: float, start: dict[str, Tensor], end: dict[str, 
     return torch.cat([scaling * b, -scaling * b0], 1), torch.cat([a, a0])
 
 
-def _compare(trained: tuple[str, Path], converted: tuple[str, Path], trusted: bool) -> float:
-    """Largest |logit difference| (float32) between what was trained and the converted adapter, each on its base."""
+def _compare(trained: tuple[str, Path], converted: tuple[str, Path], trusted: bool, fingerprint: str | None) -> float:
+    """Largest |logit difference| (float32) between what was trained and the converted adapter, each on its base.
+
+    Raises:
+        FolderError: the prepared base has another fingerprint than when it was written.
+    """
     from peft import PeftModel
 
     options = ModelConfig(dtype="float32", device="cpu", trust_remote_code=trusted)
@@ -183,7 +199,10 @@ def _compare(trained: tuple[str, Path], converted: tuple[str, Path], trusted: bo
     batch = tokenizer("The quick brown fox jumps over the lazy dog.", return_tensors="pt")
     found = []
     for base, adapter in (trained, converted):
-        model = PeftModel.from_pretrained(load_model(replace(options, path=base)), str(adapter)).eval()
+        loaded = load_model(replace(options, path=base))
+        if base == trained[0] and fingerprint not in (None, weights_fingerprint(loaded)):
+            raise FolderError(f"{base} is not the base that was prepared: put it back, or prepare and train anew")
+        model = PeftModel.from_pretrained(loaded, str(adapter)).eval()
         found.append(logits(model, batch))
         del model
     difference: Tensor = (found[0] - found[1]).abs().max()

@@ -116,8 +116,8 @@ def _pair_stages(instruction: str, answer: str, number: int, config: DataConfig,
 def _chat_stages(messages: Any, number: int, config: DataConfig, tokenizer: Any) -> list[str]:
     if config.template != "chat":
         raise DataError(f"column 'messages' holds chats, but data.template={config.template!r}: set data.template=chat")
-    if not isinstance(messages, list) or not all(isinstance(item, dict) and "role" in item for item in messages):
-        raise RowError(f"row {number}: column 'messages' is no list of {{role, content}}: mend the row")
+    if not isinstance(messages, list) or not all(isinstance(item, dict) and isinstance(item.get("role"), str) for item in messages):
+        raise RowError(f"row {number}: its messages are no list of {{role, content}}: mend the row")
     stages = []
     messages = [_with_text(message, number) for message in messages]
     for index, message in enumerate(messages):
@@ -129,7 +129,10 @@ def _chat_stages(messages: Any, number: int, config: DataConfig, tokenizer: Any)
             except (TemplateError, ValueError) as error:
                 raise RowError(f"row {number}: the chat template refuses its messages ({error}): mend or remove the row") from error
     if not stages:
-        raise RowError(f"row {number} has no assistant message: there is nothing to learn from it, remove the row")
+        roles = ", ".join(dict.fromkeys(repr(message["role"]) for message in messages)) or "none"
+        raise RowError(
+            f"row {number} has no message of the 'assistant' (its roles: {roles}): rename the one who answers, or remove the row"
+        )
     for before, after in itertools.pairwise(stages):
         if not after.startswith(before):
             raise RowError(
@@ -143,7 +146,7 @@ def _with_text(message: dict[str, Any], number: int) -> dict[str, Any]:
     """A message whose content is one text, and not a list of parts of which each is a text; an assistant's must say something."""
     content = text_of(message)
     empty = content is None or (isinstance(content, str) and not content.strip())
-    if empty and message["role"] != "assistant":
+    if empty and message["role"] not in ("assistant", "user"):
         return message | {"content": content or ""}
     return message | {"content": cell({"content": content}, "content", number)}
 

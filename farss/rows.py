@@ -231,6 +231,8 @@ def find_columns(rows: Sequence[dict[str, Any]], prompt: str | None, response: s
     found_response = response or next((name for name in RESPONSES if name in columns and name != found_prompt), None)
     if prompt in CHATS and response is None:
         return prompt, prompt  # type: ignore[return-value]
+    if prompt is not None and prompt == response and prompt not in CHATS:
+        raise RowError(f"data.prompt and data.response are both {prompt!r}: name the column of the answer, or leave data.response out")
     if found_prompt and found_response:
         return found_prompt, found_response
     if chat and prompt is None and response is None:

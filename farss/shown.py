@@ -57,11 +57,12 @@ def show_boundary(found: Any) -> None:
 
 def show_pruning(folder: Path) -> None:
     """The table of a pruning, and where its models lie."""
-    from farss.files import read_json
+    from farss.files import read_json, reading
     from farss.terminal import pruning_table
 
-    rows = read_json(folder / "pruning.json")["rows"]
-    console.print(pruning_table(rows))
+    with reading(folder / "pruning.json", "table of a pruning"):
+        rows = read_json(folder / "pruning.json")["rows"]
+        console.print(pruning_table(rows))
     show_places({"table": folder / "pruning.md"} | {row["method"]: folder / row["method"] / "model" for row in rows[1:]})
 
 

@@ -16,7 +16,7 @@ from farss.artifacts import Survey
 from farss.batches import Row, choose, plain_rows, unlearnt
 from farss.config import PlanConfig
 from farss.errors import FolderError
-from farss.files import write_text
+from farss.files import reading, write_text
 from farss.folder import Folder
 from farss.inputs import Inputs
 from farss.jobs import Tell
@@ -79,7 +79,8 @@ class Surveys:
         if processes.rank() == 0 and not self.place.is_done("own_text", options, makes=path):
             self._write_own_text(path, options)
         processes.wait()  # all read what the first has written
-        return unlearnt([json.loads(line)["tokens"] for line in path.read_text(encoding="utf-8").strip().split("\n")])
+        with reading(path, "texts that are whole"):
+            return unlearnt([json.loads(line)["tokens"] for line in path.read_text(encoding="utf-8").strip().split("\n")])
 
     def _write_own_text(self, path: Path, options: dict[str, Any]) -> None:
         config, tokenizer = self.inputs.common_config, self.inputs.tokenizer

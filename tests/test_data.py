@@ -263,8 +263,11 @@ def test_unusable_rows_are_named(tmp_path: Path, row: dict[str, Any], template: 
 @pytest.mark.parametrize(
     ("messages", "template", "message"),
     [
-        ([{"role": "user", "content": "u"}], "chat", "row 1 has no assistant message"),
-        ("hello", "chat", "row 1: column 'messages' is no list of {role, content}"),
+        ([{"role": "user", "content": "u"}], "chat", r"row 1 has no message of the 'assistant' \(its roles: 'user'\)"),
+        ([{"role": "user", "content": "u"}, {"role": "gpt", "content": "a"}], "chat", r"\(its roles: 'user', 'gpt'\): rename"),
+        ([{"role": ["user"], "content": "u"}], "chat", "row 1: its messages are no list of {role, content}"),
+        ([{"role": "user"}, {"role": "assistant", "content": "a"}], "chat", "row 1 has nothing in column 'content'"),
+        ("hello", "chat", "row 1: its messages are no list of {role, content}"),
         ([{"role": "assistant", "content": ""}], "chat", "row 1 has nothing in column 'content'"),
         (
             [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "a"}],

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from farss.artifacts import Plan, Survey
 from farss.compare import compare
 from farss.configfile import from_dict, load, override
 from farss.errors import ConfigError, DataError, FarssError, FolderError, ModelError
+from farss.folder import read_config
 from farss.pipeline import Run
 from farss.train import train
 
@@ -380,6 +382,46 @@ def test_what_is_missing_in_a_folder_is_made_again(config):
         (run.path / name).unlink()
         Run(config).all()
         assert (run.path / name).read_bytes() == before
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_what_is_damaged_in_a_folder_is_made_again_or_named(config):
+    run = Run(config)
+    run.all()
+    kept = run.path / "checkpoints"
+    for name, change in (
+        ("scores/facts.jsonl", lambda content: content[:-20]),
+        ("base/scores/facts.jsonl", lambda content: content[: content.index(b"\n") + 1]),
+        ("adapter/adapter_model.safetensors", lambda content: content[:1000]),
+    ):
+        before = (run.path / name).read_bytes()
+        (run.path / name).write_bytes(change(before))
+        Run(config).all()
+        assert (run.path / name).read_bytes() == before
+    (weights,) = kept.rglob("weights.safetensors")
+    for path, content, message in (
+        (run.path / "scores.json", b"{}", r"scores\.json holds no scores: name another file, or delete it"),
+        (run.path / "steps" / "train.json", b"{}", r"train\.json holds no record of a step"),
+        (weights, bytes(weights.stat().st_size), r"weights\.safetensors is missing or damaged"),
+    ):
+        before = path.read_bytes()
+        path.write_bytes(content)
+        with pytest.raises(FolderError, match=message):
+            Run(override(config, ["export.rank=2"] if path == weights else [])).all()
+        path.write_bytes(before)
+
+
+def test_a_copy_without_its_versions_is_no_reason_to_work_elsewhere(config):
+    run = Run(config)
+    run.claim()
+    copy = shutil.copytree(run.path, run.path.with_name("copy"))
+    with run.folder.step("plan", {}):
+        pass
+    (copy / "steps").mkdir(exist_ok=True)
+    (copy / "versions.json").unlink()
+    assert read_config(copy / "config.yaml").out == str(copy)
+    with pytest.raises(FolderError, match="is not empty and is no run folder"):
+        Run(read_config(copy / "config.yaml")).claim()
 
 
 def test_a_damaged_survey_is_one_sentence(config):

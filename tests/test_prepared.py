@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from farss import prepared, world
 from farss.adapter import attach
 from farss.config import PlanConfig
-from farss.errors import FarssError, FolderError
+from farss.errors import FarssError, FolderError, NumericalError
 from farss.files import read_json, write_json, write_tensors
 from farss.models import base_fingerprint, load_model
 from farss.plan import make_plan_without_survey
@@ -116,6 +116,33 @@ def test_what_cannot_be_converted_is_refused(written):
         write_prepared(model, other, None, place / "again", place / "original")
     with pytest.raises(FolderError, match="exists: give a new folder"):
         write_prepared(model, plan, None, folder, place / "original")
+
+
+def test_damaged_and_swapped_folders_are_named(written):
+    place, folder, _ = written
+    train(folder, place / "trained")
+    with pytest.raises(FolderError, match=r"trained is not what `farss prepare` wrote: name that folder first"):
+        convert(place / "trained", folder, place / "adapter")
+    state, config, facts = (
+        place / "trained" / "adapter_model.safetensors",
+        place / "trained" / "adapter_config.json",
+        folder / "prepared.json",
+    )
+    whole, known, name = load_file(state), read_json(facts), next(iter(load_file(state)))
+    write_tensors(state, whole | {name: torch.full_like(whole[name], torch.nan)})
+    with pytest.raises(NumericalError, match=r"trained holds NaN or infinite numbers, in .*lora_.*: its training diverged"):
+        convert(folder, place / "trained", place / "adapter")
+    write_tensors(state, whole)
+    for file, damage, message in ((config, [], "holds no adapter's options"), (facts, {}, "holds no facts about a prepared start")):
+        before = read_json(file)
+        write_json(file, damage)
+        with pytest.raises(FolderError, match=message):
+            convert(folder, place / "trained", place / "adapter")
+        write_json(file, before)
+    write_json(facts, known | {"fingerprint": "another"})
+    with pytest.raises(FolderError, match=r"base is not the base that was prepared: put it back"):
+        convert(folder, place / "trained", place / "adapter")
+    assert not (place / "adapter").exists()
 
 
 def shapes(place):

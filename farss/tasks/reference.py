@@ -8,7 +8,7 @@ from typing import Any
 from farss.artifacts import TaskScore, read_records
 from farss.config import Config, QuestionSet
 from farss.errors import FolderError
-from farss.files import read_json
+from farss.files import read_json, reading
 from farss.tasks.benchmarks import list_benchmarks
 from farss.tasks.outcomes import read_scores
 from farss.tasks.questions import Drawn, prompt_of, prompts_of
@@ -74,7 +74,9 @@ def check_not_own(config: Config) -> None:
 
 def _asked_otherwise(entry: QuestionSet, drawn: Drawn, config: Config, score: TaskScore, folder: Path, tokenizer: Any) -> str:
     """How the answers in a folder were asked for, where it is not how they will be; empty where it is."""
-    was = {"fewshot": score.fewshot, "max_tokens": read_json(folder / f"{entry.name}.json")["max_tokens"]}
+    file = folder / f"{entry.name}.json"
+    with reading(file, "score of a benchmark"):
+        was = {"fewshot": score.fewshot, "max_tokens": read_json(file)["max_tokens"]}
     for key, value in was.items():
         if value != (now := getattr(entry, key)):
             return f"{key}={value}, and now {key}={now}"

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from farss.errors import FolderError
-from farss.files import read_json, write_json, write_tensors
+from farss.files import opened_tensors, read_json, write_json, write_tensors
 from farss.models import base_fingerprint
 
 WEIGHTS = "weights.safetensors"
@@ -42,7 +41,7 @@ def restore(model: Any, folder: Path) -> None:
     marker = read_json(newest / MARKER)
     if marker["step"] < marker["total"]:
         raise FolderError(f"the training in {folder} stopped at step {marker['step']} of {marker['total']}: run it again to go on")
-    with safe_open(newest / WEIGHTS, framework="pt") as file:
+    with opened_tensors(newest / WEIGHTS) as file:
         trained = set(file.keys())
     check_base(newest, marker, base_fingerprint(model), start_fingerprint(model, trained))
     read_weights(model, newest)
@@ -81,7 +80,7 @@ def write_weights(model: nn.Module, checkpoint: Path) -> None:
 def read_weights(model: nn.Module, checkpoint: Path) -> None:
     """Copy the saved parameters over the model's, by name; all others stay."""
     parameters = dict(model.named_parameters())
-    with safe_open(checkpoint / WEIGHTS, framework="pt") as file, torch.no_grad():
+    with opened_tensors(checkpoint / WEIGHTS) as file, torch.no_grad():
         for name in file.keys():  # noqa: SIM118 (it is no dictionary)
             saved: Tensor = file.get_tensor(name)
             if name not in parameters or parameters[name].shape != saved.shape:
@@ -100,8 +99,8 @@ def _complete(checkpoint: Path) -> bool:
     checkpoint that it was deleting."""
     if not (checkpoint / MARKER).is_file():
         return False
-    files = read_json(checkpoint / MARKER)["files"]
-    return all((checkpoint / name).is_file() and (checkpoint / name).stat().st_size == size for name, size in files.items())
+    files = read_json(checkpoint / MARKER).get("files")
+    return bool(files) and all((checkpoint / name).is_file() and (checkpoint / name).stat().st_size == size for name, size in files.items())
 
 
 def newest_complete(folder: Path) -> Path | None:
