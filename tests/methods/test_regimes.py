@@ -68,7 +68,7 @@ def test_merged_dora_is_pefts(kind, tmp_path):
     ours = {}
     for name in weight_names:
         base = adapted.base_model.model.get_submodule(name.removesuffix(".weight")).base_layer
-        ours[name] = in_layers(adapted, plan, partial(changed_weight, adapted))(name, base.weight.detach())
+        ours[name] = in_layers(adapted, plan.layers, partial(changed_weight, adapted))(name, base.weight.detach())
         assert ours[name].shape == base.weight.shape
         assert is_transposed(base) == (kind == "gpt2")
     merged = adapted.merge_and_unload()
