@@ -73,11 +73,12 @@ class Answers:
 
     def base(self, load: Load) -> Scores:
         """`base/`: the untouched model's scores."""
-        if self._answered(self._of_base, load):
-            for name, score in Scores.load(self._of_base.scores).knowledge.items():
-                if not score.score:
-                    log.warning(f"The untouched model answers none of the {score.questions:,} questions of {name!r}: K will have no value.")
-        return Scores.load(self._of_base.scores)
+        one = self._of_base
+        asked, scores = self._answered(one, load), Scores.load(one.scores)
+        for name, score in scores.knowledge.items() if asked else ():
+            if not score.score:
+                log.warning(f"The untouched model answers none of the {score.questions:,} questions of {name!r}: K will have no value.")
+        return scores
 
     def after(self, load: Load) -> bool:
         """`scores.json`: those of what is handed over. Returns whether it was asked now."""
@@ -140,7 +141,7 @@ class Answers:
     def summarise(self, full_scores: str | Path | None, only: Callable[[str], bool] | None = None) -> Summary:
         """K, T and KT from the stored scores, of all questions or those whose id `only` takes."""
         full, config = Path(full_scores) if full_scores else None, self.inputs.common_config
-        found = summarise(self.common.path / "base", self.folder.path, full, config, only)
+        found = summarise(self.common.path / BASE, self.folder.path, full, config, only)
         if not self.inputs.config.evaluate.recovery:
             return found
         before, after = self._of_recovered_base, self._of_recovered

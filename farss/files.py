@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from farss.errors import FarssError, FolderError
@@ -154,29 +154,23 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 
 @contextlib.contextmanager
-def opened_tensors(path: Path) -> Iterator[Any]:
+def opened_tensors(path: Path, device: str = "cpu") -> Iterator[Any]:
     """A safetensors file, of which each tensor is read when it is asked for.
 
     Raises:
         FolderError: the file is missing or damaged.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="pt", device=device) as file:
             yield file
-    except (FileNotFoundError, SafetensorError) as error:
-        raise FolderError(f"{path} is missing or damaged ({error}): delete it, and it is made again") from error
+    except (OSError, SafetensorError) as error:
+        raise FolderError(f"{path} is missing or damaged ({error}): make it again") from error
 
 
 def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
-    """Read a safetensors file.
-
-    Raises:
-        FolderError: the file is missing or damaged.
-    """
-    try:
-        return load_file(path, device)
-    except (OSError, SafetensorError) as error:
-        raise FolderError(f"{path} is missing or damaged ({error}): write it again") from error
+    """All tensors of a safetensors file; see `opened_tensors`."""
+    with opened_tensors(path, device) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
 
 
 def fingerprint(value: Any) -> str:

@@ -35,11 +35,6 @@ SHARD = 4 * 2**30
 """Bytes of weights in one file, which are held in memory together while it is written."""
 
 
-def unchanged(name: str, weight: Tensor) -> Tensor:
-    """A `Change` that is none."""
-    return weight
-
-
 def merge(adapted: Any, plan: Plan, tokenizer: Any, folder: Path | str, dtype: torch.dtype, source: Path | str = "") -> Path:
     """Write a whole model: the base with the trained change added in float32 (or the fully fine-tuned model).
 
@@ -77,7 +72,13 @@ def merged_difference(adapted: Any, merged: Any, batch: dict[str, Tensor]) -> fl
 
 
 def write_model(
-    model: Any, layers: Collection[str], tokenizer: Any, target: Path, dtype: torch.dtype, source: Path, change: Change = unchanged
+    model: Any,
+    layers: Collection[str],
+    tokenizer: Any,
+    target: Path,
+    dtype: torch.dtype,
+    source: Path,
+    change: Change = lambda name, weight: weight,
 ) -> None:
     """Write a model with changed weights: from the base's files where they have the model's names, from memory otherwise.
 
