@@ -42,6 +42,7 @@ from farss.config import Config
 from farss.configfile import override
 from farss.files import read_json, write_json, write_tensors
 from farss.folder import Folder, resolve
+from farss.handover import delete_weights
 from farss.jobs import do_all
 from farss.maths.directions import select
 from farss.maths.moments import Moment, kept_rows
@@ -260,7 +261,7 @@ def share(run: Variant) -> None:
 def run_one(item: tuple[Config, Path, str, int], tell: Any) -> None:
     run = variant(*item, tell)
     run.all_but_report()
-    run.drop_weights()
+    delete_weights(run.path)
 
 
 def row(name: str, run: Variant, found: Standing) -> dict[str, str]:

@@ -13,7 +13,7 @@ from farss.artifacts import Scores
 from farss.card import write_card
 from farss.config import Config
 from farss.evaluate import evaluate, grade_again
-from farss.folder import Folder, replaced
+from farss.folder import Folder
 from farss.handover import is_merged, is_whole
 from farss.inputs import Inputs
 from farss.jobs import Tell
@@ -93,7 +93,8 @@ class Answers:
         return self._recover(self._of_recovered, load)
 
     def _recover(self, one: Asking, load: Load) -> bool:
-        config, tokenizer = replaced(self.inputs.common_config, "train", precision=one.options["train.precision"]), self.inputs.tokenizer
+        config, tokenizer = self.inputs.common_config, self.inputs.tokenizer
+        config = replace(config, train=replace(config.train, precision=one.options["train.precision"]))
 
         def ready() -> Any:
             held = load(), recovery_rows(config, tokenizer)
@@ -120,11 +121,7 @@ class Answers:
             return True
         held = load()  # first: where its weights are deleted, or there are too few questions, what was measured stays
         with one.place.step(one.step, one.options):
-            model, options = taught(held), self.inputs.config.model
-            # of a model that would answer otherwise these are others
-            meta = {"path": options.path, "method": one.method, "dtype": str(model.dtype).removeprefix("torch.")}
-            meta |= {"quantization": options.quantization} if options.quantization != "none" else {}
-            asked = model, self.inputs.tokenizer, one.config, one.target, meta
+            asked = taught(held), self.inputs.tokenizer, one.config, one.target, one.method
             evaluate(*asked, lambda name, done, total: self.tell(one.step, done, total, name))
         return True
 

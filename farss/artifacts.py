@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from farss.errors import FarssError, FolderError
-from farss.files import read_json, reading, write_json
+from farss.files import opened_tensors, read_json, reading, write_json
 from farss.maths.directions import direction_scores
 
 Side = Literal["least", "most"]
@@ -134,12 +133,8 @@ class Survey:
 
     @contextmanager
     def _opened(self, block: int) -> Iterator[Any]:
-        path = self.block_file(block)
-        try:
-            with safe_open(path, framework="pt") as file:
-                yield file
-        except (OSError, SafetensorError) as error:
-            raise FolderError(f"{path} is missing or damaged: delete {self.folder}, and it is made again") from error
+        with opened_tensors(self.block_file(block), cure=f"delete {self.folder}, and it is made again") as file:
+            yield file
 
     def block_file(self, block: int) -> Path:
         """The safetensors file of one block."""

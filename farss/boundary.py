@@ -25,7 +25,7 @@ from farss.files import fingerprint, read_json, reading, write_json
 from farss.jobs import Progress
 from farss.memory import freed_memory_kept
 from farss.plan import make_plan
-from farss.search import Candidate, Found, Outcomes, Round, Schedule, candidates, fit, halved, search
+from farss.search import Candidate, Found, ProbeOutcomes, Round, Schedule, candidates, fit, halved, search
 from farss.tasks.likelihood import (
     FORWARD,
     LEAST,
@@ -241,11 +241,11 @@ class Prober:
             shutil.rmtree(self.folder, ignore_errors=True)
             write_json(path, key)
 
-    def base(self) -> Outcomes:
+    def base(self) -> ProbeOutcomes:
         """The untouched model's outcomes."""
         return self._remembered("base", lambda: self._outcomes(self.untouched(), 0))
 
-    def __call__(self, boundary: int, steps: int) -> Outcomes:
+    def __call__(self, boundary: int, steps: int) -> ProbeOutcomes:
         """The outcomes of one candidate after so many steps; its training goes on from where its last probe ended."""
         found = self._remembered(f"boundary-{boundary}-step-{steps}", lambda: self._probe(boundary, steps))
         self.reached[boundary] = steps
@@ -259,7 +259,7 @@ class Prober:
     def _place(self, boundary: int) -> Path:
         return self.folder / f"boundary-{boundary}"
 
-    def _probe(self, boundary: int, steps: int) -> Outcomes:
+    def _probe(self, boundary: int, steps: int) -> ProbeOutcomes:
         rounds = self.setting.schedule.rounds
         done, total = sum(self.reached.values()) - self.reached.get(boundary, 0), self.setting.schedule.training
         plan = make_plan(replace(self.config.plan, boundary=boundary), self.survey)
@@ -278,14 +278,14 @@ class Prober:
             ) from error
         return self._outcomes(model, plan.parameters)
 
-    def _outcomes(self, model: Any, parameters: int) -> Outcomes:
+    def _outcomes(self, model: Any, parameters: int) -> ProbeOutcomes:
         rows = [*self.setting.knowledge.values(), self.setting.task]
         with freed_memory_kept(model.device):
             size, pad = self.config.evaluate.batch_size, self.tokenizer.pad_token_id
             *known, learned = (np.array(token_loglikelihoods(model, each, size, pad)) for each in rows)
-        return Outcomes([np.exp(each) for each in known], learned, parameters)
+        return ProbeOutcomes([np.exp(each) for each in known], learned, parameters)
 
-    def _remembered(self, name: str, make: Callable[[], Outcomes]) -> Outcomes:
+    def _remembered(self, name: str, make: Callable[[], ProbeOutcomes]) -> ProbeOutcomes:
         path = self.folder / f"{name}.json"
         if not path.is_file():
             begun = time.monotonic()
@@ -294,7 +294,7 @@ class Prober:
             write_json(path, {"seconds": time.monotonic() - begun, "parameters": found.parameters, **lists})
         values = read_json(path)
         self.seconds += values["seconds"]
-        return Outcomes([np.array(each) for each in values["knowledge"]], np.array(values["task"]), values["parameters"])
+        return ProbeOutcomes([np.array(each) for each in values["knowledge"]], np.array(values["task"]), values["parameters"])
 
 
 def find(prober: Prober) -> Boundary:

@@ -94,7 +94,7 @@ def _told(error: Exception) -> str:
 
 def override(config: Config, overrides: Iterable[str]) -> Config:
     """Apply `section.key=value` texts, each value read as YAML, and the options of further .yaml files, in their order."""
-    values = to_dict(config)
+    values = dataclasses.asdict(config)
     for text in overrides:
         if text.endswith((".yaml", ".yml")) and ("=" not in text or Path(text).is_file()):
             for section, inner in _read(Path(text)).items():
@@ -160,14 +160,9 @@ def all_keys() -> list[str]:
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
-    """Build a checked `Config` from nested dictionaries."""
+    """Build a checked `Config` from nested dictionaries: the opposite of `dataclasses.asdict`."""
     config: Config = _build(Config, values, "")
     return config
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """The opposite of `from_dict`: plain dictionaries, lists, strings and numbers."""
-    return dataclasses.asdict(config)
 
 
 _hints = functools.cache(typing.get_type_hints)
@@ -270,7 +265,7 @@ for _first, _kinds in _Loader.yaml_implicit_resolvers.items():  # a date is a te
 
 def dump(config: Config) -> str:
     """The configuration as YAML, without comments."""
-    text: str = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+    text: str = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
     return text
 
 

@@ -40,6 +40,11 @@ class NumericalError(FarssError):
     """A weight, an activation, a gradient or a loss is NaN or infinite."""
 
 
+def first_line(error: BaseException) -> str:
+    """What a library says of an error, for a sentence of ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:300]
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The cure for a wrong name: `did you mean X?`, or the list of what is known."""
     known = sorted(known)

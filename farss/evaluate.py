@@ -13,10 +13,11 @@ from typing import Any
 from farss.artifacts import KINDS, Scores, TaskScore, has_records, read_records
 from farss.batches import choose
 from farss.config import Config, DataConfig, QuestionSet
-from farss.errors import FarssError
+from farss.errors import FarssError, first_line
 from farss.files import fingerprint, read_json, reading, write_json, write_text
 from farss.memory import freed_memory_kept, memory_cure
 from farss.models import base_fingerprint, weights_fingerprint
+from farss.precision import dtype_name
 from farss.prompts import prompt_text, separator
 from farss.rows import text_rows
 from farss.tasks.benchmarks import Benchmark, list_benchmarks
@@ -25,7 +26,7 @@ from farss.tasks.likelihood import text_loss
 from farss.tasks.live import PromptProgress, asking, live_model, prompt_tokenizer, require_harness
 from farss.tasks.names import task_manager
 from farss.tasks.questions import prompt_of, task_settings
-from farss.tasks.records import Logged, Record, main_metric, metric_label, records_of
+from farss.tasks.records import Logged, QuestionRecord, main_metric, metric_label, records_of
 
 OF_BASE = "base_fingerprint"
 """Of what an adapter is on: for people, and not among what results depend on, which `weights` is."""
@@ -36,7 +37,7 @@ def evaluate(
     tokenizer: Any,
     config: Config,
     folder: Path,
-    meta: dict[str, Any] | None = None,
+    method: str = "",
     on_progress: PromptProgress | None = None,
 ) -> Scores:
     """Ask everything in `config.evaluate`, write `scores.json` and one `scores/<name>.jsonl` a benchmark.
@@ -44,8 +45,8 @@ def evaluate(
     Args:
         model: a `PreTrainedModel` or `PeftModel`, where it is. Its training mode is restored afterwards.
         folder: where the results go. A benchmark that was finished there with the same weights, configuration and
-            `meta` is not asked again, so a killed evaluation continues with the next one.
-        meta: what else the results depend on; it is kept in the scores.
+            `method` is not asked again, so a killed evaluation continues with the next one.
+        method: what made the model; it is kept in the scores.
         on_progress: called with (benchmark, prompts done, prompts in all).
 
     Raises:
@@ -54,7 +55,9 @@ def evaluate(
     """
     if config.evaluate.asked:
         require_harness()
-    identity = {"weights": _identity(model), **(meta or {}), "seed": config.seed, **_versions()}
+    where = {"path": config.model.path, "method": method, "dtype": dtype_name(model.dtype)}
+    where |= {"quantization": config.model.quantization} if config.model.quantization != "none" else {}
+    identity = {"weights": _identity(model), **where, "seed": config.seed, **_versions()}
     benchmarks = list_benchmarks(config, identity)
     results = {each.name: _finished(folder / "scores", each) for each in benchmarks}
     waiting = [each for each in benchmarks if results[each.name] is None]
@@ -105,7 +108,7 @@ def _ask_and_write(benchmark: Benchmark, tasks: dict[str, Any], live: Any, confi
     live.start(benchmark.name, _writes_special_tokens(benchmark, config))
     logged = _run(benchmark, tasks, live, config)
     metrics = [main_metric(each) for each in logged]
-    records: list[Record] = []
+    records: list[QuestionRecord] = []
     for each, metric in zip(logged, metrics, strict=True):
         found = records_of(each, metric, f"{each.name}/" if len(logged) > 1 else "")
         # lm_eval's tasks may have right answers that do not fit, and HFLM cuts their prompts
@@ -127,7 +130,7 @@ def _ask_and_write(benchmark: Benchmark, tasks: dict[str, Any], live: Any, confi
     return _write(benchmark, folder, records, score)
 
 
-def _write(benchmark: Benchmark, folder: Path, records: list[Record], score: TaskScore) -> TaskScore:
+def _write(benchmark: Benchmark, folder: Path, records: list[QuestionRecord], score: TaskScore) -> TaskScore:
     write_text(folder / f"{benchmark.name}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
     longest = {"max_tokens": benchmark.entry.max_tokens} if isinstance(benchmark.entry, QuestionSet) else {}
     write_json(folder / f"{benchmark.name}.json", {"key": benchmark.key, **longest, "score": asdict(score)})
@@ -179,20 +182,20 @@ def _load(benchmark: Benchmark, tokenizer: Any, config: Config, manager: Any) ->
         raise FarssError(f"lm_eval's task {benchmark.name!r} needs a package that is not installed: {error}") from error
     except (OSError, ValueError, RuntimeError) as error:  # no network, a gated, missing or changed data set, a broken cache
         raise FarssError(
-            f"the data of lm_eval's task {benchmark.name!r} cannot be loaded ({str(error).splitlines()[0]}): connect to "
+            f"the data of lm_eval's task {benchmark.name!r} cannot be loaded ({first_line(error)}): connect to "
             "the hub once, or ask the same questions from a file: {name: ..., data: questions.jsonl}"
         ) from error
     if benchmark.name.startswith("farss_"):
         for task in tasks.values():
-            task.set_config("doc_to_text", _training_prompt(config.data, tokenizer))
+            task.set_config("doc_to_text", _training_prompt(task.config.doc_to_text, config.data, tokenizer))
     return tasks
 
 
-def _training_prompt(data: DataConfig, tokenizer: Any) -> Callable[[dict[str, Any]], str]:
+def _training_prompt(column: str, data: DataConfig, tokenizer: Any) -> Callable[[dict[str, Any]], str]:
     steps = STEPS.lstrip() if data.template == "chat" or not separator(data.template) else STEPS
 
     def prompt(doc: dict[str, Any]) -> str:
-        return prompt_text(data.template, doc["question"] if "question" in doc else doc["problem"], tokenizer, data.system) + steps
+        return prompt_text(data.template, doc[column], tokenizer, data.system) + steps
 
     return prompt
 
@@ -208,7 +211,7 @@ def _draw_places(sizes: dict[str, int], limit: int, seed: int) -> dict[str, list
     return drawn
 
 
-def _with_gold(ask: Callable[[list[Any]], list[tuple[float, bool]]], logged: Logged, records: list[Record]) -> list[Record]:
+def _with_gold(ask: Callable[[list[Any]], list[tuple[float, bool]]], logged: Logged, records: list[QuestionRecord]) -> list[QuestionRecord]:
     """Fill in the log-likelihood (nats) of the first accepted answer, on the prompt that was asked."""
     from lm_eval.api.instance import Instance
 

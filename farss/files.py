@@ -154,7 +154,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 
 @contextlib.contextmanager
-def opened_tensors(path: Path, device: str = "cpu") -> Iterator[Any]:
+def opened_tensors(path: Path, device: str = "cpu", cure: str = "make it again") -> Iterator[Any]:
     """A safetensors file, of which each tensor is read when it is asked for.
 
     Raises:
@@ -164,7 +164,7 @@ def opened_tensors(path: Path, device: str = "cpu") -> Iterator[Any]:
         with safe_open(path, framework="pt", device=device) as file:
             yield file
     except (OSError, SafetensorError) as error:
-        raise FolderError(f"{path} is missing or damaged ({error}): make it again") from error
+        raise FolderError(f"{path} is missing or damaged ({error}): {cure}") from error
 
 
 def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:

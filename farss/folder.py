@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from farss import processes
 from farss.artifacts import KINDS
 from farss.config import Config
-from farss.configfile import CONFIG, dump, from_dict, load, override, to_dict
+from farss.configfile import CONFIG, dump, from_dict, load, override
 from farss.errors import ConfigError, FarssError, FolderError
 from farss.files import disk_cure, read_json, reading, write_json, write_text
 from farss.options import PATHS, difference, files_of
@@ -160,7 +160,7 @@ class Folder:
 def resolve(config: Config) -> Config:
     """Expand `${VARIABLES}` in every path and make it absolute, so that a run can be replayed from anywhere; but for what may be a name on
     a hub, which is what neither exists nor did when the run folder was made."""
-    values, out = to_dict(config), run_folder(config)
+    values, out = dataclasses.asdict(config), run_folder(config)
     values["out"], known = str(out), _paths_in(out)
 
     def _resolve(key: str, path: Any) -> Any:
@@ -235,7 +235,7 @@ def alone(path: Path) -> Iterator[None]:
 def _paths_in(folder: Path) -> set[str]:
     """The paths in the configuration of a run folder."""
     try:
-        values = to_dict(load(folder / CONFIG))
+        values = dataclasses.asdict(load(folder / CONFIG))
     except FarssError:
         return set()
     named = [values[section][name] for section, name in PATHS]
@@ -251,8 +251,3 @@ def _expand(key: str, path: str) -> str:
     if unset:
         raise ConfigError(f"{key}={path!r}: the environment variable {unset[1]} is not set; export it first")
     return expanded
-
-
-def replaced(config: Config, section: str, **changes: Any) -> Config:
-    """A copy of the configuration with options of one section changed."""
-    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **changes)})

@@ -42,7 +42,7 @@ def place_of(config: Config, folder: Path) -> Path:
     return folder / ("model" if is_whole(config) else "adapter")
 
 
-def is_whole_there(target: Path) -> bool:
+def weights_are_there(target: Path) -> bool:
     """Whether weights lie in a folder, in files of full length."""
     files = [*target.glob("*.safetensors")]
     try:
@@ -151,7 +151,7 @@ def is_as_trained(config: Config) -> bool:
     return not is_merged(config) and (is_whole(config) or (config.export.rank is None and config.export.energy is None))
 
 
-def rounded(trained: Any, config: Config) -> Any:
+def as_handed_over(trained: Any, config: Config) -> Any:
     """A model that was trained as a whole, in float32, with the weights that are handed over: those of the base's precision."""
     stored, loaded = stored_dtype(config.model), loaded_dtype(config.model)
     for parameter in trained.parameters():  # not the buffers: whoever loads it has exact rotary frequencies

@@ -31,6 +31,10 @@ def unseen(done: int, total: int, line: str) -> None:
     """Show no progress."""
 
 
+def silent(step: str, done: int, total: int, line: str) -> None:
+    """Tell nobody of any step."""
+
+
 def do_all(work: Work, items: Sequence[Any], jobs: int, tell: Tell) -> None:
     """Call `work(item, tell)` for every item, `jobs` of them at a time.
 

@@ -261,7 +261,6 @@ def export(
         )
     if checkpoint is not None:
         load_trained(model, Path(checkpoint))
-    batch = {key: value.to(model.device) for key, value in prepared.batch.items()}
     base = getattr(model.get_base_model().config, "_name_or_path", "")
     if processes.rank():
         return None
@@ -275,7 +274,7 @@ def export(
             "weights of the base model changed since farss.prepare (its head, norms or embeddings were trained too, or it was cast?), and "
             "an adapter for the original base does not hold that: train what requires a gradient in the prepared model and nothing else"
         )
-    return export_adapter(model, prepared.plan, folder, batch, base, rank, energy, prepared.tokenizer, prepared.prompt)
+    return export_adapter(model, prepared.plan, folder, prepared.batch, base, rank, energy, prepared.tokenizer, prepared.prompt)
 
 
 def trainer_callback(model: Any) -> Any:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from farss.artifacts import Layer
 from farss.config import ModelConfig
-from farss.errors import ConfigError, ModelError
+from farss.errors import ConfigError, ModelError, first_line
 from farss.files import read_json
 from farss.forward import Stop, evaluating, hooked, leaving, unwrapped, without_cache
 from farss.memory import give_back
@@ -59,7 +59,7 @@ def _dtype_in_files(folder: Path) -> torch.dtype:
             with safe_open(file, framework="pt") as tensors:
                 kinds = [tensors.get_slice(name).get_dtype() for name in tensors.keys()]  # noqa: SIM118 (it is no dictionary)
         except (OSError, SafetensorError) as error:
-            raise ModelError(f"model.path={str(folder)!r}: {file.name} is missing or damaged ({_first_sentence(error)})") from error
+            raise ModelError(f"model.path={str(folder)!r}: {file.name} is missing or damaged ({first_line(error)})") from error
         if found := next((PLAIN[kind] for kind in kinds if kind in PLAIN), None):
             return found
     return torch.float32
@@ -266,7 +266,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
     except ModelError as error:
         if not Path(config.path).is_dir():
             raise
-        reason = _first_sentence(error.__cause__ or error).rstrip(": ")
+        reason = first_line(error.__cause__ or error).rstrip(": ")
         raise ModelError(
             f"the tokenizer in {config.path} cannot be read ({reason}): copy the model's tokenizer.json and tokenizer_config.json there"
         ) from error
@@ -282,7 +282,7 @@ def _from_pretrained(kind: Any, config: ModelConfig, **options: Any) -> Any:
     try:
         return kind.from_pretrained(config.path, trust_remote_code=config.trust_remote_code, **options)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = _first_sentence(error)
+        reason = first_line(error)
         if not Path(config.path).exists():
             raise ModelError(
                 f"model.path={config.path!r} is no folder here, and cannot be read from a hub ({reason}): check the path, the name and "
@@ -292,7 +292,7 @@ def _from_pretrained(kind: Any, config: ModelConfig, **options: Any) -> Any:
     except SafetensorError as error:
         raise ModelError(f"model.path={config.path!r} holds a damaged safetensors file: {error}") from error
     except ImportError as error:  # of the package that its quantisation needs
-        raise ModelError(f"model.path={config.path!r} cannot be loaded as this environment is: {_first_sentence(error)}") from error
+        raise ModelError(f"model.path={config.path!r} cannot be loaded as this environment is: {first_line(error)}") from error
 
 
 def check_path(path: str) -> None:
@@ -304,10 +304,6 @@ def check_path(path: str) -> None:
     if looks_local and not (folder / "config.json").is_file():
         what = "there is no such folder" if not folder.is_dir() else "there is no config.json in it"
         raise ModelError(f"model.path={path!r}: {what}; give the folder of a model in Hugging Face format")
-
-
-def _first_sentence(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
 
 
 def base_fingerprint(model: Any) -> str:

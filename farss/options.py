@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from farss.config import Config, QuestionSet
-from farss.configfile import to_dict
 
 DATA_KEYS = tuple(f"data.{name}" for name in ("train", "split", "prompt", "response", "template", "max_length", "limit"))
 """Of the examples: all of the section but the system message of what is asked."""
@@ -82,7 +82,7 @@ TABLE_KEYS = (
 
 def options_of(config: Config, keys: tuple[str, ...]) -> dict[str, Any]:
     """The values of dotted keys (a section's name stands for all of it), and the content of the files they name."""
-    values = to_dict(config)
+    values = asdict(config)
     values["plan"] |= dict(zip(("r_avg", "r_max"), config.plan.shallow_budget, strict=True))  # the same plan, named or not
     found: dict[str, Any] = {}
     for key in keys:
@@ -133,12 +133,12 @@ def _filled(value: Any) -> Any:
         return [_filled(entry) for entry in value]
     if not isinstance(value, dict) or not {"name", "data"} <= set(value):
         return value
-    return to_dict(QuestionSet(**value | ({"split": None} if Path(value["data"]).is_file() else {})))
+    return asdict(QuestionSet(**value | ({"split": None} if Path(value["data"]).is_file() else {})))
 
 
 def _defaults(options: dict[str, Any]) -> dict[str, Any]:
     """The default values of these dotted keys; those without one are left out."""
-    values = to_dict(Config())
+    values = asdict(Config())
     pairs = ((key, *key.partition(".")[::2]) for key in options)
     return {key: values[section][name] if name else values[section] for key, section, name in pairs if section in values}
 

@@ -22,7 +22,7 @@ from farss.config import Config, PlanConfig
 from farss.errors import FolderError
 from farss.folder import Folder, is_run_folder, resolve
 from farss.inputs import Inputs, Loaded
-from farss.jobs import Tell
+from farss.jobs import Tell, silent
 from farss.methods import SURVEY, Method, Regime
 from farss.models import check_room, device_of, load_model, loaded_dtype, quiet, will_be_quantised
 from farss.options import BOUNDARY_KEYS, EXPORT_KEYS, PLAN_KEYS, TRAIN_KEYS, options_of
@@ -40,10 +40,6 @@ from farss.train import TrainResult, check_options, restore, train, training_ste
 from farss.versions import versions
 
 log = logging.getLogger(__name__)
-
-
-def silent(step: str, done: int, total: int, line: str) -> None:
-    """Tell nobody."""
 
 
 @dataclass
@@ -334,7 +330,7 @@ class Run:
         self.train()
         plan, options = self.plan(), options_of(self.config, EXPORT_KEYS)
         target = handover.place_of(self.config, self.path)
-        lost = not handover.is_whole_there(target) and (self.path / "checkpoints").is_dir()  # not deleted by compare.keep
+        lost = not handover.weights_are_there(target) and (self.path / "checkpoints").is_dir()  # not deleted by compare.keep
         if self.folder.is_done("export", options, makes=target) and not lost:
             return target
         self.tell("export", 0, 1, "")
@@ -441,10 +437,6 @@ class Run:
             return False
         return self._is_trained and (self.path / "plan.json").is_file() and self.answers.complete
 
-    def drop_weights(self) -> None:
-        """Delete the trained weights in every form; what was measured of them stays, and the run counts as done."""
-        handover.delete_weights(self.path)
-
     # --- models -----------------------------------------------------------------------------------------------------
 
     def _adapted(self, plan: Plan, config: Config | None = None) -> Any:
@@ -479,7 +471,7 @@ class Run:
         """The model whose answers are those of what is handed over."""
         if not handover.is_as_trained(self.config):
             return self._read_back()
-        return self.trained() if self.plan().layers else handover.rounded(self.trained(), self.config)
+        return self.trained() if self.plan().layers else handover.as_handed_over(self.trained(), self.config)
 
     def _read_back(self) -> Any:
         """The result as its user loads it."""

@@ -26,7 +26,7 @@ from farss.forward import attribute, evaluating, unwrapped, without_cache
 from farss.maths.compress import compress
 from farss.models import base_fingerprint, tensors_fingerprint, tokenizer_fingerprint
 from farss.places import outside, placed, placed_in_turn
-from farss.precision import float32_products
+from farss.precision import dtype_name, float32_products
 from farss.structure import PEFT_PREFIX, check_loaded, find_blocks, is_linear, is_packed, weight_of
 
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -154,7 +154,7 @@ def origin_of(adapted: Any, base: str, tokenizer: Any, prompt: dict[str, str] | 
         **(prompt or {}),
         "base": base,
         "base_fingerprint": base_fingerprint(adapted),
-        "base_dtype": str(adapted.dtype).removeprefix("torch."),
+        "base_dtype": dtype_name(adapted.dtype),
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer) if tokenizer else None,
     }
 
@@ -290,7 +290,7 @@ def step_zero(adapted: Any, batch: dict[str, Tensor]) -> dict[str, float]:
 
     Measured on real tokens in float32 and in the precision of the weights.
     """
-    found, own = {}, str(next(adapted.get_base_model().parameters()).dtype).removeprefix("torch.")
+    found, own = {}, dtype_name(next(adapted.get_base_model().parameters()).dtype)
     precisions: dict[str, contextlib.AbstractContextManager[None]] = {own: contextlib.nullcontext()} | {"float32": in_float32(adapted)}
     for name, precision in precisions.items():
         with precision, evaluating(adapted):

@@ -17,6 +17,11 @@ OF_BACKENDS: dict[Products, tuple[str, str]] = {"highest": ("ieee", "ieee"), "hi
 """The same in torch's newer words, for each of them."""
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As configurations write it: `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def multiplies_in(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a device has units for matrix products in this precision.
 

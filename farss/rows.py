@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from farss.config import QuestionSet
-from farss.errors import DataError, RowError, nearest
+from farss.errors import DataError, RowError, first_line, nearest
 
 PROMPTS = ("prompt", "instruction", "query", "question")
 RESPONSES = ("completion", "response", "output", "answer")
 CHATS = ("messages", "conversation")
 BESIDE = ("input", "context")
+KNOWLEDGE_PROMPT = "Question: {question}\nAnswer:"
+"""As knowledge is asked, and as it is read where questions serve as text."""
 _BETWEEN_QUOTES = re.compile(r"(?<=['\"])\s+(?=['\"])")
 _HALF = re.compile("[\ud800-\udfff]")
 LONGEST_NAME = 255
@@ -135,7 +137,7 @@ def _read_json(stream: IO[str], file: Path) -> list[dict[str, Any]]:
 
 def _in_json(error: Exception) -> str:
     """What is wrong, in a word."""
-    return error.msg if isinstance(error, json.JSONDecodeError) else _first_line(error)
+    return error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
 
 
 def _read_csv(stream: IO[str], file: Path) -> list[dict[str, Any]]:
@@ -175,7 +177,7 @@ def _read_parquet(file: Path) -> list[dict[str, Any]]:
     try:
         rows: list[dict[str, Any]] = parquet.read_table(file).to_pylist()
     except pyarrow.ArrowException as error:
-        raise DataError(f"{file} is not a readable parquet file ({_first_line(error)}): write it again") from error
+        raise DataError(f"{file} is not a readable parquet file ({first_line(error)}): write it again") from error
     return rows
 
 
@@ -188,15 +190,11 @@ def _read_hub(path: str, split: str) -> list[dict[str, Any]]:
         return [dict(row) for row in datasets.load_dataset(name, subset or None, split=split)]
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError, HTTPError) as error:  # a script of its own: RuntimeError
         if Path(name).expanduser().is_dir():
-            raise DataError(f"{path} is a folder that cannot be read as a data set ({_first_line(error)}): name a file in it") from error
+            raise DataError(f"{path} is a folder that cannot be read as a data set ({first_line(error)}): name a file in it") from error
         raise DataError(
             f"{path!r} is neither a file here nor a data set that can be loaded from a hub (split {split!r}): "
-            f"{_first_line(error)}; check the name, data.split and the network"
+            f"{first_line(error)}; check the name, data.split and the network"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:300]
 
 
 @contextlib.contextmanager
@@ -280,16 +278,14 @@ def whole_instruction(row: dict[str, Any], column: str, number: int) -> str:
     return "\n\n".join(cell(row, name, number) for name in (column, *beside))
 
 
-def question_rows(entry: QuestionSet, split: str = "test") -> list[dict[str, Any]]:
-    """Read a question set as `{"question": str, "answers": [str, ...]}`, every row of it.
-
-    Args:
-        split: of a hub data set, where the entry names none.
+def question_rows(entry: QuestionSet) -> list[dict[str, Any]]:
+    """Read a question set as `{"question": str, "answers": [str, ...]}`, every row of it; of a hub data set the test split, unless the
+    entry names another.
 
     Raises:
         DataError: a column is missing, or a row has no question or no answer.
     """
-    return _questions(read_rows(entry.data, entry.split or split), entry)
+    return _questions(read_rows(entry.data, entry.split or "test"), entry)
 
 
 def _questions(rows: list[dict[str, Any]], entry: QuestionSet) -> list[dict[str, Any]]:
@@ -321,7 +317,7 @@ def knowledge_texts(source: str | QuestionSet) -> list[str]:
         if "text" in columns or not {"answer", "answers"} & set(columns):
             return _texts(rows, source)
         entry = QuestionSet(name="knowledge", data=source, answers="answers" if "answers" in columns else "answer")
-    return [f"Question: {row['question']}\nAnswer: {row['answers'][0]}" for row in _questions(rows, entry)]
+    return [f"{KNOWLEDGE_PROMPT.replace('{question}', row['question'])} {row['answers'][0]}" for row in _questions(rows, entry)]
 
 
 def _answers(row: dict[str, Any], column: str, number: int) -> list[str]:

@@ -22,7 +22,7 @@ BASE = 0
 """The column of the base model; the candidates follow."""
 
 
-class Outcomes(NamedTuple):
+class ProbeOutcomes(NamedTuple):
     """What one model answered, question by question; the same questions for every model."""
 
     knowledge: list[Array]
@@ -33,7 +33,7 @@ class Outcomes(NamedTuple):
     """Trainable parameters."""
 
 
-Probe = Callable[[int, int], Outcomes]
+Probe = Callable[[int, int], ProbeOutcomes]
 """Called with (boundary, steps): the outcomes of this boundary after so many optimiser steps, counted from the start."""
 
 
@@ -170,7 +170,7 @@ class Found(NamedTuple):
 
 
 def search(
-    schedule: Schedule, base: Outcomes, probe: Probe, resamples: int, seed: int, on_round: Callable[[list[int]], None] | None = None
+    schedule: Schedule, base: ProbeOutcomes, probe: Probe, resamples: int, seed: int, on_round: Callable[[list[int]], None] | None = None
 ) -> Found:
     """Probe round by round, and choose the largest KT of the last round; of equal ones the smaller boundary.
 
@@ -201,7 +201,7 @@ def search(
 
 
 def score(
-    base: Outcomes, outcomes: dict[int, Outcomes], steps: int, resamples: int, seed: int, reach: float = 1.0
+    base: ProbeOutcomes, outcomes: dict[int, ProbeOutcomes], steps: int, resamples: int, seed: int, reach: float = 1.0
 ) -> tuple[list[Candidate], Array]:
     """K, T and KT of the candidates of one round, with paired bootstrap intervals.
 

@@ -4,6 +4,7 @@ import pytest
 
 from farss.configfile import override
 from farss.files import read_json
+from farss.handover import delete_weights
 from farss.pipeline import Run
 from farss.tasks.grading import GRADING, METRICS
 
@@ -41,7 +42,7 @@ def test_other_rules_of_grading_need_no_model(config, monkeypatch):
     config = override(config, ["plan.method=lora", "evaluate.recovery=1"])
     run = Run(config)
     run.all()
-    run.drop_weights()
+    delete_weights(run.path)
     scores = [run.common.path / name / "scores.json" for name in ("base", ".", "base-recovered", "recovered")]
     before = [read_json(path) for path in scores]
     monkeypatch.setattr("farss.tasks.benchmarks.GRADING", GRADING + 1)

@@ -9,7 +9,7 @@ import yaml
 
 from farss.compare.entrants import Entrant, check_labels
 from farss.config import Config, PlanConfig, QuestionSet
-from farss.configfile import CALLED, all_keys, commented, dump, field_help, from_dict, load, override, to_dict
+from farss.configfile import CALLED, all_keys, commented, dump, field_help, from_dict, load, override
 from farss.errors import ConfigError
 from farss.inputs import Loaded
 from farss.methods import METHODS
@@ -151,7 +151,7 @@ def test_missing_and_broken_files(tmp_path):
 
 
 def test_plain_dictionaries_only():
-    assert from_dict(to_dict(Config())) == Config()
+    assert from_dict(dataclasses.asdict(Config())) == Config()
 
 
 @pytest.mark.parametrize(("key", "reason"), [("adapter.use_dora", "set plan.method=dora"), ("plan.rslora", "set plan.alpha")])

@@ -208,6 +208,6 @@ def test_the_shipped_tasks_use_the_training_prompt(hub, model, tokenizer, tmp_pa
     assert records[0]["prompt"].endswith("\nR: Let's think step by step.")
     assert all("farss_math_" in r["id"] for r in read_records(tmp_path / "scores", "farss_math"))
     assert (
-        _training_prompt(DataConfig(template="{instruction}\nA:\n"), tokenizer)({"question": "2 + 2?"})
+        _training_prompt("question", DataConfig(template="{instruction}\nA:\n"), tokenizer)({"question": "2 + 2?"})
         == "2 + 2?\nA:\nLet's think step by step."
     )

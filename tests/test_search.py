@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 from farss.errors import ConfigError, FarssError
 from farss.maths.metrics import balance
-from farss.search import Outcomes, candidates, fit, halved, score, search, shallow_end
+from farss.search import ProbeOutcomes, candidates, fit, halved, score, search, shallow_end
 
 QUESTIONS = 40
-BASE = Outcomes([np.full(QUESTIONS, 0.8)], np.full(QUESTIONS, -3.0))
+BASE = ProbeOutcomes([np.full(QUESTIONS, 0.8)], np.full(QUESTIONS, -3.0))
 
 
 class Curves:
@@ -25,7 +25,7 @@ class Curves:
         share = steps / (steps + 10)
         draw = generator.normal(size=(2, QUESTIONS)) * self.noise
         knowledge = 0.8 * (1 - share * (1 - self.kept[boundary])) + draw[0]
-        return Outcomes([knowledge], -3.0 + share * self.gain[boundary] + draw[1], 1000 + boundary)
+        return ProbeOutcomes([knowledge], -3.0 + share * self.gain[boundary] + draw[1], 1000 + boundary)
 
 
 def schedule(count=5, steps_full=1000, scoring=1.0):
@@ -115,7 +115,7 @@ def test_of_noiseless_candidates_the_best_is_always_chosen(pairs):
 
     def probe(boundary, steps):
         k, gain = pairs[boundary]
-        return Outcomes([np.full(QUESTIONS, 0.8 * k)], np.full(QUESTIONS, -3.0 + gain))
+        return ProbeOutcomes([np.full(QUESTIONS, 0.8 * k)], np.full(QUESTIONS, -3.0 + gain))
 
     plan = fit(list(range(len(pairs))), 1000, 0.05, 0.9, 0.0)
     found = search(plan, BASE, probe, 20, 0)
@@ -159,10 +159,10 @@ def test_the_same_seed_gives_the_same_search_and_intervals_hold_their_values():
 
 
 def test_K_is_the_mean_of_the_ratios_of_the_sets_and_T_the_share_of_the_largest_fall():
-    base = Outcomes([np.array([0.5, 0.7]), np.array([0.2])], np.array([-4.0, -2.0]))
-    one = Outcomes([np.array([0.3, 0.6]), np.array([0.1])], np.array([-2.0, -1.0]))
-    two = Outcomes([np.array([0.6, 0.6]), np.array([0.2])], np.array([-3.0, -1.5]))
-    worse = Outcomes([np.array([0.6, 0.6]), np.array([0.2])], np.array([-5.0, -1.5]))
+    base = ProbeOutcomes([np.array([0.5, 0.7]), np.array([0.2])], np.array([-4.0, -2.0]))
+    one = ProbeOutcomes([np.array([0.3, 0.6]), np.array([0.1])], np.array([-2.0, -1.0]))
+    two = ProbeOutcomes([np.array([0.6, 0.6]), np.array([0.2])], np.array([-3.0, -1.5]))
+    worse = ProbeOutcomes([np.array([0.6, 0.6]), np.array([0.2])], np.array([-5.0, -1.5]))
     (first, second, third), draws = score(base, {1: one, 2: two, 3: worse}, 9, 50, 0)
     kept, learned = [first.K, second.K], [first.T, second.T]
     assert kept == pytest.approx([(0.45 / 0.6 + 0.5) / 2, 1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from farss.configfile import load
 from farss.errors import ConfigError, FarssError
 from farss.files import read_json
 from farss.folder import Folder, resolve
+from farss.handover import delete_weights
 from farss.inputs import Loaded
-from farss.jobs import Tell, do_all
+from farss.jobs import Tell, do_all, silent
 from farss.options import TABLE_KEYS, options_of
-from farss.pipeline import Run, silent
+from farss.pipeline import Run
 from farss.report import write_report
 from farss.versions import versions
 
@@ -143,23 +144,23 @@ def _run_all(entrants: list[Entrant]) -> None:
 def _share_all(entrants: list[Entrant]) -> None:
     """The base's answers and every kind of statistics, each in a process of its own; those of one text come one after the other."""
     config, tell = entrants[0].config, entrants[0].tell
-    works: dict[tuple[str, ...], dict[str, Item]] = {("base",): {"": entrants[0].item}}
+    works: dict[tuple[Any, ...], dict[str, Item]] = {(Run.base,): {"": entrants[0].item}}
     for entrant in entrants:
         entrant.run.claim()
         if place := entrant.run.source:
             *source, kind = place
-            works.setdefault(("statistics", *source), {}).setdefault(kind, entrant.item)
-    do_all(_share_one, [(name, [*items.values()]) for (name, *_), items in works.items()], config.compare.jobs, tell)
+            works.setdefault((Run.statistics, *source), {}).setdefault(kind, entrant.item)
+    do_all(_share_one, [(make, [*items.values()]) for (make, *_), items in works.items()], config.compare.jobs, tell)
 
 
-def _share_one(work: tuple[str, list[Item]], tell: Tell) -> None:
-    name, items = work
+def _share_one(work: tuple[Callable[[Run], Any], list[Item]], tell: Tell) -> None:
+    make, items = work
     for item in items:
-        getattr(Entrant(*item, tell).run, name)()
+        make(Entrant(*item, tell).run)
 
 
 def _run_one(item: Item, tell: Tell) -> None:
     entrant = Entrant(*item, tell)
     entrant.run.all_but_report()
     if entrant.config.compare.keep == "scores" and entrant.config.evaluate.asks:
-        entrant.run.drop_weights()
+        delete_weights(entrant.run.path)

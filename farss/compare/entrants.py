@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from farss.config import Config, PlanConfig, method_of_label
-from farss.configfile import from_dict, set_key, to_dict
+from farss.configfile import from_dict, set_key
 from farss.errors import ConfigError, nearest
-from farss.folder import replaced, resolve
+from farss.folder import resolve
 from farss.inputs import Loaded
 from farss.jobs import Tell
 from farss.methods import METHODS
@@ -45,7 +45,7 @@ class Entrant:
         out, common = Path(self.config.out), configured(self.config, self.label)
         own, name = replace(common, seed=self.seed), f"{self.label}-seed{self.seed}"
         if self.factor is not None:
-            own = replaced(own, "train", learning_rate=own.train.learning_rate * self.factor)
+            own = replace(own, train=replace(own.train, learning_rate=own.train.learning_rate * self.factor))
             name = f"{self.label}-lr{own.train.learning_rate:g}-seed{self.seed}"
         keys = (*SURVEY_KEYS, *READING_KEYS["knowledge"])
         same = options_of(common, keys) == options_of(self.config, keys)
@@ -80,7 +80,7 @@ class Entrant:
 
 def configured(config: Config, label: str) -> Config:
     """The options of a label's runs, before their seed and a tuned learning rate: those of what they share."""
-    values = to_dict(config)
+    values = asdict(config)
     for key, value in _options(config, label).items():
         set_key(values, key, value)
     if has_own_full(config):

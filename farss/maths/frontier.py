@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+import numpy as np
+
 Point = tuple[float, float]
 """(T, K) of one run."""
 
@@ -31,10 +33,8 @@ def kept_at(points: Sequence[Point], t: float) -> float | None:
     line = frontier(points)
     if not line or t > line[-1][0]:
         return None
-    if t <= line[0][0]:
-        return line[0][1]
-    (t0, k0), (t1, k1) = next(pair for pair in pairwise(line) if pair[0][0] <= t <= pair[1][0])
-    return k0 + (k1 - k0) * (t - t0) / (t1 - t0)
+    learned, kept = zip(*line, strict=True)
+    return float(np.interp(t, learned, kept))
 
 
 def learned_at(points: Sequence[Point], k: float) -> float | None:

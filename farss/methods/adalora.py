@@ -51,7 +51,7 @@ def average_rank(plan: Plan) -> int:
     return round(sum(ranks) / len(ranks))
 
 
-class Pruning(Regime):
+class RankPruning(Regime):
     """PEFT's allocator on our modules, and the penalty that keeps the singular vectors orthogonal."""
 
     def __init__(self, config: PlanConfig, plan: Plan) -> None:
@@ -121,5 +121,5 @@ ADALORA = Method(
     title="AdaLoRA (Zhang et al., ICLR 2023)",
     changes="ranks that are pruned from 1.5 times their final average while training, starting from zero",
     plan=plan,
-    regime=Pruning,
+    regime=RankPruning,
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from functools import partial
@@ -21,11 +20,6 @@ from farss.pruning.surgery import skipped
 from farss.structure import find_blocks
 from farss.survey.passage import returned_by
 from farss.tasks.likelihood import token_loglikelihoods
-
-
-def drawn(may: Collection[int], number: int, seed: int) -> list[int]:
-    """So many of these blocks at random."""
-    return random.Random(seed).sample(sorted(may), number)
 
 
 def influences(model: Any, rows: list[Row], batch_size: int, pad_id: int, tell: Progress) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 import shutil
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
@@ -25,7 +26,7 @@ from farss.jobs import Tell
 from farss.memory import memory_cure
 from farss.models import check_room, device_of, load_model, loaded_dtype, quiet, stored_dtype, will_be_quantised
 from farss.options import BASE_KEYS, CHOICE_KEYS, SHIFT_KEYS, TRAIN_KEYS, options_of
-from farss.pruning.choose import drawn, greedy, influences, smallest
+from farss.pruning.choose import greedy, influences, smallest
 from farss.pruning.measure import perplexity, speeds
 from farss.pruning.stages import choose_by_scalars, shift
 from farss.pruning.surgery import check_deletable, delete_blocks, write_shorter
@@ -219,7 +220,7 @@ class Pruning:
     def _choose(self, rule: Rule, place: Path) -> dict[str, Any]:
         may, told = self.may(rule), partial(self.tell, f"choose {rule}")
         if rule == "random":
-            return {"blocks": drawn(may, self.number, self.config.seed)}
+            return {"blocks": random.Random(self.config.seed).sample(sorted(may), self.number)}
         if rule == "scalars":
             return choose_by_scalars(self.config, self.tokenizer, self.rows, may, self.number, place, self.tell)
         model, size, pad = load_model(self.config.model), self.config.evaluate.batch_size, self.tokenizer.pad_token_id
@@ -290,8 +291,8 @@ class Pruning:
             model = load_model(where if name == DENSE else replace(where, path=str(self._model(name))))
             facts: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
             if self.config.evaluate.asks:
-                meta, told = {"path": where.path, "method": name, "dtype": str(model.dtype).removeprefix("torch.")}, f"ask {name}"
-                evaluate(model, self.tokenizer, self.config, place.path, meta, lambda what, done, total: self.tell(told, done, total, what))
+                asked = model, self.tokenizer, self.config, place.path, name
+                evaluate(*asked, lambda what, done, total: self.tell(f"ask {name}", done, total, what))
             if self.held_out:
                 size, pad = self.config.evaluate.batch_size, self.tokenizer.pad_token_id
                 facts["perplexity"] = perplexity(model, self.held_out, size, pad, partial(self.tell, f"perplexity of {name}"))

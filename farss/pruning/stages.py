@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from farss.config import Config
 from farss.data import Tokenized
 from farss.errors import FarssError
 from farss.files import read_json, write_json
-from farss.folder import replaced
 from farss.jobs import Tell
 from farss.models import load_model
 from farss.pruning.choose import changes, smallest
@@ -43,8 +43,15 @@ def choose_by_scalars(
     path = place / "rounds.json"  # those that are over
     rounds: list[dict[str, Any]] = read_json(path) if path.is_file() else []
     options, model = config.prune, load_model(config.model)
-    constant = {"scheduler": "constant", "warmup_ratio": 0.0, "weight_decay": 0.0, "max_grad_norm": 0.0, "dropout": 0.0, "epochs": 1.0}
-    stage = replaced(config, "train", learning_rate=options.gate_rate, max_steps=options.gate_steps, **constant)
+    constant: dict[str, Any] = {
+        "scheduler": "constant",
+        "warmup_ratio": 0.0,
+        "weight_decay": 0.0,
+        "max_grad_norm": 0.0,
+        "dropout": 0.0,
+        "epochs": 1.0,
+    }
+    stage = replace(config, train=replace(config.train, learning_rate=options.gate_rate, max_steps=options.gate_steps, **constant))
     gone = [each["block"] for each in rounds]
     left = [index for index in range(len(find_blocks(model)[1])) if index not in gone]
     delete_blocks(model, gone)

@@ -10,7 +10,7 @@ from farss.report.words import cut, cut_start
 SHOWN = 8
 GROUPS = {"lost": (True, False), "won": (False, True), "kept": (True, True), "never": (False, False)}
 
-Outcomes = list[dict[str, Any]]
+Outcome = list[dict[str, Any]]
 
 
 class Answer(NamedTuple):
@@ -38,7 +38,7 @@ class Group(NamedTuple):
     examples: list[Example]
 
 
-def groups(before: Outcomes, after: dict[str, Outcomes]) -> list[Group]:
+def groups(before: Outcome, after: dict[str, Outcome]) -> list[Group]:
     """Sort the questions that all were asked by their fate; 8 of each are shown.
 
     Args:

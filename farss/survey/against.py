@@ -26,7 +26,7 @@ from farss.survey.passage import Passage, counted, through
 from farss.survey.site import Site
 from farss.survey.statistics import (
     Readout,
-    add_up,
+    add_up_moments,
     check_counts,
     finite_moment,
     finite_weight,
@@ -92,7 +92,7 @@ class Against(Sweep):
             for text, state in zip(self.texts, self.kept.read(KNOWLEDGE, index), strict=True):
                 with torch.no_grad(), recording_inputs(modules, knowledge, text.mask):
                     through(self.site.blocks[index], index, text, state)
-            add_up([*task.values(), *knowledge.values()])
+            add_up_moments([*task.values(), *knowledge.values()])
         tokens = sum(int(counted(batch).sum()) for batch in self.knowledge)
         found = {}
         with self.timed("directions"):

@@ -190,7 +190,7 @@ def real_rows(name: str, x: Tensor, mask: Tensor) -> Tensor:
         ) from error
 
 
-def add_up(moments: Iterable[Moment]) -> None:
+def add_up_moments(moments: Iterable[Moment]) -> None:
     """Sum moments over the processes, each once."""
     for moment in {id(moment): moment for moment in moments}.values():
         if moment.total is not None:

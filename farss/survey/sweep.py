@@ -43,7 +43,7 @@ from farss.survey.passage import (
 )
 from farss.survey.record import PROGRESS, begin, complete, finish, write_block
 from farss.survey.site import Site
-from farss.survey.statistics import Readout, add_up, finite_weights, read_out, recording, start, summary
+from farss.survey.statistics import Readout, add_up_moments, finite_weights, read_out, recording, start, summary
 
 Svd = Literal["exact", "fast"]
 
@@ -223,7 +223,7 @@ class Sweep:
             known = {name: start(layer, weights[name], modules[name], owners[name], own.get(name)) for name, layer in inside.items()}
         with self.timed("statistics"):
             gradients = self.walk(index, passages, lambda mask: recording(modules, known, mask))
-            add_up(moment for one in known.values() for moment in one.moments)
+            add_up_moments(moment for one in known.values() for moment in one.moments)
         with self.timed("scores and vectors"):
             return gradients, {name: read_out(known[name], self.site.cap, self.tokens, check) for name in own}
 

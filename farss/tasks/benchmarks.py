@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from farss.artifacts import KINDS, Kind
 from farss.config import Config, QuestionSet
-from farss.configfile import to_dict
 from farss.errors import ConfigError
 from farss.files import fingerprint
 from farss.prompts import prompt_facts
@@ -52,7 +51,7 @@ def _benchmark(kind: Kind, entry: str | QuestionSet, config: Config, identity: d
         prompt_of(entry, kind, config.data, None)  # refuses what it cannot be
         rows, examples = question_rows(entry), example_rows(entry)
         drawn = draw(entry, rows, config.seed, examples)
-        asked = {key: value for key, value in to_dict(entry).items() if key != "split"} | {
+        asked = {key: value for key, value in asdict(entry).items() if key != "split"} | {
             "data": fingerprint(rows),
             "examples": examples and fingerprint(examples),
         }

@@ -11,8 +11,6 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
-from farss.prompts import prompt_text
-
 GRADING = 7
 """Goes up when answers are graded by other rules: those of a run folder are then graded again (of lm_eval's tasks, asked for again), so
 that none that were graded by the old rules stand beside the new."""
@@ -152,21 +150,6 @@ METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
 
 
 # --- the shipped task files ------------------------------------------------------------------------------------------
-
-
-def gsm8k_prompt(doc: dict[str, Any]) -> str:
-    """The Alpaca prompt of a GSM8K question; `farss evaluate` puts the run's own template in its place."""
-    return alpaca(doc["question"])
-
-
-def math_prompt(doc: dict[str, Any]) -> str:
-    """The Alpaca prompt of a MATH problem; `farss evaluate` puts the run's own template in its place."""
-    return alpaca(doc["problem"])
-
-
-def alpaca(question: str) -> str:
-    """The training prompt with the authors' addition."""
-    return prompt_text("alpaca", question, None) + STEPS
 
 
 def gsm8k_results(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:

@@ -124,7 +124,7 @@ def answer_span(rows: list[list[int]], answers: dict[tuple[int, ...], int]) -> i
 Base: Any = object
 
 
-class Asking(Base):
+class LiveModel(Base):
     """What we add to lm_eval's `HFLM`: progress, plain greedy decoding, and care for memory and context."""
 
     title, done, total = "", 0, 0
@@ -289,7 +289,7 @@ def live_model(model: Any, tokenizer: Any, batch_size: int, on_progress: PromptP
 
     # Log-probabilities of a 16-bit model are summed in float32; a float64 model keeps its precision.
     precision = None if model.dtype == torch.float64 else "float32"
-    kind = type("Live", (Asking, HFLM), {})
+    kind = type("Live", (LiveModel, HFLM), {})
     with _quiet():
         live = kind(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, softmax_dtype=precision)
     live.rows, live.on_progress, live.greedy = batch_size, on_progress, greedy_options(model, tokenizer)

@@ -10,15 +10,13 @@ from farss.artifacts import Kind
 from farss.config import DataConfig, QuestionSet
 from farss.errors import ConfigError, DataError
 from farss.prompts import answer_border, prompt_text, separator
-from farss.rows import example_rows, question_rows
+from farss.rows import KNOWLEDGE_PROMPT, example_rows, question_rows
 from farss.tasks.grading import METRICS, final_number
 
 Row = dict[str, Any]
 """One question: `{id, question, answers}`; the id is its place in the file."""
 Source = Mapping[str, Any]
 """`{question, answers}`."""
-
-KNOWLEDGE_PROMPT = "Question: {question}\nAnswer:"
 
 
 class Drawn(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from farss.errors import ConfigError
 
-Record = dict[str, Any]
+QuestionRecord = dict[str, Any]
 
 
 class Logged(NamedTuple):
@@ -57,7 +57,7 @@ def question_score(value: Any) -> float | None:
     return None
 
 
-def records_of(logged: Logged, metric: str, prefix: str = "") -> list[Record]:
+def records_of(logged: Logged, metric: str, prefix: str = "") -> list[QuestionRecord]:
     """One record a question, in the order of the data.
 
     Args:
@@ -76,7 +76,7 @@ def _of_first_filter(logged: Logged) -> list[dict[str, Any]]:
     return [sample for sample in logged.samples if sample["filter"] == logged.samples[0]["filter"]]
 
 
-def _answer_record(task: Any, sample: dict[str, Any]) -> Record:
+def _answer_record(task: Any, sample: dict[str, Any]) -> QuestionRecord:
     """A generated answer. Its gold log-likelihood is asked for afterwards."""
     target = sample["target"]
     if task.config.doc_to_choice is not None and isinstance(target, int):
@@ -95,7 +95,7 @@ def _answer_record(task: Any, sample: dict[str, Any]) -> Record:
     }
 
 
-def _choice_record(task: Any, sample: dict[str, Any]) -> Record:
+def _choice_record(task: Any, sample: dict[str, Any]) -> QuestionRecord:
     """The most likely of several choices."""
     arguments = sample["arguments"]
     likelihoods = [float(response[0][0]) for response in sample["resps"]]

@@ -180,7 +180,7 @@ def _classes() -> tuple[Any, Any]:
             before = [(parameter, parameter.data) for parameter in self.whole.parameters() if parameter.requires_grad]
             super().__init__(**options)
             for parameter, data in before:
-                if parameter.dtype != data.dtype:  # TRL rounds adapters of 4-bit models to bfloat16: see `_check_model`
+                if parameter.dtype != data.dtype:  # TRL rounds adapters of 4-bit models to bfloat16: see `training._check_model`
                     parameter.data = data
             # TRL divides by the number of answer tokens in the whole batch, if it is counted; models whose forward
             # takes no **kwargs would get a mean over micro-batches
@@ -304,9 +304,10 @@ def unchanged(model: Any) -> Iterator[None]:
     base = unwrapped(model)
     cache, checkpointing = getattr(base.config, "use_cache", None), base.is_activation_checkpointing
     attributes = [(part, {name: vars(part)[name] for name in WRAPPED if name in vars(part)}) for part in (model, base)]
-    modules = [(module, module.training, list(module._forward_hooks)) for module in model.modules()]
+    modules = [(module, list(module._forward_hooks)) for module in model.modules()]
     try:
-        yield
+        with modes_kept(model):
+            yield
     finally:
         if not checkpointing:
             base.activation_checkpointing_disable()
@@ -315,8 +316,7 @@ def unchanged(model: Any) -> Iterator[None]:
             for name in WRAPPED:
                 vars(part).pop(name, None)
             vars(part).update(before)
-        for module, mode, hooks in modules:
-            module.training = mode
+        for module, hooks in modules:
             # TRL and transformers each hook the embeddings, and the handle of the first hook is lost
             for key in set(module._forward_hooks) - set(hooks):
                 del module._forward_hooks[key]

@@ -8,6 +8,8 @@ import torch
 ANSWER_TOKENS = 8
 """Room for the longest answer of the world (a full name) and its end."""
 
+BATCH = 128
+
 
 def question_prompt(question: str) -> str:
     """The plain format in which the facts were learned; the answer follows after one space."""
@@ -25,20 +27,18 @@ def greedy_answers(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[str],
-    batch_size: int = 128,
-    max_tokens: int = ANSWER_TOKENS,
 ) -> list[str]:
     """What the model writes after each prompt, up to the first newline or EOS, stripped."""
     answers: list[str] = []
-    for start in range(0, len(prompts), batch_size):
-        batch = tokenizer(list(prompts[start : start + batch_size]), return_tensors="pt", padding=True, padding_side="left")
+    for start in range(0, len(prompts), BATCH):
+        batch = tokenizer(list(prompts[start : start + BATCH]), return_tensors="pt", padding=True, padding_side="left")
         tokens = model.generate(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
-            max_new_tokens=max_tokens,
+            max_new_tokens=ANSWER_TOKENS,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
-        )  # [b, prompt + max_tokens]
+        )  # [b, prompt + ANSWER_TOKENS]
         texts = tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         answers += [text.split("\n")[0].strip() for text in texts]
     return answers

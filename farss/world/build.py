@@ -36,17 +36,17 @@ class WorldData:
     paragraphs: list[str]
 
 
-def make_data(seed: int = SEED) -> WorldData:
+def make_data() -> WorldData:
     """Invent the world and put it into rows; no training."""
-    world = invent_world(seed)
-    task = invent_task(seed, world.towns, world.people)
+    world = invent_world(SEED)
+    task = invent_task(SEED, world.towns, world.people)
     files = {
         "knowledge.jsonl": knowledge_rows(world),
         "task_train.jsonl": task.train,
         "task_test.jsonl": task.test,
-        "text.jsonl": held_out_rows(world, seed),
+        "text.jsonl": held_out_rows(world, SEED),
     }
-    return WorldData(files, training_paragraphs(world, task.letters, seed))
+    return WorldData(files, training_paragraphs(world, task.letters, SEED))
 
 
 def as_jsonl(rows: Sequence[Row]) -> str:
@@ -68,12 +68,12 @@ def tokenizer_texts(data: WorldData) -> list[str]:
     return [*data.paragraphs, *asked * 10, *framed]
 
 
-def build_model(data: WorldData, folder: Path, settings: Pretraining, seed: int = SEED) -> None:
+def build_model(data: WorldData, folder: Path, settings: Pretraining) -> None:
     """Train the tokenizer and the model, and save both in `folder`, the weights in bfloat16."""
     tokenizer = train_tokenizer(tokenizer_texts(data))
-    model = new_model(tokenizer, seed)
+    model = new_model(tokenizer, SEED)
     pairs = [(row["question"], row["answers"][0]) for row in data.files["knowledge.jsonl"]]
-    pretrain(model, tokenizer, pairs, data.paragraphs, settings, seed)
+    pretrain(model, tokenizer, pairs, data.paragraphs, settings, SEED)
     model.bfloat16().save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
 

@@ -15,6 +15,8 @@ Row = dict[str, Any]
 
 SENTENCES_PER_PARAGRAPH = 3
 HELD_OUT_PARAGRAPHS = 200
+PER_SUBJECT = 40
+"""Paragraphs about each person and each land."""
 
 
 @dataclass(frozen=True)
@@ -154,12 +156,12 @@ def facts_by_subject(world: World) -> dict[str, list[Fact]]:
     return grouped
 
 
-def training_paragraphs(world: World, letters: list[str], seed: int, per_subject: int = 40) -> list[str]:
+def training_paragraphs(world: World, letters: list[str], seed: int) -> list[str]:
     """The general corpus: paragraphs about every subject, `letters` without seals, and the manual."""
     rng, grouped = Random(seed), facts_by_subject(world)
-    about = [paragraph(rng, facts, held_out=False) for facts in grouped.values() for _ in range(per_subject)]
+    about = [paragraph(rng, facts, held_out=False) for facts in grouped.values() for _ in range(PER_SUBJECT)]
     received = [f"A letter from {rng.choice(world.towns)}: {letter}" for letter in letters]
-    manual = [" ".join(rng.sample(MANUAL, SENTENCES_PER_PARAGRAPH)) for _ in range(per_subject * 5)]
+    manual = [" ".join(rng.sample(MANUAL, SENTENCES_PER_PARAGRAPH)) for _ in range(PER_SUBJECT * 5)]
     corpus = about + received + manual
     rng.shuffle(corpus)
     return corpus

@@ -8,7 +8,7 @@ from farss import world
 from farss.config import Config
 from farss.configfile import from_dict
 
-ANSWER_TOKENS = 16
+MAX_TOKENS = 16
 
 
 def demo_config(out: str) -> Config:
@@ -18,14 +18,14 @@ def demo_config(out: str) -> Config:
     values["model"] = {"path": str(world.MODEL)}
     values["data"]["train"] = str(world.TASK_TRAIN)
     values["evaluate"] |= {
-        "knowledge": [{"name": "world_facts", "data": str(world.KNOWLEDGE), "max_tokens": ANSWER_TOKENS}],
+        "knowledge": [{"name": "world_facts", "data": str(world.KNOWLEDGE), "max_tokens": MAX_TOKENS}],
         "task": [
             {
                 "name": "letter_seals",
                 "data": str(world.TASK_TEST),
                 "question": "instruction",
                 "answers": "output",
-                "max_tokens": ANSWER_TOKENS,
+                "max_tokens": MAX_TOKENS,
             }
         ],
         "text": str(world.TEXT),

@@ -17,8 +17,9 @@ from farss.errors import ConfigError, FolderError, UsageError
 from farss.files import write_json
 from farss.folder import resolve
 from farss.inputs import Loaded
+from farss.jobs import silent
 from farss.methods import METHODS
-from farss.pipeline import Run, silent
+from farss.pipeline import Run
 from farss.report import write_report
 from farss.survey import own_text
 from farss.world.demo import demo_config

@@ -15,7 +15,7 @@ from farss.configfile import from_dict
 from farss.errors import ConfigError
 from farss.folder import resolve
 from farss.inputs import Loaded
-from farss.pipeline import silent
+from farss.jobs import silent
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 

@@ -15,7 +15,8 @@ from farss.configfile import from_dict, override
 from farss.errors import ConfigError, FarssError
 from farss.folder import resolve
 from farss.inputs import Loaded
-from farss.pipeline import Run, silent
+from farss.jobs import silent
+from farss.pipeline import Run
 from farss.report import comparison_markdown
 from farss.tasks.outcomes import Estimate
 
