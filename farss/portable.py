@@ -304,13 +304,27 @@ def step_zero(adapted: Any, batch: dict[str, Tensor]) -> dict[str, float]:
 @contextlib.contextmanager
 def in_float32(model: Any) -> Iterator[None]:
     """The model in `eval()` mode and in float32, a block, the embedding or the head at a time. Everything is put back. Quantised weights
-    stay as they are, and are multiplied dequantised and in float32."""
+    stay as they are, and are multiplied dequantised and in float32; a trainer's autocast, which accelerate hangs on `forward` for good,
+    does not count."""
     base = unwrapped(model)
     parts = [*find_blocks(model)[1], *filter(None, (base.get_input_embeddings(), base.get_output_embeddings()))]
     packed = [module for module in model.modules() if is_linear(module) and is_packed(module)]
     rest = placed(outside(model, parts), None, torch.float32)
     turns = placed_in_turn(parts, None, torch.float32)
-    with evaluating(model), float32_products("highest"), _attention_in_float32(base), rest, turns, _dequantised(packed):
+    plain = evaluating(model), float32_products("highest"), _attention_in_float32(base), _without_autocast(model, base)
+    with contextlib.ExitStack() as stack:
+        for context in (*plain, rest, turns, _dequantised(packed)):
+            stack.enter_context(context)
+        yield
+
+
+@contextlib.contextmanager
+def _without_autocast(*models: Any) -> Iterator[None]:
+    """Models by their own `forward`, where accelerate has put one in its place that computes in 16 bits."""
+    with contextlib.ExitStack() as stack:
+        for model in models:
+            if "_original_forward" in vars(model):
+                stack.enter_context(attribute(model, "forward", model._original_forward))
         yield
 
 

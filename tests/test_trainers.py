@@ -153,6 +153,23 @@ def test_trl_packing_and_chat(tokenizer, rows, tmp_path, kind):
     assert (logits(stock, batch) - logits(model, batch)).abs().max() <= 1e-5 * max(1.0, logits(model, batch).abs().max().item())
 
 
+def test_a_trainer_in_bfloat16_leaves_an_adapter_that_is_kept(tokenizer, rows, tmp_path):
+    """TRL's default where there are units for it: accelerate leaves a `forward` on the model that computes in bfloat16 for good."""
+    from datasets import Dataset
+
+    model = prepared(tokenizer, rows, tmp_path / "survey", method="farss-plus", knowledge=[row["output"] for row in rows])
+    data = Dataset.from_list([{"prompt": row["instruction"], "completion": f" {row['output']}"} for row in rows])
+    options = {"max_steps": 3, "learning_rate": 1e-2, "use_cpu": True, "bf16": True, "report_to": [], "save_strategy": "no"}
+    arguments = SFTConfig(output_dir=str(tmp_path / "run"), gradient_checkpointing=False, disable_tqdm=True, **options)
+    SFTTrainer(model, args=arguments, train_dataset=data, processing_class=tokenizer).train()
+    wrapped = model.forward
+    done = farss.export(model, tmp_path / "adapter")
+    assert done.logit_difference < 1e-3
+    assert model.forward is wrapped, "a trainer's own"
+    batch = tokenizer("Name the seal for this letter: Good day.", return_tensors="pt")
+    assert (logits(model, batch) - logits(PeftModel.from_pretrained(base(tokenizer), str(done.folder)), batch)).abs().max() > 1e-3
+
+
 SCRIPT = textwrap.dedent("""
     import sys
     from pathlib import Path
