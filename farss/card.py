@@ -12,13 +12,16 @@ from farss.models import local_folder
 from farss.prompts import prompt_text
 
 ASK = """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer{imports}
+{imports}
 
 tokenizer = AutoTokenizer.from_pretrained({base})
-model = AutoModelForCausalLM.from_pretrained({base}, dtype="auto", device_map="auto"){adapter}
+model = AutoModelForCausalLM.from_pretrained({base}, dtype="auto", device_map="auto"{bits}){adapter}
 {inputs}
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=200)[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```"""
+
+FOUR_BITS = 'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16")'
+"""As `model.quantization=nf4` loads a base."""
 
 
 def write_card(folder: Path, summary: dict[str, Any] | None = None, command: str = "") -> None:
@@ -43,7 +46,8 @@ def write_card(folder: Path, summary: dict[str, Any] | None = None, command: str
     if facts.get("parameters"):
         ranks = f" in layers of rank {' to '.join(map(str, dict.fromkeys(facts['planned_ranks'])))}" if facts.get("planned_ranks") else ""
         lines.append(f"- trained as: {method}, {facts['parameters']:,} parameters{ranks}, {facts['blocks']} blocks{shallow}")
-    lines += [f"- base's precision: {facts['base_dtype']}"] if facts.get("base_dtype") else []
+    precision = facts.get("quantization") or facts.get("base_dtype")
+    lines += [f"- base's precision: {precision}"] if precision else []
     lines += [f"- made by: `{command}`"] if command else []
     lines.append(f"- licence: that of the base model ({licence or 'see its card'})")
     lines += ["", *_asking(facts, base, folder, adapter)] if facts.get("template") else []
@@ -64,8 +68,12 @@ def _asking(facts: dict[str, Any], base: str, folder: Path, adapter: bool) -> li
     else:
         prompt = prompt_text(template, "Your question here.")
         inputs = f'prompt = {prompt!r}\ninputs = tokenizer(prompt, return_tensors="pt").to(model.device)'
+    four = facts.get("quantization") == "nf4"
+    imports = ["from peft import PeftModel"] if adapter else []
+    imports.append(f"from transformers import AutoModelForCausalLM, AutoTokenizer{', BitsAndBytesConfig' if four else ''}")
     code = ASK.format(
-        imports="\nfrom peft import PeftModel" if adapter else "",
+        imports="\n".join(imports),
+        bits=f", quantization_config={FOUR_BITS}" if four else "",
         base=repr(base if adapter else name),
         adapter=f"\nmodel = PeftModel.from_pretrained(model, {name!r})" if adapter else "",
         inputs=inputs,

@@ -62,6 +62,9 @@ class DataConfig:
     """With the template chat: the system message with which questions are asked in the training's prompt. The examples must have it in
     their messages. null: none; where every example begins
     with one, repeat it here, or write '' to leave it out on purpose."""
+    thinking: bool = False
+    """With the template chat, for models that think: the answers of the examples begin with thoughts (<think> ...), and questions are asked
+    so that the model writes its own. false: after empty thoughts, where the template writes them (Qwen3)."""
     max_length: int = 512
     """Longest example in tokens; the end is cut off, and an example of which no answer is left is not used (you are told)."""
     limit: int | None = None
@@ -78,6 +81,10 @@ class DataConfig:
         _check(
             not self.system or self.template == "chat",
             f"data.system={self.system!r} is a message of a chat, and data.template={self.template!r}: set data.template=chat",
+        )
+        _check(
+            not self.thinking or self.template == "chat",
+            f"data.thinking=true is for chats, and data.template={self.template!r}: set data.template=chat, or data.thinking=false",
         )
 
 

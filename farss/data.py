@@ -13,7 +13,7 @@ from farss import processes
 from farss.batches import Row, batches, choose, labels_of
 from farss.config import DataConfig
 from farss.errors import DataError, RowError
-from farss.prompts import first_turn, instruction_of, stages_of, text_of
+from farss.prompts import answer_border, first_turn, instruction_of, stages_of, text_of
 from farss.rows import cell, find_columns, naming, read_rows
 
 
@@ -29,6 +29,8 @@ class Tokenized:
     """Examples that were cut and still have some of their answer."""
     system: str | None = None
     """The system message with which every one of them begins, empty where none does; None: they differ."""
+    thoughtless: float = 1.0
+    """Share of them whose last answer begins as an answer without thoughts does (`farss.prompts.answer_border`)."""
     instructions: frozenset[int] = frozenset()
     """`same_words` of what they ask."""
 
@@ -92,8 +94,10 @@ def tokenize_rows(rows: Sequence[dict[str, Any]], config: DataConfig, tokenizer:
     chosen = choose(numbered, config.limit or len(rows), seed)
     stages = stages_of(chosen, columns, config, tokenizer)
     whole = tokenize(stages, tokenizer, chat=config.template == "chat")
+    border = answer_border(tokenizer) if config.template == "chat" else ""
     return replace(
         _cut(whole, config.max_length),
+        thoughtless=sum(texts[-1].startswith(border, len(texts[-2])) for texts in stages) / len(stages),
         system=_shared_system([row.get(columns[0]) for _, row in chosen]),
         instructions=frozenset(same_words(text) for number, row in chosen for text in _asked(row, columns, number, config)),
     )

@@ -195,7 +195,7 @@ def _training_prompt(column: str, data: DataConfig, tokenizer: Any) -> Callable[
     steps = STEPS.lstrip() if data.template == "chat" or not separator(data.template) else STEPS
 
     def prompt(doc: dict[str, Any]) -> str:
-        return prompt_text(data.template, doc[column], tokenizer, data.system) + steps
+        return prompt_text(data.template, doc[column], tokenizer, data.system, data.thinking) + steps
 
     return prompt
 

@@ -52,6 +52,13 @@ def _parameters(model: Any) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(unwrapped(model).forward).parameters
 
 
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end a text: the tokenizer's, and all that the model's generation settings name (a chat's turns end with another)."""
+    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    found = [*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id]
+    return sorted({end for end in found if end is not None})
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode for a while, on compact rows."""

@@ -117,6 +117,23 @@ class Inputs:
         self.check_questions()
         if self.config.data.template == "chat" and self.config.evaluate.task:
             self.check_system()
+            self.check_thinking()
+
+    def check_thinking(self) -> None:
+        """Refuse to ask with thoughts what was trained without, or the other way round.
+
+        Raises:
+            ConfigError: with the cure.
+        """
+        data, share = self.config.data, self.examples.thoughtless
+        if data.thinking == (share < 0.5):
+            return
+        if data.thinking:
+            raise ConfigError(f"data.thinking=true, but {share:.0%} of the answers in {data.train} begin without thoughts: set it to false")
+        raise ConfigError(
+            f"{1 - share:.0%} of the answers in {data.train} begin with thoughts, and the model would be asked after empty ones: set "
+            "data.thinking=true, and give max_tokens room for them"
+        )
 
     def check_system(self) -> None:
         """Refuse to ask the task without the system message that every example has, or with another one.

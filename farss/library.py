@@ -44,7 +44,7 @@ class Prepared(NamedTuple):
     batch: dict[str, Tensor]
     """A few real prompts for the check of the exported adapter."""
     tokenizer: Any
-    prompt: dict[str, str]
+    prompt: dict[str, Any]
     """How it is trained to be asked."""
     base: str
     """Fingerprint of the base model."""

@@ -111,7 +111,7 @@ def _glibc() -> Any:
 
 
 @contextmanager
-def memory_cure(count: int, what: str, key: str, of: int = 0) -> Iterator[None]:
+def memory_cure(count: int, what: str, key: str, of: int = 0, besides: str = "") -> Iterator[None]:
     """Say what filled the GPU's memory, and what can be done.
 
     Args:
@@ -119,6 +119,7 @@ def memory_cure(count: int, what: str, key: str, of: int = 0) -> Iterator[None]:
         what: they are.
         key: the option that says how many.
         of: what it has to divide; 0: anything is allowed.
+        besides: what else may help.
 
     Raises:
         FarssError: with both.
@@ -129,5 +130,5 @@ def memory_cure(count: int, what: str, key: str, of: int = 0) -> Iterator[None]:
         fewer = next((each for each in range(count // 2, 0, -1) if of % each == 0), 0)
         cure = f"set {key}={fewer}" if fewer else "lower data.max_length"
         raise FarssError(
-            f"the GPU's memory is full with {count} {what}: {cure}, or fewer compare.jobs where they share it, and run again"
+            f"the GPU's memory is full with {count} {what}: {cure}{besides}, or fewer compare.jobs where they share it, and run again"
         ) from error

@@ -99,6 +99,15 @@ def write_model(
     if (source / GENERATION).is_file():
         shutil.copyfile(source / GENERATION, target / GENERATION)
     tokenizer.save_pretrained(str(target))
+    for file in _copied(source):  # a processor's, and a model's own code
+        if not (target / file.name).exists():
+            shutil.copyfile(file, target / file.name)
+
+
+def _copied(source: Path) -> list[Path]:
+    """The files of a base that go with a model made from it: no list of its weights, nor Mistral's params.json, which belongs to others."""
+    files = [file for file in source.iterdir() if file.suffix in COPIED]
+    return sorted(file for file in files if not file.name.endswith(".index.json") and file.name != "params.json")
 
 
 def is_rounded(model: Any, name: str, tensor: Tensor) -> bool:
@@ -118,9 +127,8 @@ def holds_layers(source: Path, layers: Collection[str]) -> bool:
 
 def _rewrite_files(source: Path, target: Path, change: Change) -> None:
     target.mkdir(parents=True)
-    for file in sorted(source.iterdir()):
-        if file.suffix in COPIED and file.name not in (INDEX, "params.json"):  # Mistral's, which belongs to the file that is left out
-            shutil.copyfile(file, target / file.name)
+    for file in _copied(source):
+        shutil.copyfile(file, target / file.name)
     with ExitStack() as opened:
         files = [opened.enter_context(safe_open(file, framework="pt")) for file in weight_files(source)]
         held = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (it is no dictionary)

@@ -231,6 +231,14 @@ def is_quantised(model: Any) -> bool:
     return getattr(model, "hf_quantizer", None) is not None
 
 
+def quantization_of(model: Any) -> str:
+    """As `model.quantization` names what a model was loaded in: `nf4`, another format's name, or `none`."""
+    found: Any = getattr(model.config, "quantization_config", None) if is_quantised(model) else None
+    if getattr(found, "load_in_4bit", False) and found.bnb_4bit_quant_type == "nf4":
+        return "nf4"
+    return "none" if found is None else str(getattr(found, "quant_method", "unknown"))
+
+
 def will_be_quantised(config: ModelConfig) -> bool:
     """Whether a model's weights will be quantised, by us or in its files. Formats that transformers turns into numbers on some machines
     (MXFP4, 8-bit floats) are known when they are loaded, and not before."""

@@ -11,7 +11,7 @@ from typing import Any
 from farss.config import Config, QuestionSet
 
 DATA_KEYS = tuple(f"data.{name}" for name in ("train", "split", "prompt", "response", "template", "max_length", "limit"))
-"""Of the examples: all of the section but the system message of what is asked."""
+"""Of the examples: all of the section but how questions are asked."""
 _LAYER_KEYS = ("model.path", "model.quantization", "model.targets")
 _TASK_KEYS = (*_LAYER_KEYS, *DATA_KEYS, "calibration.examples", "seed")
 SURVEY_KEYS = (*_TASK_KEYS, "calibration.fisher", "calibration.padding", "calibration.svd")
@@ -61,7 +61,7 @@ LOADED_KEYS = ("model.path", "model.dtype", "model.quantization")
 COMPRESSED_KEYS = ("export.rank", "export.energy")
 EVALUATE_KEYS = (
     *("evaluate.knowledge", "evaluate.task", "evaluate.other", "evaluate.text", "evaluate.text_rows", "evaluate.limit"),
-    *("evaluate.run_generated_code", "seed", "data.template", "data.system"),
+    *("evaluate.run_generated_code", "seed", "data.template", "data.system", "data.thinking"),
 )
 RECOVERY_KEYS = (*EVALUATE_KEYS, "evaluate.recovery", "data.max_length")
 BASE_KEYS = (*LOADED_KEYS, "data.max_length", *EVALUATE_KEYS)

@@ -24,7 +24,7 @@ from farss.errors import FarssError, FolderError
 from farss.files import read_json, read_tensors, whole_folder, write_json, write_tensors
 from farss.forward import attribute, evaluating, unwrapped, without_cache
 from farss.maths.compress import compress
-from farss.models import base_fingerprint, tensors_fingerprint, tokenizer_fingerprint
+from farss.models import base_fingerprint, quantization_of, tensors_fingerprint, tokenizer_fingerprint
 from farss.places import outside, placed, placed_in_turn
 from farss.precision import dtype_name, float32_products
 from farss.structure import PEFT_PREFIX, check_loaded, find_blocks, is_linear, is_packed, weight_of
@@ -110,7 +110,7 @@ def export(
     rank: int | None = None,
     energy: float | None = None,
     tokenizer: Any = None,
-    prompt: dict[str, str] | None = None,
+    prompt: dict[str, Any] | None = None,
     command: str = "",
 ) -> Exported:
     """Write the portable adapter, and check it on the original base before it gets its name.
@@ -148,13 +148,15 @@ def export(
     return exported
 
 
-def origin_of(adapted: Any, base: str, tokenizer: Any, prompt: dict[str, str] | None) -> dict[str, Any]:
+def origin_of(adapted: Any, base: str, tokenizer: Any, prompt: dict[str, Any] | None) -> dict[str, Any]:
     """What an adapter is trained on and for: the base model, its precision, its tokenizer and the prompt."""
+    packed = quantization_of(unwrapped(adapted))
     return {
         **(prompt or {}),
         "base": base,
         "base_fingerprint": base_fingerprint(adapted),
         "base_dtype": dtype_name(adapted.dtype),
+        **({"quantization": packed} if packed != "none" else {}),
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer) if tokenizer else None,
     }
 
@@ -204,8 +206,8 @@ def load_adapter(model: Any, folder: Path | str, tokenizer: Any = None, trainabl
     for what, actual in found.items():
         expected = facts.get(f"{what}_fingerprint")
         if actual and expected and actual != expected:
-            dtype = facts.get("base_dtype")
-            cure = f" (dtype={dtype})" if dtype and what == "base" else ""
+            known = [facts[key] for key in ("base_dtype", "quantization") if facts.get(key)]
+            cure = f" ({', '.join(known)})" if known and what == "base" else ""
             raise FarssError(
                 f"{folder} was made for a {what} with fingerprint {expected}, but this one has {actual}: "
                 f"load {facts.get('base')!r} as it was{cure}"

@@ -55,7 +55,7 @@ def write_prepared(
     tokenizer: Any,
     folder: Path | str,
     source: Path | str,
-    prompt: dict[str, str] | None = None,
+    prompt: dict[str, Any] | None = None,
     trusted: bool = False,
 ) -> Path:
     """Write `base/` (the model without its start), `adapter/` (the start, to be trained) and what leads back.

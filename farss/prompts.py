@@ -25,11 +25,12 @@ DAY = datetime(2024, 7, 26)
 """The date in chat templates that write one (the one that Llama 3.2's falls back to)."""
 
 
-def prompt_text(template: str, instruction: str, tokenizer: Any = None, system: str | None = None) -> str:
+def prompt_text(template: str, instruction: str, tokenizer: Any = None, system: str | None = None, thinking: bool = False) -> str:
     """Put an instruction into a template: alpaca, plain, chat, or a text with `{instruction}` in it.
 
     Args:
         system: message that stands before it in a chat.
+        thinking: an answer begins with thoughts of its own, so nothing of it (`answer_border`) is put behind the prompt.
 
     Raises:
         DataError: `chat`, but the tokenizer has no chat template.
@@ -37,16 +38,20 @@ def prompt_text(template: str, instruction: str, tokenizer: Any = None, system: 
     if template == "chat":
         opening = [{"role": "system", "content": system}] if system else []
         messages = [*opening, {"role": "user", "content": instruction}]
-        return _render(tokenizer, messages, ask=True) + answer_border(tokenizer).rstrip(" ")
+        return _render(tokenizer, messages, ask=True) + ("" if thinking else answer_border(tokenizer).rstrip(" "))
     if template == "plain":
         return instruction
     # not str.format: instructions and templates may hold other braces
     return (ALPACA if template == "alpaca" else template).replace("{instruction}", instruction)
 
 
-def prompt_facts(config: DataConfig) -> dict[str, str]:
-    """How whoever asks the model must ask it: `template` and, where there is one, `system`."""
-    return {"template": config.template, **({"system": config.system} if config.system else {})}
+def prompt_facts(config: DataConfig) -> dict[str, Any]:
+    """How whoever asks the model must ask it: `template`, `system` where there is one, and `thinking` where answers begin with thoughts."""
+    return {
+        "template": config.template,
+        **({"system": config.system} if config.system else {}),
+        **({"thinking": True} if config.thinking else {}),
+    }
 
 
 def separator(template: str) -> str:
@@ -77,10 +82,12 @@ def _render(tokenizer: Any, messages: list[dict[str, Any]], ask: bool = False) -
 
 
 def stages_of(rows: Sequence[tuple[int, dict[str, Any]]], columns: tuple[str, str], config: DataConfig, tokenizer: Any) -> list[list[str]]:
-    """Write each row as texts that grow: prompt, prompt + answer, (that + next prompt, that + next answer, ...)."""
+    """Write each row as texts that grow: prompt, prompt + answer, (that + next prompt, that + next answer, ...). Where a chat template
+    writes earlier messages otherwise when later ones follow (Qwen3 leaves their thoughts out), each answer becomes an example of its own.
+    """
     prompt, response = columns
     if prompt == "messages" and response == prompt:
-        return [_chat_stages(row.get(prompt), number, config, tokenizer) for number, row in rows]
+        return [texts for number, row in rows for texts in _chat_stages(row.get(prompt), number, config, tokenizer)]
     result = []
     for number, row in rows:
         if prompt == response:
@@ -88,7 +95,7 @@ def stages_of(rows: Sequence[tuple[int, dict[str, Any]]], columns: tuple[str, st
             instruction, answer = cell(row, "human", number), cell(row, "assistant", number)
         else:
             instruction, answer = instruction_of(row, prompt, number, config), cell(row, response, number)
-        result.append(_pair_stages(instruction, answer, number, config, tokenizer))
+        result += _pair_stages(instruction, answer, number, config, tokenizer)
     return result
 
 
@@ -105,41 +112,42 @@ def first_turn(turns: Any, column: str, number: int) -> dict[str, Any]:
     return turn
 
 
-def _pair_stages(instruction: str, answer: str, number: int, config: DataConfig, tokenizer: Any) -> list[str]:
+def _pair_stages(instruction: str, answer: str, number: int, config: DataConfig, tokenizer: Any) -> list[list[str]]:
     if config.template == "chat":
         messages = [{"role": "user", "content": instruction}, {"role": "assistant", "content": answer}]
         return _chat_stages(messages, number, config, tokenizer)
     start = prompt_text(config.template, instruction)
-    return [start, f"{start}{separator(config.template)}{answer}"]
+    return [[start, f"{start}{separator(config.template)}{answer}"]]
 
 
-def _chat_stages(messages: Any, number: int, config: DataConfig, tokenizer: Any) -> list[str]:
+def _chat_stages(messages: Any, number: int, config: DataConfig, tokenizer: Any) -> list[list[str]]:
     if config.template != "chat":
         raise DataError(f"column 'messages' holds chats, but data.template={config.template!r}: set data.template=chat")
     if not isinstance(messages, list) or not all(isinstance(item, dict) and isinstance(item.get("role"), str) for item in messages):
         raise RowError(f"row {number}: its messages are no list of {{role, content}}: mend the row")
-    stages = []
+    turns: list[list[str]] = []
     messages = [_with_text(message, number) for message in messages]
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
             if not index:
                 raise RowError(f"row {number} begins with an assistant message, which answers nothing: remove the message")
             try:
-                stages += [_render(tokenizer, messages[:index], ask=True), _render(tokenizer, messages[: index + 1])]
+                turns.append([_render(tokenizer, messages[:index], ask=True), _render(tokenizer, messages[: index + 1])])
             except (TemplateError, ValueError) as error:
                 raise RowError(f"row {number}: the chat template refuses its messages ({error}): mend or remove the row") from error
-    if not stages:
+    if not turns:
         roles = ", ".join(dict.fromkeys(repr(message["role"]) for message in messages)) or "none"
         raise RowError(
             f"row {number} has no message of the 'assistant' (its roles: {roles}): rename the one who answers, or remove the row"
         )
-    for before, after in itertools.pairwise(stages):
-        if not after.startswith(before):
+    for asked, whole in turns:
+        if not whole.startswith(asked):
             raise RowError(
-                f"row {number}: the chat template writes earlier messages differently when later ones follow, so the "
-                "answers cannot be told apart: use data.template=alpaca, or another chat template"
+                f"row {number}: the chat template ends what is asked with {asked[-40:]!r} and writes it otherwise when an answer follows, "
+                "so the answer cannot be told apart: put another chat_template.jinja into the model's folder"
             )
-    return stages
+    stages = [*itertools.chain.from_iterable(turns)]
+    return [stages] if all(after.startswith(before) for before, after in itertools.pairwise(stages)) else turns
 
 
 def _with_text(message: dict[str, Any], number: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trl
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -292,11 +293,55 @@ def test_a_chat_that_the_template_refuses_is_named(tmp_path: Path) -> None:
         data.load_examples(DataConfig(train=path, template="chat"), byte_tokenizer(strict), seed=0)
 
 
-def test_a_chat_template_that_rewrites_history_is_refused(tmp_path: Path) -> None:
-    forgetful = "{{ messages | length }}" + CHAT
+def test_a_chat_template_that_asks_otherwise_than_it_writes_is_refused(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "x.jsonl", [{"question": "q", "answer": "a"}])
-    with pytest.raises(DataError, match="row 1: the chat template writes earlier messages differently"):
-        data.load_examples(DataConfig(train=path, template="chat"), byte_tokenizer(forgetful), seed=0)
+    for forgetful in ("{{ messages | length }}" + CHAT, trl_template("deepseek_r1_distill")):
+        with pytest.raises(DataError, match=r"row 1: the chat template ends what is asked with .* and writes it otherwise"):
+            data.load_examples(DataConfig(train=path, template="chat"), byte_tokenizer(forgetful), seed=0)
+
+
+def trl_template(name: str) -> str:
+    return (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+TURNS = [
+    {"role": "user", "content": "one"},
+    {"role": "assistant", "content": "ONE"},
+    {"role": "user", "content": "two"},
+    {"role": "assistant", "content": "TWO"},
+]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "phi3"])
+def test_where_history_is_written_otherwise_each_answer_is_an_example(name: str) -> None:
+    """Qwen3 writes (empty) thoughts in the last answer alone, Phi-3 the end of the text behind it: each is trained as it is asked for."""
+    tokenizer, config = byte_tokenizer(trl_template(name)), DataConfig(template="chat")
+    found = data.tokenize_rows([{"messages": TURNS}], config, tokenizer, 0)
+    assert len(found.rows) == 2
+    for row, turns in zip(found.rows, (TURNS[:1], TURNS[:3]), strict=True):
+        asked = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        first = row["completion_mask"].index(1)
+        assert tokenizer.decode(row["input_ids"][:first]) == asked
+        assert all(row["completion_mask"][first:])
+    assert "ONE" in tokenizer.decode(found.rows[0]["input_ids"])
+    assert "TWO" in tokenizer.decode(found.rows[1]["input_ids"])
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma3", "qwen2_5"])
+def test_where_it_is_written_alike_a_chat_is_one_example(name: str) -> None:
+    found = data.tokenize_rows([{"messages": TURNS}], DataConfig(template="chat"), byte_tokenizer(trl_template(name)), 0)
+    assert len(found.rows) == 1
+
+
+def test_thoughts_of_answers_are_counted() -> None:
+    tokenizer, config = byte_tokenizer(trl_template("qwen3")), DataConfig(template="chat")
+    rows = [{"question": "q", "answer": "<think>\nhm\n</think>\n\na"}, {"question": "q", "answer": "a"}]
+    assert data.tokenize_rows(rows, config, tokenizer, 0).thoughtless == 0.5
+    assert data.tokenize_rows(rows, DataConfig(), tokenizer, 0).thoughtless == 1
+    asked = [prompt_text("chat", "q", tokenizer, thinking=thinking) for thinking in (True, False)]
+    for text, row in zip(asked, data.tokenize_rows(rows, config, tokenizer, 0).rows, strict=True):
+        assert tokenizer.decode(row["input_ids"]).startswith(text)
+    assert asked[1].endswith("<think>\n\n</think>\n\n")
 
 
 def test_conversations_are_chats_or_one_turn() -> None:

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import trl
 from small_models import save_small
 
 from farss.configfile import override
@@ -49,6 +50,23 @@ def test_a_system_message_that_would_not_be_asked_with_is_refused(config, tmp_pa
         Run(override(changed, ["data.system=another"])).check_inputs()
     for system in ("the system", "''"):
         Run(override(changed, [f"data.system={system}"])).check_inputs()
+
+
+def test_thoughts_are_asked_for_where_they_were_trained(config, tmp_path, model_folder):
+    folder, file = shutil.copytree(model_folder, tmp_path / "chat"), tmp_path / "chats.jsonl"
+    template = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text(encoding="utf-8")
+    options = json.loads((folder / "tokenizer_config.json").read_text()) | {"chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(options))
+    changed = override(config, [f"model.path={folder}", f"data.train={file}", "data.template=chat"])
+    thinks, not_ = '{"prompt": "q", "completion": "<think>hm</think>a"}\n', '{"prompt": "q", "completion": "a"}\n'
+    file.write_text(thinks * 2 + not_)
+    with pytest.raises(ConfigError, match=r"67% of the answers in .* begin with thoughts, .* set data.thinking=true"):
+        Run(changed).check_inputs()
+    Run(override(changed, ["data.thinking=true"])).check_inputs()
+    file.write_text(thinks + not_ * 2)
+    Run(changed).check_inputs()
+    with pytest.raises(ConfigError, match=r"data.thinking=true, but 67% of the answers in .* begin without thoughts"):
+        Run(override(changed, ["data.thinking=true"])).check_inputs()
 
 
 def test_what_would_be_missed_at_the_end_is_told_before_anything_is_done(config, tmp_path, caplog):

@@ -213,11 +213,15 @@ def test_settings_of_generation_that_transformers_would_not_write_stay_as_they_a
     small("llama").float().save_pretrained(tmp_path / "base")
     settings = '{"temperature": 0.6, "top_p": 0.9}\n'
     (tmp_path / "base" / "generation_config.json").write_text(settings)
+    for name in ("preprocessor_config.json", "pytorch_model.bin.index.json"):
+        (tmp_path / "base" / name).write_text("{}")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     kept = model.generation_config
     merge(model, Plan("full", {}, 4), AutoTokenizer.from_pretrained(world.MODEL), tmp_path / "whole", torch.float32, tmp_path / "base")
     assert (tmp_path / "whole" / "generation_config.json").read_text() == settings
     assert model.generation_config is kept
+    assert (tmp_path / "whole" / "preprocessor_config.json").is_file()  # of a model that sees, too
+    assert not (tmp_path / "whole" / "pytorch_model.bin.index.json").exists()
 
 
 def test_the_check_needs_no_more_for_longer_prompts(tmp_path):

@@ -17,7 +17,7 @@ from farss.merging import merge
 from farss.models import base_fingerprint, load_model
 from farss.places import placed, tensors_of
 from farss.plan import make_plan
-from farss.portable import export, in_float32
+from farss.portable import export, in_float32, load_adapter
 from farss.prepared import write_prepared
 from farss.structure import base_weights, holds_packed, keep_gradients, target_layers, weight_of
 from farss.survey import Site, survey
@@ -100,8 +100,13 @@ def test_training_and_export_on_a_4_bit_base(folder, tmp_path):
         optimiser.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    done = export(adapted, plan, tmp_path / "adapter", prompts(), base=str(folder))
+    done = export(adapted, plan, tmp_path / "adapter", prompts(), base=str(folder), prompt={"template": "alpaca"})
     assert done.logit_difference <= 1e-5 * max(1.0, scale)
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert 'quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"' in card
+    assert "base's precision: nf4" in card
+    with pytest.raises(FarssError, match=r"load '.*' as it was \(\w+, nf4\)"):
+        load_adapter(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter")
     stock = PeftModel.from_pretrained(four_bits(folder), str(tmp_path / "adapter")).eval()
     assert (logits(stock).float() - logits(adapted.eval()).float()).abs().max().item() <= 2**-5 * scale
     assert base_fingerprint(adapted) == base_fingerprint(four_bits(folder))

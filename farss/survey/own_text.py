@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from farss.forward import evaluating, seeded
+from farss.forward import end_tokens, evaluating, seeded
 
 LENGTH = 128
 """Tokens of a text at most."""
@@ -17,7 +17,8 @@ BATCH = 32
 def own_text(
     model: Any, tokenizer: Any, count: int, length: int, seed: int, on_progress: Callable[[int, int], None] | None = None
 ) -> list[list[int]]:
-    """Sample texts from the model's own distribution (temperature 1), from nothing but the beginning-of-sequence token.
+    """Sample texts from the model's own distribution (temperature 1), from nothing but the beginning-of-sequence token
+    (the model's own where the tokenizer has none, as Qwen's).
 
     Args:
         count: how many texts.
@@ -27,7 +28,9 @@ def own_text(
     Returns:
         The token ids of each text, with the beginning and without the end and what follows it.
     """
-    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    ends = end_tokens(model, tokenizer)
+    known = getattr(model.generation_config, "bos_token_id", None), model.config.get_text_config().bos_token_id
+    first = next(each for each in (tokenizer.bos_token_id, *known, *ends) if isinstance(each, int))
     found: list[list[int]] = []
     # the model's own distribution, in whatever mode the caller has it, and none of the caller's random numbers
     with evaluating(model), seeded(seed):
@@ -46,15 +49,15 @@ def own_text(
                     repetition_penalty=1.0,
                     no_repeat_ngram_size=0,
                     max_new_tokens=max(1, length - 1),
-                    eos_token_id=tokenizer.eos_token_id,
+                    eos_token_id=ends,
                     pad_token_id=tokenizer.pad_token_id,
                 )
-            found += [_until_the_end(row, tokenizer.eos_token_id) for row in written.tolist()]
+            found += [_until_the_end(row, ends) for row in written.tolist()]
             if on_progress:
                 on_progress(len(found), count)
     return found
 
 
-def _until_the_end(row: list[int], end: int) -> list[int]:
-    stop = row.index(end, 1) if end in row[1:] else len(row)
+def _until_the_end(row: list[int], ends: list[int]) -> list[int]:
+    stop = next((place for place, token in enumerate(row) if place and token in ends), len(row))
     return row[: max(2, stop)]

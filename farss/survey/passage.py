@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from farss.errors import ModelError, NumericalError
 from farss.forward import Stop, accepts, attribute, hooked, leaving, without_cache
@@ -30,7 +31,8 @@ class Passage:
     start: Tensor
     """[b, t, d]: what enters the first block; not on a GPU, of which the states of all batches would fill much."""
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
-    """For each block, its other arguments (position embeddings, masks); blocks share the same tensors."""
+    """For each block, its other arguments (position embeddings, masks); blocks share the same tensors. Not on a GPU either: a padded
+    batch's mask is the square of its length."""
     uniforms: Tensor | None = None
     """[b, t], or [b] for a classifier: uniform draws from which labels are sampled; None: the data's own labels."""
     returned: int = 0
@@ -97,12 +99,14 @@ def enter(model: nn.Module, blocks: nn.ModuleList, batch: Batch, returned: int, 
 
     with torch.no_grad(), blocks_replaced(blocks, note, returned), contextlib.suppress(Stop):
         model(**_arguments(model, batch))
-    return Passage(batch, first[0].cpu(), found, uniforms, returned)
+    held: dict[int, Tensor] = {}
+    calls = tree_map_only(Tensor, lambda tensor: held.setdefault(id(tensor), tensor.cpu()), found)
+    return Passage(batch, first[0].cpu(), calls, uniforms, returned)
 
 
 def through(block: nn.Module, index: int, passage: Passage, hidden: Tensor) -> Tensor:
     """The output [b, t, d] of a block for its input [b, t, d], wherever that lies."""
-    args, kwargs = passage.calls[index]
+    args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(passage.batch["input_ids"].device), passage.calls[index])
     return leaving(block(passage.here(hidden), *args, **kwargs))
 
 

@@ -102,7 +102,10 @@ def carry_out(make: Callable[[Site], Sweep], site: Site, batches: list[Batch], k
 
 def batches_fit(batches: list[Batch]) -> AbstractContextManager[None]:
     """Say what filled the GPU's memory, if something does."""
-    return memory_cure(max((len(batch["input_ids"]) for batch in batches), default=1), "examples at a time", "calibration.batch_size")
+    # float64, several times over: of 14,336 inputs 1.5 GiB each
+    besides = ", leave the layers with most inputs out of model.targets, whose statistics are their square"
+    size = max((len(batch["input_ids"]) for batch in batches), default=1)
+    return memory_cure(size, "examples at a time", "calibration.batch_size", besides=besides)
 
 
 def check_share(batches: list[Batch]) -> None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from farss.batches import Row
 from farss.config import Config, QuestionSet
+from farss.memory import memory_cure
 from farss.tasks.likelihood import FORWARD, LEAST, affordable, question_tokens, text_tokens, token_loglikelihoods, tokens_of
 
 SHARE = 0.05
@@ -44,9 +45,10 @@ class Course:
     def look(self, model: Any) -> Look:
         """The mean log-likelihoods now. The model's modes are restored; no random number is drawn."""
         found: Look = defaultdict(dict)
-        for kind, name, rows in self.sets:
-            values = token_loglikelihoods(model, rows, self.batch_size, self.pad_id)
-            found[kind][name] = round(sum(values) / len(values), 5)
+        with memory_cure(self.batch_size, "answers that are looked at in training (evaluate.looks)", "evaluate.batch_size"):
+            for kind, name, rows in self.sets:
+                values = token_loglikelihoods(model, rows, self.batch_size, self.pad_id)
+                found[kind][name] = round(sum(values) / len(values), 5)
         return dict(found)
 
 

@@ -8,14 +8,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from farss.artifacts import Kind
 from farss.batches import Row, batches, choose, collate
 from farss.config import Config, QuestionSet
 from farss.data import tokenize
 from farss.errors import DataError, NumericalError
-from farss.forward import accepts, evaluating
+from farss.forward import accepts, evaluating, without_cache
 from farss.rows import question_rows, text_rows
 from farss.tasks.questions import Prompt, draw_from_files, prompt_of
 
@@ -61,10 +61,10 @@ def token_loglikelihoods(
 def _means(model: Any, rows: list[Row], pad_id: int) -> list[float]:
     batch = collate(rows, pad_id)
     first = min(row["completion_mask"].index(1) for row in rows)
-    labels = batch["labels"][:, first:].to(model.device)  # [b, k]
-    logits = _last_logits(model, batch, labels.shape[1] + 1)[:, :-1]  # [b, k, v]
+    labels = nn.functional.pad(batch["labels"][:, first:], (0, 1), value=-100).to(model.device)  # [b, k + 1]: what comes next
+    logits = _last_logits(model, batch, labels.shape[1])  # [b, k + 1, v]; to leave the last one out here would copy all
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    losses = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
     return (-losses.view(labels.shape).sum(1) / (labels != -100).sum(1)).tolist()
 
 
@@ -72,7 +72,7 @@ def _last_logits(model: Any, batch: dict[str, Tensor], count: int) -> Tensor:
     """The logits of the last `count` positions, `[b, count, v]`; with a large vocabulary the others cost most of the time."""
     inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
     spared = {"logits_to_keep": count} if accepts(model, "logits_to_keep") else {}
-    logits: Tensor = model(**inputs, use_cache=False, **spared).logits[:, -count:]
+    logits: Tensor = model(**inputs, **without_cache(model), **spared).logits[:, -count:]
     return logits
 
 

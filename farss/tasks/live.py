@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from farss.errors import ConfigError, FarssError, ModelError
-from farss.forward import accepts, attribute, evaluating, without_cache
+from farss.forward import accepts, attribute, end_tokens, evaluating, without_cache
 from farss.memory import give_back_if_scarce
 from farss.models import hushed
 from farss.precision import float32_products
@@ -302,13 +302,10 @@ def greedy_options(model: Any, tokenizer: Any) -> dict[str, Any]:
     Without an end-of-sequence id, text behind the end of a finished answer would be counted as part of it: HFLM
     removes special tokens before it looks for them.
     """
-    settings = getattr(model, "generation_config", None)
-    ends = getattr(settings, "eos_token_id", None)
-    ends = ends if isinstance(ends, list) else [ends]
     return {
         "do_sample": False,
         "num_beams": 1,
         "repetition_penalty": 1.0,
         "no_repeat_ngram_size": 0,
-        "eos_token_id": sorted({end for end in [*ends, tokenizer.eos_token_id] if end is not None}),
+        "eos_token_id": end_tokens(model, tokenizer),
     }

@@ -111,9 +111,10 @@ def prompt_of(entry: QuestionSet, kind: Kind, data: DataConfig, tokenizer: Any) 
         # Between a template and an answer stands what stands there in training, also the end of a chat template's border.
         delimiter = separator(template)
         if template == "chat":
-            border = answer_border(tokenizer) if tokenizer else ""
+            border = answer_border(tokenizer) if tokenizer and not data.thinking else ""
             delimiter = border[len(border.rstrip(" ")) :]
-        return Prompt(lambda question: prompt_text(template, question, tokenizer, data.system), delimiter, [], template == "chat")
+        asked = tokenizer, data.system, data.thinking
+        return Prompt(lambda question: prompt_text(template, question, *asked), delimiter, [], template == "chat")
     if "{question}" not in chosen:
         raise ConfigError(f"question set {entry.name!r}: prompt={chosen!r} has no {{question}} in it: add it, or write train")
     # Reasoning that ends in a number has several lines; any other answer is one line.

@@ -97,7 +97,7 @@ def _arguments(options: TrainConfig, seed: int, checkpoints: Path, device: torch
         max_steps=options.max_steps or -1,
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=options.batch_size // micro,
-        optim="adamw_torch",
+        optim="adamw_torch_fused" if device.type == "cuda" else "adamw_torch",  # the other copies second moments at every step
         lr_scheduler_type=options.scheduler,
         lr_scheduler_kwargs={"num_cycles": cycles} if cycles else None,
         warmup_steps=options.warmup_ratio,  # below 1 it is a share of the steps, rounded up

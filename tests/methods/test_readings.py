@@ -287,6 +287,23 @@ def test_own_text_is_the_models_own_and_the_same_every_time():
     assert all(len(row["input_ids"]) == len(row["completion_mask"]) and not any(row["completion_mask"]) for row in rows)
 
 
+def test_own_text_begins_and_ends_with_the_models_own_tokens():
+    """Qwen's tokenizer has no beginning of a text, and names the end of a chat's turn alone."""
+
+    class Chatty:
+        bos_token_id, eos_token_id, pad_token_id = None, 2, 0
+
+    model = small("llama")
+    model.generation_config.bos_token_id, model.generation_config.eos_token_id = 5, [2, *range(20, 60)]
+    texts = own_text(model, Chatty(), 20, 12, 0)
+    assert {text[0] for text in texts} == {5}
+    assert not [text for text in texts if any(token in model.generation_config.eos_token_id for token in text[2:])]
+    model.generation_config.bos_token_id, model.config.bos_token_id = None, 6
+    assert own_text(model, Chatty(), 1, 4, 0)[0][0] == 6
+    model.config.bos_token_id = None
+    assert own_text(model, Chatty(), 1, 4, 0)[0][0] == 2
+
+
 @pytest.mark.parametrize("method", ["corda-kpm", "farss-plus", "eva", "lora-null"])
 def test_a_layer_whose_inputs_are_all_zero_is_read(method):
     weight, nothing = torch.randn(6, 4, dtype=torch.float64, generator=torch.manual_seed(0)), torch.zeros(4, 4, dtype=torch.float64)

@@ -5,10 +5,12 @@ import torch
 import transformers
 from oracle import read_activations, read_against, survey_of
 from small_models import collated, examples, small
+from torch.utils._pytree import tree_leaves
 
 from farss.errors import ModelError, NumericalError
+from farss.structure import find_blocks
 from farss.survey import Site, survey
-from farss.survey.passage import sampled
+from farss.survey.passage import enter, returned_by, sampled
 
 
 def test_blocks_that_hand_on_more_than_one_state_a_token_are_refused(tmp_path):
@@ -55,6 +57,16 @@ def test_blocks_that_are_gone_through_again_are_refused(tmp_path):
     batch = {"input_ids": torch.arange(3, 13)[None], "attention_mask": torch.ones(1, 10, dtype=torch.long), "labels": torch.tensor([1])}
     with pytest.raises(ModelError, match=r"calls its last block 3 times: this architecture is not supported"):
         survey(Site(model, tmp_path, 4), [batch])
+
+
+def test_what_blocks_are_called_with_is_held_once(llama):
+    """A padded batch's mask is the square of its length, and all blocks are given the same."""
+    blocks = find_blocks(llama)[1]
+    batch = collated(examples(4), 4)[0]
+    passage = enter(llama, blocks, batch, returned_by(llama, blocks, batch))
+    held = [leaf for call in passage.calls for leaf in tree_leaves(call) if isinstance(leaf, torch.Tensor)]
+    assert len(held) > len({id(leaf) for leaf in held}) * (len(blocks) - 1)
+    assert all(leaf.device.type == "cpu" for leaf in held)
 
 
 def test_labels_are_drawn_with_the_models_probabilities():

@@ -9,6 +9,7 @@ import torch
 from small_models import save_small
 
 from farss.configfile import from_dict
+from farss.errors import FarssError
 from farss.models import load_model, load_tokenizer
 from farss.pipeline import Run
 from farss.tasks import course as room
@@ -70,6 +71,18 @@ def test_modes_are_restored(config):
     Course([Watched("task", "one", [{"input_ids": [5, 6], "completion_mask": [0, 1]}])], 1, 1, 0).look(model)
     assert model.training
     assert not model.lm_head.training
+
+
+def test_what_fills_the_memory_is_named(config, monkeypatch):
+    """In a training, whose own cure would be another."""
+
+    def full(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(room, "token_loglikelihoods", full)
+    course = Course([Watched("task", "one", [{"input_ids": [5, 6], "completion_mask": [0, 1]}])], 1, 8, 0)
+    with pytest.raises(FarssError, match=r"8 answers that are looked at in training \(evaluate.looks\): set evaluate.batch_size=4"):
+        course.look(load_model(config.model))
 
 
 def test_files_and_text_are_watched_within_their_share(config):

@@ -19,7 +19,7 @@ from farss.batches import collate
 from farss.errors import ConfigError, FarssError, NumericalError
 from farss.train import TrainResult, train
 from farss.train.checkpoints import WEIGHTS
-from farss.train.trainer import scored_alike, unchanged
+from farss.train.trainer import _arguments, scored_alike, unchanged
 
 # --- the loss --------------------------------------------------------------------------------------------------------
 
@@ -44,6 +44,13 @@ def test_one_full_step_is_adamw_on_the_mean_over_answer_tokens(tmp_path: Path) -
     assert sum(int(mask.sum()) for mask in solid.values()) > 5_000
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter[solid[name]], other.get_parameter(name)[solid[name]], atol=2e-6, rtol=0)
+
+
+def test_on_a_gpu_the_optimiser_copies_no_moments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's AdamW over lists of tensors holds the root of every second moment at once: 4 bytes a weight more."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    arguments = [_arguments(options().train, 0, Path("x"), torch.device(kind), None) for kind in ("cpu", "cuda")]
+    assert [each.optim.value for each in arguments] == ["adamw_torch", "adamw_torch_fused"]
 
 
 def test_micro_batches_do_not_change_the_result(tmp_path: Path) -> None:
