@@ -87,9 +87,10 @@ class Boundary:
         """The choice, for people."""
         if not self.candidates:
             return f"Boundary {self.chosen} is the only candidate."
-        margin = f"{100 * self.margin:.1f} points of KT above the next best ({100 * self.margin_low:.1f} to {100 * self.margin_high:.1f})"
-        doubt = " The probes do not tell the two apart." if self.margin_low <= 0 else ""
-        return f"The search chose boundary {self.chosen}, {margin}, for {self.cost_share:.0%} of a training's steps.{doubt}"
+        between = f"{100 * self.margin_low:.1f} to {100 * self.margin_high:.1f}, with other questions"
+        margin = f"{100 * self.margin:.1f} points of KT above the next best ({between})"
+        told = "do not tell the two apart" if self.margin_low <= 0 else "are of one seed, and another may choose otherwise"
+        return f"The search chose boundary {self.chosen}, {margin}, for {self.cost_share:.0%} of a training's steps. The probes {told}."
 
 
 # --- what is compared, and on what -----------------------------------------------------------------------------------

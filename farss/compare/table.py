@@ -24,8 +24,11 @@ from farss.tasks.standing import Entry, Standing, differences, mean_scores, stan
 from farss.tasks.summary import Summary
 from farss.train import TrainResult
 
-LEVELS = 3
-"""At how many levels of T (and of K) the frontiers are read off."""
+LEVELS = (0.1, 0.5, 0.9)
+"""Where in the range of T (and of K) the frontiers are read off: not at its ends, which are those of a curve, and which half of the
+resamples do not reach."""
+REACHED = 0.95
+"""In how many of the resamples a curve has to come so far."""
 
 
 def write_table(
@@ -55,16 +58,18 @@ def write_table(
     entries = {name: [Entry(one.run.path, fulls[one.seed], one.seed) for one in group] for name, group in groups.items()}
     base = mean_scores(folder / "base", only) if asks else {}
     found = standings(folder / "base", entries, config, only) if base else {}
-    gaps = differences(found) if set(groups) <= set(tried) else []  # one learning rate of a method is no rival of another
+    # one learning rate of a method is no rival of another, and while seeds are missing means over other seeds are none either
+    even = len({frozenset(one.seed for one in group) for group in groups.values()}) == 1
+    gaps = differences(found) if set(groups) <= set(tried) and even else []
     comparison = {
         "rows": rows,
         "base": base,
         "learned_by": config.evaluate.learned_by,
-        "methods": {name: {letter: asdict(x) for letter, x in standing.estimates.items()} for name, standing in found.items()},
+        "methods": {name: _estimates(standing) for name, standing in found.items()},
         "differences": gaps,
         "frontier": _frontier(config, tried, chosen, fulls[seeds(config)[0]], only),
         "missing": missing,
-        "notes": [*notes, *_notes_of_rows(rows), *_how_many(rows), *_how_sure(config, gaps)],
+        "notes": [*notes, *_notes_of_rows(rows), *_how_many(rows), *_how_sure(config, groups, gaps)],
     }
     write_json(folder / "comparison.json", comparison)
     write_text(folder / "comparison.md", comparison_markdown(comparison))
@@ -90,14 +95,25 @@ def _how_many(rows: list[dict[str, Any]]) -> list[str]:
     return [f"Questions asked: {'; '.join(kinds)}."] if kinds else []
 
 
-def _how_sure(config: Config, gaps: list[dict[str, Any]]) -> list[str]:
+def _how_sure(config: Config, groups: dict[str, list[Entrant]], gaps: list[dict[str, Any]]) -> list[str]:
     """What intervals and p-values hold, and what they leave out."""
     if not config.evaluate.asks:
         return []
-    one = "One seed: the intervals say what other questions might have given, and nothing of another training."
-    notes = [one] if len(seeds(config)) == 1 else []
-    many = "p-values hold for all methods at once, in each column by itself; the intervals are those of one difference alone."
-    return [*notes, many] if gaps else notes
+    alone = [name for name, group in groups.items() if len(group) == 1]
+    whose = "" if len(alone) == len(groups) else f" of {', '.join(alone)}"
+    notes = [f"One seed{whose}: the intervals say what other questions might have given, and nothing of another training."] if alone else []
+    many = (
+        "A difference is a result where its p-value, which holds for all methods at once, is below 0.05. The intervals are those of one "
+        "difference alone."
+    )
+    alike = " Both suppose that the seeds scatter all methods alike." if len(seeds(config)) > 1 else ""
+    return [*notes, many + alike] if gaps else notes
+
+
+def _estimates(standing: Standing) -> dict[str, dict[str, float]]:
+    """As the table has them: a benchmark's score beside the metrics, by the name of its column."""
+    named = standing.estimates | {f"benchmarks.{name}": each for name, each in standing.benchmarks.items()}
+    return {name: asdict(each) for name, each in named.items()}
 
 
 def _row(name: str, entrant: Entrant, summary: Summary) -> dict[str, Any]:
@@ -177,12 +193,13 @@ def equals(curves: dict[str, list[Standing]], learned: str, kept: str) -> dict[s
 
 
 def _over_draws(draws: list[list[Point]] | None, way: Callable[[list[Point]], float | None]) -> dict[str, float] | None:
-    """A value that is read off a curve, the first of these, and its interval over the resamples, the others, in which the curve comes so
-    far; None where it does not."""
+    """A value that is read off a curve, the first of these, and its interval over the resamples, the others; None where it does not come so
+    far, or not surely."""
     if draws is None:
         return None
     value, *drawn = map(way, draws)
-    return asdict(Estimate(value, *interval([each for each in drawn if each is not None]))) if value is not None else None
+    known = [each for each in drawn if each is not None]
+    return asdict(Estimate(value, *interval(known))) if value is not None and len(known) >= REACHED * len(drawn) else None
 
 
 def _point(entrant: Entrant, standing: Standing, is_chosen: bool) -> dict[str, Any]:
@@ -191,7 +208,7 @@ def _point(entrant: Entrant, standing: Standing, is_chosen: bool) -> dict[str, A
 
 
 def levels(curves: list[list[float]]) -> list[float]:
-    """Levels of a range that many of the curves span, evenly: that with the largest product of its width and their number; none where no
+    """Levels inside a range that many of the curves span: that with the largest product of its width and their number; none where no
     two overlap. A method that never comes so far, or begins beyond, does not take the others' range away."""
     ranges = [(min(curve), max(curve)) for curve in curves]
     spans = [(low, high) for low, _ in ranges for _, high in ranges if low < high]
@@ -200,8 +217,7 @@ def levels(curves: list[list[float]]) -> list[float]:
     if not shared:
         return []
     low, high = max(shared, key=lambda span: numbers[span] * (span[1] - span[0]))
-    shares = [step / (LEVELS - 1) for step in range(LEVELS)]
-    return [low * (1 - share) + high * share for share in shares]  # at the ends exactly these: a curve ends there
+    return [low * (1 - share) + high * share for share in LEVELS]
 
 
 def notes_of(config: Config, chosen: dict[str, Entrant], measure: str) -> list[str]:

@@ -121,7 +121,7 @@ def _margin(found: dict[str, Any]) -> list[str]:
     if not is_number(found.get("margin")) or sum(not entry.get("dropped") for entry in found["candidates"]) < 2:
         return []
     between = interval(found.get("margin_low"), found.get("margin_high"))
-    detail = f" (95{SPACE}% interval {between})" if between else ""
+    detail = f" (95{SPACE}% interval {between}, with other questions; another seed may choose otherwise)" if between else ""
     doubt = ": too little to tell them apart" if between and found["margin_low"] <= 0 else ""
     return [f"That is {points(found['margin'])} points above the next best{detail}{doubt}."]
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from farss.maths.metrics import balance
 from farss.report.figures import Choice, Figure, Trace, line
-from farss.report.tables import Value, benchmark_names, methods, value
+from farss.report.tables import Value, benchmark_names, methods, standing
 from farss.report.words import is_number, label, percent, significant
 
 GRID = 41
@@ -178,7 +178,7 @@ def benchmarks_figure(table: dict[str, Any]) -> Figure | None:
         return None
     before = {name: Value(base[name]) for name in names if is_number(base.get(name))}
     series = [("before", before)] if before else []
-    series += [(method, {name: value(rows, f"benchmarks.{name}") for name in names}) for method, rows in groups.items()]
+    series += [(method, {name: standing(table, method, f"benchmarks.{name}") for name in names}) for method in groups]
     step = 0.7 / len(series)
     top = 100 * max([entry.highest or entry.mean or 0 for _, values in series for entry in values.values()] + [0.01])
     data = [

@@ -256,7 +256,11 @@ def _frontier_markdown(comparison: dict[str, Any]) -> str:
             rate = f"{point['learning_rate']:g}{' (chosen)' if point['chosen'] else ''}"
             shown = [(points, name) for name in METRICS] + [(signed, name) for name in NATS]
             lines.append(_line([method, rate, *(form((point.get(name) or {}).get("value")) for form, name in shown)]))
-    parts = ["\n".join(lines), _equals_markdown(frontier["scores"], "K", "T", "%", points)]
+    told = (
+        "The frontier, of the first seed, with intervals over the questions. Where a curve begins beyond a level, or never falls to it, "
+        f"its nearest point counts; {NOTHING}: it does not come so far, or not surely."
+    )
+    parts = [told, "\n".join(lines), _equals_markdown(frontier["scores"], "K", "T", "%", points)]
     parts.append(_equals_markdown(frontier["likelihoods"], "knowledge", "task", "nats", signed))
     return "\n\n".join(part for part in parts if part)
 

@@ -35,8 +35,9 @@ class Outcomes:
 
     @property
     def still(self) -> Array:
-        """`scores`, of what the first model answers right."""
-        return self.scores * self.scores[:1]
+        """`scores`, of what the first model answers right: of an answer that is right in part no more than that part."""
+        found: Array = np.minimum(self.scores, self.scores[:1])
+        return found
 
     @property
     def known(self) -> Array:

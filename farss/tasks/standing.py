@@ -5,8 +5,9 @@ questions became than they were before. They say something where a model solves 
 
 One bootstrap for all: every resample draws questions, the same for every model. Where a method has several seeds, the chance of the
 seeds is added: Student's t times the standard error over them. (Two or three seeds drawn with replacement would spread far too little.)
-Two methods with the same seeds are compared in pairs, since what a seed does to both, by its rows and their order, is no difference
-between them.
+Where methods are compared, what a seed does to all of them, by its rows and their order, is no difference between them, and how far
+they scatter beside it is taken from all of them together, as in an analysis of variance of methods by seeds (Tukey's test): of two or
+three seeds of a single pair hardly anything is known. It supposes that they scatter alike.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import combinations
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -59,6 +61,8 @@ class Standing:
     """The resamples of the questions behind them, [resamples], which hold nothing of the chance of the seeds."""
     of_seed: dict[str, dict[int, float]]
     """The value of each seed."""
+    benchmarks: dict[str, Estimate] = field(default_factory=dict)
+    """The score on each of them, with the same chances."""
 
 
 def standings(
@@ -66,7 +70,7 @@ def standings(
     methods: Methods,
     config: Config,
     only: Only | None = None,
-    kinds: Sequence[Kind] = ("knowledge", "task"),
+    kinds: Sequence[Kind] = KINDS,
 ) -> dict[str, Standing]:
     """K, T and KT of every method from the per-question records of its runs.
 
@@ -75,7 +79,7 @@ def standings(
         methods: the runs of each method, one a seed.
         config: its `seed` and `evaluate` (resamples, and what T is made of).
         only: which questions count; None: all.
-        kinds: of questions; K and `kept` come from knowledge, T and `learned` from the task.
+        kinds: of questions; K and `kept` come from knowledge, T and `learned` from the task, nothing but their own scores from others.
 
     Raises:
         FolderError: scores are missing, or runs answered different questions.
@@ -85,25 +89,34 @@ def standings(
     with_full = own | dict.fromkeys(entry.full for entry in everyone if entry.full)
     read = {folder: read_scores(folder) for folder in with_full}
     found: dict[str, dict[str, Array]] = {method: {} for method in methods}
+    scored: dict[str, dict[str, Array]] = {method: {} for method in methods}
     for kind in kinds:
         # knowledge needs no full fine-tuning, which may have been asked the task alone
         folders = [*(own if kind == "knowledge" else with_full)]
         outcomes = _outcomes([read[folder] for folder in folders], kind, only)
         draw = partial(observed_and_resampled, resamples=config.evaluate.resamples, seed=stream_of(config.seed, kind))
         place = {folder: index for index, folder in enumerate(folders)}
+        scores = draw([each.scores for each in outcomes])
+        for method, group in methods.items():
+            places = [place[entry.folder] for entry in group]
+            scored[method] |= {each.score.name: drawn[:, places] for each, drawn in zip(outcomes, scores, strict=True)}
         if kind == "knowledge":
-            metrics = _of_knowledge(outcomes, draw, methods, place)
+            metrics = _of_knowledge(outcomes, scores, draw, methods, place)
+        elif kind == "task":
+            metrics = _of_task(outcomes, scores, draw, methods, place, config.evaluate.learned_by == "likelihood")
         else:
-            metrics = _of_task(outcomes, draw, methods, place, config.evaluate.learned_by == "likelihood")
+            continue
         for method in methods:
             found[method] |= metrics[method]
-    return {method: _standing(method, metrics, [entry.seed for entry in methods[method]]) for method, metrics in found.items()}
+    of_group = {method: [entry.seed for entry in group] for method, group in methods.items()}
+    return {method: _standing(method, found[method], seeds, scored[method]) for method, seeds in of_group.items()}
 
 
-def _of_knowledge(outcomes: list[Outcomes], draw: Draw, methods: Methods, place: dict[Path, int]) -> dict[str, dict[str, Array]]:
+def _of_knowledge(
+    outcomes: list[Outcomes], scores: list[Array], draw: Draw, methods: Methods, place: dict[Path, int]
+) -> dict[str, dict[str, Array]]:
     """K, what is still right, and how much likelier right answers became, of every method `[1 + resamples, seeds]`."""
-    scores, still = draw([each.scores for each in outcomes]), draw([each.still for each in outcomes])
-    found, gains = {}, _gains(outcomes, draw)
+    found, still, gains = {}, draw([each.still for each in outcomes]), _gains(outcomes, draw)
     for method, group in methods.items():
         places = [place[entry.folder] for entry in group]
         shares = {"K": mean_ratios(scores, places, [0]), "retained": mean_ratios(still, places, [0])} if outcomes else {}
@@ -112,10 +125,10 @@ def _of_knowledge(outcomes: list[Outcomes], draw: Draw, methods: Methods, place:
 
 
 def _of_task(
-    outcomes: list[Outcomes], draw: Draw, methods: Methods, place: dict[Path, int], by_likelihood: bool
+    outcomes: list[Outcomes], scores: list[Array], draw: Draw, methods: Methods, place: dict[Path, int], by_likelihood: bool
 ) -> dict[str, dict[str, Array]]:
     """T, and how much likelier right answers became."""
-    scores, gains = draw([each.scores for each in outcomes]), _gains(outcomes, draw)
+    gains = _gains(outcomes, draw)
     marks = scores if not by_likelihood else gains if len(gains) == len(scores) else []  # every benchmark or none
     found = {}
     for method, group in methods.items():
@@ -146,25 +159,40 @@ def _outcomes(runs: list[Any], kind: Kind, only: Only | None) -> list[Outcomes]:
     return [outcomes_of(name, kind, runs, only) for name in names]
 
 
-def _chance(values: Array, resamples: int, *names: str) -> Array:
-    """`[resamples]`: by how much the mean over the seeds, `values`, may be off; nothing is known of a single seed.
+def _chance(error: float, degrees: int, resamples: int, *names: str) -> Array:
+    """`[resamples]`: by how much a value with this standard error, of so many degrees of freedom, may be off; nothing is known of a single
+    seed, which has none.
 
     Args:
-        names: of what they are the values. The order of the draws depends on them, and not on what else stands in the table.
+        names: of what it is the value. The order of the draws depends on them, and not on what else stands in the table.
     """
-    count = len(values)
-    if count == 1:
-        return np.zeros(resamples)
-    generator = np.random.default_rng(zlib.crc32(" ".join(names).encode()))
-    off: Array = generator.permutation(t_quantiles(count - 1, resamples)) * values.std(ddof=1) / math.sqrt(count)
+    off: Array = _generator(*names).permutation(t_quantiles(degrees, resamples)) * error if degrees else np.zeros(resamples)
     return off
 
 
-def _standing(method: str, metrics: dict[str, Array], seeds: Sequence[int]) -> Standing:
+def _generator(*names: str) -> np.random.Generator:
+    return np.random.default_rng(zlib.crc32(" ".join(names).encode()))
+
+
+def _estimate(drawn: Array, value: float, draws: Array, low: float, high: float, *names: str) -> Estimate:
+    """A mean over the seeds with its interval.
+
+    Args:
+        drawn: `[1 + resamples, seeds]`: the value of each seed, and its resamples.
+        value, draws: the mean, and its resamples.
+        low, high: it cannot lie beyond.
+    """
+    of_seed = drawn[0]
+    error = float(of_seed.std(ddof=1)) / math.sqrt(len(of_seed)) if len(of_seed) > 1 else 0.0
+    off = _chance(error, len(of_seed) - 1, len(draws), *names)
+    return Estimate(value, *interval((draws + off).clip(low, high)))
+
+
+def _standing(method: str, metrics: dict[str, Array], seeds: Sequence[int], scored: Mapping[str, Array] = MappingProxyType({})) -> Standing:
     """The means over the seeds.
 
     Args:
-        metrics: for each metric `[1 + resamples, seeds]`: the value of each seed, and its resamples.
+        metrics, scored: `[1 + resamples, seeds]` of each metric, and of each benchmark's score: the value of each seed, and its resamples.
     """
     known = {metric: each for metric, each in metrics.items() if np.isfinite(each[0]).all()}
     values = {metric: float(each[0].mean()) for metric, each in known.items()}
@@ -172,13 +200,17 @@ def _standing(method: str, metrics: dict[str, Array], seeds: Sequence[int]) -> S
     if {"K", "T"} <= set(known):
         values["KT"], draws["KT"] = balance(values["K"], values["T"]), balances(draws["K"], draws["T"])
         known["KT"] = balances(known["K"], known["T"])
-    estimates = {}
-    for metric, drawn in draws.items():
-        spread = drawn + _chance(known[metric][0], len(drawn), metric, method)
-        ends = interval(spread if metric in NATS else spread.clip(0, 1 if metric == "retained" else None))
-        estimates[metric] = Estimate(values[metric], *ends)
+    ends = {"retained": (0.0, 1.0), **dict.fromkeys(NATS, (-math.inf, math.inf))}
+    estimates = {
+        metric: _estimate(known[metric], values[metric], drawn, *ends.get(metric, (0.0, math.inf)), metric, method)
+        for metric, drawn in draws.items()
+    }
     of_seed = {metric: dict(zip(seeds, each[0].tolist(), strict=True)) for metric, each in known.items()}
-    return Standing(estimates, draws, of_seed)
+    benchmarks = {
+        name: _estimate(each, float(each[0].mean()), each[1:].mean(axis=1), 0.0, max(1.0, float(each.max())), name, method)
+        for name, each in scored.items()
+    }
+    return Standing(estimates, draws, of_seed, benchmarks)
 
 
 def mean_scores(folder: Path, only: Only | None = None, kinds: Sequence[Kind] = KINDS) -> dict[str, float]:
@@ -210,9 +242,10 @@ def differences(found: dict[str, Standing], reference: str = "lora") -> list[dic
     for metric in METRICS:
         known = [method for method, standing in rivals.items() if metric in standing.estimates]
         values = {method: rivals[method].estimates[metric].value for method in known}
-        gaps = {pair: _gap(rivals, pair, metric) for pair in combinations(known, 2)}
-        for_best = _p_values(gaps, values)
-        for_reference = _p_values({pair: gap for pair, gap in gaps.items() if reference in pair}, values)
+        draws = {method: rivals[method].draws[metric] for method in known}
+        errors, degrees = _errors({method: rivals[method].of_seed[metric] for method in known})
+        gaps = {pair: _gap(*pair, draws, errors, degrees, metric) for pair in combinations(known, 2)}
+        for_best, for_reference = _p_values(values, draws, errors, degrees, metric, reference)
         for method in known:
             others = [name for name in known if name != method]
             best = max(others, key=values.__getitem__, default=method)
@@ -225,21 +258,47 @@ def differences(found: dict[str, Standing], reference: str = "lora") -> list[dic
     return sorted(rows, key=lambda row: [*rivals].index(row["method"]))
 
 
-def _gap(found: Mapping[str, Standing], pair: tuple[str, str], metric: str) -> Array:
-    """Resamples of the difference of two methods: of the questions, and of the seeds, in pairs where they are the same."""
-    one, other = (found[method] for method in pair)
-    gap = one.draws[metric] - other.draws[metric]
-    first, second = one.of_seed[metric], other.of_seed[metric]
-    if first.keys() == second.keys():
-        return gap + _chance(np.array([first[seed] - second[seed] for seed in first]), len(gap), metric, *pair)
-    for method, each in zip(pair, (first, second), strict=True):
-        gap = gap + _chance(np.array([*each.values()]), len(gap), metric, method)
+def _errors(of_seed: dict[str, dict[int, float]]) -> tuple[dict[str, float], int]:
+    """The standard error of every method's mean over the seeds, from how far the runs of all methods scatter, and its degrees of freedom.
+
+    Args:
+        of_seed: the value of each seed, of every method. Where all have the same seeds, what a seed does to all of them is left out.
+    """
+    groups = [np.array([group[seed] for seed in sorted(group)]) for group in of_seed.values()]
+    rest = [group - group.mean() for group in groups]
+    degrees = sum(len(group) - 1 for group in groups)
+    if len({frozenset(group) for group in of_seed.values()}) == 1:
+        rest = [each - np.mean(rest, axis=0) for each in rest]
+        degrees -= len(groups[0]) - 1
+    scatter = math.sqrt(sum(float((each**2).sum()) for each in rest) / degrees) if degrees else 0.0
+    return {method: scatter / math.sqrt(len(group)) for method, group in of_seed.items()}, degrees
+
+
+def _gap(one: str, other: str, draws: dict[str, Array], errors: dict[str, float], degrees: int, metric: str) -> Array:
+    """Resamples of the difference of two methods: of the questions, and of the seeds."""
+    error = math.hypot(errors[one], errors[other])
+    gap: Array = draws[one] - draws[other] + _chance(error, degrees, len(draws[one]), metric, one, other)
     return gap
 
 
-def _p_values(gaps: dict[tuple[str, str], Array], values: dict[str, float]) -> dict[tuple[str, str], float]:
-    """The p-value of every pair, for all of these at once."""
-    if not gaps:
-        return {}
-    observed = np.array([values[one] - values[other] for one, other in gaps])
-    return dict(zip(gaps, simultaneous_p_values(np.stack([*gaps.values()], axis=1), observed).tolist(), strict=True))
+def _p_values(
+    values: dict[str, float], draws: dict[str, Array], errors: dict[str, float], degrees: int, metric: str, reference: str
+) -> tuple[dict[tuple[str, str], float], dict[tuple[str, str], float]]:
+    """The p-values of every pair, for all pairs at once, and of those with the reference, for these at once.
+
+    Args:
+        errors: the standard error of each mean over the seeds, estimated from all methods together with so many degrees of freedom.
+    """
+    pairs = [*combinations(values, 2)]
+    resamples = len(next(iter(draws.values()), ()))
+    scale = np.sqrt(degrees / _generator(metric).chisquare(degrees, resamples)) if degrees else np.zeros(resamples)
+    off = {method: draws[method] + scale * errors[method] * _generator(metric, method).standard_normal(resamples) for method in values}
+
+    def at_once(some: list[tuple[str, str]]) -> dict[tuple[str, str], float]:
+        if not some:
+            return {}
+        gaps = np.stack([off[one] - off[other] for one, other in some], axis=1)
+        observed = np.array([values[one] - values[other] for one, other in some])
+        return dict(zip(some, simultaneous_p_values(gaps, observed).tolist(), strict=True))
+
+    return at_once(pairs), at_once([pair for pair in pairs if reference in pair])

@@ -6,15 +6,19 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from farss.artifacts import KINDS, Kind, Scores
 from farss.config import Config
 from farss.errors import FolderError
 from farss.files import write_json
 from farss.maths.metrics import Array, bootstrap, interval, paired_difference
 from farss.tasks.outcomes import Estimate, Outcomes, outcomes_of, read_scores
-from farss.tasks.standing import Entry, standings, stream_of
+from farss.tasks.standing import Entry, Standing, standings, stream_of
 
 BEFORE, AFTER, FULL = 0, 1, 2
+LEFT_OUT = 0.01
+"""Share of the resamples that an interval may leave out unsaid."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +110,9 @@ def summarise(before: Path, after: Path, full: Path | None, config: Config, only
     who = _named(reference[0][0].meta.get("method", "full")) if reference else _named("full")
     no_k = _why_no("K", asked["knowledge"], BEFORE, "the base model", "ask easier questions, or more, or show it examples (fewshot)")
     no_t = _why_no_t(asked["task"], bool(reference), who, config)
-    found = standings(before, {"run": [Entry(after, None if no_t else full)]}, config, only)["run"].estimates
-    notes += [*no_k, *no_t, *(_about_t(reference[0][0], config) if "T" in found else [])]
+    stands = standings(before, {"run": [Entry(after, None if no_t else full)]}, config, only)["run"]
+    found = stands.estimates
+    notes += [*no_k, *no_t, *(_about_t(reference[0][0], config) if "T" in found else []), *_few(stands)]
     resamples, seed = config.evaluate.resamples, config.seed
     # each kind anew, as in `standings`, so that a benchmark's interval does not depend on what else is asked
     draws = [
@@ -193,6 +198,17 @@ def _why_no_t(tasks: list[Outcomes], has_full: bool, who: str, config: Config) -
     if silent := [each.score.name for each in tasks if not each.gains.size or each.gains[FULL].mean() <= 0]:
         return [f"T is not computed: {who} made the right answers of {silent[0]!r} no likelier, or they have no likelihood."]
     return []
+
+
+def _few(stands: Standing) -> list[str]:
+    """Whose interval leaves resamples out, because nothing that it is relative to was right in them."""
+    missing = {metric: 1 - np.isfinite(stands.draws[metric]).mean() for metric in ("K", "T") if metric in stands.draws}
+    return [
+        f"The interval of {metric} leaves {share:.0%} of the resamples out, in which what it is relative to answers nothing right: ask "
+        "more questions."
+        for metric, share in missing.items()
+        if share > LEFT_OUT
+    ]
 
 
 def _about_t(full: Scores, config: Config) -> list[str]:

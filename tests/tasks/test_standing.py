@@ -8,6 +8,7 @@ import pytest
 from farss.artifacts import Scores, TaskScore
 from farss.config import Config, EvaluateConfig
 from farss.maths.metrics import balance, bootstrap
+from farss.tasks.outcomes import Outcomes
 from farss.tasks.standing import Entry, _standing, differences, mean_scores, standings
 from farss.tasks.summary import summarise
 
@@ -148,6 +149,55 @@ def test_of_many_equal_methods_none_is_ahead():
                 alike = {name: _standing(name, {"kept": drawn[:, place, None]}, [0]) for place, name in enumerate(names)}
             found += any(row["p_value"] < 0.05 for row in differences(alike, reference="method0"))
         assert found / tries <= 0.15, seeds  # two families: against the reference, and all pairs
+
+
+def test_of_many_methods_a_clear_lead_is_found():
+    """Two or three seeds of one pair alone could not show it: the scatter is that of all methods."""
+    generator = np.random.default_rng(0)
+    names, tries = [f"method{place}" for place in range(8)], 60
+    found = 0
+    for _ in range(tries):
+        values = {name: generator.normal(size=3) + 6 * (name == "method3") for name in names}
+        rows = {(row["method"], row["against"]): row for row in differences(by_seed(values), reference="method0")}
+        found += all(row["p_value"] < 0.05 for (method, _), row in rows.items() if method == "method3")
+    assert found / tries >= 0.8
+
+
+def test_the_chance_of_a_difference_is_that_of_an_analysis_of_variance():
+    """Methods by seeds: the residual mean square, with its degrees of freedom."""
+    values = {"one": np.array([0.1, 0.5, 0.3]), "two": np.array([0.2, 0.7, 0.3]), "three": np.array([0.9, 1.1, 1.3])}
+    table = np.stack([*values.values()])
+    rest = table - table.mean(axis=1, keepdims=True) - table.mean(axis=0) + table.mean()
+    half = 2.776 * np.sqrt((rest**2).sum() / 4) * np.sqrt(2 / 3)  # Student's t of four degrees
+    for row in differences(by_seed(values), reference="one"):
+        assert row["high"] - row["low"] == pytest.approx(2 * half, rel=0.02)
+    shifted = {name: each + np.array([7.0, 0.0, -3.0]) for name, each in values.items()}  # by what a seed does to all
+    for row, other in zip(*(differences(by_seed(each), reference="one") for each in (values, shifted)), strict=True):
+        assert row["p_value"] == pytest.approx(other["p_value"], abs=0.01)
+
+
+def test_a_single_seed_has_the_scatter_of_the_others():
+    """Of another method with more, where there is one: its own mean is no surer for having one run."""
+    found = by_seed({"one": np.array([0.0, 1.0, 2.0]), "other": np.array([1.5])})
+    row = differences(found)[0]
+    assert row["high"] - row["low"] == pytest.approx(2 * 4.303 * np.sqrt(1 / 3 + 1), rel=0.03)
+
+
+def test_what_is_right_in_part_is_still_right_in_part():
+    halves = Outcomes(None, "knowledge", np.array([[0.4, 1.0, 0.0], [0.5, 0.5, 1.0]]), np.empty((2, 3)))
+    assert halves.still.tolist() == [[0.4, 1.0, 0.0], [0.4, 0.5, 0.0]]
+
+
+def test_benchmarks_have_the_chance_of_questions_and_seeds(runs):
+    base, _, groups = runs
+    found = standings(base, groups, drawing(400))
+    for name, group in groups.items():
+        assert set(found[name].benchmarks) == set(QUESTIONS)
+        for task, estimate in found[name].benchmarks.items():
+            alone = [standings(base, {name: [entry]}, drawing(400))[name].benchmarks[task] for entry in group]
+            assert estimate.value == pytest.approx(np.mean([mean(entry.folder, task, "score") for entry in group]))
+            spread = abs(alone[0].value - alone[1].value) / 2
+            assert estimate.high - estimate.low >= 0.9 * min(2, spread + np.mean([each.high - each.low for each in alone]) / np.sqrt(2))
 
 
 def test_no_interval_depends_on_what_stands_beside_it(runs):
