@@ -13,6 +13,7 @@ import farss
 from farss import boundary as room
 from farss import world
 from farss.artifacts import Plan
+from farss.batches import choose
 from farss.boundary import Boundary, hold_out, knowledge_rows, prepare, probe_config
 from farss.configfile import from_dict, override
 from farss.data import Tokenized
@@ -135,6 +136,7 @@ def test_killed_it_goes_on_and_makes_the_same_choice(searched, config, moments, 
 
     def counted(model, tokenizer, rows, options, folder, **more):
         trained.append((folder.name, more["stop_at"]))
+        assert more["cycles"] == 2, "the rate has fallen at the end of every round"
         return original(model, tokenizer, rows, options, folder, **more)
 
     def until(moment):
@@ -262,6 +264,14 @@ def test_no_probe_trains_on_what_it_is_scored_on(config):
     assert not [row for row in setting.task if row in setting.train.rows]
     assert hold_out(run.inputs.examples.rows, 100, 1e9, 0)[0] != hold_out(run.inputs.examples.rows, 100, 1e9, 1)[0]
     assert len(hold_out(run.inputs.examples.rows, 100, 1e9, 0)[0]) == 64 // 5
+
+
+def test_what_is_held_out_is_not_what_the_statistics_look_at():
+    """Drawn with one seed they would be the same examples."""
+    rows = examples(count=200)
+    held, _ = hold_out(rows, 10**9, 1e9, 0)
+    looked = choose(rows, len(held), 0)
+    assert sum(row in looked for row in held) < 0.6 * len(held)
 
 
 def test_questions_are_put_as_the_evaluation_puts_them_and_only_the_answer_counts(config):

@@ -16,6 +16,7 @@ from runs import counted, killed, settings
 from safetensors.torch import load_file
 
 from farss import inputs, world
+from farss.adapter import TRAINED
 from farss.artifacts import Plan, Survey
 from farss.compare import compare
 from farss.configfile import from_dict, load, override
@@ -422,6 +423,12 @@ def test_a_copy_without_its_versions_is_no_reason_to_work_elsewhere(config):
     assert read_config(copy / "config.yaml").out == str(copy)
     with pytest.raises(FolderError, match="is not empty and is no run folder"):
         Run(read_config(copy / "config.yaml")).claim()
+
+
+def test_the_dropout_of_the_training_is_that_of_the_adapter(config):
+    run = Run(override(config, ["train.dropout=0.125"]))
+    run.claim()
+    assert run._adapted(run.plan()).peft_config[TRAINED].lora_dropout == 0.125
 
 
 def test_a_damaged_survey_is_one_sentence(config):

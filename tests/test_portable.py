@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from farss import portable as portable_module
 from farss import world
-from farss.adapter import START, TRAINED, adapter_change, attach
+from farss.adapter import START, TRAINED, adapter_change, attach, changed_weight
 from farss.artifacts import LayerPlan, Plan
 from farss.batches import collate
 from farss.config import PlanConfig
@@ -287,6 +287,35 @@ def test_no_more_than_a_shard_is_held_at_a_time(tmp_path, monkeypatch):
     assert all(sum(tensor.nbytes for tensor in load_file(file).values()) <= limit for file in files)
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
     assert all(torch.equal(found[name], tensor + 1) for name, tensor in weights.items())
+
+
+def test_a_share_of_the_energy_is_kept_and_the_rest_is_told(tmp_path):
+    adapted, plan = trained("llama", tmp_path)
+    whole = export(adapted, plan, tmp_path / "whole", prompts())
+    part = export(adapted, plan, tmp_path / "part", prompts(), energy=0.9)
+    assert whole.lost < 1e-6 < part.lost <= 0.1**0.5
+    assert part.rank <= whole.rank
+    ranks = [
+        sum(
+            int((tensor.norm(dim=1) > 0).sum())
+            for name, tensor in load_file(done.folder / "adapter_model.safetensors").items()
+            if "lora_A" in name
+        )
+        for done in (whole, part)
+    ]
+    assert ranks[1] < ranks[0]
+
+
+def test_merging_adds_before_it_rounds(tmp_path):
+    """A change of less than the rounding of a bfloat16 weight is not rounded before it is added."""
+    adapted, plan = trained("llama", tmp_path)
+    name = next(iter(plan.layers))
+    layer = adapted.get_submodule(f"base_model.model.{name}").base_layer
+    layer.weight.data = layer.weight.data.bfloat16()
+    left, right = adapter_change(adapted, name)
+    expected = layer.weight.float() + (left @ right).float()
+    assert torch.equal(changed_weight(adapted, name, layer.weight), expected)
+    assert not torch.equal(expected.bfloat16(), layer.weight + (left @ right).bfloat16())
 
 
 @pytest.mark.parametrize("options", [{"rank": 0}, {"rank": -1}, {"energy": 90}, {"energy": 0}])

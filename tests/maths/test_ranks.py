@@ -64,6 +64,16 @@ def test_tiny_importances_keep_their_order():
     assert paper_ranks([1e-14, 2e-14, 4e-14], 7, 1, [64] * 3) == [12, 6, 3]
 
 
+def test_the_proportion_holds_over_many_decades():
+    """What guards against zero is no part of it."""
+    assert paper_ranks([1e-4, 1.0], 5001, 1, [10**6] * 2) == [10001, 1]
+
+
+def test_no_rank_exceeds_what_a_layer_has_even_where_the_smallest_does():
+    for ranks in (paper_ranks, exact_ranks):
+        assert ranks([1.0, 2.0], 50, 50, [50, 16]) == [50, 16]
+
+
 def test_zero_importance_is_an_error_not_a_guess():
     with pytest.raises(ValueError, match="not all zero"):
         paper_ranks([0.0, 0.0], 4, 1, [8, 8])

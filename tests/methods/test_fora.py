@@ -186,6 +186,16 @@ def test_step_zero_is_the_base_bit_for_bit(kind, tmp_path):
         torch.testing.assert_close(b.T @ b, torch.eye(4), rtol=0, atol=1e-6)
 
 
+def test_a_starts_with_variance_one_over_r_and_b_has_rates_of_its_own(tmp_path):
+    """The authors' settings: 1e-3 for B beside 2e-4, and betas of 0.9 and 0.99."""
+    adapted, plan, _ = attached(small("llama").float(), tmp_path)
+    entries = torch.cat([module.lora_A[TRAINED].weight.detach().flatten() for module in lora_layers(adapted, plan).values()])
+    assert len(entries) > 2_000
+    assert entries.std().item() == pytest.approx(4**-0.5, rel=0.05)
+    assert pytest.approx(1e-3) == 2e-4 * RATE
+    assert BETAS == (0.9, 0.99)
+
+
 def test_b_stays_orthonormal_and_the_change_has_the_singular_values_of_a(tmp_path):
     adapted, plan, regime = trainable(tmp_path / "reading")
     start = weights(adapted)

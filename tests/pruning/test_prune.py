@@ -25,6 +25,8 @@ from farss.pruning import RECIPES, prune
 from farss.pruning.choose import greedy
 from farss.pruning.measure import perplexity
 from farss.pruning.prune import Pruning
+from farss.pruning.stages import choose_by_scalars
+from farss.structure import find_blocks
 
 
 def silent(*_):
@@ -160,6 +162,33 @@ def test_blocks_that_do_nothing_are_the_ones_that_go(useless, pruning, method):
     found = AutoModelForCausalLM.from_pretrained(folder / method / "model")
     for place, index in enumerate((0, 2, 3, 5)):
         assert torch.equal(found.model.layers[place].mlp.up_proj.weight, base.model.layers[index].mlp.up_proj.weight)
+
+
+def test_each_round_learns_the_scalars_of_the_blocks_that_are_left(useless, pruning, tmp_path, monkeypatch):
+    work = Pruning(resolve(override(pruning, [f"model.path={useless}", "prune.gate=branch"])), silent)
+    base = AutoModelForCausalLM.from_pretrained(useless)
+    known = {float(block.mlp.up_proj.weight.double().sum()): index for index, block in enumerate(base.model.layers)}
+    seen = []
+
+    def learn(model, *_, regime, **__):
+        seen.append([known[float(block.mlp.up_proj.weight.double().sum())] for block in find_blocks(model)[1]])
+        (tmp_path / "place" / str(len(seen) - 1)).mkdir(parents=True)
+        regime.values[1].data.fill_(0.5)  # of the second of those that are left
+
+    monkeypatch.setattr("farss.pruning.stages.train", learn)
+    found = choose_by_scalars(work.config, work.tokenizer, work.rows, range(6), 3, tmp_path / "place", silent)
+    assert found["blocks"] == [1, 2, 3]
+    assert seen == [[0, 1, 2, 3, 4, 5], [0, 2, 3, 4, 5], [0, 3, 4, 5]]
+
+
+def test_random_blocks_are_drawn_with_the_seed(useless, pruning):
+    options = [f"model.path={useless}", "prune.keep_first=0", "prune.keep_last=0", "prune.ratio=0.5"]
+    drawn = [
+        Pruning(resolve(override(pruning, [*options, f"seed={seed}", f"out={pruning.out}-{place}"])), silent).chosen("random")
+        for place, seed in enumerate((0, 0, 1, 2))
+    ]
+    assert drawn[0] == drawn[1]
+    assert len({tuple(sorted(each)) for each in drawn}) > 1
 
 
 def test_sleb_chooses_by_the_windows_of_the_text(pruning, tmp_path):

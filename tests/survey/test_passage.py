@@ -5,12 +5,14 @@ import torch
 import transformers
 from oracle import read_activations, read_against, survey_of
 from small_models import collated, examples, small
+from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from farss.errors import ModelError, NumericalError
 from farss.structure import find_blocks
 from farss.survey import Site, survey
-from farss.survey.passage import enter, returned_by, sampled
+from farss.survey.gradients import gradients
+from farss.survey.passage import enter, returned_by, sampled, uniform_draws
 
 
 def test_blocks_that_hand_on_more_than_one_state_a_token_are_refused(tmp_path):
@@ -67,6 +69,32 @@ def test_what_blocks_are_called_with_is_held_once(llama):
     held = [leaf for call in passage.calls for leaf in tree_leaves(call) if isinstance(leaf, torch.Tensor)]
     assert len(held) > len({id(leaf) for leaf in held}) * (len(blocks) - 1)
     assert all(leaf.device.type == "cpu" for leaf in held)
+
+
+def test_nothing_is_dropped_out_while_it_is_looked_at(tmp_path):
+    """GPT-2 has a dropout of its own, and a model may come in training."""
+    for look in (survey, gradients):
+        quiet, training = (
+            look(Site(small("gpt2").train(mode), tmp_path / f"{look.__name__}-{mode}", 4), collated(examples())) for mode in (False, True)
+        )
+        for name, layer in quiet.layers.items():
+            assert training.layers[name].importance == layer.importance
+
+
+def test_sampled_labels_are_the_models_own(llama, tmp_path, monkeypatch):
+    asked, original = [], nn.functional.cross_entropy
+
+    def noted(logits, targets, **options):
+        asked.append((logits.detach(), targets))
+        return original(logits, targets, **options)
+
+    monkeypatch.setattr(nn.functional, "cross_entropy", noted)
+    batches = collated(examples(), 1)
+    survey(Site(llama, tmp_path, 4), batches, fisher="sampled", seed=3)
+    assert len(asked) == len(batches)
+    for place, (batch, (logits, targets)) in enumerate(zip(batches, asked, strict=True)):
+        wanted = batch["labels"][:, 1:] != -100
+        assert torch.equal(targets, sampled(logits, uniform_draws(batch, 3, place)[:, : wanted.shape[1]][wanted]))
 
 
 def test_labels_are_drawn_with_the_models_probabilities():

@@ -38,7 +38,8 @@ def test_summary(three, tmp_path):
     assert summary.T.value == 1.0
     assert summary.T.low == summary.T.high == 1.0  # paired: the same answers give the same ratio in every resample
     assert summary.KT.value == pytest.approx(2 * 0.75 / 1.75)
-    assert summary.forgetting != 0
+    after, before = (Scores.load(folder / name / "scores.json").text_loss for name in ("after", "base"))
+    assert summary.forgetting == pytest.approx(after - before) != 0
     assert mixed.change.value == pytest.approx(-2 / 12)
     assert mixed.gold_change.value == pytest.approx(mixed.gold_after - mixed.gold_before)
     assert (steps.full, steps.full_low, mixed.full) == (1.0, 1.0, 8 / 12)

@@ -27,10 +27,12 @@ from farss.train.trainer import _arguments, scored_alike, unchanged
 def test_one_full_step_is_adamw_on_the_mean_over_answer_tokens(tmp_path: Path) -> None:
     """The whole step from first principles: token mean, right padding, clipping, AdamW."""
     model, data = whole_model(), examples(4)
-    train(model, tokenizer(), data, options(max_steps=1, micro_batch_size=2, warmup_ratio=0.0), tmp_path)
+    train(model, tokenizer(), data, options(max_steps=1, micro_batch_size=2, warmup_ratio=0.0, weight_decay=0.1), tmp_path)
 
     other = whole_model().train()
-    optimizer = torch.optim.AdamW(other.parameters(), lr=1e-2, weight_decay=0.0)
+    norms = [parameter for name, parameter in other.named_parameters() if "norm" in name]  # which do not decay
+    rest = [parameter for name, parameter in other.named_parameters() if "norm" not in name]
+    optimizer = torch.optim.AdamW([{"params": rest, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}], lr=1e-2)
     losses = []
     for row in data.rows:  # one by one, without padding
         logits = other(torch.tensor([row["input_ids"]])).logits[0, :-1]
