@@ -21,6 +21,7 @@ from farss.models import device_of
 from farss.options import BASE_KEYS, COMPRESSED_KEYS, EVALUATE_KEYS, EXPORT_KEYS, LOADED_KEYS, RECOVERY_KEYS, options_of
 from farss.recovery import knowledge_alone, recover, recovery_rows
 from farss.tasks.benchmarks import grading
+from farss.tasks.outcomes import Only
 from farss.tasks.summary import Summary, summarise
 from farss.train import products
 
@@ -135,7 +136,7 @@ class Answers:
 
     # --- what they say ----------------------------------------------------------------------------------------------
 
-    def summarise(self, full_scores: str | Path | None, only: Callable[[str], bool] | None = None) -> Summary:
+    def summarise(self, full_scores: str | Path | None, only: Only | None = None) -> Summary:
         """K, T and KT from the stored scores, of all questions or those whose id `only` takes."""
         full, config = Path(full_scores) if full_scores else None, self.inputs.common_config
         found = summarise(self.common.path / BASE, self.folder.path, full, config, only)

@@ -262,7 +262,7 @@ class Scores:
     text_loss: float | None = None
     """Mean loss (nats per token) on the general text."""
     meta: dict[str, Any] = field(default_factory=dict)
-    """Model and adapter fingerprints, seed, versions."""
+    """What they depend on: the weights and where they lie, the method, the precision, the seed, the versions."""
 
     def save(self, path: Path) -> None:
         """Write `scores.json`."""

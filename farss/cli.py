@@ -1,4 +1,4 @@
-"""The command line: words to calls. The only place that prints."""
+"""The command line: words to calls."""
 
 from __future__ import annotations
 

@@ -389,9 +389,23 @@ class ExportConfig:
         _check(self.rank is None or self.rank >= 1, f"export.rank={self.rank}: give 1 or more, or null to keep all")
 
 
+REFERENCE = "full"
+"""The method that T is relative to, full fine-tuning: no rival of the others."""
+
+
 def method_of_label(label: str) -> str:
     """The method that a label of a comparison names: `farss@wide` is a variant of farss."""
     return label.partition("@")[0]
+
+
+def label_of_row(row: str) -> str:
+    """The label in the name of a table's row, which has a learning rate behind it before one is chosen."""
+    return row.partition(" ")[0]
+
+
+def is_reference(label: str) -> bool:
+    """Whether a label is that of full fine-tuning, or of a variant of it."""
+    return method_of_label(label) == REFERENCE
 
 
 @dataclass(frozen=True)

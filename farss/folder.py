@@ -130,7 +130,7 @@ class Folder:
         if record is None or (found := difference(record["options"], options)) is None:
             return
         key, before, now = found
-        if cure is None and tuple(key.split(".")) in PATHS:
+        if cure is None and key in PATHS:
             cure = "choose another out or, if it is the same that lies elsewhere now, put a link to it in its old place"
         elif cure is None:
             cure = "choose another out" if record["done"] else "choose another out, or delete that folder"
@@ -173,7 +173,7 @@ def resolve(config: Config) -> Config:
         whole = str(Path(expanded).absolute())
         return whole if Path(expanded).exists() or looks_local(expanded) or whole in known else expanded
 
-    for section, name in PATHS:
+    for section, name in (key.split(".") for key in PATHS):
         values[section][name] = _resolve(f"{section}.{name}", values[section][name])
     for kind in KINDS:
         entries = values["evaluate"][kind]
@@ -182,7 +182,7 @@ def resolve(config: Config) -> Config:
         ]
     for label, options in values["compare"]["settings"].items():
         for key, value in options.items() if isinstance(options, dict) else ():
-            if str(key).partition(".")[::2] in PATHS:
+            if key in PATHS:
                 options[key] = _resolve(f"compare.settings.{label}.{key}", value)
     return from_dict(values)
 
@@ -238,9 +238,9 @@ def _paths_in(folder: Path) -> set[str]:
         values = dataclasses.asdict(load(folder / CONFIG))
     except FarssError:
         return set()
-    named = [values[section][name] for section, name in PATHS]
+    named = [values[section][name] for section, name in (key.split(".") for key in PATHS)]
     for options in values["compare"]["settings"].values():
-        named += [value for key, value in options.items() if str(key).partition(".")[::2] in PATHS]
+        named += [value for key, value in options.items() if key in PATHS]
     return {path for value in (*named, *(values["evaluate"][kind] for kind in KINDS)) for path in files_of(value)}
 
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from farss.artifacts import Layer
-from farss.config import Config, DataConfig, EvaluateConfig, ModelConfig, QuestionSet, method_of_label
+from farss.config import REFERENCE, Config, DataConfig, EvaluateConfig, ModelConfig, QuestionSet, method_of_label
 from farss.data import Tokenized, check_length, load_examples, same_words
 from farss.errors import ConfigError
 from farss.models import empty_model, layer_shapes, load_tokenizer
@@ -85,7 +85,7 @@ class Inputs:
         if config.plan.boundary is not None and not (method_of(config.plan).boundary or config.compare.methods):
             found.append(f"plan.boundary={config.plan.boundary} has no effect: {config.plan.method} treats all blocks alike.")
         methods = {config.plan.method, *map(method_of_label, config.compare.methods)}
-        if config.evaluate.task and not config.evaluate.full_scores and "full" not in methods:
+        if config.evaluate.task and not config.evaluate.full_scores and REFERENCE not in methods:
             found.append(
                 "T and KT will be missing: they are relative to full fine-tuning, or to another run in its place. Name its scores in "
                 "evaluate.full_scores, or compare with full."

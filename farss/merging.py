@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
-from safetensors import safe_open
 from torch import Tensor
 
 from farss.adapter import changed_weight
 from farss.artifacts import Plan
 from farss.errors import FarssError
-from farss.files import whole_folder, write_json, write_tensors
+from farss.files import opened_tensors, whole_folder, write_json, write_tensors
 from farss.forward import attribute
 from farss.models import INDEX, PLAIN, local_folder, weight_files
 from farss.portable import in_float32, logits
@@ -31,6 +30,7 @@ Change = Callable[[str, Tensor], Tensor]
 COPIED = (".json", ".model", ".txt", ".jinja", ".py", ".tiktoken")
 """Files of a base model that go with one made from it."""
 GENERATION = "generation_config.json"
+DAMAGED = "copy or download the model again"
 SHARD = 4 * 2**30
 """Bytes of weights in one file, which are held in memory together while it is written."""
 
@@ -120,7 +120,7 @@ def holds_layers(source: Path, layers: Collection[str]) -> bool:
     """Whether the files of a folder hold the weight of every layer under the name it has in the model, as plain numbers."""
     held: dict[str, str] = {}
     for file in weight_files(source):
-        with safe_open(file, framework="pt") as tensors:
+        with opened_tensors(file, cure=DAMAGED) as tensors:
             held |= {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118 (it is no dictionary)
     return all(held.get(f"{name}.weight") in PLAIN for name in layers)
 
@@ -130,7 +130,7 @@ def _rewrite_files(source: Path, target: Path, change: Change) -> None:
     for file in _copied(source):
         shutil.copyfile(file, target / file.name)
     with ExitStack() as opened:
-        files = [opened.enter_context(safe_open(file, framework="pt")) for file in weight_files(source)]
+        files = [opened.enter_context(opened_tensors(file, cure=DAMAGED)) for file in weight_files(source)]
         held = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
         split = split_state_dict_into_shards_factory(
             {name: file.get_slice(name) for name, file in held.items()},

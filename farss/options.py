@@ -24,10 +24,7 @@ READING_KEYS = {
     "survey": SURVEY_KEYS,
 }
 """By what a `Reading` looks at."""
-PATHS = (
-    *(("model", "path"), ("data", "train"), ("calibration", "knowledge"), ("evaluate", "text"), ("evaluate", "full_scores")),
-    ("prune", "text"),
-)
+PATHS = ("model.path", "data.train", "calibration.knowledge", "evaluate.text", "evaluate.full_scores", "prune.text")
 """Options that may be files."""
 FILES = ("data.train", "calibration.knowledge", "evaluate.knowledge", "evaluate.task", "evaluate.other", "evaluate.text", "prune.text")
 """Options whose files a result depends on."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +33,7 @@ from farss.report import write_report
 from farss.structure import check_unshared, left_out
 from farss.surveys import Surveys, check_fingerprint
 from farss.tasks.course import Course, prepare_course
+from farss.tasks.outcomes import Only
 from farss.tasks.reference import check_not_own
 from farss.tasks.summary import Summary
 from farss.train import TrainResult, check_options, restore, train, training_steps, with_products
@@ -367,7 +367,7 @@ class Run:
         if self.answers.recovered(self._read_back) or not self.shared:
             self.summarise(self.config.evaluate.full_scores)
 
-    def summarise(self, full_scores: str | Path | None, only: Callable[[str], bool] | None = None) -> Summary:
+    def summarise(self, full_scores: str | Path | None, only: Only | None = None) -> Summary:
         """`summary.json`, and the card with it.
 
         Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from farss.artifacts import Layer, Plan, Survey
-from farss.config import PlanConfig
+from farss.config import REFERENCE, PlanConfig
 from farss.errors import ConfigError, nearest
 from farss.methods import METHODS, SURVEY, Method
 from farss.methods.base import Context
@@ -58,11 +58,10 @@ def check_plan(config: PlanConfig, layers: dict[str, Layer], blocks: int, svd: s
         ConfigError: the boundary or the rank is outside what the model allows, or see `check_exact`.
     """
     method = method_of(config)
-    if method.name != "full":
-        check_rank(config, layers)
     if method.boundary:
         choose_boundary(config, blocks)
-    if method.name != "full":
+    if method.name != REFERENCE:
+        check_rank(config, layers)
         survey_cap(config, layers, blocks)  # a rank to be matched may have no layers
     if svd == "fast":
         check_exact(config, blocks)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from farss.config import Config, PlanConfig, method_of_label
+from farss.config import Config, PlanConfig, is_reference, method_of_label
 from farss.configfile import from_dict, set_key
 from farss.errors import ConfigError, nearest
 from farss.folder import resolve
@@ -101,7 +101,7 @@ def _options(config: Config, label: str) -> dict[str, Any]:
 
 def has_own_full(config: Config) -> bool:
     """Whether full fine-tuning takes part: T is relative to it, whatever `evaluate.full_scores` names."""
-    return any(method_of_label(label) == "full" for label in config.compare.methods)
+    return any(is_reference(label) for label in config.compare.methods)
 
 
 def plans_of(config: Config) -> list[PlanConfig]:

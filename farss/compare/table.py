@@ -14,12 +14,12 @@ from farss.artifacts import Plan
 from farss.boundary import Boundary
 from farss.compare.entrants import Entrant, seeds, settings_of
 from farss.compare.tuning import full_folder, right_answers, the_rest
-from farss.config import Config, method_of_label
+from farss.config import Config, is_reference, label_of_row
 from farss.files import write_json, write_text
 from farss.maths.frontier import Point, area, kept_at, learned_at
 from farss.maths.metrics import interval
 from farss.report import comparison_csv, comparison_markdown
-from farss.tasks.outcomes import Estimate
+from farss.tasks.outcomes import Estimate, Only
 from farss.tasks.standing import Entry, Standing, differences, mean_scores, standings
 from farss.tasks.summary import Summary
 from farss.train import TrainResult
@@ -81,8 +81,8 @@ def _notes_of_rows(rows: list[dict[str, Any]]) -> list[str]:
     found: dict[str, list[str]] = {}
     for row in rows:
         for note in row["notes"]:
-            found.setdefault(note, []).append(row["method"].partition(" ")[0])
-    everyone = {row["method"].partition(" ")[0] for row in rows}
+            found.setdefault(note, []).append(label_of_row(row["method"]))
+    everyone = {label_of_row(row["method"]) for row in rows}
     return [note if set(of) == everyone else f"{', '.join(dict.fromkeys(of))}: {note}" for note, of in found.items()]
 
 
@@ -152,7 +152,7 @@ def _nats(summary: Summary, kind: str) -> float | None:
 
 
 def _frontier(
-    config: Config, tried: dict[str, list[Entrant]], chosen: dict[str, Entrant], full: Path | None, only: Callable[[str], bool] | None
+    config: Config, tried: dict[str, list[Entrant]], chosen: dict[str, Entrant], full: Path | None, only: Only | None
 ) -> dict[str, Any] | None:
     """Every method at every learning rate: its curve of K against T, and what it says where methods are equal."""
     if not config.compare.tune:
@@ -180,7 +180,7 @@ def equals(curves: dict[str, list[Standing]], learned: str, kept: str) -> dict[s
         for label, curve in curves.items()
     }
     points = {label: np.array(own).transpose(2, 0, 1) for label, own in pairs.items() if own}  # [1 + resamples, runs, 2]
-    rivals = [own[0] for label, own in points.items() if method_of_label(label) != "full"] or [own[0] for own in points.values()]
+    rivals = [own[0] for label, own in points.items() if not is_reference(label)] or [own[0] for own in points.values()]
     at, of = (levels([own[:, axis].tolist() for own in rivals]) for axis in (0, 1))
     ways: dict[str, list[Callable[[list[Point]], float | None]]] = {
         "kept at learned": [partial(kept_at, t=t) for t in at],

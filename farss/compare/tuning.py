@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from farss.artifacts import Kind, held_out
 from farss.compare.entrants import Entrant, has_own_full
-from farss.config import Config, QuestionSet
+from farss.config import Config, QuestionSet, is_reference
 from farss.errors import ConfigError, FarssError
 from farss.maths.metrics import balance
-from farss.tasks.outcomes import Estimate, outcomes_of, read_scores
+from farss.tasks.outcomes import Estimate, Only, outcomes_of, read_scores
 from farss.tasks.questions import draw_from_files
 from farss.tasks.standing import Entry, standings, task_score
 
@@ -42,7 +42,7 @@ def check_tuning(config: Config) -> None:
                 )
 
 
-def the_rest(config: Config) -> Callable[[str], bool] | None:
+def the_rest(config: Config) -> Only | None:
     """Whether a question counts in the table; None: all do."""
     if not config.compare.tune:
         return None
@@ -75,7 +75,7 @@ def choose(config: Config, tried: dict[str, list[Entrant]]) -> tuple[dict[str, E
 
 def best_full(config: Config, tried: dict[str, list[Entrant]]) -> dict[str, Entrant]:
     """Of each label that is full fine-tuning, the entrant that learned most of the task by the held-out questions."""
-    groups = {label: _by_rate(group) for label, group in tried.items() if group and group[0].method == "full"}
+    groups = {label: _by_rate(group) for label, group in tried.items() if group and is_reference(label)}
     folders = {one.run.path.name: one.run.path for group in groups.values() for one in group}
     known = _held_out_estimates(config, folders, None, ("task",))
     learned = {name: each["learned"].value for name, each in known.items() if "learned" in each}
@@ -136,6 +136,6 @@ def right_answers(config: Config) -> int:
 
 def full_folder(config: Config, entrants: list[Entrant]) -> Path | None:
     """The reference of T: the full fine-tuning run among these, or the file that the configuration of a comparison without one names."""
-    run = next((entrant.run.path for entrant in entrants if entrant.method == "full"), None)
+    run = next((entrant.run.path for entrant in entrants if is_reference(entrant.label)), None)
     named = None if has_own_full(config) else config.evaluate.full_scores
     return run or (Path(named) if named else None)

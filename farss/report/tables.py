@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-import re
 import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from farss.config import is_reference, label_of_row
 from farss.report.words import (
     NOTHING,
     compact,
@@ -24,8 +24,6 @@ from farss.report.words import (
 )
 
 METRICS = ("KT", "K", "T")
-REFERENCE = "full"
-"""What T is measured against: no rival of the others, so neither ranked nor marked. Nor are its variants and its learning rates."""
 NATS = {"kept": "Knowledge (nats)", "learned": "Task (nats)"}
 
 
@@ -107,18 +105,13 @@ def methods(comparison: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def rivals(comparison: dict[str, Any]) -> list[str]:
-    """The methods that are compared with each other."""
-    return [method for method in methods(comparison) if _plain(method) != REFERENCE]
+    """The methods that are compared with each other: what T is measured against is neither ranked nor marked."""
+    return [method for method in methods(comparison) if not is_reference(label_of_row(method))]
 
 
 def labels(comparison: dict[str, Any]) -> list[str]:
     """The methods and variants, whatever the learning rate: before one is chosen, each has a row of its own."""
-    return list(dict.fromkeys(method.partition(" ")[0] for method in methods(comparison)))
-
-
-def _plain(method: str) -> str:
-    """The method's name, without its variant and its learning rate."""
-    return re.split("[@ ]", method)[0]
+    return list(dict.fromkeys(label_of_row(method) for method in methods(comparison)))
 
 
 def value(rows: list[dict[str, Any]], key: str) -> Value:

@@ -9,12 +9,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from safetensors import safe_open
 from torch import Tensor
 
 from farss import processes
 from farss.errors import FarssError
-from farss.files import write_tensors
+from farss.files import opened_tensors, write_tensors
 
 INPUT = "input"
 """What enters a block, [b, t, d] a batch."""
@@ -42,7 +41,7 @@ class Kept:
 
     def read(self, kind: str, block: int) -> list[Tensor]:
         """Read one tensor a batch; they stay on disk until they are used."""
-        with safe_open(self.path(kind, block), framework="pt") as file:
+        with opened_tensors(self.path(kind, block), cure=f"delete {self.folder} to look at the model anew") as file:
             return [file.get_tensor(str(place)) for place in range(len(file.keys()))]
 
     def drop(self, kind: str, block: int) -> None:

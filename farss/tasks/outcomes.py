@@ -12,6 +12,9 @@ from farss.artifacts import Kind, Scores, TaskScore, read_records
 from farss.errors import FolderError
 from farss.maths.metrics import Array
 
+Only = Callable[[str], bool]
+"""Whether a question, by its id, counts."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -63,7 +66,7 @@ def read_scores(folder: Path) -> tuple[Scores, Path]:
     return Scores.load(path), path.parent / "scores"
 
 
-def outcomes_of(name: str, kind: Kind, runs: Sequence[tuple[Scores, Path]], only: Callable[[str], bool] | None = None) -> Outcomes:
+def outcomes_of(name: str, kind: Kind, runs: Sequence[tuple[Scores, Path]], only: Only | None = None) -> Outcomes:
     """Line up one benchmark's records of several runs.
 
     Args:

@@ -25,14 +25,12 @@ from typing import Any
 import numpy as np
 
 from farss.artifacts import KINDS, Kind
-from farss.config import Config, method_of_label
+from farss.config import Config, is_reference
 from farss.maths.metrics import Array, balance, balances, interval, mean_ratios, observed_and_resampled, simultaneous_p_values, t_quantiles
-from farss.tasks.outcomes import Estimate, Outcomes, outcomes_of, read_scores
+from farss.tasks.outcomes import Estimate, Only, Outcomes, outcomes_of, read_scores
 
 NATS = ("kept", "learned")
 METRICS = ("K", "T", "KT", "retained", *NATS)
-Only = Callable[[str], bool]
-"""Whether a question, by its id, counts."""
 Draw = Callable[[list[Array]], list[Array]]
 """`[models, questions]` of each benchmark -> `[1 + resamples, models]`, the same draws for all that it is called with."""
 
@@ -238,7 +236,7 @@ def differences(found: dict[str, Standing], reference: str = "lora") -> list[dic
         `{method, against, metric, value, low, high, p_value}` each; full fine-tuning, the reference of T, is no rival.
     """
     rows = []
-    rivals = {method: standing for method, standing in found.items() if method_of_label(method) != "full"}
+    rivals = {method: standing for method, standing in found.items() if not is_reference(method)}
     for metric in METRICS:
         known = [method for method, standing in rivals.items() if metric in standing.estimates]
         values = {method: rivals[method].estimates[metric].value for method in known}

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from farss.artifacts import KINDS, Kind, Scores
-from farss.config import Config
+from farss.config import REFERENCE, Config
 from farss.errors import FolderError
 from farss.files import write_json
 from farss.maths.metrics import Array, bootstrap, interval, paired_difference
-from farss.tasks.outcomes import Estimate, Outcomes, outcomes_of, read_scores
+from farss.tasks.outcomes import Estimate, Only, Outcomes, outcomes_of, read_scores
 from farss.tasks.standing import Entry, Standing, standings, stream_of
 
 BEFORE, AFTER, FULL = 0, 1, 2
@@ -87,7 +86,7 @@ class Summary:
 # --- summarising -----------------------------------------------------------------------------------------------------
 
 
-def summarise(before: Path, after: Path, full: Path | None, config: Config, only: Callable[[str], bool] | None = None) -> Summary:
+def summarise(before: Path, after: Path, full: Path | None, config: Config, only: Only | None = None) -> Summary:
     """Compare two evaluations question by question, with full fine-tuning as the reference of T.
 
     Args:
@@ -107,7 +106,7 @@ def summarise(before: Path, after: Path, full: Path | None, config: Config, only
     ]
     notes = _unpaired(runs[0][0], runs[1][0]) + _unlike(runs[0][0], runs[1][0], reference[0][0] if reference else None)
     asked = {kind: [each for each in outcomes if each.kind == kind] for kind in KINDS}
-    who = _named(reference[0][0].meta.get("method", "full")) if reference else _named("full")
+    who = _named(reference[0][0].meta.get("method", REFERENCE)) if reference else _named(REFERENCE)
     no_k = _why_no("K", asked["knowledge"], BEFORE, "the base model", "ask easier questions, or more, or show it examples (fewshot)")
     no_t = _why_no_t(asked["task"], bool(reference), who, config)
     stands = standings(before, {"run": [Entry(after, None if no_t else full)]}, config, only)["run"]
@@ -133,12 +132,10 @@ def summarise(before: Path, after: Path, full: Path | None, config: Config, only
 
 def _named(method: str) -> str:
     """The reference of T in words."""
-    return "full fine-tuning" if method == "full" else f"the run of {method}"
+    return "full fine-tuning" if method == REFERENCE else f"the run of {method}"
 
 
-def _beside(
-    name: str, kind: Kind, runs: list[tuple[Scores, Path]], reference: list[tuple[Scores, Path]], only: Callable[[str], bool] | None
-) -> Outcomes:
+def _beside(name: str, kind: Kind, runs: list[tuple[Scores, Path]], reference: list[tuple[Scores, Path]], only: Only | None) -> Outcomes:
     """One benchmark's outcomes, full fine-tuning's beside them. T needs it; of knowledge it may have been asked other questions."""
     try:
         return outcomes_of(name, kind, [*runs, *reference], only)
@@ -184,7 +181,7 @@ def _why_no(letter: str, outcomes: list[Outcomes], reference: int, who: str, cur
 def _why_no_t(tasks: list[Outcomes], has_full: bool, who: str, config: Config) -> list[str]:
     if not tasks:
         return []
-    if not has_full and config.plan.method == "full":
+    if not has_full and config.plan.method == REFERENCE:
         return ["T is not computed: this run is what it is relative to. Other runs name its scores.json in evaluate.full_scores."]
     if not has_full:
         return [
@@ -218,7 +215,7 @@ def _about_t(full: Scores, config: Config) -> list[str]:
         notes.append(
             "T says how much likelier right answers became, relative to its reference (evaluate.learned_by), and not how many are given."
         )
-    if (method := full.meta.get("method", "full")) != "full":
+    if (method := full.meta.get("method", REFERENCE)) != REFERENCE:
         notes.append(f"T is relative to the run of {method} that evaluate.full_scores names, and not to full fine-tuning.")
     return notes
 
