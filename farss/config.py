@@ -455,9 +455,9 @@ class PruneConfig:
     """Windows of it that are used, drawn with the seed, and as many of `evaluate.text`, by which perplexity is measured."""
     length: int = 2048
     """Tokens of a window."""
-    gate: Literal["output", "branch"] = "output"
-    """Stage 1 learns a scalar S on each block. output: what leaves it is S times what would; branch: x + S (f(x) - x), so that S = 0 is a
-    block that is not there."""
+    gate: Literal["branch", "output"] = "branch"
+    """Stage 1 learns a scalar S on each block. branch: what leaves it is x + S (f(x) - x), so that S = 0 is a block that is not there;
+    output: S times what would, as TRSP's abstract has it, which a model that computes with norms hardly feels."""
     keep_first: int | None = None
     """Never delete this many of the first blocks; null: for TRSP with gate output 3 of 32, else none."""
     keep_last: int | None = None

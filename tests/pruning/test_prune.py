@@ -126,11 +126,11 @@ def test_only_scalars_on_whole_outputs_are_not_asked_about_the_ends(config):
         work.__dict__["blocks"] = blocks
         return work.may(rule)
 
-    assert may(32) == list(range(3, 28))
-    assert may(18) == list(range(2, 16))
-    assert may(4) == [1, 2]  # one at each end at least
-    assert may(32, gate="branch") == may(32, "shortgpt") == may(32, "sleb") == may(32, "random") == list(range(32))
-    assert may(32, keep_first=1, keep_last=0) == may(32, "shortgpt", keep_first=1, keep_last=0) == list(range(1, 32))
+    assert may(32, gate="output") == list(range(3, 28))
+    assert may(18, gate="output") == list(range(2, 16))
+    assert may(4, gate="output") == [1, 2]  # one at each end at least
+    assert may(32) == may(32, gate="branch") == may(32, "shortgpt") == may(32, "sleb") == may(32, "random") == list(range(32))
+    assert may(32, gate="output", keep_first=1, keep_last=0) == may(32, "shortgpt", keep_first=1, keep_last=0) == list(range(1, 32))
 
 
 @pytest.fixture
