@@ -17,7 +17,7 @@ ASK = """```python
 tokenizer = AutoTokenizer.from_pretrained({base})
 model = AutoModelForCausalLM.from_pretrained({base}, dtype="auto", device_map="auto"{bits}){adapter}
 {inputs}
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=200)[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens={room})[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```"""
 
 FOUR_BITS = 'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16")'
@@ -60,10 +60,11 @@ def _asking(facts: dict[str, Any], base: str, folder: Path, adapter: bool) -> li
     template, name = facts["template"], facts.get("folder") or folder.name  # while it is written the folder has another name
     if template == "chat":
         opening = [{"role": "system", "content": facts["system"]}] if facts.get("system") else []
+        behind = f" + {facts['border']!r}" if facts.get("border") else ""
         inputs = (
             f"messages = {[*opening, {'role': 'user', 'content': '...'}]!r}\n"
-            'inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)'
-            ".to(model.device)"
+            f"prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False){behind}\n"
+            'inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)'
         )
     else:
         prompt = prompt_text(template, "Your question here.")
@@ -77,6 +78,7 @@ def _asking(facts: dict[str, Any], base: str, folder: Path, adapter: bool) -> li
         base=repr(base if adapter else name),
         adapter=f"\nmodel = PeftModel.from_pretrained(model, {name!r})" if adapter else "",
         inputs=inputs,
+        room=2000 if facts.get("thinking") else 200,
     )
     return ["## Asking it", "", "In the prompt of its training:", "", code]
 

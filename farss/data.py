@@ -29,8 +29,9 @@ class Tokenized:
     """Examples that were cut and still have some of their answer."""
     system: str | None = None
     """The system message with which every one of them begins, empty where none does; None: they differ."""
-    thoughtless: float = 1.0
-    """Share of them whose last answer begins as an answer without thoughts does (`farss.prompts.answer_border`)."""
+    thoughtless: float | None = None
+    """Share of them whose last answer begins as one without thoughts does (`farss.prompts.answer_border`); None: nothing is written
+    there."""
     instructions: frozenset[int] = frozenset()
     """`same_words` of what they ask."""
 
@@ -97,7 +98,7 @@ def tokenize_rows(rows: Sequence[dict[str, Any]], config: DataConfig, tokenizer:
     border = answer_border(tokenizer) if config.template == "chat" else ""
     return replace(
         _cut(whole, config.max_length),
-        thoughtless=sum(texts[-1].startswith(border, len(texts[-2])) for texts in stages) / len(stages),
+        thoughtless=sum(texts[-1].startswith(border, len(texts[-2])) for texts in stages) / len(stages) if border else None,
         system=_shared_system([row.get(columns[0]) for _, row in chosen]),
         instructions=frozenset(same_words(text) for number, row in chosen for text in _asked(row, columns, number, config)),
     )

@@ -55,7 +55,7 @@ def evaluate(
     """
     if config.evaluate.asked:
         require_harness()
-    where = {"path": config.model.path, "method": method, "dtype": dtype_name(model.dtype)}
+    where = {"path": config.model.path, "dtype": dtype_name(model.dtype), **({"method": method} if method else {})}
     where |= {"quantization": config.model.quantization} if config.model.quantization != "none" else {}
     identity = {"weights": _identity(model), **where, "seed": config.seed, **_versions()}
     benchmarks = list_benchmarks(config, identity)

@@ -160,11 +160,12 @@ def opened_tensors(path: Path, device: str = "cpu", cure: str = "make it again")
     Raises:
         FolderError: the file is missing or damaged.
     """
-    try:
-        with safe_open(path, framework="pt", device=device) as file:
-            yield file
-    except (OSError, SafetensorError) as error:
-        raise FolderError(f"{path} is missing or damaged ({error}): {cure}") from error
+    with contextlib.ExitStack() as opened:
+        try:
+            file = opened.enter_context(safe_open(path, framework="pt", device=device))
+        except (OSError, SafetensorError) as error:  # what goes wrong while it is open may be another file's
+            raise FolderError(f"{path} is missing or damaged ({error}): {cure}") from error
+        yield file
 
 
 def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:

@@ -113,7 +113,7 @@ def write(
     Returns:
         Where it lies, and how exact it is.
     """
-    target, base, prompt = place_of(config, folder), config.model.path, prompt_facts(config.data)
+    target, base, prompt = place_of(config, folder), config.model.path, prompt_facts(config.data, tokenizer)
     if not is_whole(config):
         done = export(trained, plan, target, batch, base, config.export.rank, config.export.energy, tokenizer, prompt, command)
         if config.export.to == "gguf":

@@ -116,6 +116,16 @@ class Inputs:
         """
         self.check_questions()
         if self.config.data.template == "chat" and self.config.evaluate.task:
+            self.check_as_trained()
+
+    def check_as_trained(self) -> None:
+        """Refuse to ask the task otherwise than the examples do, where a set is asked in their prompt.
+
+        Raises:
+            ConfigError: see `check_system` and `check_thinking`.
+        """
+        ours = [entry for entry in self.config.evaluate.task if isinstance(entry, QuestionSet) or entry.startswith("farss_")]
+        if any(isinstance(entry, str) or entry.prompt in (None, "train") for entry in ours):
             self.check_system()
             self.check_thinking()
 
@@ -126,7 +136,7 @@ class Inputs:
             ConfigError: with the cure.
         """
         data, share = self.config.data, self.examples.thoughtless
-        if data.thinking == (share < 0.5):
+        if share is None or data.thinking == (share < 0.5):
             return
         if data.thinking:
             raise ConfigError(f"data.thinking=true, but {share:.0%} of the answers in {data.train} begin without thoughts: set it to false")
@@ -141,10 +151,8 @@ class Inputs:
         Raises:
             ConfigError: with both.
         """
-        evaluate, data, system = self.config.evaluate, self.config.data, self.examples.system
-        ours = [entry for entry in evaluate.task if isinstance(entry, QuestionSet) or entry.startswith("farss_")]
-        trained = any(isinstance(entry, str) or entry.prompt in (None, "train") for entry in ours)
-        if trained and system is not None and data.system != "" and (data.system or "") != system:
+        data, system = self.config.data, self.examples.system
+        if system is not None and data.system != "" and (data.system or "") != system:
             begins = f"begins with the system message {system[:60]!r}" if system else "begins without a system message"
             asked = f"with {data.system[:60]!r}" if data.system else "without it"
             raise ConfigError(

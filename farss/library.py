@@ -135,7 +135,7 @@ def prepare(
     made = make_plan(wanted, found) if found is not None else make_plan_without_survey(wanted, layers, blocks)
     adapted = attach(model, made, found, dropout, seed, base)
     batch = check_batch(examples.rows, tokenizer.pad_token_id)
-    adapted.farss = Prepared(made, found, batch, tokenizer, prompt_facts(data), untouched)
+    adapted.farss = Prepared(made, found, batch, tokenizer, prompt_facts(data, tokenizer), untouched)
     return adapted
 
 

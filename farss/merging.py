@@ -35,12 +35,12 @@ SHARD = 4 * 2**30
 """Bytes of weights in one file, which are held in memory together while it is written."""
 
 
-def merge(adapted: Any, plan: Plan, tokenizer: Any, folder: Path | str, dtype: torch.dtype, source: Path | str = "") -> Path:
+def merge(adapted: Any, plan: Plan, tokenizer: Any, folder: Path | str, dtype: torch.dtype, source: Path | str | None = None) -> Path:
     """Write a whole model: the base with the trained change added in float32 (or the fully fine-tuned model).
 
     Args:
         dtype: of the written weights; where the base's files are merged one by one, theirs stays.
-        source: the base model's folder.
+        source: the base model's folder; None: it was made in memory.
 
     Raises:
         FarssError: the base is quantised.
@@ -57,7 +57,7 @@ def merge(adapted: Any, plan: Plan, tokenizer: Any, folder: Path | str, dtype: t
 
     with whole_folder(folder) as unfinished:
         change = in_layers(adapted, plan.layers, partial(changed_weight, adapted))
-        write_model(model, plan.layers, tokenizer, unfinished, dtype, Path(source), change)
+        write_model(model, plan.layers, tokenizer, unfinished, dtype, source, change)
     return folder
 
 
@@ -77,7 +77,7 @@ def write_model(
     tokenizer: Any,
     target: Path,
     dtype: torch.dtype,
-    source: Path,
+    source: Path | str | None,
     change: Change = lambda name, weight: weight,
 ) -> None:
     """Write a model with changed weights: from the base's files where they have the model's names, from memory otherwise.
@@ -85,9 +85,9 @@ def write_model(
     Args:
         layers: those that change; none: all of the model is written from memory.
     """
-    source = local_folder(source)
-    if layers and holds_layers(source, layers):
-        _rewrite_files(source, target, change)
+    base = None if source is None else local_folder(source)
+    if base and layers and holds_layers(base, layers):
+        _rewrite_files(base, target, change)
         return
     state = base_weights(model) if layers else dict(model.state_dict())
     state = {name: change(name, tensor) for name, tensor in state.items()}
@@ -96,11 +96,9 @@ def write_model(
     # The base's file is copied as it is: transformers reads temperatures of models that do not sample, and refuses to write them.
     with attribute(model, "generation_config", model.generation_config.from_model_config(model.config)):
         model.save_pretrained(str(target), state_dict=state)
-    if (source / GENERATION).is_file():
-        shutil.copyfile(source / GENERATION, target / GENERATION)
     tokenizer.save_pretrained(str(target))
-    for file in _copied(source):  # a processor's, and a model's own code
-        if not (target / file.name).exists():
+    for file in _copied(base) if base and base.is_dir() else []:  # a processor's, and a model's own code
+        if file.name == GENERATION or not (target / file.name).exists():
             shutil.copyfile(file, target / file.name)
 
 

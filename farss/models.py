@@ -234,9 +234,10 @@ def is_quantised(model: Any) -> bool:
 def quantization_of(model: Any) -> str:
     """As `model.quantization` names what a model was loaded in: `nf4`, another format's name, or `none`."""
     found: Any = getattr(model.config, "quantization_config", None) if is_quantised(model) else None
-    if getattr(found, "load_in_4bit", False) and found.bnb_4bit_quant_type == "nf4":
-        return "nf4"
-    return "none" if found is None else str(getattr(found, "quant_method", "unknown"))
+    if getattr(found, "load_in_4bit", False):
+        return str(found.bnb_4bit_quant_type)
+    method = "int8" if getattr(found, "load_in_8bit", False) else getattr(found, "quant_method", "unknown")
+    return "none" if found is None else str(getattr(method, "value", method))
 
 
 def will_be_quantised(config: ModelConfig) -> bool:

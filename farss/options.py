@@ -39,7 +39,7 @@ BOUNDARY_KEYS = (
     *PLAN_KEYS,
     # probes have a schedule of their own, so train.scheduler is not among these
     *(key for key in TRAIN_KEYS if key != "train.scheduler"),
-    *("boundary", "evaluate.knowledge", "evaluate.text", "evaluate.resamples"),
+    *("boundary", "evaluate.knowledge", "evaluate.text", "evaluate.resamples", "data.system", "data.thinking"),
 )
 _MAY = ("model.path", "prune.ratio", "prune.gate", "prune.keep_first", "prune.keep_last", "seed")
 _BY_TEXT = (*_MAY, "model.dtype", "prune.text", "prune.sequences", "prune.length")

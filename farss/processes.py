@@ -13,8 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from farss.errors import FarssError
-
 
 def started_as_several() -> bool:
     """Whether a launcher such as torchrun started this process as one of several."""
@@ -41,10 +39,8 @@ def join() -> bool:
     backend, begins = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", not _several()
     if begins:
         if torch.cuda.is_available():
-            here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
-            if here > gpus:
-                raise FarssError(f"{here} processes for {gpus} GPUs: start one for each, --nproc-per-node {gpus}")
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            # a launcher may let each see its own alone
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         dist.init_process_group(backend)
     _group, _beside = dist.new_group(backend=backend, timeout=timedelta(days=1)), dist.group.WORLD
     return begins

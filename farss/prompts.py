@@ -45,13 +45,15 @@ def prompt_text(template: str, instruction: str, tokenizer: Any = None, system: 
     return (ALPACA if template == "alpaca" else template).replace("{instruction}", instruction)
 
 
-def prompt_facts(config: DataConfig) -> dict[str, Any]:
-    """How whoever asks the model must ask it: `template`, `system` where there is one, and `thinking` where answers begin with thoughts."""
-    return {
-        "template": config.template,
-        **({"system": config.system} if config.system else {}),
-        **({"thinking": True} if config.thinking else {}),
-    }
+def prompt_facts(config: DataConfig, tokenizer: Any = None) -> dict[str, Any]:
+    """How whoever asks the model must ask it: `template`, `system` where there is one, and `thinking` where answers begin with thoughts.
+
+    Args:
+        tokenizer: to add the `border` that a chat's answers have been trained behind.
+    """
+    border = answer_border(tokenizer).rstrip(" ") if tokenizer and config.template == "chat" and not config.thinking else ""
+    facts = {"template": config.template, "system": config.system, "thinking": config.thinking, "border": border}
+    return {name: fact for name, fact in facts.items() if fact}
 
 
 def separator(template: str) -> str:

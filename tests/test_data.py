@@ -337,7 +337,7 @@ def test_thoughts_of_answers_are_counted() -> None:
     tokenizer, config = byte_tokenizer(trl_template("qwen3")), DataConfig(template="chat")
     rows = [{"question": "q", "answer": "<think>\nhm\n</think>\n\na"}, {"question": "q", "answer": "a"}]
     assert data.tokenize_rows(rows, config, tokenizer, 0).thoughtless == 0.5
-    assert data.tokenize_rows(rows, DataConfig(), tokenizer, 0).thoughtless == 1
+    assert data.tokenize_rows(rows, DataConfig(), tokenizer, 0).thoughtless is None
     asked = [prompt_text("chat", "q", tokenizer, thinking=thinking) for thinking in (True, False)]
     for text, row in zip(asked, data.tokenize_rows(rows, config, tokenizer, 0).rows, strict=True):
         assert tokenizer.decode(row["input_ids"]).startswith(text)

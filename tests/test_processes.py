@@ -11,9 +11,7 @@ import torch
 from runs import settings
 from small_models import save_small
 
-from farss import processes
 from farss.artifacts import Survey
-from farss.errors import FarssError
 
 SCRIPT = textwrap.dedent("""
     import sys
@@ -87,15 +85,6 @@ def test_the_survey_of_farss_plus_is_shared_and_that_of_one_text_is_not(tmp_path
     assert refused.returncode != 0
     assert "plan.method=corda-kpm is surveyed in one process: start this command without torchrun" in refused.stderr
     assert not (tmp_path / "other").exists()
-
-
-def test_more_processes_than_gpus_are_refused(monkeypatch):
-    for name, value in {"WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(FarssError, match="4 processes for 2 GPUs: start one for each, --nproc-per-node 2"):
-        processes.join()
 
 
 @pytest.mark.parametrize("options", [{"batch_size": 6}, {"what": "both texts", "knowledge": 7}])

@@ -20,7 +20,7 @@ from farss.plan import method_of
 
 Item = tuple[str, float | None, int, Config, Loaded]
 """An entrant, as another process is told of it."""
-ASKED = ("model.path", "model.dtype", "model.quantization", "evaluate.", "data.template", "data.system", "data.max_length")
+ASKED = ("model.path", "model.dtype", "model.quantization", "evaluate.", "data.template", "data.system", "data.thinking", "data.max_length")
 """Options that change the untouched model's answers."""
 
 

@@ -59,13 +59,14 @@ def write_table(
     base = mean_scores(folder / "base", only) if asks else {}
     found = standings(folder / "base", entries, config, only) if base else {}
     # one learning rate of a method is no rival of another, and while seeds are missing means over other seeds are none either
-    even = len({frozenset(one.seed for one in group) for group in groups.values()}) == 1
-    gaps = differences(found) if set(groups) <= set(tried) and even else []
+    ranked = set(groups) <= set(tried) and (not missing or len(seeds(config)) == 1)
+    gaps = differences(found) if ranked else []
     comparison = {
         "rows": rows,
         "base": base,
         "learned_by": config.evaluate.learned_by,
         "methods": {name: _estimates(standing) for name, standing in found.items()},
+        "ranked": ranked,
         "differences": gaps,
         "frontier": _frontier(config, tried, chosen, fulls[seeds(config)[0]], only),
         "missing": missing,
@@ -106,7 +107,7 @@ def _how_sure(config: Config, groups: dict[str, list[Entrant]], gaps: list[dict[
         "A difference is a result where its p-value, which holds for all methods at once, is below 0.05. The intervals are those of one "
         "difference alone."
     )
-    alike = " Both suppose that the seeds scatter all methods alike." if len(seeds(config)) > 1 else ""
+    alike = " Both suppose that the seeds scatter all methods alike." if any(len(group) > 1 for group in groups.values()) else ""
     return [*notes, many + alike] if gaps else notes
 
 

@@ -244,8 +244,7 @@ def comparison_headline(comparison: Comparison) -> list[str]:
     missing = f"; {left} more {'is' if left == 1 else 'are'} to come" if left else ""
     sentences = [f"{count(len(groups), 'method')} fine-tuned {what}, in {count(runs, 'run')}{missing}."]
     found = {name: entry for name in rivals(table) if (entry := standing(table, name, "KT")).mean is not None}
-    chosen = not (left and table.get("frontier"))  # before, each rate is a row, and the highest of many is no headline
-    sentences += _best(table, found) if found and chosen else []
+    sentences += _best(table, found) if found else []
     main = main_run(comparison)
     told = [row for row in table.get("rows", []) if main and row.get("folder") == main.folder.name] if len(groups) > 1 else []
     name = told[0]["method"] if told else ""

@@ -105,7 +105,10 @@ def methods(comparison: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def rivals(comparison: dict[str, Any]) -> list[str]:
-    """The methods that are compared with each other: what T is measured against is neither ranked nor marked."""
+    """The methods that are compared with each other: what T is measured against is neither ranked nor marked. None while runs are missing
+    without which nobody is ahead."""
+    if not comparison.get("ranked", True):
+        return []
     return [method for method in methods(comparison) if not is_reference(label_of_row(method))]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from farss.errors import ModelError
 from farss.forward import end_tokens, evaluating, seeded
 
 LENGTH = 128
@@ -27,10 +28,15 @@ def own_text(
 
     Returns:
         The token ids of each text, with the beginning and without the end and what follows it.
+
+    Raises:
+        ModelError: there is no token to begin with.
     """
     ends = end_tokens(model, tokenizer)
-    known = getattr(model.generation_config, "bos_token_id", None), model.config.get_text_config().bos_token_id
-    first = next(each for each in (tokenizer.bos_token_id, *known, *ends) if isinstance(each, int))
+    known = getattr(model.generation_config, "bos_token_id", None), getattr(model.config.get_text_config(), "bos_token_id", None)
+    first = next((each for each in (tokenizer.bos_token_id, *known, *ends) if isinstance(each, int)), None)
+    if first is None:
+        raise ModelError("neither the tokenizer nor the model names a token that begins or ends a text: name calibration.knowledge")
     found: list[list[int]] = []
     # the model's own distribution, in whatever mode the caller has it, and none of the caller's random numbers
     with evaluating(model), seeded(seed):

@@ -100,7 +100,13 @@ def enter(model: nn.Module, blocks: nn.ModuleList, batch: Batch, returned: int, 
     with torch.no_grad(), blocks_replaced(blocks, note, returned), contextlib.suppress(Stop):
         model(**_arguments(model, batch))
     held: dict[int, Tensor] = {}
-    calls = tree_map_only(Tensor, lambda tensor: held.setdefault(id(tensor), tensor.cpu()), found)
+
+    def hold(tensor: Tensor) -> Tensor:
+        if id(tensor) not in held:
+            held[id(tensor)] = tensor.cpu()
+        return held[id(tensor)]
+
+    calls = tree_map_only(Tensor, hold, found)
     return Passage(batch, first[0].cpu(), calls, uniforms, returned)
 
 

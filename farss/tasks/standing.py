@@ -89,8 +89,8 @@ def standings(
     found: dict[str, dict[str, Array]] = {method: {} for method in methods}
     scored: dict[str, dict[str, Array]] = {method: {} for method in methods}
     for kind in kinds:
-        # knowledge needs no full fine-tuning, which may have been asked the task alone
-        folders = [*(own if kind == "knowledge" else with_full)]
+        # the task alone needs full fine-tuning, which may have been asked nothing else, or other questions
+        folders = [*(with_full if kind == "task" else own)]
         outcomes = _outcomes([read[folder] for folder in folders], kind, only)
         draw = partial(observed_and_resampled, resamples=config.evaluate.resamples, seed=stream_of(config.seed, kind))
         place = {folder: index for index, folder in enumerate(folders)}
@@ -205,7 +205,9 @@ def _standing(method: str, metrics: dict[str, Array], seeds: Sequence[int], scor
     }
     of_seed = {metric: dict(zip(seeds, each[0].tolist(), strict=True)) for metric, each in known.items()}
     benchmarks = {
-        name: _estimate(each, float(each[0].mean()), each[1:].mean(axis=1), 0.0, max(1.0, float(each.max())), name, method)
+        name: _estimate(
+            each, float(each[0].mean()), each[1:].mean(axis=1), min(0.0, float(each.min())), max(1.0, float(each.max())), name, method
+        )
         for name, each in scored.items()
     }
     return Standing(estimates, draws, of_seed, benchmarks)

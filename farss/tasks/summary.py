@@ -198,11 +198,10 @@ def _why_no_t(tasks: list[Outcomes], has_full: bool, who: str, config: Config) -
 
 
 def _few(stands: Standing) -> list[str]:
-    """Whose interval leaves resamples out, because nothing that it is relative to was right in them."""
+    """Whose interval leaves resamples out, because what it is relative to is nought in them."""
     missing = {metric: 1 - np.isfinite(stands.draws[metric]).mean() for metric in ("K", "T") if metric in stands.draws}
     return [
-        f"The interval of {metric} leaves {share:.0%} of the resamples out, in which what it is relative to answers nothing right: ask "
-        "more questions."
+        f"The interval of {metric} leaves {share:.0%} of the resamples out, in which what it is relative to is nought: ask more questions."
         for metric, share in missing.items()
         if share > LEFT_OUT
     ]

@@ -86,6 +86,8 @@ def test_a_comparison_that_is_not_finished_has_a_table_of_what_is(values):
                 assert [runs[0][name] for name in ("kept", "learned")] == [point[name]["value"] for name in ("kept", "learned")]
     assert not any(has_no_reference(row) for row in table["rows"])
     assert table["differences"] == []
+    assert not table["ranked"]
+    assert finished["ranked"]
     assert "2 methods fine-tuned" in (page := write_report(folder).read_text())
     assert "in 5 runs; 1 more is to come" in page
 

@@ -413,6 +413,14 @@ def test_the_headline_takes_the_interval_of_the_table_and_the_paired_difference(
     assert "Inside that range lies lora: a difference this small is no result." in draw(comparison_folder).words
 
 
+def test_while_runs_are_missing_nobody_is_ahead(comparison_folder: Path) -> None:
+    assert "has the highest balance" in draw(comparison_folder).words
+    rewrite(comparison_folder / "comparison.json", lambda values: values.update(ranked=False, missing=2))
+    page = draw(comparison_folder)
+    assert "has the highest balance" not in page.words
+    assert not [tag for tag, _ in page.tags if tag == "u"]
+
+
 def test_differences_stand_on_the_page_with_their_p_values(comparison_folder: Path) -> None:
     assert "Who is ahead" not in draw(comparison_folder).words
     gaps = [("K", "farss", "lora", 0.02, 0.01, 0.03), ("KT", "farss", HOSTILE, 0.012, -0.02, 0.0415)]

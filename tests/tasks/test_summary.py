@@ -79,6 +79,16 @@ def test_full_fine_tuning_decides_nothing_of_k(three, model, tokenizer, files, k
     assert summary.benchmarks[0].full is None
 
 
+def test_other_questions_of_full_fine_tuning_decide_nothing(three, model, tokenizer, files):
+    """It may have been asked fewer of those that count for neither K nor T."""
+    config, folder = three
+    for name, limit in (("base", None), ("after", None), ("full", 3)):
+        plain = QuestionSet("plain", files["known"], prompt="{question}", metric="contains", limit=limit)
+        evaluate(model, tokenizer, replace(config, evaluate=replace(config.evaluate, other=[plain])), folder / f"other-{name}")
+    summary = summarise(folder / "other-base", folder / "other-after", folder / "other-full", config)
+    assert summary.T is not None
+
+
 def test_answers_to_other_prompts_are_not_compared(three):
     config, folder = three
     path = folder / "after" / "scores" / "mixed.jsonl"

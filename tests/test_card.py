@@ -1,0 +1,51 @@
+"""The code on a card asks as the model was trained to be asked."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import trl
+from small_models import save_small
+from transformers import AutoTokenizer
+
+from farss.card import write_card
+from farss.config import DataConfig
+from farss.prompts import prompt_facts, prompt_text
+
+FACTS = {"base": "base", "method": "lora", "rank": 4, "logit_difference": 0.0, "blocks": 4, "base_dtype": "float32"}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        DataConfig(),
+        DataConfig(template="plain"),
+        DataConfig(template="chat"),
+        DataConfig(template="chat", system="Be kind."),
+        DataConfig(template="chat", thinking=True),
+    ],
+)
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_a_card_asks_in_the_prompt_of_the_training(data, quantization, tmp_path, monkeypatch):
+    folder = save_small("llama", tmp_path / "base")
+    options = json.loads((folder / "tokenizer_config.json").read_text())
+    template = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text(encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(options | {"chat_template": template}))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    facts = {**FACTS, **prompt_facts(data, tokenizer), **({"quantization": quantization} if quantization else {})}
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    (adapter / "farss.json").write_text(json.dumps(facts))
+    write_card(adapter)
+    code = re.search(r"```python\n(.*?)```", (adapter / "README.md").read_text(), re.DOTALL)[1]
+    compile(code, "card", "exec")
+    assert ("BitsAndBytesConfig" in code) == bool(quantization)
+
+    question = "Your question here."
+    code = code.replace("'content': '...'", f"'content': {question!r}")
+    lines = [line for line in code.splitlines() if line.startswith(("messages =", "prompt ="))]
+    values = {"tokenizer": tokenizer}
+    exec("\n".join(lines), values)
+    assert values["prompt"] == prompt_text(data.template, question, tokenizer, data.system, data.thinking)
