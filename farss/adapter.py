@@ -25,7 +25,7 @@ from farss.files import read_tensors
 from farss.forward import seeded
 from farss.methods import METHODS, Regime
 from farss.methods.base import Start
-from farss.structure import ORIGINAL, check_readable, check_unshared, is_packed, is_transposed, keep_gradients, shape_of
+from farss.structure import ORIGINAL, check_readable, check_unshared, is_packed, is_transposed, keep_gradients, shape_of, weight_of
 
 TRAINED = "trained"
 """Name of the adapter that trains. It is not PEFT's `default`, so that a checkpoint of somebody's trainer lies in
@@ -83,6 +83,10 @@ def attach(
         for name, module in lora_layers(adapted, plan).items():
             if plan.layers[name].fixed_a:
                 module.frozen_peft_weight_names = {TRAINED: ("lora_A",)}  # PEFT leaves it so whenever an adapter is made active
+        for module in lora_layers(adapted, plan).values():  # PEFT has rounded DoRA's lengths to the precision of the base
+            if lengths := getattr(module, "lora_magnitude_vector", None):
+                known = lengths[TRAINED].weight
+                known.data = torch.linalg.norm(weight_of(module.base_layer).float(), dim=1).to(known)
         if regime is not None:
             regime.dress(list(lora_layers(adapted, plan).values()), TRAINED)
     activate(adapted)
@@ -215,7 +219,7 @@ def _take_out(adapted: Any, plan: Plan) -> None:
         layer = module.base_layer
         part = module.scaling[START] * module.lora_B[START].weight.detach().float() @ module.lora_A[START].weight.detach().float()
         part = part.T if is_transposed(layer) else part
-        setattr(layer, ORIGINAL, layer.weight.data)
+        setattr(layer, ORIGINAL, layer.weight.data.cpu())  # not twice on a GPU
         layer.weight.data = (layer.weight.data.float() + part).to(layer.weight.dtype)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import multiprocessing
 import os
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +21,10 @@ from farss import processes
 from farss.errors import FarssError
 from farss.memory import give_back
 
+log = logging.getLogger(__name__)
+
+VISIBLE = "HIP_VISIBLE_DEVICES" if torch.version.hip else "CUDA_VISIBLE_DEVICES"
+"""Which GPUs a process sees; on AMD's the former goes before the latter."""
 Progress = Callable[[int, int, str], None]
 """Called with (done, of how many, a line to show)."""
 Tell = Callable[[str, int, int, str], None]
@@ -41,18 +47,40 @@ def do_all(work: Work, items: Sequence[Any], jobs: int, tell: Tell) -> None:
     With one job everything happens here, one after the other. Otherwise every item gets a process of its own, with an
     equal share of the processor's threads and, where there are GPUs, with one of them.
 
+    What one item cannot do stops no other: hours of work may wait behind it.
+
     Args:
         work: a function that another process can import.
         items: what can be pickled.
         tell: called from this process only.
 
     Raises:
-        FarssError: a process died. An error in a process is raised here; what runs beside it is finished first.
+        FarssError: what went wrong, when all others are done; at once that a process was killed. Where all errors are of one kind, so is
+            this.
     """
-    if jobs == 1 or len(items) < 2:
+    failed: list[FarssError] = []
+    if jobs == 1:
         for item in items:
-            work(item, tell)
-        return
+            with _noting(failed):
+                work(item, tell)
+    else:
+        _in_processes(work, items, jobs, tell, failed)
+    if failed:
+        kinds = {type(error) for error in failed}
+        raise (kinds.pop() if len(kinds) == 1 else FarssError)("; ".join(dict.fromkeys(map(str, failed))))
+
+
+@contextmanager
+def _noting(failed: list[FarssError]) -> Iterator[None]:
+    """Say at once what went wrong, and go on."""
+    try:
+        yield
+    except FarssError as error:
+        log.warning(f"{error} (the others go on)")
+        failed.append(error)
+
+
+def _in_processes(work: Work, items: Sequence[Any], jobs: int, tell: Tell, failed: list[FarssError]) -> None:
     context = multiprocessing.get_context("spawn")
     slots, told = context.Queue(), context.Queue()
     for slot in range(jobs):
@@ -61,27 +89,28 @@ def do_all(work: Work, items: Sequence[Any], jobs: int, tell: Tell) -> None:
     give_back()
     with _listening(told, tell), processes.environment("OMP_NUM_THREADS", str(threads)):
         pool = ProcessPoolExecutor(jobs, context, _begin, (slots, told, os.getpid()), max_tasks_per_child=1)
+        waiting = iter(items)  # no more are handed over than run: those could not be called back
+        running = {pool.submit(_one, work, item, threads, gpus) for item in itertools.islice(waiting, jobs)}
         try:
-            _wait([pool.submit(_one, work, item, threads, gpus) for item in items])
+            while running:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    with _noting(failed):
+                        future.result()
+                running |= {pool.submit(_one, work, item, threads, gpus) for item in itertools.islice(waiting, len(done))}
+        except BrokenProcessPool as error:
+            raise FarssError(
+                "a process of the comparison was killed, most likely for its memory: set compare.jobs=1 or a smaller "
+                "train.micro_batch_size, and start the same command again"
+            ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 
 
 def _gpus() -> list[str]:
     """The GPUs that this process may use, by the names that the driver knows them by."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    named = os.environ.get(VISIBLE)
     return [str(index) for index in range(torch.cuda.device_count())] if named is None else [name for name in named.split(",") if name]
-
-
-def _wait(futures: list[Future[None]]) -> None:
-    try:
-        for future in as_completed(futures):
-            future.result()
-    except BrokenProcessPool as error:
-        raise FarssError(
-            "a process of the comparison was killed, most likely for its memory: set compare.jobs=1 or a smaller "
-            "train.micro_batch_size, and start the same command again"
-        ) from error
 
 
 @contextmanager
@@ -127,7 +156,7 @@ def _one(work: Work, item: Any, threads: int, gpus: list[str]) -> None:
     try:
         torch.set_num_threads(threads)
         if gpus:  # read when a GPU is first used, which is later
-            os.environ["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+            os.environ[VISIBLE] = gpus[slot % len(gpus)]
         work(item, lambda *message: told.put(message))
     finally:
         slots.put(slot)

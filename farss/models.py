@@ -271,7 +271,8 @@ def load_tokenizer(config: ModelConfig) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = _from_pretrained(AutoTokenizer, config)
+        # with mistral-common installed transformers would give its own kind, which knows no chat template and lm_eval does not take
+        tokenizer = _from_pretrained(AutoTokenizer, config, mistral_format=False)
     except ModelError as error:
         if not Path(config.path).is_dir():
             raise

@@ -320,7 +320,7 @@ class Run:
             raise FolderError(f"{target} was prepared for another plan: delete it, or choose another out")
         if not target.is_dir():
             model = self.config.model
-            told = prompt_facts(self.config.data, self.inputs.tokenizer), model.trust_remote_code
+            told = prompt_facts(self.config.data, self.inputs.tokenizer), model.trust_remote_code, self.config.train.dropout
             write_prepared(self._adapted(plan), plan, self.inputs.tokenizer, target, model.path, *told)
         return target
 

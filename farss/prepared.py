@@ -57,6 +57,7 @@ def write_prepared(
     source: Path | str,
     prompt: dict[str, Any] | None = None,
     trusted: bool = False,
+    dropout: float = 0.0,
 ) -> Path:
     """Write `base/` (the model without its start), `adapter/` (the start, to be trained) and what leads back.
 
@@ -67,6 +68,7 @@ def write_prepared(
         source: the base model's folder.
         prompt: how the model is trained to be asked, from `farss.prompts.prompt_facts`.
         trusted: `model.trust_remote_code`, which the way back needs too.
+        dropout: of the training; other trainers go by the adapter's own.
 
     Raises:
         FarssError: see `check_method`.
@@ -90,7 +92,7 @@ def write_prepared(
         write_model(model, plan.layers, tokenizer, unfinished / "base", next(model.parameters()).dtype, source, change)
         state = {f"{PEFT_PREFIX}{name}.lora_{side}.weight": x for name, pair in start.items() for side, x in zip("BA", pair, strict=True)}
         write_tensors(unfinished / "adapter" / "adapter_model.safetensors", state, {"format": "pt"})
-        config = lora_config(plan, 0.0)
+        config = lora_config(plan, dropout)
         config.base_model_name_or_path = str((folder / "base").absolute())
         config.save_pretrained(str(unfinished / "adapter"))
         write_tensors(unfinished / "start.safetensors", state)

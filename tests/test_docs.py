@@ -14,7 +14,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 # Fields of axolotl's AxolotlInputConfig (src/axolotl/utils/schemas: model, peft, datasets, training, config; July 2026).
 AXOLOTL = {
-    *("base_model", "adapter", "lora_model_dir", "lora_dropout", "datasets", "sequence_len", "micro_batch_size"),
+    *("base_model", "adapter", "lora_model_dir", "datasets", "sequence_len", "micro_batch_size"),
     *("gradient_accumulation_steps", "num_epochs", "learning_rate", "optimizer", "lr_scheduler", "bf16", "output_dir"),
 }
 # Fields of LLaMA-Factory's argument classes (src/llamafactory/hparams) and transformers' TrainingArguments.

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from farss.errors import FarssError
+from farss.errors import FarssError, NumericalError
 from farss.jobs import do_all
 
 HERE = Path(__file__).parent
@@ -28,6 +28,24 @@ def write(item, tell):
 
 def fail(item, tell):
     raise FarssError(f"{item} cannot be done")
+
+
+def fail_first(item, tell):
+    """Work of which the first item cannot be done."""
+    folder, place = item
+    time.sleep(0.2)
+    if place == 0:
+        raise NumericalError("the first cannot be done")
+    (folder / str(place)).touch()
+
+
+def die_first(item, tell):
+    """The same, but that its process is killed."""
+    folder, place = item
+    if place == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    (folder / str(place)).touch()
+    time.sleep(1)
 
 
 def die(item, tell):
@@ -66,6 +84,31 @@ def test_one_job_works_here(tmp_path):
 def test_an_error_is_the_error_of_the_work():
     with pytest.raises(FarssError, match="cannot be done"):
         do_all(fail, ["a", "b"], 2, lambda *_: None)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_what_one_cannot_do_stops_no_other(jobs, tmp_path, caplog):
+    with pytest.raises(NumericalError, match="the first cannot be done"):
+        do_all(fail_first, [(tmp_path, place) for place in range(4)], jobs, lambda *_: None)
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "2", "3"}
+    assert "the first cannot be done (the others go on)" in caplog.text
+
+
+def test_no_more_is_begun_after_a_process_was_killed(tmp_path):
+    with pytest.raises(FarssError, match=r"compare\.jobs=1"):
+        do_all(die_first, [(tmp_path, place) for place in range(8)], 2, lambda *_: None)
+    assert len([*tmp_path.iterdir()]) <= 2
+
+
+def test_several_errors_are_all_told():
+    with pytest.raises(FarssError, match="a cannot be done; b cannot be done"):
+        do_all(fail, ["a", "b"], 1, lambda *_: None)
+
+
+def test_one_item_of_several_jobs_is_not_done_here(tmp_path):
+    """On a GPU its memory would be held here for as long as the others work."""
+    do_all(write, [(tmp_path, "one")], 2, lambda *_: None)
+    assert (tmp_path / "one").read_text().split()[0] != str(os.getpid())
 
 
 def test_a_killed_process_is_told():

@@ -7,8 +7,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from small_models import ARCHITECTURES, examples, save_small, small
+from transformers import AutoTokenizer
 
-from farss import precision
+from farss import precision, world
 from farss.batches import batches, collate
 from farss.config import ModelConfig, TrainConfig
 from farss.errors import ModelError
@@ -163,6 +164,19 @@ def test_weights_that_are_missing_or_of_another_shape_are_refused(stored, caplog
         load_model(damaged(stored, lambda weights: weights.update({name: torch.zeros(2, 2)})))
     with pytest.raises(ModelError, match=rf"holds no {name}, and 1 of its weights are missing in all"):
         load_model(damaged(stored, lambda weights: weights.pop(name)))
+
+
+def test_a_tokenizer_is_that_of_hugging_face(stored, monkeypatch):
+    """Where mistral-common is installed transformers gives another kind for Mistral's models, unless it is told otherwise."""
+    asked, original = {}, AutoTokenizer.from_pretrained
+
+    def load(*names, **options):
+        asked.update(options)
+        return original(*names, **options)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", load)
+    load_tokenizer(ModelConfig(path=str(world.MODEL)))
+    assert asked["mistral_format"] is False
 
 
 def test_a_tokenizer_that_is_not_there_is_named(stored):

@@ -13,7 +13,7 @@ from farss.compare.table import notes_of, write_table
 from farss.compare.tuning import best_full, check_tuning, choose
 from farss.config import Config
 from farss.configfile import load
-from farss.errors import ConfigError, FarssError
+from farss.errors import ConfigError, FarssError, NumericalError
 from farss.files import read_json
 from farss.folder import Folder, resolve
 from farss.handover import delete_weights
@@ -51,14 +51,22 @@ def compare(config: Config, tell: Tell) -> Path:
     Folder(config.out).claim(config, versions())
     if not all(entrant.run.has_trained for entrant in everyone):
         replace(everyone[0].run, config=config).warn()
-    _run_all(everyone)
+    diverged: list[str] = []
+    try:
+        _run_all(everyone)
+    except NumericalError as error:  # of a rate that is too high, beside which others of the method are there to be chosen
+        tried = {label: [entrant for entrant in group if entrant.run.complete] for label, group in tried.items()}
+        if not all(tried.values()):
+            raise
+        everyone = [entrant for entrants in tried.values() for entrant in entrants]
+        diverged = [f"Left out, as no training came to its end: {error}."]
     chosen, measure = choose(config, tried)
     final = [Entrant(label, chosen[label].factor, seed, config, loaded, tell) for seed in seeds(config) for label in labels]
     done = {entrant.run.path for entrant in everyone}
     _run_all([entrant for entrant in final if entrant.run.path not in done])
     groups = {label: [one for one in final if one.label == label] for label in labels}
     with Folder(config.out).step("table", options_of(config, TABLE_KEYS)):
-        write_table(config, groups, tried, chosen, notes_of(config, chosen, measure))
+        write_table(config, groups, tried, chosen, [*notes_of(config, chosen, measure), *diverged])
     for entrant in {one.run.path: one for one in [*final, *everyone]}.values():
         entrant.run.report()
     return write_report(Path(config.out)).parent
@@ -161,6 +169,9 @@ def _share_one(work: tuple[Callable[[Run], Any], list[Item]], tell: Tell) -> Non
 
 def _run_one(item: Item, tell: Tell) -> None:
     entrant = Entrant(*item, tell)
-    entrant.run.all_but_report()
+    try:
+        entrant.run.all_but_report()
+    except FarssError as error:
+        raise type(error)(f"{entrant.run.path.name}: {error}") from error
     if entrant.config.compare.keep == "scores" and entrant.config.evaluate.asks:
         delete_weights(entrant.run.path)

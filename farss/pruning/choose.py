@@ -29,7 +29,7 @@ def influences(model: Any, rows: list[Row], batch_size: int, pad_id: int, tell: 
     total, tokens = torch.zeros(count, dtype=torch.float64), sum(len(row["input_ids"]) for row in rows)
 
     def see(mask: Tensor, index: int, before: Tensor, after: Tensor) -> None:
-        total[index] += (1 - nn.functional.cosine_similarity(before.float(), after.float(), dim=-1))[mask].double().sum().cpu()
+        total[index] += (1 - nn.functional.cosine_similarity(before.float(), after.float(), dim=-1))[mask].cpu().double().sum()
 
     _look(model, rows, range(count), batch_size, pad_id, see, tell)
     return (total / tokens).tolist()

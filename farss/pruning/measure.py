@@ -73,6 +73,6 @@ def _generation_seconds(model: Any) -> float:
 
 
 def _now(model: Any) -> float:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
+    if model.device.type != "cpu":
+        torch.accelerator.synchronize(model.device)
     return time.perf_counter()

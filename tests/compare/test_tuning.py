@@ -12,7 +12,7 @@ from farss.compare import compare
 from farss.compare.entrants import Entrant
 from farss.compare.tuning import choose, held_out, measured, the_rest
 from farss.configfile import from_dict, override
-from farss.errors import ConfigError, FarssError
+from farss.errors import ConfigError, FarssError, NumericalError
 from farss.folder import resolve
 from farss.inputs import Loaded
 from farss.jobs import silent
@@ -111,6 +111,19 @@ def test_held_out_questions_are_a_share_and_the_same_every_time():
     assert 700 < len(chosen) < 900
     assert chosen == [key for key in keys if held_out(0.2)(key)]
     assert set(chosen) < {key for key in keys if held_out(0.4)(key)}
+
+
+def test_a_rate_that_diverges_is_left_out(values):
+    """And the others are chosen from, instead of a night's work lost to one rate of one method."""
+    gentle = {"full": {"train.learning_rate": 2e-33}}
+    values["compare"] = {"methods": ["lora", "full"], "tune": [1, 1e30], "held_out": 0.5, "settings": gentle}
+    table = read(compare(from_dict(values), silent))
+    assert {row["method"]: row["learning_rate"] for row in table["rows"]} == pytest.approx({"lora": 1e-3, "full": 2e-3})
+    assert [len(curve) for curve in table["frontier"]["curves"].values()] == [1, 2]
+    assert any("Left out, as no training came to its end: lora-lr1e+27-seed0: " in note for note in table["notes"])
+    values["compare"] |= {"methods": ["lora", "full"], "tune": [1e30], "settings": {}}
+    with pytest.raises(NumericalError, match=r"full-lr1e\+27-seed0: "):  # none is left
+        compare(from_dict(values | {"out": f"{values['out']}-other"}), silent)
 
 
 def test_tuning_needs_a_measure(values):

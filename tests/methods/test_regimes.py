@@ -19,7 +19,7 @@ from farss.merging import in_layers
 from farss.methods import METHODS
 from farss.methods.singular import read
 from farss.plan import make_plan, make_plan_without_survey
-from farss.portable import export
+from farss.portable import export, in_float32
 from farss.prepared import write_prepared
 from farss.structure import find_blocks, is_transposed, target_layers, weight_of
 from farss.survey import Site, read_layers
@@ -75,6 +75,17 @@ def test_merged_dora_is_pefts(kind, tmp_path):
     for name, weight in ours.items():
         torch.testing.assert_close(merged.get_parameter(name), weight, rtol=1e-4, atol=1e-5)
     assert (logits(merged.eval()) - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_dora_begins_as_a_bfloat16_base(tmp_path):
+    """PEFT rounds the lengths of its rows as the base is rounded, which scales every row by up to 2^-9."""
+    model = small("llama").bfloat16()
+    with in_float32(model):
+        expected = logits(model).float()
+    adapted, _, _ = attached("dora", model)
+    with in_float32(adapted):
+        found = logits(adapted).float()
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_dora_is_handed_over_as_a_whole_model():

@@ -20,12 +20,13 @@ from farss.configfile import from_dict, override
 from farss.data import text_windows
 from farss.errors import ConfigError, DataError, FolderError, ModelError, NumericalError
 from farss.folder import resolve
+from farss.models import load_model
 from farss.pipeline import Run
 from farss.pruning import RECIPES, prune
 from farss.pruning.choose import greedy
 from farss.pruning.measure import perplexity
-from farss.pruning.prune import Pruning
 from farss.pruning.stages import choose_by_scalars
+from farss.pruning.steps import Pruning
 from farss.structure import find_blocks
 
 
@@ -191,6 +192,50 @@ def test_random_blocks_are_drawn_with_the_seed(useless, pruning):
     assert len({tuple(sorted(each)) for each in drawn}) > 1
 
 
+def test_what_only_deletes_is_made_where_nothing_is_computed(pruning, monkeypatch):
+    """A GPU has room for one model, and what was written is read back beside it."""
+    loaded = []
+
+    def load(config, dtype=None, device=None, **options):
+        loaded.append(device)
+        return load_model(config, dtype, device, **options)
+
+    monkeypatch.setattr("farss.pruning.steps.load_model", load)
+    monkeypatch.setattr("farss.pruning.surgery.load_model", load)
+    prune(override(pruning, ["prune.methods=[random]"]), silent)
+    assert [device.type for device in loaded if device] == ["cpu", "cpu"]  # to be shortened, and read back
+
+
+def test_without_room_for_both_each_model_is_timed_alone(pruning, monkeypatch):
+    import weakref
+
+    held, timed = [], []
+
+    def load(*arguments, **options):
+        model = load_model(*arguments, **options)
+        held.append(weakref.ref(model))
+        return model
+
+    def measure(models, tell):
+        timed.append([*models])
+        return {name: {"prompt": 1.0, "generation": 1.0} for name in models}
+
+    class OnGpu:
+        device = torch.device("cuda")
+
+        def to(self, device):
+            assert device == "cpu"
+
+    monkeypatch.setattr("farss.pruning.steps.load_model", load)
+    monkeypatch.setattr("farss.pruning.steps.speeds", measure)
+    monkeypatch.setattr("farss.pruning.steps.tensors_of", lambda model: [])
+    for room, expected in ((True, [["dense", "random"]]), (False, [["random"], ["dense"]])):
+        monkeypatch.setattr("farss.pruning.steps.fits_beside", lambda tensors, gpu, room=room: room)
+        timed.clear()
+        assert set(Pruning(resolve(pruning), silent)._speeds("random", OnGpu())) == {"dense", "random"}
+        assert timed == expected
+
+
 def test_sleb_chooses_by_the_windows_of_the_text(pruning, tmp_path):
     work = Pruning(resolve(override(pruning, ["prune.keep_first=0", "prune.keep_last=0"])), silent)
     model = AutoModelForCausalLM.from_pretrained(work.config.model.path)
@@ -246,7 +291,7 @@ def test_the_table_keeps_what_was_made_before(pruning):
 
 def test_the_options_of_a_stage_stand_in_its_messages(pruning):
     with pytest.raises(NumericalError, match=r"lower prune.gate_rate"):
-        prune(override(pruning, ["prune.gate_rate=1e30", "prune.gate_steps=8"]), silent)
+        prune(override(pruning, ["prune.gate=output", "prune.gate_rate=1e30", "prune.gate_steps=8"]), silent)
 
 
 def test_an_architecture_that_goes_by_places_is_refused_before_anything_is_done(pruning, tmp_path):

@@ -26,6 +26,7 @@ from farss.jobs import Tell
 from farss.memory import memory_cure
 from farss.models import check_room, device_of, load_model, loaded_dtype, quiet, stored_dtype, will_be_quantised
 from farss.options import BASE_KEYS, CHOICE_KEYS, SHIFT_KEYS, TRAIN_KEYS, options_of
+from farss.places import fits_beside, tensors_of
 from farss.pruning.choose import greedy, influences, smallest
 from farss.pruning.measure import perplexity, speeds
 from farss.pruning.stages import choose_by_scalars, shift
@@ -248,7 +249,8 @@ class Pruning:
     def _make(self, method: str, gone: list[int], target: Path) -> dict[str, Any]:
         recipe, facts = RECIPES[method], dict[str, Any]()
         trains, first = recipe.then != "delete", recipe.then == "delete and train"
-        model = load_model(self.config.model, dtype=torch.float32 if trains else None, as_stored=not trains)
+        cpu = torch.device("cpu")  # where nothing is computed, and room is for what is read back
+        model = load_model(self.config.model, torch.float32 if trains else None, None if trains else cpu, as_stored=not trains)
         if first:
             delete_blocks(model, gone)
         if trains:
@@ -259,7 +261,7 @@ class Pruning:
             )
         if not first:
             delete_blocks(model, gone)
-        write_shorter(model.eval(), self.tokenizer, target, self.config.model, stored_dtype(self.config.model))
+        write_shorter(model.eval().to(cpu), self.tokenizer, target, self.config.model, stored_dtype(self.config.model))
         write_json(target / "farss.json", {"method": method, "base": self.config.model.path, "deleted": gone, "blocks": self.blocks})
         write_card(target, command=f"farss prune {Path(self.config.out) / 'config.yaml'} --methods {method}")
         return facts
@@ -298,8 +300,17 @@ class Pruning:
                 facts["perplexity"] = perplexity(model, self.held_out, size, pad, partial(self.tell, f"perplexity of {name}"))
                 facts["windows"] = len(self.held_out)
             if name != DENSE:
-                facts["tokens_per_second"] = speeds({DENSE: load_model(where), name: model}, partial(self.tell, f"speed of {name}"))
+                facts["tokens_per_second"] = self._speeds(name, model)
             write_json(place.path / "measured.json", facts)
+
+    def _speeds(self, name: str, model: Any) -> dict[str, dict[str, float]]:
+        """Beside the whole model's, in turns where there is room for both."""
+        tell = partial(self.tell, f"speed of {name}")
+        if model.device.type != "cuda" or fits_beside(tensors_of(model), model.device):
+            return speeds({DENSE: load_model(self.config.model), name: model}, tell)
+        found = speeds({name: model}, tell)
+        model.to("cpu")
+        return speeds({DENSE: load_model(self.config.model)}, tell) | found
 
     def write_table(self) -> None:
         """`pruning.json` and `pruning.md`: every method that was made here, and asked what is asked now."""
