@@ -60,8 +60,8 @@ def do_all(work: Work, items: Sequence[Any], jobs: int, tell: Tell) -> None:
     """
     failed: list[FarssError] = []
     if jobs == 1:
-        for item in items:
-            with _noting(failed):
+        for left, item in zip(reversed(range(len(items))), items, strict=True):
+            with _noting(failed, left):
                 work(item, tell)
     else:
         _in_processes(work, items, jobs, tell, failed)
@@ -71,12 +71,13 @@ def do_all(work: Work, items: Sequence[Any], jobs: int, tell: Tell) -> None:
 
 
 @contextmanager
-def _noting(failed: list[FarssError]) -> Iterator[None]:
-    """Say at once what went wrong, and go on."""
+def _noting(failed: list[FarssError], left: int) -> Iterator[None]:
+    """Go on where something went wrong, and say so at once if there is anything left to do."""
     try:
         yield
     except FarssError as error:
-        log.warning(f"{error} (the others go on)")
+        if left:
+            log.warning(f"{error} (the others go on)")
         failed.append(error)
 
 
@@ -89,13 +90,14 @@ def _in_processes(work: Work, items: Sequence[Any], jobs: int, tell: Tell, faile
     give_back()
     with _listening(told, tell), processes.environment("OMP_NUM_THREADS", str(threads)):
         pool = ProcessPoolExecutor(jobs, context, _begin, (slots, told, os.getpid()), max_tasks_per_child=1)
-        waiting = iter(items)  # no more are handed over than run: those could not be called back
+        waiting, left = iter(items), len(items)  # no more are handed over than run: those could not be called back
         running = {pool.submit(_one, work, item, threads, gpus) for item in itertools.islice(waiting, jobs)}
         try:
             while running:
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
-                    with _noting(failed):
+                    left -= 1
+                    with _noting(failed, left):
                         future.result()
                 running |= {pool.submit(_one, work, item, threads, gpus) for item in itertools.islice(waiting, len(done))}
         except BrokenProcessPool as error:
