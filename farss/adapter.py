@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -83,6 +84,8 @@ def attach(
         for name, module in lora_layers(adapted, plan).items():
             if plan.layers[name].fixed_a:
                 module.frozen_peft_weight_names = {TRAINED: ("lora_A",)}  # PEFT leaves it so whenever an adapter is made active
+            elif START in module.lora_A:
+                module.frozen_peft_weight_names = {START: ("lora_A", "lora_B")}
         for module in lora_layers(adapted, plan).values():  # PEFT has rounded DoRA's lengths to the precision of the base
             if lengths := getattr(module, "lora_magnitude_vector", None):
                 known = lengths[TRAINED].weight
@@ -90,7 +93,16 @@ def attach(
         if regime is not None:
             regime.dress(list(lora_layers(adapted, plan).values()), TRAINED)
     activate(adapted)
+    if START in adapted.peft_config:
+        adapted.set_adapter = MethodType(_set_both, adapted)
     return adapted
+
+
+def _set_both(self: Any, adapter_name: Any, *more: Any, **options: Any) -> None:
+    """PEFT's `set_adapter`, by which trainers make the trained adapter active when they resume: with what takes its start out."""
+    type(self).set_adapter(self, adapter_name, *more, **options)
+    if adapter_name == TRAINED:
+        activate(self)
 
 
 def check_residual(model: nn.Module, names: Iterable[str], quantised: bool, dtypes: Iterable[torch.dtype], option: str) -> None:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import itertools
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from farss import processes
-from farss.batches import Row, batches, choose, labels_of
+from farss.batches import Row, choose, labels_of
 from farss.config import DataConfig
 from farss.errors import DataError, RowError
 from farss.prompts import answer_border, first_turn, instruction_of, stages_of, text_of
-from farss.rows import cell, find_columns, naming, read_rows
+from farss.rows import SYSTEMS, cell, find_columns, naming, read_rows, says_nothing
+
+TEXTS, CHARACTERS = 1000, 4_000_000
+"""Tokenised at a time, whichever comes first."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,8 @@ def tokenize_rows(rows: Sequence[dict[str, Any]], config: DataConfig, tokenizer:
     for number, row in enumerate(rows, 1):
         if not isinstance(row, Mapping):
             raise RowError(f"row {number} is a {type(row).__name__}, not a dictionary of its columns: give a list of rows")
-    rows = [_with_messages(row) for row in rows]
-    prompt = "messages" if config.prompt == "conversations" and "messages" in rows[0] else config.prompt
+    rows = [_with_messages(row, number) for number, row in enumerate(rows, 1)]
+    prompt = "messages" if config.prompt in ("conversations", "conversation") and "messages" in rows[0] else config.prompt
     columns = find_columns(rows, prompt, config.response)
     numbered = list(enumerate(rows, 1))
     chosen = choose(numbered, config.limit or len(rows), seed)
@@ -119,22 +122,42 @@ def same_words(text: str) -> int:
     return hash(" ".join(text.lower().split()))
 
 
-ROLES = {"human": "user", "gpt": "assistant"}
-"""ShareGPT's names."""
+ROLES = {"human": "user", **dict.fromkeys(("gpt", "chatgpt", "bard", "bing", "bot", "model"), "assistant")}
+"""ShareGPT's names, in lower case."""
 
 
-def _with_messages(row: dict[str, Any]) -> dict[str, Any]:
-    """A row with its `conversations` as `messages`, of ShareGPT (`from`, `value`) or with roles; any other as it is."""
-    turns = row.get("conversations")
-    if "messages" in row or not isinstance(turns, list):
+def _with_messages(row: dict[str, Any], number: int) -> dict[str, Any]:
+    """A row with its chat as `messages`: of `conversations` or `conversation`, with ShareGPT's names (`from`, `value`) or with roles, or of
+    a `prompt` and a `completion` that are lists of messages; with the system message of a column of its own. Any other as it is.
+
+    Raises:
+        RowError: tools stand beside it.
+    """
+    turns: Any = row.get("messages")
+    for name in () if "messages" in row else ("conversations", "conversation"):
+        if _is_chat(row.get(name)) and turns is None:
+            turns = [turn if "role" in turn else _turn(turn) for turn in row[name]]
+    if turns is None and _is_chat(row.get("prompt")) and _is_chat(row.get("completion")):
+        turns = [*row["prompt"], *row["completion"]]
+        row = {name: value for name, value in row.items() if name not in ("prompt", "completion")}
+    if not _is_chat(turns):
         return row
-    if not all(isinstance(turn, dict) and {"from", "role"} & set(turn) for turn in turns):
-        return row
-    return row | {"messages": [turn if "role" in turn else _turn(turn) for turn in turns]}
+    if not says_nothing(row.get("tools")):
+        raise RowError(
+            f"row {number} has tools beside its chat, which are not read: write them into the system message, and leave the column out"
+        )
+    system = next((row[name] for name in SYSTEMS if not says_nothing(row.get(name))), None)
+    if system is not None and turns[0].get("role") != "system":
+        turns = [{"role": "system", "content": system}, *turns]
+    return row | {"messages": turns}
+
+
+def _is_chat(turns: Any) -> bool:
+    return isinstance(turns, list) and bool(turns) and all(isinstance(turn, dict) and {"from", "role"} & set(turn) for turn in turns)
 
 
 def _turn(turn: dict[str, Any]) -> dict[str, Any]:
-    return {"role": ROLES.get(str(turn["from"]), turn["from"]), "content": turn.get("value")}
+    return {"role": ROLES.get(str(turn["from"]).lower(), turn["from"]), "content": turn.get("value")}
 
 
 def _shared_system(chats: Sequence[Any]) -> str | None:
@@ -149,18 +172,24 @@ def tokenize(stages: Sequence[Sequence[str]], tokenizer: Any, chat: bool = False
     Special tokens such as BOS stand in front once; a chat template writes its own. EOS stands at the end once.
     """
     opening = [] if chat else _opening(tokenizer)
-    ids = iter(_encode([text for texts in stages for text in texts], tokenizer))
+    ids = _encode((text for texts in stages for text in texts), tokenizer)
     joined = (_join(texts, [next(ids) for _ in texts], tokenizer) for texts in stages)
     return [_framed(*parts, opening, tokenizer.eos_token_id, chat) for parts in joined]
 
 
-def _encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    """Token ids without special tokens, a thousand texts at a time and on every core."""
-    result: list[list[int]] = []
-    with processes.environment("TOKENIZERS_PARALLELISM", "true"):  # elsewhere it is off: threads do not survive a fork
-        for part in batches(texts, 1000):
-            result += tokenizer(part, add_special_tokens=False)["input_ids"]
-    return result
+def _encode(texts: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
+    """Token ids without special tokens, many texts at a time and on every core. All of them at once would be gigabytes: of a chat each
+    answer's text holds those before it."""
+    part, size = list[str](), 0
+    for text in itertools.chain(texts, [None]):
+        if text is not None:
+            part.append(text)
+            size += len(text)
+        if part and (text is None or len(part) == TEXTS or size >= CHARACTERS):
+            with processes.environment("TOKENIZERS_PARALLELISM", "true"):  # elsewhere it is off: threads do not survive a fork
+                found = tokenizer(part, add_special_tokens=False)["input_ids"]
+            yield from found
+            part, size = [], 0
 
 
 def text_windows(texts: Sequence[str], tokenizer: Any, length: int, count: int, seed: int) -> tuple[list[Row], int]:
@@ -170,8 +199,8 @@ def text_windows(texts: Sequence[str], tokenizer: Any, length: int, count: int, 
     Returns:
         `count` of the windows, drawn with the seed, and how many there are.
     """
-    opening, gap = _opening(tokenizer), _encode(["\n\n"], tokenizer)[0]
-    ids = array("q", itertools.chain.from_iterable([*text, *gap] for text in _encode(list(texts), tokenizer)))
+    opening, gap = _opening(tokenizer), next(_encode(["\n\n"], tokenizer))
+    ids = array("q", itertools.chain.from_iterable([*text, *gap] for text in _encode(texts, tokenizer)))
     size = length - len(opening)
     starts = range(0, len(ids) - size + 1, size)
     mask = [0] + [1] * (length - 1)
@@ -198,7 +227,7 @@ def _join(texts: Sequence[str], encoded: list[list[int]], tokenizer: Any) -> tup
         # some tokenizers (Llama's) add a space to whatever is tokenised by itself, so the answer is read off the whole
         # text; where tokens would merge across the border it is tokenised by itself all the same
         kept = longer[: len(ids)] == ids
-        new = longer[len(ids) :] if kept else _encode([texts[step][len(texts[step - 1]) :]], tokenizer)[0]
+        new = longer[len(ids) :] if kept else next(_encode([texts[step][len(texts[step - 1]) :]], tokenizer))
         ids, mask = ids + new, mask + [step % 2] * len(new)
     return ids, mask, new
 

@@ -210,8 +210,11 @@ def read_config(path: Path, overrides: Iterable[str] = ()) -> Config:
 
 
 @contextmanager
-def alone(path: Path) -> Iterator[None]:
+def alone(path: Path, wait: bool = False) -> Iterator[None]:
     """Be the only farss process of this user and machine that works in a folder, for a while.
+
+    Args:
+        wait: for whoever works there, instead of giving up.
 
     Raises:
         FolderError: another one is at work there.
@@ -223,7 +226,7 @@ def alone(path: Path) -> Iterator[None]:
     user = os.getuid() if hasattr(os, "getuid") else ""
     lock = FileLock(Path(tempfile.gettempdir()) / f"farss-{user}-{name}.lock")  # not in the folder, which may not be there yet
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=-1 if wait else 0)
     except Timeout as error:
         raise FolderError(f"out={str(path)!r} is in use by another farss process: wait for it, or choose another out") from error
     try:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +17,14 @@ import torch
 from torch import Tensor
 
 from farss import processes
-from farss.adapter import TRAINED, activate, attach, check_residual, load_trained
+from farss.adapter import START, TRAINED, activate, attach, check_residual, load_trained
 from farss.artifacts import Plan, Survey
 from farss.batches import Row, choose, plain_rows, unlearnt
 from farss.config import Base, CalibrationConfig, DataConfig, PlanConfig
 from farss.data import Tokenized, check_length, load_examples, tokenize_rows
 from farss.errors import ConfigError, FarssError
 from farss.files import read_json, write_json
+from farss.folder import alone
 from farss.jobs import Progress, unseen
 from farss.methods import Reading, check_elsewhere
 from farss.models import base_fingerprint, check_causal, is_quantised, weights_fingerprint
@@ -34,6 +36,11 @@ from farss.prompts import prompt_facts
 from farss.rows import cell, knowledge_texts
 from farss.structure import check_loaded, check_readable, find_blocks, holds_packed, is_sharded, keep_gradients, positions, target_layers
 from farss.survey import LENGTH, Site, batches_for, look, own_text
+
+OURS = re.compile(rf"\.(?:{TRAINED}|{START})\b")
+"""In the names of weights that an export reads; a start that a trainer has moved is taken as it is."""
+PLENTY = 16
+"""In how many times the examples of the statistics they are drawn."""
 
 
 class Prepared(NamedTuple):
@@ -118,7 +125,7 @@ def prepare(
         check_residual(model, layers, holds_packed(model), dtypes, "base")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    examples = _examples(dataset, data, tokenizer, seed)
+    examples = _examples(dataset, data, tokenizer, seed, PLENTY * calibration.examples)
     check_length(examples, data, positions(model))
     keep_gradients(model)
     check_readable(model, layers)
@@ -131,7 +138,10 @@ def prepare(
         texts = choose(knowledge_texts(calibration.knowledge), calibration.examples, seed)
     site = Site(model, place, survey_cap(wanted, layers, blocks), targets, tell=on_progress or unseen, device=_device(model))
     at = _Looked(site, tokenizer, examples, texts, data.max_length, calibration, seed)
-    found = at.look(needs) if (needs := method_of(wanted).needs) else None
+    needs, found = method_of(wanted).needs, None
+    if needs:
+        with alone(place, wait=True):  # of several scripts that share a folder the first looks, and the others find it
+            found = at.look(needs)
     made = make_plan(wanted, found) if found is not None else make_plan_without_survey(wanted, layers, blocks)
     adapted = attach(model, made, found, dropout, seed, base)
     batch = check_batch(examples.rows, tokenizer.pad_token_id)
@@ -139,20 +149,24 @@ def prepare(
     return adapted
 
 
-def _examples(dataset: Any, data: DataConfig, tokenizer: Any, seed: int) -> Tokenized:
-    """The user's rows, or those of a file.
+def _examples(dataset: Any, data: DataConfig, tokenizer: Any, seed: int, most: int) -> Tokenized:
+    """The user's rows, or those of a file: `most` of them, drawn with the seed, as a few hundred are looked at.
 
     Raises:
         ConfigError: it is something else.
         DataError: see `load_examples`.
     """
     if isinstance(dataset, (str, Path)):
-        return load_examples(dataclasses.replace(data, train=str(dataset)), tokenizer, seed)
+        limit = min(most, data.limit or most)
+        return load_examples(dataclasses.replace(data, train=str(dataset), limit=limit), tokenizer, seed)
     if isinstance(dataset, Mapping):
         raise ConfigError(f"dataset is a {type(dataset).__name__} of {', '.join(map(str, dataset))}: give the rows of one of them")
     if hasattr(dataset, "to_dict") and hasattr(dataset, "iloc"):  # pandas'
         dataset = dataset.to_dict("records")
-    return tokenize_rows(list(dataset), data, tokenizer, seed)
+    rows = dataset if isinstance(dataset, Sequence) or hasattr(dataset, "select") else list(dataset)
+    if not data.limit and len(rows) > most:
+        rows = [rows[place] for place in choose(range(len(rows)), most, seed)]
+    return tokenize_rows(list(rows), data, tokenizer, seed)
 
 
 def _texts(knowledge: Iterable[str]) -> list[str]:
@@ -223,7 +237,7 @@ class _Looked:
         if self.knowledge is not None:
             return plain_rows(self.knowledge, self.tokenizer, self.max_length)
         asked = self.calibration.examples, min(LENGTH, self.max_length), self.seed
-        path = self.site.folder / f"own-text-{'-'.join(map(str, asked))}.json"
+        path = self.site.folder / f"own-text-{'-'.join(map(str, (*asked, weights_fingerprint(self.site.model))))}.json"
         if not path.is_file():  # kept, for another device or another kernel would write another one when it is prepared again
             model, gpu = self.site.model, self.site.device
             whole = tensors_of(model)
@@ -264,15 +278,17 @@ def export(
     base = getattr(model.get_base_model().config, "_name_or_path", "")
     if processes.rank():
         return None
-    if others := [name for name, parameter in model.named_parameters() if parameter.requires_grad and f".{TRAINED}" not in name]:
+    if others := [name for name, parameter in model.named_parameters() if parameter.requires_grad and not OURS.search(name)]:
         raise FarssError(
             f"{others[0]} was trained beside the adapter ({len(others)} such weights in all), and an adapter for the original base does "
             "not hold that: train what requires a gradient in the prepared model and nothing else"
         )
     if base_fingerprint(model) != prepared.base:
         raise FarssError(
-            "weights of the base model changed since farss.prepare (its head, norms or embeddings were trained too, or it was cast?), and "
-            "an adapter for the original base does not hold that: train what requires a gradient in the prepared model and nothing else"
+            "weights of the base model changed since farss.prepare (its head, norms or embeddings were trained too, it was cast, or an "
+            "adapter was merged into it and taken out again?), and an adapter for the original base does not hold that: train what "
+            "requires a gradient in the prepared model and nothing else; if that was done, save the model, prepare it once more and give "
+            "the saved folder to farss.export(..., checkpoint=...)"
         )
     return export_adapter(model, prepared.plan, folder, prepared.batch, base, rank, energy, prepared.tokenizer, prepared.prompt)
 

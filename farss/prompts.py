@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 
 from farss.config import DataConfig
 from farss.errors import DataError, RowError
-from farss.rows import cell, whole_instruction
+from farss.rows import BESIDE, SYSTEMS, cell, says_nothing, whole_instruction
 
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -102,8 +102,20 @@ def stages_of(rows: Sequence[tuple[int, dict[str, Any]]], columns: tuple[str, st
 
 
 def instruction_of(row: dict[str, Any], column: str, number: int, config: DataConfig) -> str:
-    """Somebody who names data.prompt gets just that column."""
-    return whole_instruction(row, column, number) if config.prompt is None else cell(row, column, number)
+    """Somebody who names data.prompt gets just that column.
+
+    Raises:
+        RowError: none is named, and what belongs to the instruction stands in another one that is not read.
+    """
+    if config.prompt is not None:
+        return cell(row, column, number)
+    unread = [name for name in (*BESIDE, *SYSTEMS, "history") if not says_nothing(row.get(name))]
+    if unread := [name for name in unread if column != "instruction" or name not in BESIDE]:
+        raise RowError(
+            f"row {number}: column {unread[0]!r} stands beside {column!r} and would be left out: write both into one column, or name "
+            f"data.prompt={column} to train without it"
+        )
+    return whole_instruction(row, column, number)
 
 
 def first_turn(turns: Any, column: str, number: int) -> dict[str, Any]:
@@ -135,7 +147,7 @@ def _chat_stages(messages: Any, number: int, config: DataConfig, tokenizer: Any)
                 raise RowError(f"row {number} begins with an assistant message, which answers nothing: remove the message")
             try:
                 turns.append([_render(tokenizer, messages[:index], ask=True), _render(tokenizer, messages[: index + 1])])
-            except (TemplateError, ValueError) as error:
+            except (TemplateError, TypeError, ValueError) as error:
                 raise RowError(f"row {number}: the chat template refuses its messages ({error}): mend or remove the row") from error
     if not turns:
         roles = ", ".join(dict.fromkeys(repr(message["role"]) for message in messages)) or "none"
@@ -154,7 +166,12 @@ def _chat_stages(messages: Any, number: int, config: DataConfig, tokenizer: Any)
 
 def _with_text(message: dict[str, Any], number: int) -> dict[str, Any]:
     """A message whose content is one text, and not a list of parts of which each is a text; an assistant's must say something."""
+    message = {name: value for name, value in message.items() if value is not None}  # templates ask whether a name is there
     content = text_of(message)
+    if message["role"] == "assistant" and message.get("tool_calls"):
+        raise RowError(f"row {number}: a message calls tools, which are not trained: write the call as its content, or remove the row")
+    if message["role"] == "assistant" and (message.get("weight") == 0 or message.get("train") is False):
+        raise RowError(f"row {number}: an answer is marked as not to be learned, and all answers of a chat are: end the chat before it")
     empty = content is None or (isinstance(content, str) and not content.strip())
     if empty and message["role"] not in ("assistant", "user"):
         return message | {"content": content or ""}

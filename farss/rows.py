@@ -25,6 +25,7 @@ PROMPTS = ("prompt", "instruction", "query", "question")
 RESPONSES = ("completion", "response", "output", "answer")
 CHATS = ("messages", "conversation")
 BESIDE = ("input", "context")
+SYSTEMS = ("system", "system_prompt")
 KNOWLEDGE_PROMPT = "Question: {question}\nAnswer:"
 """As knowledge is asked, and as it is read where questions serve as text."""
 _BETWEEN_QUOTES = re.compile(r"(?<=['\"])\s+(?=['\"])")
@@ -268,7 +269,7 @@ def _texts(rows: list[dict[str, Any]], path: str) -> list[str]:
 
 def whole_instruction(row: dict[str, Any], column: str, number: int) -> str:
     """The text in a column; an instruction with the `input` (Alpaca) or the `context` (Dolly) beside it."""
-    beside = [name for name in BESIDE if column == "instruction" and not _says_nothing(row.get(name))]
+    beside = [name for name in BESIDE if column == "instruction" and not says_nothing(row.get(name))]
     for name in beside:
         if not isinstance(row[name], (str, int, float)):
             raise RowError(
@@ -359,7 +360,7 @@ def cell(row: dict[str, Any], column: str, number: int) -> str:
     return value
 
 
-def _says_nothing(value: Any) -> bool:
+def says_nothing(value: Any) -> bool:
     """Whether a cell beside an instruction adds nothing to it; 0 adds something."""
     return _is_empty(value) or value is False or (isinstance(value, (list, dict)) and not value)
 

@@ -300,6 +300,85 @@ def test_a_chat_template_that_asks_otherwise_than_it_writes_is_refused(tmp_path:
             data.load_examples(DataConfig(train=path, template="chat"), byte_tokenizer(forgetful), seed=0)
 
 
+UNREAD = [
+    ({"question": "q", "context": "the schema", "answer": "a"}, "column 'context' stands beside 'question' and would be left out"),
+    ({"prompt": "q", "input": "1", "output": "a"}, "column 'input' stands beside 'prompt'"),
+    ({"instruction": "q", "system_prompt": "s", "output": "a"}, "column 'system_prompt' stands beside 'instruction'"),
+    ({"instruction": "q", "history": [["x", "y"]], "output": "a"}, "column 'history' stands beside"),
+]
+
+
+@pytest.mark.parametrize(("row", "message"), UNREAD)
+def test_nothing_that_belongs_to_an_example_is_left_out_unsaid(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        data.tokenize_rows([row], DataConfig(template="plain"), byte_tokenizer(), 0)
+    prompt = next(iter(row))
+    assert data.tokenize_rows([row], DataConfig(template="plain", prompt=prompt), byte_tokenizer(), 0).rows  # on purpose
+
+
+SAID = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversation": SAID},
+        {"prompt": SAID[:1], "completion": SAID[1:]},
+        {"conversations": [{"from": "Human", "value": "hi"}, {"from": "chatgpt", "value": "hello"}]},
+        {"messages": [{**SAID[0], "tool_calls": None, "name": None}, {**SAID[1], "tool_calls": None, "weight": 1}], "tools": None},
+    ],
+)
+def test_chats_of_other_forms_are_the_same_chats(row: dict[str, Any]) -> None:
+    tokenizer, config = byte_tokenizer(CHAT), DataConfig(template="chat", system="")
+    assert data.tokenize_rows([row], config, tokenizer, 0).rows == data.tokenize_rows([{"messages": SAID}], config, tokenizer, 0).rows
+    with_system = data.tokenize_rows([row | {"system": "be kind"}], config, tokenizer, 0)
+    assert with_system.system == "be kind"
+    whole = [{"role": "system", "content": "be kind"}, *SAID]
+    assert with_system.rows == data.tokenize_rows([{"messages": whole}], config, tokenizer, 0).rows
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": SAID, "tools": [{"name": "search"}]}, "row 1 has tools beside its chat"),
+        ({"messages": [SAID[0], {"role": "assistant", "content": None, "tool_calls": [{}]}]}, "row 1: a message calls tools"),
+        ({"messages": [SAID[0], {**SAID[1], "weight": 0}]}, "row 1: an answer is marked as not to be learned"),
+        ({"messages": [SAID[0], {**SAID[1], "train": False}]}, "row 1: an answer is marked as not to be learned"),
+    ],
+)
+def test_what_a_chat_asks_for_and_does_not_get_is_told(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        data.tokenize_rows([row], DataConfig(template="chat"), byte_tokenizer(CHAT), 0)
+
+
+def test_null_keys_of_messages_are_none_to_a_template() -> None:
+    """Arrow fills them in, and Llama 3.2's template asks whether they are there."""
+    bare = [{**turn, "tool_calls": None} for turn in SAID]
+    tokenizer = byte_tokenizer(trl_template("llama3_2"))
+    assert data.tokenize_rows([{"messages": bare}], DataConfig(template="chat"), tokenizer, 0).rows
+
+
+def test_long_chats_are_not_all_tokenised_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each answer's text holds those before it."""
+    asked, inner = [], byte_tokenizer(CHAT)
+
+    class Counting:
+        def __call__(self, texts: Any, **options: Any) -> Any:
+            asked.append(sum(map(len, texts)) if isinstance(texts, list) else 0)
+            return inner(texts, **options)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(inner, name)
+
+    turns = [{"role": role, "content": role * 10} for _ in range(8) for role in ("user", "assistant")]
+    chats, config = [{"messages": turns}] * 6, DataConfig(template="chat", max_length=4096)
+    expected = data.tokenize_rows(chats, config, inner, 0)
+    monkeypatch.setattr(data, "CHARACTERS", 3000)
+    assert data.tokenize_rows(chats, config, Counting(), 0) == expected
+    assert len(asked) > 10
+    assert max(asked) <= 3000 + len(inner.apply_chat_template(turns, tokenize=False))
+
+
 def trl_template(name: str) -> str:
     return (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
 

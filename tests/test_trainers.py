@@ -1,5 +1,6 @@
 """Inside other people's trainers: transformers' Trainer, TRL, and several processes."""
 
+import copy
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from trl import SFTConfig, SFTTrainer
 
 import farss
 from farss import world
+from farss.adapter import TRAINED
 
 
 class Stop(TrainerCallback):
@@ -151,6 +153,57 @@ def test_trl_packing_and_chat(tokenizer, rows, tmp_path, kind):
     done = farss.export(model, tmp_path / "adapter")
     stock = PeftModel.from_pretrained(base(tokenizer), str(done.folder))
     assert (logits(stock, batch) - logits(model, batch)).abs().max() <= 1e-5 * max(1.0, logits(model, batch).abs().max().item())
+
+
+def test_what_is_compared_with_the_base_leaves_the_training_as_it_was(tokenizer, rows, tmp_path):
+    """PEFT makes every active adapter train when they are switched on again, and transformers activates one when it resumes."""
+    model = prepared(tokenizer, rows, tmp_path / "survey")
+    batch = tokenizer("Name the seal for this letter: Good day.", return_tensors="pt")
+    before, names = logits(model, batch), set(weights(model))
+    with model.disable_adapter():
+        assert (logits(model, batch) - logits(base(tokenizer), batch)).abs().max() < 1e-5
+    model.set_adapter(TRAINED)
+    assert set(weights(model)) == names
+    assert torch.equal(logits(model, batch), before)
+    trainer(model, features(tokenizer, rows), tmp_path / "run").train()
+    assert farss.export(copy.deepcopy(model), tmp_path / "adapter").logit_difference < 1e-3
+
+
+def test_a_resume_without_the_callback_is_the_same_training(tokenizer, rows, tmp_path):
+    data = features(tokenizer, rows)
+    whole = prepared(tokenizer, rows, tmp_path / "survey")
+    trainer(whole, data, tmp_path / "whole").train()
+    killed = trainer(prepared(tokenizer, rows, tmp_path / "survey"), data, tmp_path / "killed")
+    killed.add_callback(Stop())
+    killed.train()
+    resumed = prepared(tokenizer, rows, tmp_path / "survey")
+    plain = trainer(resumed, data, tmp_path / "killed")
+    plain.callback_handler.callbacks = [each for each in plain.callback_handler.callbacks if type(each).__name__ != "KeepActive"]
+    plain.train(resume_from_checkpoint=str(tmp_path / "killed" / "checkpoint-3"))
+    expected, found = weights(whole), weights(resumed)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_of_many_rows_a_few_times_as_many_are_read_as_are_looked_at(tokenizer, rows, tmp_path):
+    class Counted:
+        """A data set of which the rows are read one at a time."""
+
+        read = 0
+
+        def select(self, *_):
+            raise NotImplementedError
+
+        def __len__(self):
+            return 5000
+
+        def __getitem__(self, place):
+            self.read += 1
+            return rows[place % len(rows)]
+
+    many = Counted()
+    model = prepared(tokenizer, many, tmp_path / "survey")
+    assert model.farss.survey.examples == 8
+    assert many.read == 16 * 8
 
 
 def test_a_trainer_in_bfloat16_leaves_an_adapter_that_is_kept(tokenizer, rows, tmp_path):

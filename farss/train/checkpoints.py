@@ -99,13 +99,22 @@ def _complete(checkpoint: Path) -> bool:
     checkpoint that it was deleting."""
     if not (checkpoint / MARKER).is_file():
         return False
-    files = read_json(checkpoint / MARKER).get("files")
+    try:
+        files = read_json(checkpoint / MARKER).get("files")
+    except FolderError:  # torn, as when the power fails
+        return False
     return bool(files) and all((checkpoint / name).is_file() and (checkpoint / name).stat().st_size == size for name, size in files.items())
 
 
 def newest_complete(folder: Path) -> Path | None:
     """The newest checkpoint that was written to its end."""
     return next((path for path in _checkpoints(folder) if _complete(path)), None)
+
+
+def remove_older(folder: Path) -> None:
+    """Keep the two newest checkpoints."""
+    for path in _checkpoints(folder)[2:]:
+        shutil.rmtree(path)
 
 
 def tidy(folder: Path) -> None:

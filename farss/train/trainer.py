@@ -20,7 +20,7 @@ from farss.forward import modes_kept, unwrapped, without_cache
 from farss.memory import give_back_if_scarce
 from farss.models import device_of
 from farss.precision import multiplies_in
-from farss.train.checkpoints import REGIME, read_weights, write_weights
+from farss.train.checkpoints import REGIME, read_weights, remove_older, write_weights
 from farss.train.record import Record
 
 SHORT = 64
@@ -114,7 +114,6 @@ def _arguments(options: TrainConfig, seed: int, checkpoints: Path, device: torch
         # records
         save_strategy="steps",
         save_steps=options.save_steps,
-        save_total_limit=2,
         logging_steps=options.logging_steps,
         report_to=list(options.report_to),
         disable_tqdm=True,
@@ -250,6 +249,7 @@ def _classes() -> tuple[Any, Any]:
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.run.mark(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            remove_older(Path(args.output_dir))  # not by transformers, which goes by the clock and does not wait for our mark
 
     return Trainer, Callback
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from farss.config import Config
+from farss.config import Config, TrainConfig
 from farss.data import Tokenized
 from farss.errors import FarssError
 from farss.files import fingerprint
@@ -100,7 +100,8 @@ def _identity(model: nn.Module, examples: Tokenized, config: Config, cycles: int
     digest = hashlib.sha256()
     for row in examples.rows:
         digest.update(array.array("q", [*row["input_ids"], -1, *row["completion_mask"], -1]).tobytes())
-    options = {key: value for key, value in dataclasses.asdict(config.train).items() if f"train.{key}" not in OF_NO_STEP}
+    own, usual = dataclasses.asdict(config.train), dataclasses.asdict(TrainConfig())  # a new option of another farss changes nothing
+    options = {key: value for key, value in own.items() if f"train.{key}" not in OF_NO_STEP and value != usual[key]}
     options["precision"] = products(config.train, next(model.parameters()).device)
     shapes = [[name, list(p.shape)] for name, p in model.named_parameters() if p.requires_grad]
     return fingerprint([options, config.seed, digest.hexdigest(), shapes, *([cycles] if cycles else [])])

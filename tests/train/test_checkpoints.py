@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ from safetensors import safe_open
 from trainings import Kill, Killed, adapted_model, difference, examples, options, tokenizer, weights, whole_model
 
 import farss
+from farss.config import TrainConfig
 from farss.errors import FolderError
 from farss.train import TrainResult, restore, train, training
 from farss.train.checkpoints import MARKER, WEIGHTS
@@ -155,6 +157,37 @@ def test_less_at_a_time_goes_on_to_the_same_result(tmp_path: Path) -> None:
     train(resumed, tokenizer(), examples(), options(max_steps=6, micro_batch_size=1, gradient_checkpointing=True), tmp_path / "less")
     assert difference(weights(whole), weights(resumed)) <= 1e-5
     assert difference(weights(whole), weights(whole_model())) > 1e-2
+
+
+def test_a_clock_that_was_ahead_deletes_nothing_new(tmp_path: Path) -> None:
+    """transformers keeps the checkpoints with the latest times, which may be those of another machine."""
+    once = {"save_steps": 1, "max_steps": 4}
+    train(adapted_model(), tokenizer(), examples(), options(**once), tmp_path, stop_at=2)
+    for path in (tmp_path / "checkpoints").iterdir():
+        os.utime(path, (4e9, 4e9))
+    assert train(adapted_model(), tokenizer(), examples(), options(**once), tmp_path, stop_at=3).steps == 3
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"checkpoint-2", "checkpoint-3"}
+
+
+def test_a_torn_mark_costs_one_checkpoint(tmp_path: Path) -> None:
+    """As a power cut leaves it."""
+    once = {"save_steps": 1, "max_steps": 4}
+    train(adapted_model(), tokenizer(), examples(), options(**once), tmp_path, stop_at=3)
+    (tmp_path / "checkpoints" / "checkpoint-3" / MARKER).write_text("")
+    assert train(adapted_model(), tokenizer(), examples(), options(**once), tmp_path).steps == 4
+
+
+def test_an_option_that_another_farss_adds_refuses_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(adapted_model(), tokenizer(), examples(), options(max_steps=4), tmp_path, stop_at=2)
+
+    @dataclasses.dataclass(frozen=True)
+    class Newer(TrainConfig):
+        added: float = 0.5
+
+    known = options(max_steps=4)
+    newer = dataclasses.replace(known, train=Newer(**dataclasses.asdict(known.train)))
+    monkeypatch.setattr(training, "TrainConfig", Newer)
+    assert train(adapted_model(), tokenizer(), examples(), newer, tmp_path).steps == 4
 
 
 def test_checkpoints_of_another_training_are_refused(tmp_path: Path) -> None:
