@@ -12,8 +12,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -94,7 +94,7 @@ def attach(
             regime.dress(list(lora_layers(adapted, plan).values()), TRAINED)
     activate(adapted)
     if START in adapted.peft_config:
-        adapted.set_adapter = MethodType(_set_both, adapted)
+        adapted.set_adapter = partial(_set_both, adapted)  # which is copied and pickled with the model, as a method is not
     return adapted
 
 

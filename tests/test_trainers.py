@@ -166,7 +166,12 @@ def test_what_is_compared_with_the_base_leaves_the_training_as_it_was(tokenizer,
     assert set(weights(model)) == names
     assert torch.equal(logits(model, batch), before)
     trainer(model, features(tokenizer, rows), tmp_path / "run").train()
-    assert farss.export(copy.deepcopy(model), tmp_path / "adapter").logit_difference < 1e-3
+    twin = copy.deepcopy(model)
+    assert twin.set_adapter.args[0] is twin
+    assert farss.export(twin, tmp_path / "adapter").logit_difference < 1e-3
+    torch.save(model, tmp_path / "model.pt")
+    read = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert read.set_adapter.args[0] is read
 
 
 def test_a_resume_without_the_callback_is_the_same_training(tokenizer, rows, tmp_path):
