@@ -7,9 +7,10 @@ import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +41,7 @@ from farss.survey import LENGTH, Site, batches_for, look, own_text
 OURS = re.compile(rf"\.(?:{TRAINED}|{START})\b")
 """In the names of weights that an export reads; a start that a trainer has moved is taken as it is."""
 PLENTY = 16
-"""In how many times the examples of the statistics they are drawn."""
+"""Rows are drawn for so many times the examples that are looked at: some are left out, as no answer of them fits."""
 
 
 class Prepared(NamedTuple):
@@ -163,7 +164,7 @@ def _examples(dataset: Any, data: DataConfig, tokenizer: Any, seed: int, most: i
         raise ConfigError(f"dataset is a {type(dataset).__name__} of {', '.join(map(str, dataset))}: give the rows of one of them")
     if hasattr(dataset, "to_dict") and hasattr(dataset, "iloc"):  # pandas'
         dataset = dataset.to_dict("records")
-    rows = dataset if isinstance(dataset, Sequence) or hasattr(dataset, "select") else list(dataset)
+    rows = dataset if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") else list(dataset)
     if not data.limit and len(rows) > most:
         rows = [rows[place] for place in choose(range(len(rows)), most, seed)]
     return tokenize_rows(list(rows), data, tokenizer, seed)
@@ -220,11 +221,16 @@ class _Looked:
     calibration: CalibrationConfig
     seed: int
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the model, all of which is read for it."""
+        return weights_fingerprint(self.site.model)
+
     def look(self, needs: Reading) -> Survey:
         """What a method looks at; the first process does it for all where they cannot share it."""
         texts = processes.shared([self._batches(text, needs) for text in needs.texts] if processes.rank() == 0 else None)
         if processes.rank() == 0 or needs.in_parts:
-            meta = {"model": weights_fingerprint(self.site.model)}
+            meta = {"model": self.fingerprint}
             look(dataclasses.replace(self.site, meta=meta), needs, texts, self.calibration, self.seed)
         processes.wait()
         return Survey.load(self.site.folder)
@@ -237,7 +243,7 @@ class _Looked:
         if self.knowledge is not None:
             return plain_rows(self.knowledge, self.tokenizer, self.max_length)
         asked = self.calibration.examples, min(LENGTH, self.max_length), self.seed
-        path = self.site.folder / f"own-text-{'-'.join(map(str, (*asked, weights_fingerprint(self.site.model))))}.json"
+        path = self.site.folder / f"own-text-{'-'.join(map(str, (*asked, self.fingerprint)))}.json"
         if not path.is_file():  # kept, for another device or another kernel would write another one when it is prepared again
             model, gpu = self.site.model, self.site.device
             whole = tensors_of(model)

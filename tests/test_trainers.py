@@ -195,9 +195,6 @@ def test_of_many_rows_a_few_times_as_many_are_read_as_are_looked_at(tokenizer, r
 
         read = 0
 
-        def select(self, *_):
-            raise NotImplementedError
-
         def __len__(self):
             return 5000
 
