@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
-GRADING = 7
+GRADING = 8
 """Goes up when answers are graded by other rules: those of a run folder are then graded again (of lm_eval's tasks, asked for again), so
 that none that were graded by the old rules stand beside the new."""
 STEPS = " Let's think step by step."
@@ -32,13 +32,14 @@ _UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3
 _NO_DIGIT = r"(?<!\d)", r"(?!\d)"
 """What stands beside a number that is whole: "5年" is not in "15年"."""
 _DECIMAL = re.compile(r"(?<![.\d])(\d*)\.(\d+)(?![.\d])")
-_MARK = re.compile(r"(?:####|[Tt]he (?:final )?answer is:?)")
+_MARK = re.compile(r"(?:####(?!\s*[A-Za-z]{2,})|[Tt]he (?:final )?answer is:?)")  # "#### Step 2" is a heading
 _LISTED = re.compile(r"^\s*[-+−]\s+", re.MULTILINE)
 _NUMBER = re.compile(
-    r"(?:(?<![\w)])[-+−]\s?)?\$?\s?"
+    r"(?:(?<![\w)])(?<!\d\s)[-+−]\s?)?\$?\s?"
     r"(?:\d+\s+\d+/\d+|\d{1,3}(?:[\u00a0\u2009\u202f]\d{3})+|(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}\b|\s?/\s?\d+)?)"
 )
-"""Also a mixed one, "3 1/2". The dash of "20-25" is no sign."""
+"""Also a mixed one, "3 1/2". The dash of "20-25" and "20 - 25" is no sign."""
+_MIXED = re.compile(r"(?<![\d.,])(\d+)\s+(\d+)/(\d+)")
 _FRAC = re.compile(r"\\[dt]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}")
 _CALCULATED = re.compile(r"<<[^<>\n]*>>")
 """GSM8K's annotation of a step: "4 + 5 = <<4+5=9>>9"."""
@@ -49,6 +50,15 @@ _GOES_ON = re.compile(r"\s*(?:\^|\*\s*\d|×|·|÷|\\times|\\cdot|\\sqrt|\\pi|\\f
 """Before and behind a number that is a part of something else: of "2^3", "4 + 5", "6:30" or "1 000"."""
 _WORDS_AROUND = re.compile(r"^(?:[A-Za-z]{2,}\s+)+(?=[-\d\\$(.])|(?<=[\d})$])\s+(?:\(?[A-Za-z]{2,}[\s.,)]*)+$")
 """Of an answer such as "about 5 dollars", whose words math-verify would read as products of letters."""
+_MEANINGFUL = re.compile(
+    r"\b(?:pi|sqrt|root|ln|log|exp|mod|(?:a|arc)?(?:sin|cos|tan)|sec|csc|cot|negative|minus|plus|times|over|not|no|less|more|fewer|greater"
+    r"|least|most|twice|double|triple|half|dozen|squared|cubed|factorial|hundred|thousand|[bmtr]+illion|infinity)\b",
+    re.IGNORECASE,
+)
+"""Words that are a part of the result: "negative 3", "5 pi" and "5 thousand" are not 3, 5 and 5."""
+_BASE = re.compile(r"\d_\{?(\d+)\}?\W*$")
+"""The base of a number, which math-verify passes over: 101_2 is not 101_3."""
+_TIME = re.compile(r"(?<![\d:])(\d{1,2}):(\d{2})(?![\d:])")
 _APART = re.compile(r"(?<!\d)[/,;:–—()\[\]]|[/,;:–—()\[\]](?!\d)|(?<=\d)[-–](?=\d)|['’]s\b")
 """What parts words, though no space stands there: "Paris/London", "1914-1918", "Smith's"; not "1,000", "1/2" or "non-fiction"."""
 _NUMBER_MARK = re.compile(r"####(?=\W*\d)|[Tt]he (?:final )?answer is:?")  # "#### Step 2" is a heading
@@ -121,7 +131,7 @@ def _within(part: str, whole: str) -> bool:
 def _plain(text: str) -> str:
     """Without punctuation; numbers and names keep what they are made of, so that "1.5" is not "15", nor "C++" "C", and "5.0" is 5."""
     text = unicodedata.normalize("NFC", text).translate(_DASHES)  # an accent may be a character of its own
-    text = re.sub(r"(?<=\d):(?=\d)", ".", text)  # "6:30" is "6.30"
+    text = re.sub(r"(?<=\d):(?=\d)", "∶", _TIME.sub(r"\1.\2", text))  # "6:30" is "6.30"; 4:3 is a ratio, and not 4.3
     return _DECIMAL.sub(_shortest, _PUNCTUATION.sub("", text))
 
 
@@ -173,9 +183,35 @@ def same_mathematics(answer: str, solution: str) -> float:
     interruptible = os.name == "posix" and threading.current_thread() is threading.main_thread()
     seconds = 5 if interruptible else None
     marks = list(_MARK.finditer(answer))
-    final = answer[marks[-1].end() :].strip().split("\n")[0] if marks else answer
+    final = _first_line(answer[marks[-1].end() :].strip()) if marks else answer
     if marks and "\\boxed" not in final:  # all of it is the answer; without a mark math-verify looks for one in the text
-        final = f"${_WORDS_AROUND.sub('', final.strip().strip('$.')).strip().strip('$.')}$"
+        final = f"${_MIXED.sub(_mixed, _undressed(_WORDS_AROUND.sub(_unless_meaningful, _undressed(final))))}$"
     gold = parse(solution, parsing_timeout=seconds)
     found = parse(final, parsing_timeout=seconds)
-    return float(bool(gold) and bool(found) and verify(gold, found, timeout_seconds=seconds))
+    if not gold or not found or len({base[1] for read in (gold, found) if (base := _BASE.search(str(read[-1])))}) == 2:
+        return 0.0
+    return float(verify(gold, found, timeout_seconds=seconds))
+
+
+def _first_line(text: str) -> str:
+    """Up to the first line break that is not inside a formula of several lines."""
+    lines = text.split("\n")
+    for count in range(1, len(lines) + 1):
+        head = "\n".join(lines[:count])
+        opened = head.count("\\begin") - head.count("\\end"), len(re.findall(r"(?<!\\)\\\[", head)) - head.count("\\]")
+        if max(opened) <= 0 and head.count("$$") % 2 == 0:
+            return head.replace("\n", " ")
+    return lines[0]
+
+
+def _undressed(formula: str) -> str:
+    """Without what marks it as a formula, and the full stop behind it; the point of ".5" stays."""
+    return re.sub(r"^[\s$]*(?:\\\[|\\\()?\s*|\s*(?:\\\]|\\\))?[\s$.]*$", "", formula)
+
+
+def _unless_meaningful(words: re.Match[str]) -> str:
+    return words.group() if _MEANINGFUL.search(words.group()) else ""
+
+
+def _mixed(number: re.Match[str]) -> str:
+    return rf"{number[1]}\frac{{{number[2]}}}{{{number[3]}}}"

@@ -16,7 +16,8 @@ from farss.tasks.grading import contains, exact_match, final_number, normalise, 
         ("The answer is: 1/2", "0.5", 1), ("1/0", "5", 0), ("#### \n The answer is:", "5", 0), ("0.1", ".1", 1),
         ("#### Step 2: so it is 12", "12", 1), ("#### **42** (6 times 7)", "42", 1),
         ("#### €40 for 2 people", "40", 1), ("#### -5", "-5", 1), ("it is − 7", "-7", 1), ("so\n  - 5 apples", "5", 1),
-        ("20-25", "25", 1), ("1e-05", "0.00001", 1), ("#### 1.5e3", "1500", 1), ("5e", "5", 1), ("3e4x", "3", 0),
+        ("20-25", "25", 1), ("20 - 25", "25", 1), ("50 - $12", "12", 1),
+        ("1e-05", "0.00001", 1), ("#### 1.5e3", "1500", 1), ("5e", "5", 1), ("3e4x", "3", 0),
         ("-$3", "-3", 1), ("9" * 5000, "9", 0),
         *((f"The answer is: {wrong}", gold, 0) for wrong, gold in (
             ("\\frac{1}{2}", "1"), ("$\\frac{3}{4}$", "3"), ("2^3", "2"), ("2^{3}", "2"), ("2\\sqrt{3}", "2"), ("\\sqrt{3}", "3"),
@@ -121,6 +122,7 @@ def test_numbers_are_equal_when_they_are_however_they_are_written():
         *(("15 km", "1.5 km", 0), ("$843 million", "$84.3 million", 0), ("1.50 km", "1.5 km", 1), (".5", "0.5", 1), (".5", "5", 0)),
         *(("12", "1/2", 0), ("1/2", "1/2", 1), ("2025", "20-25", 0), ("1914–1918", "1914-1918", 1), ("(-3)", "-3", 1), ("-$3", "3", 0)),
         *(("1e-3", "1e3", 0), ("1E-3", "1e-3", 1)),
+        *(("1:1", "1:10", 0), ("4:30", "4:3", 0), ("3:16", "3:160", 0), ("1:2:3", "123", 0), ("4:3", "4:3", 1), ("10:00", "10:00", 1)),
         *(("1.2.3", "123", 0), ("No 5", "No. 5", 1), ("well-known", "wellknown", 1), ("...5", "5", 1), ("x-5", "x5", 1)),
     ],
 )
@@ -153,6 +155,28 @@ def test_words_may_stand_close_together(answer, accepted, right):
 def test_mathematics(answer, score):
     assert same_mathematics(answer, "Thus $\\boxed{\\frac{1}{2}}$.") == score
     assert same_mathematics(answer, "no result") == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "result", "score"),
+    [
+        *((f"The answer is: {number}", ".5", 1) for number in (".5", "$.5$", "0.5.", "1/2")), ("The answer is: .5", "5", 0),
+        ("The answer is $.75.", "75", 0), ("The answer is: $.35$", r"\$.35", 1),
+        *((f"The answer is: {wrong}", right, 0) for wrong, right in (
+            ("5 pi", "5"), ("negative 3", "3"), ("ln 2", "2"), ("sqrt (2)", "2"), ("5 squared", "5"), ("5 thousand", "5"), ("not 5", "5"),
+            ("less than 5", "5"), ("101_2", "101_3"), ("$101_{2}$", "101_3"),
+        )),
+        ("The answer is: 101_{3}", "101_3", 1), ("The answer is: 101", "101_3", 1),
+        ("The answer is: 3 1/2", r"\frac{7}{2}", 1), ("The answer is: $3 1/2$", r"3\frac12", 1), ("The answer is: 3 1/2", "2", 0),
+        ("#### Step 1: add\n2+2\n#### Step 2: result\nSo we get \\boxed{4}", "4", 1), ("so \\boxed{4}\n#### Check\n2+2 is 4", "4", 1),
+        ("#### Solution\nSo $x = 7$.", "7", 1), ("#### 7\n8", "7", 1),
+        ("The answer is: $\\begin{pmatrix}\n1 \\\\\n2\n\\end{pmatrix}$\nand 3", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", 1),
+        ("The answer is:\n\\[\n4\n\\]\nand 5", "4", 1), ("The answer is:\n$$\n4\n$$\nand 5", "4", 1),
+        ("The answer is: $5\nHe paid $3", "5", 1), ("The answer is: \\((3,4)\\).", "(3,4)", 1), ("The answer is: $[0,1)$.", "[0,1)", 1),
+    ],
+)  # fmt: skip
+def test_mathematics_is_read_as_it_is_written(answer, result, score):
+    assert same_mathematics(answer, f"So $\\boxed{{{result}}}$.") == score
 
 
 @pytest.mark.parametrize("unit", ["dollars", "hours", "ways", "miles", "integers", "square inches", "(dollars)"])
