@@ -1,4 +1,4 @@
-# Two commands on a machine that has only Python and pip: `make demo` and `make test`.
+# `make demo` and `make test` need Python with pip and venv, and nothing else.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin

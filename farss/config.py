@@ -329,8 +329,8 @@ class EvaluateConfig:
     """Ask the knowledge once more after this many steps of question answering, on questions of the same files that are not
     asked: what comes back was only masked. 0: do not."""
     looks: int = 8
-    """While training, look this many times at how likely a few of the answers are; fewer times where that would cost more than 5 % of
-    the training, but at its start and end in any case. 0: never."""
+    """Look before the first step, and then this many times while training, at how likely a few of the answers are; fewer times where that
+    would cost more than 5 % of the training, but at its start and end in any case. 0: never."""
     full_scores: str | None = None
     """scores.json of a full fine-tuning run, the reference of T (eq. 37), or of another run where that does not fit; null: in a
     comparison its run of full, elsewhere no T."""
@@ -442,7 +442,7 @@ class CompareConfig:
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """Deleting whole blocks: `farss prune` (TRSP, and what it is compared with; the rates and weights are its authors')."""
+    """Deleting whole blocks: `farss prune` (TRSP, and what it is compared with; the weights, and the rate of the second stage, are its authors')."""
 
     methods: list[str] = field(default_factory=lambda: ["trsp"])
     """How to choose the blocks and what to do before they are deleted; each gives a model: trsp; its controls trsp-stage-1,

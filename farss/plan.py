@@ -29,13 +29,18 @@ def make_plan(config: PlanConfig, survey: Survey) -> Plan:
     """Plan any method from a survey: the same survey answers every boundary, rank, budget and direction rule."""
     if survey.meta.get("svd") == "fast":
         check_exact(config, survey.blocks)
-    made = method_of(config).plan(config, Context(survey.layers, survey.blocks, survey))
-    widest = max(min(layer.shape) for layer in survey.layers.values())
-    if survey.tokens >= widest or not survey.examples or method_of(config).needs is not SURVEY:
+    method = method_of(config)
+    made = method.plan(config, Context(survey.layers, survey.blocks, survey))
+    needs = method.needs
+    if needs is None or not needs.has_directions or not survey.examples:
         return made
+    widest = max(min(layer.shape) if needs is SURVEY else layer.shape[1] for layer in survey.layers.values())  # others: of the inputs
+    if survey.tokens >= widest:
+        return made
+    longer = " or give calibration.knowledge longer texts" if "knowledge" in needs.texts else ""
     note = (
         f"The survey saw {survey.tokens:,} tokens, fewer than the {widest:,} directions of its widest layers: "
-        "raise calibration.examples for steadier statistics."
+        f"raise calibration.examples{longer} for steadier statistics."
     )
     return dataclasses.replace(made, notes=[*made.notes, note])
 

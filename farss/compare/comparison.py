@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,18 +53,19 @@ def compare(config: Config, tell: Tell) -> Path:
     if not all(entrant.run.has_trained for entrant in everyone):
         replace(everyone[0].run, config=config).warn()
     diverged: list[str] = []
-    try:
-        _run_all(everyone)
-    except NumericalError as error:  # of a rate that is too high, beside which others of the method are there to be chosen
-        tried = {label: [entrant for entrant in group if entrant.run.complete] for label, group in tried.items()}
-        if not all(tried.values()):
-            raise
-        everyone = [entrant for entrants in tried.values() for entrant in entrants]
-        diverged = [f"Left out, as no training came to its end: {error}."]
-    chosen, measure = choose(config, tried)
-    final = [Entrant(label, chosen[label].factor, seed, config, loaded, tell) for seed in seeds(config) for label in labels]
-    done = {entrant.run.path for entrant in everyone}
-    _run_all([entrant for entrant in final if entrant.run.path not in done])
+    with _table_in_any_case(config):
+        try:
+            _run_all(everyone)
+        except NumericalError as error:  # of a rate that is too high, beside which others of the method are there to be chosen
+            tried = {label: [entrant for entrant in group if entrant.run.complete] for label, group in tried.items()}
+            if not all(tried.values()):
+                raise
+            everyone = [entrant for entrants in tried.values() for entrant in entrants]
+            diverged = [f"Left out, as no training came to its end: {error}."]
+        chosen, measure = choose(config, tried)
+        final = [Entrant(label, chosen[label].factor, seed, config, loaded, tell) for seed in seeds(config) for label in labels]
+        done = {entrant.run.path for entrant in everyone}
+        _run_all([entrant for entrant in final if entrant.run.path not in done])
     groups = {label: [one for one in final if one.label == label] for label in labels}
     with Folder(config.out).step("table", options_of(config, TABLE_KEYS)):
         write_table(config, groups, tried, chosen, [*notes_of(config, chosen, measure), *diverged])
@@ -91,6 +93,17 @@ def run_within(config: Config, tell: Tell) -> Run | None:
     if replace(run.config, export=config.export) != config:
         raise ConfigError(f"{folder} is a run of the comparison above it, and was made with other options: only export's may differ")
     return replace(run, config=config)
+
+
+@contextmanager
+def _table_in_any_case(config: Config) -> Iterator[None]:
+    """Where a run fails, leave the table and the page of those that are complete."""
+    try:
+        yield
+    except FarssError:
+        if write_so_far(config):
+            write_report(Path(config.out))
+        raise
 
 
 def _possible(config: Config, tell: Tell, loaded: Loaded) -> Iterator[Entrant]:

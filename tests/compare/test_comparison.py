@@ -13,7 +13,7 @@ from farss.cli import app
 from farss.compare import compare, run_within, write_so_far
 from farss.compare.comparison import _possible
 from farss.configfile import from_dict, load, override
-from farss.errors import ConfigError, FolderError, UsageError
+from farss.errors import ConfigError, FolderError, NumericalError, UsageError
 from farss.files import write_json
 from farss.folder import resolve
 from farss.inputs import Loaded
@@ -96,6 +96,23 @@ def test_a_comparison_that_is_not_finished_has_a_table_of_what_is(values):
     assert write_so_far(config)
     assert {row["method"] for row in read(folder)["rows"]} == {"lora 0.0005", "lora 0.002"}
     assert all(has_no_reference(row) for row in read(folder)["rows"])
+
+
+def test_where_a_run_fails_there_is_a_table_of_the_others(values, monkeypatch):
+    whole = Run.all_but_report
+
+    def failing(self):
+        if self.path.name == "lora-seed1":
+            raise NumericalError("the loss is nan")
+        whole(self)
+
+    monkeypatch.setattr(Run, "all_but_report", failing)
+    values["compare"] = {"methods": ["lora", "full"], "seeds": [0, 1]}
+    with pytest.raises(NumericalError, match=r"lora-seed1: the loss is nan"):
+        compare(from_dict(values), silent)
+    table = read(folder := Path(values["out"]))
+    assert (table["missing"], table["notes"][0]) == (1, "So far: 3 of 4 runs are complete.")
+    assert "in 3 runs; 1 more is to come" in (folder / "report.html").read_text()
 
 
 def test_without_questions_there_is_still_a_table_of_costs(unasked):
