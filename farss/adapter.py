@@ -78,14 +78,13 @@ def attach(
         if any(layer.directions for layer in plan.layers.values()):
             if survey is None:
                 raise FarssError(f"method {plan.method!r} starts from singular directions: give the survey its plan was made from")
-            _begin(adapted, plan, survey)
+            _begin(adapted, plan, survey, share_dropout=base == "untouched")
             if base == "residual" and START in adapted.peft_config:
                 _take_out(adapted, plan)
         for name, module in lora_layers(adapted, plan).items():
-            if plan.layers[name].fixed_a:
-                module.frozen_peft_weight_names = {TRAINED: ("lora_A",)}  # PEFT leaves it so whenever an adapter is made active
-            elif START in module.lora_A:
-                module.frozen_peft_weight_names = {START: ("lora_A", "lora_B")}
+            fixed = {TRAINED: ("lora_A",)} if plan.layers[name].fixed_a else {}
+            fixed |= {START: ("lora_A", "lora_B")} if START in module.lora_A else {}
+            module.frozen_peft_weight_names = fixed  # PEFT leaves them so whenever an adapter is made active
         for module in lora_layers(adapted, plan).values():  # PEFT has rounded DoRA's lengths to the precision of the base
             if lengths := getattr(module, "lora_magnitude_vector", None):
                 known = lengths[TRAINED].weight
@@ -207,9 +206,33 @@ def start_of(plan: Plan, survey: Survey, name: str) -> Start:
     return METHODS[plan.method].start(u, sigma, v, 1.0 if plan.unscaled else layer.scaling)
 
 
-def _begin(adapted: Any, plan: Plan, survey: Survey) -> None:
+class _Dropout(nn.Dropout):
+    """On the trained adapter's input. The frozen adapter beside it takes what this has made of the same input: `s (B A - B0 A0)` gets it,
+    and no noise comes from what was taken out of the base, which would be there before anything is learned."""
+
+    made: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        result = super().forward(input)
+        self.made = (input, result) if self.training else None
+        return result
+
+
+class _SameDropout(nn.Module):
+    """The frozen adapter's."""
+
+    def __init__(self, first: _Dropout) -> None:
+        super().__init__()
+        self.first = first
+
+    def forward(self, input: Tensor) -> Tensor:
+        made, self.first.made = self.first.made, None
+        return made[1] if made is not None and made[0] is input else input
+
+
+def _begin(adapted: Any, plan: Plan, survey: Survey, share_dropout: bool) -> None:
     """Copy each layer's start into the trained adapter, and what leaves the base, negative, into a frozen one; both are
-    rounded to the same precision."""
+    rounded to the same precision. Dropout is shared where both hold the same."""
     for name in plan.layers:
         start = start_of(plan, survey, name)
         if start.removed is not None and START not in adapted.peft_config:
@@ -220,6 +243,10 @@ def _begin(adapted: Any, plan: Plan, survey: Survey) -> None:
                 with torch.no_grad():
                     module.lora_B[adapter].weight.copy_(sign * part[0])
                     module.lora_A[adapter].weight.copy_(part[1])
+        both = start.trained is not None and start.removed is not None
+        if both and share_dropout and isinstance(dropout := module.lora_dropout[TRAINED], nn.Dropout):
+            module.lora_dropout[TRAINED] = first = _Dropout(dropout.p)
+            module.lora_dropout[START] = _SameDropout(first)
 
 
 def _take_out(adapted: Any, plan: Plan) -> None:

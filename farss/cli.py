@@ -94,7 +94,7 @@ def _version(wanted: bool) -> None:
 def farss(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
-    """Fine-tune a language model on your data without losing what it knew. Each command but `report` does what is still missing before it."""
+    """Fine-tune a language model on your data without losing what it knew. Each command but `report` does what is missing before it."""
 
 
 @app.command()

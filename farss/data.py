@@ -199,8 +199,12 @@ def text_windows(texts: Sequence[str], tokenizer: Any, length: int, count: int, 
     Returns:
         `count` of the windows, drawn with the seed, and how many there are.
     """
-    opening, gap = _opening(tokenizer), next(_encode(["\n\n"], tokenizer))
-    ids = array("q", itertools.chain.from_iterable([*text, *gap] for text in _encode(texts, tokenizer)))
+    opening, before = _opening(tokenizer), "a\n\n"
+    whole, known = (next(_encode([text], tokenizer)) for text in (before, "a"))
+    # some tokenizers (Llama's) add a space to whatever is tokenised by itself, so what follows is read off behind something
+    skipped, before = (len(known), before) if whole[: len(known)] == known else (0, "\n\n")
+    follow = (each[skipped:] for each in _encode((before + text for text in texts[1:]), tokenizer))
+    ids = array("q", itertools.chain.from_iterable(itertools.chain(_encode(texts[:1], tokenizer), follow)))
     size = length - len(opening)
     starts = range(0, len(ids) - size + 1, size)
     mask = [0] + [1] * (length - 1)

@@ -1,10 +1,12 @@
 """The adapted model equals the base at step 0, whatever the method, and leaves the base untouched."""
 
+import copy
+
 import pytest
 import torch
 from small_models import ARCHITECTURES, logits, small, surveyed
 
-from farss.adapter import START, TRAINED, adapter_change, attach, lora_layers, untouched_base
+from farss.adapter import START, TRAINED, active_adapters, adapter_change, attach, lora_layers, untouched_base
 from farss.config import PlanConfig
 from farss.errors import FarssError, ModelError
 from farss.maths.directions import decompose
@@ -20,6 +22,24 @@ def test_step_zero_equals_the_base(kind, tmp_path):
     adapted = attach(model, plan, found, dropout=0.05).eval()
     scale = max(1.0, before.abs().max().item())
     assert (logits(adapted) - before).abs().max() <= 1e-5 * scale
+
+
+@pytest.mark.parametrize("base", ["untouched", "residual"])
+def test_dropout_is_of_the_change_where_the_base_is_whole(base, tmp_path):
+    """And of all that trains, as in PEFT, where the start was subtracted from the weights."""
+    model, found, plan = surveyed("llama", tmp_path)
+    adapted = attach(model, plan, found, dropout=0.5, base=base).train()
+    module, x = next(iter(lora_layers(adapted, plan).values())), torch.randn(3, 5, 32)
+    module.lora_B[TRAINED].weight.data += 0.1
+    torch.manual_seed(0)
+    after = module(x)
+    torch.manual_seed(0)
+    dropped = torch.nn.functional.dropout(x, 0.5)
+    changed = sum(module.scaling[name] * module.lora_B[name](module.lora_A[name](dropped)) for name in active_adapters(adapted))
+    torch.testing.assert_close(after, module.base_layer(x) + changed)
+    assert not torch.allclose(after, module(x))
+    again = copy.deepcopy(adapted).eval()
+    assert torch.equal(logits(again), logits(adapted.eval()))
 
 
 def test_step_zero_in_bfloat16_is_the_base_too(tmp_path):

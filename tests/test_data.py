@@ -447,10 +447,18 @@ def test_windows_of_text_are_equally_long_and_begin_as_texts_do():
     assert {len(row["input_ids"]) for row in rows} == {16}
     assert {sum(row["completion_mask"]) for row in rows} == {15}
     begin = tokenizer("a").input_ids[: len(tokenizer("a").input_ids) - len(tokenizer("a", add_special_tokens=False).input_ids)]
-    gap = tokenizer("\n\n", add_special_tokens=False).input_ids
-    whole = [token for text in texts for token in (*tokenizer(text, add_special_tokens=False).input_ids, *gap)]
+    whole = tokenizer("\n\n".join(texts), add_special_tokens=False).input_ids
     size = 16 - len(begin)
     assert len(rows) == count == len(whole) // size
     assert [token for row in rows for token in row["input_ids"][len(begin) :]] == whole[: len(rows) * size]
     assert data.text_windows(texts, tokenizer, 16, 5, 3) == (choose(rows, 5, 3), count)
     assert data.text_windows(texts, tokenizer, 10**6, 5, 0) == ([], 0)
+
+
+def test_windows_have_no_space_of_a_tokenizer_that_adds_one_to_every_text():
+    """Llama's puts one in front of what is tokenised by itself."""
+    backend = Tokenizer(models.BPE({"▁": 0, "a": 1, "b": 2, "\n": 3}, []))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    rows, _ = data.text_windows(["ab", "b", "a b"], tokenizer, 5, 10, 0)
+    assert [token for row in rows for token in row["input_ids"]] == [0, 1, 2, 3, 3, 2, 3, 3, 1, 0]

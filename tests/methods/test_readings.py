@@ -200,9 +200,9 @@ def test_step_zero_training_and_export(method, tmp_path):
     model, batches = small("llama").float(), collated(examples())
     before = logits(model)
     known, plan = planned(method, model, tmp_path / "reading", batches)
-    adapted = attach(model, plan, known, seed=3).eval()
+    adapted = attach(model, plan, known, dropout=0.5, seed=3)
     scale = before.abs().max()
-    assert (logits(adapted) - before).abs().max() <= 1e-5 * scale
+    assert all((logits(adapted.train(mode)) - before).abs().max() <= 1e-5 * scale for mode in (True, False))
     assert (START in adapted.peft_config) == METHODS[method].takes_out == (method not in ("eva", "farss-plus"))
     for module in lora_layers(adapted, plan).values():
         module.lora_B[TRAINED].weight.data += 0.05

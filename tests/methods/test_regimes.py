@@ -28,13 +28,13 @@ from farss.train import restore, train
 CONFIG = PlanConfig(rank=6)
 
 
-def attached(method, model, folder=None, **changes):
+def attached(method, model, folder=None, dropout=0.0, **changes):
     """The model with a method's adapters, its plan and its regime."""
     config = dataclasses.replace(CONFIG, method=method, **changes)
     known = read_layers(Site(model, folder, 8), read) if METHODS[method].needs else None
     plan = make_plan(config, known) if known else make_plan_without_survey(config, target_layers(model), len(find_blocks(model)[1]))
     regime = METHODS[method].regime(config, plan) if METHODS[method].regime else None
-    return attach(model, plan, known, seed=3, regime=regime), plan, regime
+    return attach(model, plan, known, dropout, seed=3, regime=regime), plan, regime
 
 
 def shaken(adapted):
@@ -118,6 +118,12 @@ def test_kasa_is_pefts(tmp_path):
     modules = [theirs.base_model.model.get_submodule(name) for name in plan.layers]
     penalty = sum(_kasa_layer_regularization_loss(module, "default", CONFIG.kasa_beta, CONFIG.kasa_gamma) for module in modules)
     torch.testing.assert_close(regime.penalty(), penalty)
+
+
+def test_what_kasa_cuts_off_gets_no_dropout(tmp_path):
+    """It is gone, and so is no part of the change."""
+    adapted, *_ = attached("kasa", small("llama-gqa").float(), tmp_path, dropout=0.5)
+    assert torch.equal(logits(adapted.train()), logits(adapted.eval()))
 
 
 def test_kasa_exports_as_a_plain_lora_on_the_whole_base(tmp_path):

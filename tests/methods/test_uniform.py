@@ -115,8 +115,9 @@ def test_step_zero_is_the_base(method, tmp_path):
     ids = torch.arange(3, 23).reshape(2, 10)
     with torch.no_grad():
         before = model(input_ids=ids).logits
-        after = attach(model, planned(method, known), known).eval()(input_ids=ids).logits
-    assert (after - before).abs().max() <= 1e-5 * before.abs().max()
+        adapted = attach(model, planned(method, known), known, dropout=0.5)
+        after = [adapted.train(mode)(input_ids=ids).logits for mode in (False, True)]
+    assert all((each - before).abs().max() <= 1e-5 * before.abs().max() for each in after)
 
 
 @pytest.mark.parametrize("base", ["untouched", "residual"])
