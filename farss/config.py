@@ -442,7 +442,7 @@ class CompareConfig:
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """Deleting whole blocks: `farss prune` (TRSP, and what it is compared with; the weights and the second stage's rate are its authors')."""
+    """Deleting whole blocks: `farss prune` (TRSP, and what it is compared with; weights and the second stage's rate are its authors')."""
 
     methods: list[str] = field(default_factory=lambda: ["trsp"])
     """How to choose the blocks and what to do before they are deleted; each gives a model: trsp; its controls trsp-stage-1,
