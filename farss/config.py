@@ -278,7 +278,8 @@ class TrainConfig:
     weight_decay: float = 0.0
     """AdamW's weight decay."""
     dropout: float = 0.05
-    """Dropout on the adapter's input."""
+    """Dropout on the adapter's input. Of a method that starts from a part of the weights it falls on what changes alone, and with
+    adapter.base=residual on all that trains."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm; 0: they are not."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"

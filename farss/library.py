@@ -91,7 +91,7 @@ def prepare(
         calibration: how many examples to estimate the statistics on.
         plan: method, boundary, ranks, alpha.
         targets: names of the linear layers to adapt; None: every one in every block.
-        dropout: on the adapter's input.
+        dropout: on the adapter's input, see `train.dropout`.
         base: how the start is taken out of the base, see `farss.adapter.attach`.
         knowledge: texts whose activations CorDA-KPM and LoRA-Null start away from, and that FARSS-plus weighs the task against;
             None: those of `calibration.knowledge` or, where it names none, texts that the model writes by itself.

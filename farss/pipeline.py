@@ -320,7 +320,7 @@ class Run:
             raise FolderError(f"{target} was prepared for another plan: delete it, or choose another out")
         if not target.is_dir():
             model = self.config.model
-            told = prompt_facts(self.config.data, self.inputs.tokenizer), model.trust_remote_code, self.config.train.dropout
+            told = prompt_facts(self.config.data, self.inputs.tokenizer), model.trust_remote_code
             write_prepared(self._adapted(plan), plan, self.inputs.tokenizer, target, model.path, *told)
         return target
 
@@ -391,7 +391,11 @@ class Run:
         """Say what would be missed at the end."""
         if self.config.export.to == "gguf" and handover.is_whole(self.config):
             log.warning(f"export.to=gguf writes adapters, and {self.config.plan.method} hands over a whole model: llama.cpp converts it.")
-        for sentence in [] if self.has_trained else self.inputs.warnings():
+        if self.has_trained:
+            return
+        if self.config.adapter.base == "residual" and self.method.takes_out and self.config.train.dropout:
+            log.warning("With adapter.base=residual dropout falls on the adapter's start as well, and costs much: set train.dropout=0.")
+        for sentence in self.inputs.warnings():
             log.warning(sentence)
 
     def base(self) -> None:

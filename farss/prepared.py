@@ -37,10 +37,12 @@ def check_method(name: str, quantised: bool) -> None:
     check_elsewhere(method)
     if method.needs is None:
         raise ConfigError(f"method {name!r} starts at zero: its adapter goes on the base as it is, nothing needs preparing")
-    if not method.takes_out:
+    if method.fixed_a or not method.takes_out:
+        a_trains = "keeps A as it begins, and other trainers would train it"
+        why = a_trains if method.fixed_a else "takes nothing out of the base, so there is no other base to train on"
         raise ConfigError(
-            f"method {name!r} takes nothing out of the base, so there is no other base to train on: call farss.prepare in a script "
-            "of yours, which gives the start to any trainer, or let `farss run` train it"
+            f"method {name!r} {why}: call farss.prepare in a script of yours, which gives the start to any trainer, or let `farss run` "
+            "train it"
         )
     if quantised:
         raise ConfigError(
@@ -57,9 +59,10 @@ def write_prepared(
     source: Path | str,
     prompt: dict[str, Any] | None = None,
     trusted: bool = False,
-    dropout: float = 0.0,
 ) -> Path:
     """Write `base/` (the model without its start), `adapter/` (the start, to be trained) and what leads back.
+
+    Other trainers go by the adapter's own dropout, which is 0: there it would fall on the start as well.
 
     Args:
         adapted: from `farss.adapter.attach`, untrained, with an untouched base.
@@ -68,7 +71,6 @@ def write_prepared(
         source: the base model's folder.
         prompt: how the model is trained to be asked, from `farss.prompts.prompt_facts`.
         trusted: `model.trust_remote_code`, which the way back needs too.
-        dropout: of the training; other trainers go by the adapter's own.
 
     Raises:
         FarssError: see `check_method`.
@@ -92,7 +94,7 @@ def write_prepared(
         write_model(model, plan.layers, tokenizer, unfinished / "base", next(model.parameters()).dtype, source, change)
         state = {f"{PEFT_PREFIX}{name}.lora_{side}.weight": x for name, pair in start.items() for side, x in zip("BA", pair, strict=True)}
         write_tensors(unfinished / "adapter" / "adapter_model.safetensors", state, {"format": "pt"})
-        config = lora_config(plan, dropout)
+        config = lora_config(plan, 0.0)
         config.base_model_name_or_path = str((folder / "base").absolute())
         config.save_pretrained(str(unfinished / "adapter"))
         write_tensors(unfinished / "start.safetensors", state)

@@ -14,14 +14,14 @@ from farss.methods.fora import FORA
 from farss.methods.full import FULL
 from farss.methods.kasa import KASA
 from farss.methods.lora import LORA
-from farss.methods.lora_null import LORA_NULL
+from farss.methods.lora_null import LORA_NULL, LORA_NULL_V2
 from farss.methods.milora import MILORA
 from farss.methods.olora import OLORA
 from farss.methods.pissa import PISSA
 
 _ALL = (
-    *(FARSS, FARSS_PLUS, LORA, DORA, ADALORA, PISSA, OLORA, MILORA, CORDA_IPM, CORDA_KPM, LORA_NULL, KASA, EVA, FORA),
-    *(FARSS_INIT, FARSS_ALL_HIGH, FARSS_FIXED, FULL),
+    *(FARSS, FARSS_PLUS, LORA, DORA, ADALORA, PISSA, OLORA, MILORA, CORDA_IPM, CORDA_KPM, LORA_NULL, LORA_NULL_V2),
+    *(KASA, EVA, FORA, FARSS_INIT, FARSS_ALL_HIGH, FARSS_FIXED, FULL),
 )
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 

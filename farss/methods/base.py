@@ -141,6 +141,8 @@ class Method:
     """Options of PEFT's `LoraConfig`."""
     plain_lora: bool = True
     """Whether the result can be exported as a plain LoRA on the untouched base."""
+    fixed_a: bool = False
+    """Whether A stays as it begins although the start is taken out of the base."""
     boundary: bool = False
     """Whether it treats shallow and deep blocks differently."""
 

@@ -16,7 +16,7 @@ from farss.config import PlanConfig
 from farss.maths.eigenpairs import largest_pairs
 from farss.methods.base import Context, Method, Reading, from_directions, of_the_inputs
 from farss.methods.corda import damped
-from farss.methods.uniform import uniform_plan
+from farss.methods.uniform import WITH_A, b_alone, uniform_plan
 
 
 def read(weight: Tensor, cap: int, task: Tensor, knowledge: Tensor) -> dict[str, Tensor]:
@@ -35,9 +35,9 @@ def read(weight: Tensor, cap: int, task: Tensor, knowledge: Tensor) -> dict[str,
 
 def plan(config: PlanConfig, context: Context) -> Plan:
     """One rank everywhere. An adapter is matched by the size in which it is handed over, A included."""
-    made = uniform_plan(config, context, "most", what="parameters, with those of A, which do not train")
+    made = b_alone(uniform_plan(config, context, "most", what=WITH_A))
     # in the order in which they are kept, also of directions on which the task does not pull at all, and whose scores are alike
-    layers = {name: dataclasses.replace(layer, fixed_a=True, directions=[*range(layer.rank)]) for name, layer in made.layers.items()}
+    layers = {name: dataclasses.replace(layer, directions=[*range(layer.rank)]) for name, layer in made.layers.items()}
     return dataclasses.replace(made, layers=layers)
 
 

@@ -1,19 +1,19 @@
-"""LoRA-Null: start from the weight's projection on the null space of knowledge activations (Tang et al. 2025).
-
-Both factors train, as in the paper's main rows.
-"""
+"""LoRA-Null: start from the weight's projection on the null space of knowledge activations (Tang et al. 2025). In its second version A,
+which reads the inputs, stays as it begins: on the knowledge it was given the change is nought for good."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from farss.artifacts import layer_tensors
+from farss.artifacts import Plan, layer_tensors
+from farss.config import PlanConfig
 from farss.maths.directions import factors
-from farss.methods.base import Method, Reading, Start
-from farss.methods.uniform import uniform_plan
+from farss.methods.base import Context, Method, Reading, Start
+from farss.methods.uniform import WITH_A, b_alone, uniform_plan
 
 
 def read(weight: Tensor, cap: int, moment: Tensor) -> dict[str, Tensor]:
@@ -33,6 +33,11 @@ def start(u: Tensor, sigma: Tensor, v: Tensor, scaling: float) -> Start:
     return Start(part, part)
 
 
+def plan_v2(config: PlanConfig, context: Context) -> Plan:
+    """The same, but that A does not train. An adapter is matched by the size in which it is handed over, A included."""
+    return b_alone(uniform_plan(config, context, "least", what=WITH_A))
+
+
 LORA_NULL = Method(
     name="lora-null",
     title="LoRA-Null (Tang et al. 2025)",
@@ -40,4 +45,12 @@ LORA_NULL = Method(
     plan=partial(uniform_plan, side="least"),
     needs=Reading("null-space", "knowledge", read),
     start=start,
+)
+LORA_NULL_V2 = replace(
+    LORA_NULL,
+    name="lora-null-v2",
+    title="LoRA-Null-v2 (Tang et al. 2025)",
+    changes="B alone, one rank in every layer, starting from the null space of knowledge activations",
+    plan=plan_v2,
+    fixed_a=True,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 from farss.artifacts import Layer, LayerPlan, Plan, Side
@@ -16,6 +17,7 @@ Beside = Callable[[int, int], int]
 Cap = Callable[[Layer], int]
 """The largest rank of a layer."""
 TRAINABLE = "trainable parameters"
+WITH_A = "parameters, with those of A, which do not train"
 
 
 def nothing(rank: int, rows: int) -> int:
@@ -113,3 +115,8 @@ def uniform_plan(
         alpha = layer_alpha(config, own, rank)
         planned[name] = LayerPlan(own, alpha, layer.block, layer.shape, side, directions, beside(own, layer.shape[0]))
     return Plan(config.method, planned, context.blocks, rank=rank, notes=notes)
+
+
+def b_alone(plan: Plan) -> Plan:
+    """The same plan with A as it begins in every layer: B alone trains."""
+    return dataclasses.replace(plan, layers={name: dataclasses.replace(layer, fixed_a=True) for name, layer in plan.layers.items()})

@@ -27,7 +27,9 @@ NAMES = ("balance", "frontier", "benchmarks", "boundary", "plan", "importance", 
 
 def start_text(layer: LayerPlan) -> str:
     """Where the adapter of a layer starts."""
-    return AGAINST if layer.fixed_a else SIDES[layer.side]
+    if not layer.fixed_a:
+        return SIDES[layer.side]
+    return AGAINST if layer.side == "most" else f"{SIDES[layer.side]}, with A fixed"
 
 
 class Choice(NamedTuple):

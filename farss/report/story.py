@@ -176,9 +176,10 @@ def _start(layers: list[LayerPlan]) -> str:
         "most": "the most important directions",
         None: "random directions",
     }
-    if layers and all(layer.fixed_a for layer in layers):
-        return AGAINST
-    return words[sides.pop()] if len(sides) == 1 else "directions chosen layer by layer"
+    if len(sides) != 1:
+        return "directions chosen layer by layer"
+    fixed = all(layer.fixed_a for layer in layers)
+    return AGAINST if fixed and sides == {"most"} else words[sides.pop()] + fixed * ", with A fixed"
 
 
 def _ranks(layers: list[LayerPlan]) -> str:

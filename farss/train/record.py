@@ -77,7 +77,8 @@ class Record:
         self, identity: str, model: nn.Module, every: int, on_progress: StepProgress | None, regime: Regime, course: Course | None
     ) -> None:
         self.identity, self.every, self.on_progress, self.regime, self.course = identity, every, on_progress, regime, course
-        self.model, self.checkpoint = model, Path()
+        self.model = model
+        self.checkpoint: Path | None = None
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.base, self.start = base_fingerprint(model), start_fingerprint(model, trained)
         self.parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -100,7 +101,7 @@ class Record:
         """Start the clock and the memory gauge, and the method's own rules."""
         self.started, self.total = time.monotonic(), total
         self.regime.begin(self.model, total)
-        if (self.checkpoint / REGIME).is_file():
+        if self.checkpoint and (self.checkpoint / REGIME).is_file():
             self.regime.load(read_tensors(self.checkpoint / REGIME, str(self.device)))
         reset_peak(self.device)
         if self.step == 0:

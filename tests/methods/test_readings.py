@@ -14,19 +14,20 @@ from peft.tuners.lora.eva import get_eva_state_dict
 from small_models import collated, examples, logits, prompts, shapes, small
 from trainings import Killed, killed_at
 
-from farss.adapter import START, TRAINED, attach, lora_layers, start_of
+from farss.adapter import START, TRAINED, adapter_change, attach, lora_layers, start_of
 from farss.batches import unlearnt
 from farss.config import PlanConfig
-from farss.errors import ModelError
+from farss.errors import ConfigError, ModelError
 from farss.maths.moments import ExampleMoment, Moment
 from farss.methods import METHODS
 from farss.plan import make_plan, survey_cap
 from farss.portable import export
+from farss.prepared import write_prepared
 from farss.structure import target_layers, weight_of
 from farss.survey import Site, look, own_text, read_layers
 
 CONFIG = PlanConfig(rank=6)
-READINGS = ["olora", "corda-ipm", "corda-kpm", "lora-null", "eva", "farss-plus"]
+READINGS = ["olora", "corda-ipm", "corda-kpm", "lora-null", "lora-null-v2", "eva", "farss-plus"]
 
 
 def planned(method, model, folder, batches=None, **options):
@@ -138,6 +139,24 @@ def test_lora_null_annihilates_the_knowledge(tmp_path):
         assert rows.shape[1] - tokens >= layer.rank
         assert on_knowledge <= 1e-6
         assert (rows @ a.double().T).norm() / rows.norm() <= 1e-6
+
+
+def test_what_lora_null_v2_learns_is_nought_on_the_knowledge(tmp_path):
+    """For good, as A stays in the null space of the tokens that it was given; and other trainers would not leave it there."""
+    model, batches = small("llama"), collated(examples(2))
+    known, plan = planned("lora-null-v2", model, tmp_path / "reading", batches)
+    rows = {name: inputs_of(model, name, batches) for name in plan.layers}
+    adapted = attach(model, plan, known)
+    trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    assert all(f".lora_B.{TRAINED}." in name for name in trained)
+    assert len(trained) == len(plan.layers)
+    assert plan.parameters == sum(layer.rank * layer.shape[0] for layer in plan.layers.values())
+    for name, module in lora_layers(adapted, plan).items():
+        module.lora_B[TRAINED].weight.data += torch.randn_like(module.lora_B[TRAINED].weight)
+        left, right = adapter_change(adapted, name)
+        assert (rows[name] @ right.T @ left.T).norm() <= 1e-6 * rows[name].norm() * (left @ right).norm()
+    with pytest.raises(ConfigError, match="'lora-null-v2' keeps A as it begins, and other trainers would train it"):
+        write_prepared(adapted, plan, None, tmp_path / "prepared", "base")
 
 
 def test_lora_null_is_the_projection_of_the_weight(tmp_path):
