@@ -431,6 +431,13 @@ def test_the_dropout_of_the_training_is_that_of_the_adapter(config):
     assert run._adapted(run.plan()).peft_config[TRAINED].lora_dropout == 0.125
 
 
+def test_dropout_on_the_start_of_a_residual_base_is_told(config, caplog):
+    for changes, told in (["train.dropout=0.1"], True), (["train.dropout=0"], False), (["train.dropout=0.1", "plan.method=lora"], False):
+        caplog.clear()
+        Run(override(config, ["adapter.base=residual", *changes])).warn()
+        assert ("dropout falls on the adapter's start as well" in caplog.text) == told
+
+
 def test_a_damaged_survey_is_one_sentence(config):
     run = Run(config)
     run.claim()
