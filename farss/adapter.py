@@ -82,7 +82,7 @@ def attach(
             if base == "residual" and START in adapted.peft_config:
                 _take_out(adapted, plan)
         for name, module in lora_layers(adapted, plan).items():
-            fixed = {TRAINED: ("lora_A",)} if plan.layers[name].fixed_a else {}
+            fixed: dict[str, tuple[str, ...]] = {TRAINED: ("lora_A",)} if plan.layers[name].fixed_a else {}
             fixed |= {START: ("lora_A", "lora_B")} if START in module.lora_A else {}
             module.frozen_peft_weight_names = fixed  # PEFT leaves them so whenever an adapter is made active
         for module in lora_layers(adapted, plan).values():  # PEFT has rounded DoRA's lengths to the precision of the base
