@@ -85,9 +85,10 @@ def test_training_and_export_on_a_4_bit_base(folder, tmp_path):
     assert packed
     found = survey(Site(model, tmp_path / "survey", 8), collated(examples()))
     plan = make_plan(CONFIG, found)
-    adapted = attach(model, plan, found)
+    adapted = attach(model, plan, found, dropout=0.5)
     scale = before.abs().max().item()
-    assert (logits(adapted).float() - before).abs().max().item() <= 2**-6 * scale  # bfloat16 products
+    for training in (False, True):
+        assert (logits(adapted.train(training)).float() - before).abs().max().item() <= 2**-6 * scale  # bfloat16 products
     trainable = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     assert all(parameter.dtype == torch.float32 for parameter in trainable)
     optimiser = torch.optim.AdamW(trainable, lr=1e-2)
