@@ -50,12 +50,13 @@ _GOES_ON = re.compile(r"\s*(?:\^|\*\s*\d|×|·|÷|\\times|\\cdot|\\sqrt|\\pi|\\f
 """Before and behind a number that is a part of something else: of "2^3", "4 + 5", "6:30" or "1 000"."""
 _WORDS_AROUND = re.compile(r"^(?:[A-Za-z]{2,}\s+)+(?=[-\d\\$(.])|(?<=[\d})$])\s+(?:\(?[A-Za-z]{2,}[\s.,)]*)+$")
 """Of an answer such as "about 5 dollars", whose words math-verify would read as products of letters."""
-_MEANINGFUL = re.compile(
-    r"\b(?:pi|sqrt|root|ln|log|exp|mod|(?:a|arc)?(?:sin|cos|tan)|sec|csc|cot|negative|minus|plus|times|over|not|no|less|more|fewer|greater"
-    r"|least|most|twice|double|triple|half|dozen|squared|cubed|factorial|hundred|thousand|[bmtr]+illion|infinity)\b",
+_BEFORE = re.compile(
+    r"\b(?:pi|sqrt|root|ln|log|exp|(?:a|arc)?(?:sin|cos|tan)|sec|csc|cot|negative|minus|not|no|less|more|fewer|greater|over|least|most"
+    r"|twice|double|triple|half)\b",
     re.IGNORECASE,
 )
-"""Words that are a part of the result: "negative 3", "5 pi" and "5 thousand" are not 3, 5 and 5."""
+_BEHIND = re.compile(r"\b(?:pi|squared|cubed|factorial|mod|dozen|hundred|thousand|[bmtr]+illion)\b", re.IGNORECASE)
+"""Words that are a part of the result: "negative 3" and "less than 3" are not 3, nor is "5 pi" or "5 thousand" 5; "5 more" is."""
 _BASE = re.compile(r"\d_\{?(\d+)\}?\W*$")
 """The base of a number, which math-verify passes over: 101_2 is not 101_3."""
 _TIME = re.compile(r"(?<![\d:])(\d{1,2}):(\d{2})(?![\d:])")
@@ -210,7 +211,7 @@ def _undressed(formula: str) -> str:
 
 
 def _unless_meaningful(words: re.Match[str]) -> str:
-    return words.group() if _MEANINGFUL.search(words.group()) else ""
+    return words.group() if (_BEHIND if words.start() else _BEFORE).search(words.group()) else ""
 
 
 def _mixed(number: re.Match[str]) -> str:

@@ -179,7 +179,7 @@ def test_mathematics_is_read_as_it_is_written(answer, result, score):
     assert same_mathematics(answer, f"So $\\boxed{{{result}}}$.") == score
 
 
-@pytest.mark.parametrize("unit", ["dollars", "hours", "ways", "miles", "integers", "square inches", "(dollars)"])
+@pytest.mark.parametrize("unit", ["dollars", "hours", "ways", "miles", "integers", "square inches", "(dollars)", "times", "more", "less"])
 def test_the_spelling_of_a_unit_decides_nothing(unit):
     assert same_mathematics(f"The answer is: 5 {unit}", "$\\boxed{5}$") == 1
     assert same_mathematics(f"The answer is: 6 {unit}", "$\\boxed{5}$") == 0
