@@ -50,7 +50,7 @@ def attach(
         model: the base model.
         plan: from `make_plan`.
         survey: the survey the plan was made from, for methods that start from singular directions.
-        dropout: on the trained adapter's input.
+        dropout: on the trained adapter's input, and on that of what takes its start out of an untouched base.
         seed: of the random start, where a method has one.
         base: `untouched` takes the start out by a frozen adapter; `residual` subtracts it from the weights in memory.
         regime: of the method, where it has one; it may train more than A and B.

@@ -32,7 +32,10 @@ _UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3
 _NO_DIGIT = r"(?<!\d)", r"(?!\d)"
 """What stands beside a number that is whole: "5年" is not in "15年"."""
 _DECIMAL = re.compile(r"(?<![.\d])(\d*)\.(\d+)(?![.\d])")
-_MARK = re.compile(r"(?:####(?!\s*[A-Za-z]{2,})|[Tt]he (?:final )?answer is:?)")  # "#### Step 2" is a heading
+_SAID = r"[Tt]he (?:final )?answer is:?"
+_MARK = re.compile(rf"####(?!\s*[A-Za-z]{{2,}})|{_SAID}")
+_NUMBER_MARK = re.compile(rf"####(?=\W*\d)|{_SAID}")
+"""What stands before an answer that is a formula, or a number; "#### Step 2" is a heading."""
 _LISTED = re.compile(r"^\s*[-+−]\s+", re.MULTILINE)
 _NUMBER = re.compile(
     r"(?:(?<![\w)])(?<!\d\s)[-+−]\s?)?\$?\s?"
@@ -62,7 +65,6 @@ _BASE = re.compile(r"\d_\{?(\d+)\}?\W*$")
 _TIME = re.compile(r"(?<![\d:])(\d{1,2}):(\d{2})(?![\d:])")
 _APART = re.compile(r"(?<!\d)[/,;:–—()\[\]]|[/,;:–—()\[\]](?!\d)|(?<=\d)[-–](?=\d)|['’]s\b")
 """What parts words, though no space stands there: "Paris/London", "1914-1918", "Smith's"; not "1,000", "1/2" or "non-fiction"."""
-_NUMBER_MARK = re.compile(r"####(?=\W*\d)|[Tt]he (?:final )?answer is:?")  # "#### Step 2" is a heading
 
 
 def normalise(text: str) -> str:
@@ -189,9 +191,10 @@ def same_mathematics(answer: str, solution: str) -> float:
         final = f"${_MIXED.sub(_mixed, _undressed(_WORDS_AROUND.sub(_unless_meaningful, _undressed(final))))}$"
     gold = parse(solution, parsing_timeout=seconds)
     found = parse(final, parsing_timeout=seconds)
-    if not gold or not found or len({base[1] for read in (gold, found) if (base := _BASE.search(str(read[-1])))}) == 2:
+    if not gold or not found:
         return 0.0
-    return float(verify(gold, found, timeout_seconds=seconds))
+    bases = {base[1] for read in (gold, found) if (base := _BASE.search(str(read[-1])))}
+    return float(len(bases) < 2 and verify(gold, found, timeout_seconds=seconds))
 
 
 def _first_line(text: str) -> str:
