@@ -20,7 +20,7 @@ from common import DOCS, table, write_section
 from farss.maths.metrics import balance
 from farss.report.drawing import save_figures
 from farss.report.figures import Figure
-from farss.report.results import SCORES, Axes, frontier_choice
+from farss.report.results import LEARNED, SCORES, Axes, frontier_choice
 
 HEAD = "| Method | Learning rate | Loss |"
 BESIDE = r", on 2( other)? cores|, seed \d| as it is now"
@@ -30,7 +30,7 @@ OUTSIDE = "kasa"
 LOST = "right answers to knowledge: change of their log-likelihood, nats"
 PICTURES = {
     "scores": SCORES._replace(factor=1),  # the page has percentages
-    "likelihoods": Axes("likelihoods", "nats", "T", "", 1, (LOST, SCORES.names[1])),
+    "likelihoods": Axes("likelihoods", "nats", "T", "", 1, (LOST, LEARNED)),
 }
 
 
@@ -38,7 +38,7 @@ def main() -> None:
     found = curves((DOCS / "results.md").read_text())
     write_section("best balances", table(best(found)), "results.md")
     found.pop(OUTSIDE)
-    choices = {name: frontier_choice(found, axes) for name, axes in PICTURES.items()}
+    choices = {name: frontier_choice(found, axes, "full fine-tuning") for name, axes in PICTURES.items()}
     with tempfile.TemporaryDirectory() as folder:
         higher = {"height": 640}
         save_figures([Figure(name, "", [one._replace(layout=one.layout | higher)]) for name, one in choices.items() if one], Path(folder))

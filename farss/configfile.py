@@ -254,8 +254,13 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Puts texts in quotes that the loader would take for numbers, such as `1e5`."""
+
+
 _FLOAT = r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+0123456789"))
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+0123456789"))
 for _first, _kinds in _Loader.yaml_implicit_resolvers.items():  # a date is a text: no option takes one
     _Loader.yaml_implicit_resolvers[_first] = [kind for kind in _kinds if kind[0] != "tag:yaml.org,2002:timestamp"]
 
@@ -265,7 +270,7 @@ for _first, _kinds in _Loader.yaml_implicit_resolvers.items():  # a date is a te
 
 def dump(config: Config) -> str:
     """The configuration as YAML, without comments."""
-    text: str = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    text: str = yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     return text
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -18,10 +17,10 @@ from farss.files import fingerprint, read_json, reading, write_json, write_text
 from farss.memory import freed_memory_kept, memory_cure
 from farss.models import base_fingerprint, weights_fingerprint
 from farss.precision import dtype_name
-from farss.prompts import prompt_text, separator
+from farss.prompts import answer_end, prompt_text, separator
 from farss.rows import text_rows
 from farss.tasks.benchmarks import Benchmark, list_benchmarks
-from farss.tasks.grading import METRICS, STEPS
+from farss.tasks.grading import METRICS, STEPS, without_thoughts
 from farss.tasks.likelihood import text_loss
 from farss.tasks.live import PromptProgress, asking, live_model, prompt_tokenizer, require_harness
 from farss.tasks.names import task_manager
@@ -105,14 +104,16 @@ def _identity(model: Any) -> str:
 def _ask_and_write(benchmark: Benchmark, tasks: dict[str, Any], live: Any, config: Config, folder: Path) -> TaskScore:
     """Ask one benchmark and write its records and its score; the score comes last and says that it is complete."""
     started = time.monotonic()
-    live.start(benchmark.name, _writes_special_tokens(benchmark, config))
+    chat = _writes_special_tokens(benchmark, config)
+    thinks = chat and config.data.thinking
+    live.start(benchmark.name, chat)
     logged = _run(benchmark, tasks, live, config)
     metrics = [main_metric(each) for each in logged]
     records: list[QuestionRecord] = []
     for each, metric in zip(logged, metrics, strict=True):
         found = records_of(each, metric, f"{each.name}/" if len(logged) > 1 else "")
-        # lm_eval's tasks may have right answers that do not fit, and HFLM cuts their prompts
-        records += _with_gold(live.gold if benchmark.drawn else live.loglikelihood, each, found)
+        # a model that thinks first does not give the bare right answer; those of lm_eval's tasks may not fit, and HFLM cuts their prompts
+        records += found if thinks else _with_gold(live.gold if benchmark.drawn else live.loglikelihood, each, found)
     if benchmark.drawn is not None:
         for record in records:
             record["id"] = benchmark.drawn.asked[record["id"]]["id"]
@@ -188,6 +189,8 @@ def _load(benchmark: Benchmark, tokenizer: Any, config: Config, manager: Any) ->
     if benchmark.name.startswith("farss_"):
         for task in tasks.values():
             task.set_config("doc_to_text", _training_prompt(task.config.doc_to_text, config.data, tokenizer))
+            if config.data.template == "chat":
+                task.set_config("generation_kwargs", task.config.generation_kwargs | {"until": answer_end(tokenizer)})
     return tasks
 
 
@@ -202,11 +205,8 @@ def _training_prompt(column: str, data: DataConfig, tokenizer: Any) -> Callable[
 
 def _draw_places(sizes: dict[str, int], limit: int, seed: int) -> dict[str, list[int]]:
     """Draw `limit` questions from all tasks of a benchmark; sorted, because lm_eval numbers them in that order."""
-    places = [(name, place) for name, size in sizes.items() for place in range(size)]
-    picked = sorted(random.Random(seed).sample(range(len(places)), min(limit, len(places))))
     drawn: dict[str, list[int]] = {}
-    for index in picked:
-        name, place = places[index]
+    for name, place in choose([(name, place) for name, size in sizes.items() for place in range(size)], limit, seed):
         drawn.setdefault(name, []).append(place)
     return drawn
 
@@ -244,7 +244,9 @@ def _grade_again(benchmark: Benchmark, folder: Path, score: TaskScore) -> TaskSc
     """Other rules need no other answers."""
     assert isinstance(benchmark.entry, QuestionSet)
     grade = METRICS[benchmark.entry.metric]
-    records = [record | {"score": grade(record["answer"], record["gold"])} for record in read_records(folder, benchmark.name)]
+    records = read_records(folder, benchmark.name)
+    for record in records:
+        record["score"] = grade(without_thoughts(record["answer"]), record["gold"])
     return _write(benchmark, folder, records, replace(score, score=sum(each["score"] for each in records) / len(records)))
 
 

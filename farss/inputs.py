@@ -14,7 +14,7 @@ from farss.errors import ConfigError
 from farss.models import empty_model, layer_shapes, load_tokenizer
 from farss.plan import method_of
 from farss.recovery import recovery_rows
-from farss.rows import knowledge_texts, question_rows, text_rows
+from farss.rows import as_text, knowledge_texts, question_rows, text_rows
 from farss.structure import positions
 from farss.tasks.benchmarks import list_benchmarks
 from farss.tasks.reference import check_reference
@@ -90,12 +90,39 @@ class Inputs:
                 "T and KT will be missing: they are relative to full fine-tuning, or to another run in its place. Name its scores in "
                 "evaluate.full_scores, or compare with full."
             )
+        protected = {same_words(text) for text in self.knowledge}
         for entry in config.evaluate.asked:
             if isinstance(entry, QuestionSet):
-                questions = self._questions(entry)
-                if count := sum(same_words(row["question"]) in self.examples.instructions for row in questions):
-                    found.append(f"{count:,} of the {len(questions):,} questions in {entry.data} are training examples too.")
+                found += self._warnings_of(entry, protected)
+        texts = text_rows(config.evaluate.text) if config.evaluate.text and protected else []
+        if count := sum(same_words(text) in protected for text in texts):
+            of_all = f"of the {len(texts):,} texts in {config.evaluate.text}"
+            found.append(f"{count:,} {of_all} are in calibration.knowledge too, which some methods protect.")
         return found
+
+    def _warnings_of(self, entry: QuestionSet, protected: set[int]) -> list[str]:
+        """What speaks against a question set: `protected` are the texts of `calibration.knowledge`."""
+        questions = self._questions(entry)
+        trained = sum(same_words(row["question"]) in self.examples.instructions for row in questions)
+        known = sum(any(same_words(as_text(row["question"], answer)) in protected for answer in row["answers"]) for row in questions)
+        lengths = [self._shortest(row["answers"], entry.max_tokens) for row in questions]
+        long = sum(length > entry.max_tokens for length in lengths)
+        of_all = f"of the {len(questions):,} questions in {entry.data}"
+        found = [f"{trained:,} {of_all} are training examples too."] if trained else []
+        if known:
+            found.append(f"{known:,} {of_all} are in calibration.knowledge too, which some methods protect: they saw the answers.")
+        if long:
+            found.append(
+                f"The right answers to {long:,} {of_all} have more than max_tokens={entry.max_tokens} tokens, and cannot be given in "
+                f"full: give {entry.name!r} max_tokens: {max(lengths)}."
+            )
+        return found
+
+    def _shortest(self, answers: list[str], enough: int) -> int:
+        """Tokens of the shortest answer; 0 where it has fewer bytes, and so fewer tokens, than is enough."""
+        if any(len(answer.encode()) < enough for answer in answers):
+            return 0
+        return min(len(ids) for ids in self.tokenizer(answers, add_special_tokens=False).input_ids)
 
     def check(self) -> None:
         """Read all of it, so that a bad file is found before hours of training."""
@@ -130,12 +157,17 @@ class Inputs:
             self.check_thinking()
 
     def check_thinking(self) -> None:
-        """Refuse to ask with thoughts what was trained without, or the other way round.
+        """Refuse to ask with thoughts what was trained without, or the other way round, or to measure by answers without them.
 
         Raises:
             ConfigError: with the cure.
         """
         data, share = self.config.data, self.examples.thoughtless
+        if data.thinking and self.config.evaluate.learned_by == "likelihood":
+            raise ConfigError(
+                "evaluate.learned_by=likelihood, but with data.thinking=true a model writes its thoughts first, and how likely the right "
+                "answer is without them says nothing: set evaluate.learned_by=score"
+            )
         if share is None or data.thinking == (share < 0.5):
             return
         if data.thinking:

@@ -72,6 +72,16 @@ def answer_border(tokenizer: Any) -> str:
     return border if found and whole.startswith(asked) else ""
 
 
+def answer_end(tokenizer: Any) -> list[str]:
+    """What a chat template writes behind an answer, where the tokenizer does not know it for a special token (ChatML on a base model):
+    trained models write it too, and it is no part of the answer. Empty where there is no such text."""
+    whole = _render(tokenizer, [{"role": "user", "content": "question"}, {"role": "assistant", "content": ANSWER}])
+    end = whole.rpartition(ANSWER)[2]
+    for token in tokenizer.all_special_tokens:
+        end = end.replace(token, "")
+    return [end.strip()] if end.strip() else []
+
+
 def _render(tokenizer: Any, messages: list[dict[str, Any]], ask: bool = False) -> str:
     """A chat as its template writes it, on the same day every day: some templates write today's date, and a run that is killed and
     goes on tomorrow must see the same texts."""

@@ -318,7 +318,12 @@ def knowledge_texts(source: str | QuestionSet) -> list[str]:
         if "text" in columns or not {"answer", "answers"} & set(columns):
             return _texts(rows, source)
         entry = QuestionSet(name="knowledge", data=source, answers="answers" if "answers" in columns else "answer")
-    return [f"{KNOWLEDGE_PROMPT.replace('{question}', row['question'])} {row['answers'][0]}" for row in _questions(rows, entry)]
+    return [as_text(row["question"], row["answers"][0]) for row in _questions(rows, entry)]
+
+
+def as_text(question: str, answer: str) -> str:
+    """A question of a knowledge set and its answer, as one text."""
+    return f"{KNOWLEDGE_PROMPT.replace('{question}', question)} {answer}"
 
 
 def _answers(row: dict[str, Any], column: str, number: int) -> list[str]:

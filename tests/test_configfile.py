@@ -56,6 +56,12 @@ def test_round_trip_with_question_sets():
     assert from_dict(yaml.safe_load(dump(config))) == config
 
 
+def test_a_text_that_looks_like_a_number_is_written_in_quotes(tmp_path):
+    config = from_dict({"data": {"response": "1e5"}})
+    (tmp_path / "run.yaml").write_text(dump(config))
+    assert load(tmp_path / "run.yaml").data.response == "1e5"
+
+
 def test_numbers_as_people_write_them():
     assert override(Config(), ["train.learning_rate=1e-4"]).train.learning_rate == 1e-4
     assert override(Config(), ["train.epochs=3"]).train.epochs == 3.0

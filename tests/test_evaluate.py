@@ -1,5 +1,6 @@
 """Questions to a small model that was taught a few answers."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -14,6 +15,7 @@ from farss.artifacts import read_records
 from farss.config import DataConfig, QuestionSet
 from farss.errors import FarssError
 from farss.evaluate import _training_prompt, evaluate
+from farss.tasks.course import prepare_course
 from farss.tasks.grading import METRICS
 
 pytest.importorskip("lm_eval")
@@ -211,3 +213,29 @@ def test_the_shipped_tasks_use_the_training_prompt(hub, model, tokenizer, tmp_pa
         _training_prompt("question", DataConfig(template="{instruction}\nA:\n"), tokenizer)({"question": "2 + 2?"})
         == "2 + 2?\nA:\nLet's think step by step."
     )
+
+
+def in_chat(tokenizer, end=""):
+    """The same prompts as a chat's."""
+    turn = "{% if m.role == 'user' %}Do {{ m.content }}\nR:{% else %} {{ m.content }}" + end + "{% endif %}"
+    chats = copy.deepcopy(tokenizer)
+    chats.chat_template = "{% for m in messages %}" + turn + "{% endfor %}"
+    return chats
+
+
+def test_what_a_chat_template_writes_behind_an_answer_is_no_part_of_it(model, tokenizer, files, tmp_path):
+    """ChatML on a base model: `<|im_end|>` is no special token, and a trained model writes it letter by letter."""
+    config = dataclasses.replace(asking(task=[QuestionSet("steps", files["steps"])]), data=DataConfig(template="chat"))
+    assert evaluate(model, in_chat(tokenizer), config, tmp_path / "plain").task["steps"].score == 1.0
+    evaluate(model, in_chat(tokenizer, "\n####</s>\n"), config, tmp_path / "marked")
+    assert [record["answer"] for record in read_records(tmp_path / "marked" / "scores", "steps")] == ["1 1", "2 2", "3 3", "4 4"]
+
+
+def test_a_model_that_thinks_first_is_not_asked_how_likely_bare_answers_are(model, tokenizer, files, tmp_path):
+    config = asking([QuestionSet("mixed", files["mixed"])], [QuestionSet("steps", files["steps"])])
+    config = dataclasses.replace(config, data=DataConfig(template="chat", thinking=True))
+    scores = evaluate(model, in_chat(tokenizer), config, tmp_path)
+    assert scores.task["steps"].score == 1.0
+    assert scores.task["steps"].gold_loglikelihood is None
+    assert scores.knowledge["mixed"].gold_loglikelihood is not None
+    assert [watched.name for watched in prepare_course(config, in_chat(tokenizer), 1e6).sets] == ["mixed"]

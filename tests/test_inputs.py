@@ -63,6 +63,8 @@ def test_thoughts_are_asked_for_where_they_were_trained(config, tmp_path, model_
     with pytest.raises(ConfigError, match=r"67% of the answers in .* begin with thoughts, .* set data.thinking=true"):
         Run(changed).check_inputs()
     Run(override(changed, ["data.thinking=true"])).check_inputs()
+    with pytest.raises(ConfigError, match=r"evaluate.learned_by=likelihood, but .*: set evaluate.learned_by=score"):
+        Run(override(changed, ["data.thinking=true", "evaluate.learned_by=likelihood"])).check_inputs()
     file.write_text(thinks + not_ * 2)
     Run(changed).check_inputs()
     with pytest.raises(ConfigError, match=r"data.thinking=true, but 67% of the answers in .* begin without thoughts"):
@@ -90,5 +92,15 @@ def test_what_would_be_missed_at_the_end_is_told_before_anything_is_done(config,
     asking = f"evaluate.task=[{{name: mine, data: {asked}}}]"
     assert f"1 of the 2 questions in {asked} are training examples too." in told("data.limit=null", asking)
     assert "training examples" not in told()
+    assert "calibration.knowledge" not in told(asking)
+    assert f"2 of the 2 questions in {asked} are in calibration.knowledge too" in told(asking, f"calibration.knowledge={asked}")
+    asked.write_text(json.dumps({"question": "q", "answers": ["x" * 99, "short"]}) + "\n")
+    assert f"{asked} have more than max_tokens" not in told(asking)
+    asked.write_text(json.dumps({"question": "q", "answers": ["word " * 99, "word " * 88]}) + "\n")
+    assert f"The right answers to 1 of the 1 questions in {asked} have more than max_tokens=32 tokens" in told(asking)
+    words = tmp_path / "words.jsonl"
+    words.write_text('{"text": "some words"}\n')
+    both = f"evaluate.text={words}", f"calibration.knowledge={words}"
+    assert f"1 of the 1 texts in {words} are in calibration.knowledge too" in told(*both)
     Run(override(config, ["evaluate.knowledge=[]", "evaluate.task=[]", "plan.method=lora", "train.max_steps=1"])).all()
     assert "nothing will say what was lost" in caplog.text

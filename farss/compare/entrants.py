@@ -154,5 +154,10 @@ def check_labels(config: Config) -> None:
                 raise ConfigError(
                     f"compare.settings gives {label!r} its own {key}, but all are compared with one untouched model, asked once"
                 )
+            if key == "train.precision" and config.evaluate.recovery:
+                raise ConfigError(
+                    f"compare.settings gives {label!r} its own {key}, but the steps of evaluate.recovery are the same for all: set "
+                    "train.precision for all, or evaluate.recovery=0"
+                )
     for label in settings:
         configured(config, label)

@@ -65,6 +65,7 @@ def write_table(
         "rows": rows,
         "base": base,
         "learned_by": config.evaluate.learned_by,
+        "reference": next((summary.reference for summary in summaries.values()), None),
         "methods": {name: _estimates(standing) for name, standing in found.items()},
         "ranked": ranked,
         "differences": gaps,

@@ -15,6 +15,9 @@ from farss.tasks.outcomes import Estimate, Only, outcomes_of, read_scores
 from farss.tasks.questions import draw_from_files
 from farss.tasks.standing import Entry, standings, task_score
 
+FEWEST = 10
+"""Questions of a task of lm_eval that choose, on average: which ones it has is not known before it is asked."""
+
 
 def check_tuning(config: Config) -> None:
     """Refuse to tune by a measure that will not be there.
@@ -31,8 +34,13 @@ def check_tuning(config: Config) -> None:
         )
     if not (config.evaluate.knowledge and config.evaluate.task):
         raise ConfigError("compare.tune chooses by KT: name questions in evaluate.knowledge and evaluate.task")
-    chooses = held_out(config.compare.held_out)
+    chooses, limit = held_out(config.compare.held_out), config.evaluate.limit
     for entry in (*config.evaluate.knowledge, *config.evaluate.task):
+        if isinstance(entry, str) and limit is not None and limit * config.compare.held_out < FEWEST:
+            raise ConfigError(
+                f"compare.held_out={config.compare.held_out} takes about {limit * config.compare.held_out:g} of the {limit} questions of "
+                f"{entry!r} (evaluate.limit) to choose learning rates by: set evaluate.limit={FEWEST / config.compare.held_out:.0f}"
+            )
         if isinstance(entry, QuestionSet):
             asked = draw_from_files(entry, config.seed).asked
             if (count := sum(chooses(str(row["id"])) for row in asked)) in (0, len(asked)):

@@ -55,9 +55,11 @@ class Run:
         return _json(self.place / "steps" / f"{step}.json")
 
     def answers(self) -> dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
-        """Per benchmark, the outcomes before and after, of what was asked both times and counts in a comparison's table."""
+        """Per benchmark of the summary, the outcomes before and after, of what counts in a comparison's table. Others that were asked once
+        lie in the folder too, of another model perhaps."""
         before, after = self.shared / "base" / "scores", self.folder / "scores"
-        names = sorted({path.stem for path in before.glob("*.jsonl")} & {path.stem for path in after.glob("*.jsonl")})
+        asked = {str(each.get("name")) for each in self.summary.get("benchmarks") or []}
+        names = sorted(name for name in asked if all((folder / f"{name}.jsonl").is_file() for folder in (before, after)))
         options = _values(self.comparison).get("compare") or {}
         chooses = held_out(options["held_out"]) if options.get("tune") else lambda key: False
 

@@ -26,6 +26,7 @@ EMPTY: dict[str, Any] = {
     "comparison": None,
     "benchmarks": {},
     "known": {},
+    "reference": "",
     "costs": [],
     "examples_of": "",
     "own_config": "",
@@ -66,7 +67,7 @@ def write_report(folder: Path, figures: bool = True) -> Path:
 def run_content(run: Run) -> dict[str, Any]:
     """Everything the template shows of one run; what is missing is empty."""
     pictures = {
-        "balance": results.balance_figure([as_row(run)]),
+        "balance": results.balance_figure([as_row(run)], words.reference_of(run.summary)),
         "boundary": candidates.boundary_figure(run.boundary),
         **plan_figures({run.plan.method: run} if run.plan else {}, run),
         "loss": training.loss_figure([training.log_of("", "loss", run.train)]),
@@ -101,8 +102,8 @@ def comparison_content(comparison: Comparison) -> dict[str, Any]:
     searched = {method: run for method, run in of_method.items() if run.boundary.get("candidates")}
     search = next(iter(searched.values()), common)
     pictures = {
-        "balance": results.balance_figure(table.get("rows", [])),
-        "frontier": results.frontier_figure(table.get("frontier")),
+        "balance": results.balance_figure(table.get("rows", []), words.reference_of(table)),
+        "frontier": results.frontier_figure(table.get("frontier"), words.reference_of(table)),
         "benchmarks": results.benchmarks_figure(table),
         "boundary": candidates.boundary_figure(search.boundary) if searched else None,
         **plan_figures(runs, main or common),
@@ -180,7 +181,8 @@ def benchmark_tables(summary: dict[str, Any]) -> dict[str, Any]:
         "gold": any(words.is_number(row[f"gold_{when}"]) for row in rows for when in ("before", "after")),
     }
     groups = {head: [row for row in rows if row["kind"] == kind] for kind, head in BENCHMARK_KINDS.items()}
-    return {"benchmarks": groups if any(groups.values()) else {}, "known": known}
+    reference = words.reference_of(summary).capitalize()
+    return {"benchmarks": groups if any(groups.values()) else {}, "known": known, "reference": reference}
 
 
 def plan_figures(runs: dict[str, Run], about: Run) -> dict[str, Figure]:

@@ -11,11 +11,12 @@ from farss.report.tables import Value, benchmark_names, methods, standing
 from farss.report.words import is_number, label, percent, significant
 
 GRID = 41
+LEARNED = "T: learned, % of {}"
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "hexagon", "triangle-down")
 
 
-def balance_figure(rows: list[dict[str, Any]]) -> Figure | None:
-    """K against T, one colour a method, with intervals and lines of equal KT; None where no run has both."""
+def balance_figure(rows: list[dict[str, Any]], reference: str) -> Figure | None:
+    """K against T, relative to `reference`, one colour a method, with intervals and lines of equal KT; None where no run has both."""
     placed = [row for row in rows if all(is_number((row.get(name) or {}).get("value")) for name in "KT")]
     if not placed:
         return None
@@ -25,15 +26,15 @@ def balance_figure(rows: list[dict[str, Any]]) -> Figure | None:
     layout = {
         "height": 520,
         "xaxis": {"title": {"text": "K: kept of the knowledge, %"}, "range": x, "showgrid": False},
-        "yaxis": {"title": {"text": "T: learned, % of full fine-tuning"}, "range": y, "showgrid": False},
+        "yaxis": {"title": {"text": LEARNED.format(label(reference))}, "range": y, "showgrid": False},
     }
     return Figure("balance", "Knowledge against task", [Choice("", [_contours(x, y), *dots], layout)])
 
 
-def frontier_figure(frontier: dict[str, Any] | None) -> Figure | None:
-    """K against T of every method over its learning rates; None where none was tuned."""
+def frontier_figure(frontier: dict[str, Any] | None, reference: str) -> Figure | None:
+    """K against T, relative to `reference`, of every method over its learning rates; None where none was tuned."""
     curves = (frontier or {}).get("curves", {})
-    choices = [choice for axes in (SCORES, LIKELIHOODS) if (choice := frontier_choice(curves, axes))]
+    choices = [choice for axes in (SCORES, LIKELIHOODS) if (choice := frontier_choice(curves, axes, reference))]
     return Figure("frontier", "What each method can give", choices, "Measured by") if choices else None
 
 
@@ -48,11 +49,11 @@ class Axes(NamedTuple):
     names: tuple[str, str]
 
 
-SCORES = Axes("scores", "K", "T", "%", 100, ("K: kept of the knowledge, %", "T: learned, % of full fine-tuning"))
+SCORES = Axes("scores", "K", "T", "%", 100, ("K: kept of the knowledge, %", LEARNED))
 LIKELIHOODS = Axes("log-likelihoods", "kept", "learned", "nats", 1, ("right answers to knowledge, nats", "right answers to the task, nats"))
 
 
-def frontier_choice(curves: dict[str, Any], axes: Axes) -> Choice | None:
+def frontier_choice(curves: dict[str, Any], axes: Axes, reference: str) -> Choice | None:
     """The curves in two metrics; None where no run has both."""
     reached = {name: points for name, curve in curves.items() if (points := _reached(curve, axes))}
     if not reached:
@@ -63,7 +64,7 @@ def frontier_choice(curves: dict[str, Any], axes: Axes) -> Choice | None:
     layout = {
         "height": 520,
         "xaxis": {"title": {"text": axes.names[0]}, "range": x, "showgrid": False},
-        "yaxis": {"title": {"text": axes.names[1]}, "range": y, "showgrid": False},
+        "yaxis": {"title": {"text": axes.names[1].format(label(reference))}, "range": y, "showgrid": False},
     }
     return Choice(axes.title, [*([_contours(x, y)] if axes is SCORES else []), *data], layout)
 

@@ -10,7 +10,7 @@ from farss.artifacts import KINDS, LayerPlan, Plan, Survey
 from farss.methods import METHODS, SURVEY
 from farss.report.figures import AGAINST
 from farss.report.folder import Comparison, Run
-from farss.report.tables import METRICS, Value, frontier_points, labels, rivals, standing
+from farss.report.tables import METRICS, SIGNIFICANT, Value, frontier_points, labels, rivals, standing
 from farss.report.words import (
     SPACE,
     compact,
@@ -22,10 +22,10 @@ from farss.report.words import (
     is_number,
     percent,
     plain,
+    reference_of,
     signed,
 )
 
-SIGNIFICANT = 0.05
 NO_PACKAGES = ("farss", "python", "machine", "date", "command")
 MEANINGS = {
     "KT": "balance of kept and learned",
@@ -195,13 +195,9 @@ def _outcome(summary: dict[str, Any], who: str = "It") -> list[str]:
         words.append(f"kept {percent(kept['value'])} of the knowledge it had (K{_between(kept)})")
     if is_number(learned.get("value")):
         of = "gain of likelihood" if summary.get("learned_by") == "likelihood" else "score"
-        words.append(f"reached {percent(learned['value'])} of the {of} of {_reference(summary)} on the task (T{_between(learned)})")
+        words.append(f"reached {percent(learned['value'])} of the {of} of {reference_of(summary)} on the task (T{_between(learned)})")
     end = f"; together KT is {percent(balance['value'])}" if is_number(balance.get("value")) else ""
     return [f"{cut(who, 80)} {' and '.join(words)}{end}."] if words else []
-
-
-def _reference(summary: dict[str, Any]) -> str:
-    return cut(str(summary.get("reference") or "full fine-tuning"), 40)
 
 
 def _between(entry: dict[str, Any]) -> str:
@@ -220,7 +216,7 @@ def tiles(summary: dict[str, Any]) -> list[Tile]:
                     name,
                     percent(entry["value"]),
                     interval(entry.get("low"), entry.get("high")),
-                    f"{MEANINGS[name]} {_reference(summary)}" if name == "T" else MEANINGS[name],
+                    f"{MEANINGS[name]} {reference_of(summary)}" if name == "T" else MEANINGS[name],
                 )
             )
     if is_number(summary.get("forgetting")):
@@ -251,7 +247,7 @@ def comparison_headline(comparison: Comparison) -> list[str]:
     name = told[0]["method"] if told else ""
     entries = {letter: standing(table, name, letter) for letter in ("K", "T") if name}
     found_of_it: dict[str, Any] = {letter: {"value": entry.mean, "low": entry.low, "high": entry.high} for letter, entry in entries.items()}
-    found_of_it["learned_by"] = table.get("learned_by")
+    found_of_it |= {name: table.get(name) for name in ("learned_by", "reference")}
     return [*sentences, *_outcome(found_of_it, name)]
 
 

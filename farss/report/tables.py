@@ -24,6 +24,8 @@ from farss.report.words import (
 )
 
 METRICS = ("KT", "K", "T")
+SIGNIFICANT = 0.05
+"""A difference is a result where its p-value is below this."""
 NATS = {"kept": "Knowledge (nats)", "learned": "Task (nats)"}
 
 
@@ -222,11 +224,17 @@ def gaps(comparison: dict[str, Any]) -> dict[str, list[Gap]]:
     found: dict[str, list[Gap]] = {name: [] for name in METRICS}
     for row in comparison.get("differences") or []:
         if row.get("metric") in found:
-            p = f"{row['p_value']:.3f}" if is_number(row.get("p_value")) else NOTHING
-            p = "<0.001" if p == "0.000" else p
-            shown = signed_points(row.get("value")), signed_interval(row.get("low"), row.get("high")), p
+            shown = signed_points(row.get("value")), signed_interval(row.get("low"), row.get("high")), _probability(row.get("p_value"))
             found[row["metric"]].append(Gap(str(row.get("method")), str(row.get("against")), *shown))
     return {name: rows for name, rows in found.items() if rows}
+
+
+def _probability(p: Any) -> str:
+    """With so many digits that it stands on its side of the threshold."""
+    if not is_number(p):
+        return NOTHING
+    text = next(text for digits in range(3, 17) if (float(text := f"{p:.{digits}f}") < SIGNIFICANT) == (p < SIGNIFICANT))
+    return "<0.001" if text == "0.000" else text
 
 
 def gap_heads(metric: str) -> list[str]:
@@ -307,13 +315,15 @@ def comparison_csv(comparison: dict[str, Any]) -> str:
 
 
 def _flat(row: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{K: {value, low, high}} -> {K, K_low, K_high}; benchmarks get their own prefix, so that no name can clash."""
+    """{K: {value, low, high}} -> {K, K_low, K_high}, and {benchmarks: {race: {score, low}}} -> {benchmarks.race, benchmarks.race:low}: a
+    colon is in no benchmark's name, so that no two can clash."""
     flat: dict[str, Any] = {}
     for key, entry in row.items():
         if key == "benchmarks":
             flat |= _flat(entry or {}, "benchmarks.")
         elif isinstance(entry, dict):
-            names = {part: key if part in ("value", "score") else f"{key}_{part}" for part in entry}
+            between = ":" if prefix else "_"
+            names = {part: key if part in ("value", "score") else f"{key}{between}{part}" for part in entry}
             flat |= {f"{prefix}{names[part]}": number for part, number in entry.items()}
         else:
             flat[f"{prefix}{key}"] = "; ".join(map(str, entry)) if isinstance(entry, list) else entry

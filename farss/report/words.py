@@ -96,6 +96,11 @@ def cut(text: str, limit: int = TEXT_LIMIT) -> str:
     return text if len(text) <= limit else f"{text[:limit]}… [{len(text):,} characters]"
 
 
+def reference_of(scores: dict[str, Any]) -> str:
+    """What T is relative to, of a summary or a comparison."""
+    return cut(str(scores.get("reference") or "full fine-tuning"), 40)
+
+
 def cut_start(text: str, limit: int = TEXT_LIMIT) -> str:
     """The last `limit` characters: a prompt's question stands at its end."""
     return text if len(text) <= limit else f"[{len(text):,} characters] …{text[-limit:]}"

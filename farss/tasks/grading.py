@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
-GRADING = 8
+GRADING = 9
 """Goes up when answers are graded by other rules: those of a run folder are then graded again (of lm_eval's tasks, asked for again), so
 that none that were graded by the old rules stand beside the new."""
 STEPS = " Let's think step by step."
@@ -51,20 +51,35 @@ _LEFT_SIDE = re.compile(r"\s*(?:[\d\s.,+\-−*/×x÷()$]*\d[\s)]*=)+(?=\s*[-+−
 _INSIDE = re.compile(r"(?:\\[dt]?frac\s*\{|\\sqrt\s*(?:\[\d*\]\s*)?\{?|\^\s*\{?|_\s*\{?)\s*$")
 _GOES_ON = re.compile(r"\s*(?:\^|\*\s*\d|×|·|÷|\\times|\\cdot|\\sqrt|\\pi|\\frac|[x+−–/-]\s*\d|:\d|(?<=\b\d)\s\d{3}\b)")
 """Before and behind a number that is a part of something else: of "2^3", "4 + 5", "6:30" or "1 000"."""
-_WORDS_AROUND = re.compile(r"^(?:[A-Za-z]{2,}\s+)+(?=[-\d\\$(.])|(?<=[\d})$])\s+(?:\(?[A-Za-z]{2,}[\s.,)]*)+$")
-"""Of an answer such as "about 5 dollars", whose words math-verify would read as products of letters."""
 _BEFORE = re.compile(
-    r"\b(?:pi|sqrt|root|ln|log|exp|(?:a|arc)?(?:sin|cos|tan)|sec|csc|cot|negative|minus|not|no|less|more|fewer|greater|over|least|most"
-    r"|twice|double|triple|half)\b",
+    r"^(?:(?:an?|the|about|approximately|roughly|around|nearly|exactly|only|just|simply|therefore|thus|hence|so|then|now|there|that|this"
+    r"|it|is|are|was|be|will|would|equals?|equal|to|x|y|n|value|number|answer|result|solution|probability|area|volume|length|width"
+    r"|height|distance|angle|ratio|total|sum|product|we|you|they|he|she|has|have|had|gets?|finds?|needs?|takes?|which|gives?)\s+)++"
+    r"(?=[-\d\\$(.])",
     re.IGNORECASE,
 )
-_BEHIND = re.compile(r"\b(?:pi|squared|cubed|factorial|mod|dozen|hundred|thousand|[bmtr]+illion)\b", re.IGNORECASE)
-"""Words that are a part of the result: "negative 3" and "less than 3" are not 3, nor is "5 pi" or "5 thousand" 5; "5 more" is."""
+"""Words before an answer that mean nothing: "about 5". All others may: "less than 5", "sum of 5", "two times 5"."""
+_BEHIND = re.compile(r"(?<=[\d})$])\s++(?:\(?[A-Za-z]{2,}+[\s.,)]*+)++$")
+"""Words behind one, such as "5 dollars", which math-verify would read as products of letters."""
+_MEANT = re.compile(
+    r"\b(?:pi|squared|cubed|factorial|mod|repeating|recurring|below|half|halves|thirds?|quarters?|fourths?|fifths?"
+    r"|sixths?|sevenths?|eighths?|ninths?|tenths?|hundredths?|dozen|gross|hundred|thousand|[bmtr]+illion)\b",
+    re.IGNORECASE,
+)
+"""Of these the ones that are a part of the result: "5 pi" and "5 thousand" are not 5; "5 more" is."""
 _BASE = re.compile(r"\d_\{?(\d+)\}?\W*$")
 """The base of a number, which math-verify passes over: 101_2 is not 101_3."""
 _TIME = re.compile(r"(?<![\d:])(\d{1,2}):(\d{2})(?![\d:])")
 _APART = re.compile(r"(?<!\d)[/,;:–—()\[\]]|[/,;:–—()\[\]](?!\d)|(?<=\d)[-–](?=\d)|['’]s\b")
 """What parts words, though no space stands there: "Paris/London", "1914-1918", "Smith's"; not "1,000", "1/2" or "non-fiction"."""
+
+
+def without_thoughts(answer: str) -> str:
+    """What a model answers when it has thought; nothing where it did not come to an end."""
+    _, end, said = answer.rpartition("</think>")
+    if end:
+        return said.strip()
+    return "" if answer.lstrip().startswith("<think>") else answer
 
 
 def normalise(text: str) -> str:
@@ -167,12 +182,12 @@ METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
 
 def gsm8k_results(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
     """Score one GSM8K answer by its final number."""
-    return {"exact_match": number(results[0], [doc["answer"]])}
+    return {"exact_match": number(without_thoughts(results[0]), [doc["answer"]])}
 
 
 def math_results(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
     """Score one MATH answer by mathematical equality with the solution's boxed result."""
-    return {"exact_match": same_mathematics(results[0], doc["solution"])}
+    return {"exact_match": same_mathematics(without_thoughts(results[0]), doc["solution"])}
 
 
 def same_mathematics(answer: str, solution: str) -> float:
@@ -188,7 +203,7 @@ def same_mathematics(answer: str, solution: str) -> float:
     marks = list(_MARK.finditer(answer))
     final = _first_line(answer[marks[-1].end() :].strip()) if marks else answer
     if marks and "\\boxed" not in final:  # all of it is the answer; without a mark math-verify looks for one in the text
-        final = f"${_MIXED.sub(_mixed, _undressed(_WORDS_AROUND.sub(_unless_meaningful, _undressed(final))))}$"
+        final = f"${_MIXED.sub(_mixed, _undressed(_without_words(_undressed(final))))}$"
     gold = parse(solution, parsing_timeout=seconds)
     found = parse(final, parsing_timeout=seconds)
     if not gold or not found:
@@ -210,11 +225,15 @@ def _first_line(text: str) -> str:
 
 def _undressed(formula: str) -> str:
     """Without what marks it as a formula, and the full stop behind it; the point of ".5" stays."""
-    return re.sub(r"^[\s$]*(?:\\\[|\\\()?\s*|\s*(?:\\\]|\\\))?[\s$.]*$", "", formula)
+    bare = re.sub(r"^[\s$]*+(?:\\\[|\\\()?", "", formula).rstrip(" \t\n$.")
+    return bare.removesuffix("\\]").removesuffix("\\)").strip()
 
 
-def _unless_meaningful(words: re.Match[str]) -> str:
-    return words.group() if (_BEHIND if words.start() else _BEFORE).search(words.group()) else ""
+def _without_words(formula: str) -> str:
+    """Without words around it that mean nothing."""
+    formula = _BEFORE.sub("", formula)
+    behind = _BEHIND.search(formula)
+    return formula if behind is None or _MEANT.search(behind.group()) else formula[: behind.start()]
 
 
 def _mixed(number: re.Match[str]) -> str:

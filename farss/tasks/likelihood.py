@@ -105,6 +105,8 @@ def unasked(entry: QuestionSet, taken: set[str]) -> list[dict[str, Any]]:
 
 def _scored(questions: Sequence[Mapping[str, Any]], entry: QuestionSet, kind: Kind, config: Config, tokenizer: Any) -> list[Row]:
     prompt = prompt_of(replace(entry, fewshot=0), kind, config.data, tokenizer)
+    if prompt.complete and config.data.thinking:  # a bare right answer is no answer of a model that thinks first
+        return []
     rows = [_without_end(row, tokenizer.eos_token_id) for row in answered(questions, prompt, tokenizer)]
     return [row for row in rows if len(row["input_ids"]) <= config.data.max_length]
 

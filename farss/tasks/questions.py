@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from farss.artifacts import Kind
 from farss.config import DataConfig, QuestionSet
 from farss.errors import ConfigError, DataError
-from farss.prompts import answer_border, prompt_text, separator
+from farss.prompts import answer_border, answer_end, prompt_text, separator
 from farss.rows import KNOWLEDGE_PROMPT, example_rows, question_rows
-from farss.tasks.grading import METRICS, final_number
+from farss.tasks.grading import METRICS, final_number, without_thoughts
 
 Row = dict[str, Any]
 """One question: `{id, question, answers}`; the id is its place in the file."""
@@ -109,12 +109,12 @@ def prompt_of(entry: QuestionSet, kind: Kind, data: DataConfig, tokenizer: Any) 
             )
         # An answer in the training format may have several lines; the model ends it with its end-of-sequence token.
         # Between a template and an answer stands what stands there in training, also the end of a chat template's border.
-        delimiter = separator(template)
-        if template == "chat":
-            border = answer_border(tokenizer) if tokenizer and not data.thinking else ""
-            delimiter = border[len(border.rstrip(" ")) :]
         asked = tokenizer, data.system, data.thinking
-        return Prompt(lambda question: prompt_text(template, question, *asked), delimiter, [], template == "chat")
+        delimiter, until, chat = separator(template), list[str](), template == "chat"
+        if chat:
+            border = answer_border(tokenizer) if tokenizer and not data.thinking else ""
+            delimiter, until = border[len(border.rstrip(" ")) :], answer_end(tokenizer) if tokenizer else []
+        return Prompt(lambda question: prompt_text(template, question, *asked), delimiter, until, chat)
     if "{question}" not in chosen:
         raise ConfigError(f"question set {entry.name!r}: prompt={chosen!r} has no {{question}} in it: add it, or write train")
     # Reasoning that ends in a number has several lines; any other answer is one line.
@@ -154,7 +154,7 @@ def task_settings(entry: QuestionSet, drawn: Drawn, prompt: Prompt) -> dict[str,
         "generation_kwargs": {"until": list(prompt.until), "max_gen_toks": entry.max_tokens, "do_sample": False},
         # Models answer " Paris": without this filter no answer would ever match.
         "filter_list": [{"name": "remove_whitespace", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}],
-        "process_results": lambda row, results: {entry.metric: grade(results[0], row["answers"])},
+        "process_results": lambda row, results: {entry.metric: grade(without_thoughts(results[0]), row["answers"])},
         "metric_list": [{"metric": entry.metric, "aggregation": "mean", "higher_is_better": True}],
         "metadata": {"version": 1.0},
     }

@@ -103,6 +103,13 @@ def test_a_variant_is_never_the_plain_method(values, methods, settings, message)
     assert not (pathlib.Path(values["out"])).exists()
 
 
+def test_the_steps_of_recovery_are_the_same_for_all(values):
+    values["evaluate"]["recovery"] = 1
+    values["compare"] = {"methods": ["lora"], "settings": {"lora": {"train.precision": "fp32"}}}
+    with pytest.raises(ConfigError, match=r"'lora' its own train.precision, but the steps of evaluate.recovery are the same for all"):
+        compare(from_dict(values), silent)
+
+
 def test_files_of_a_variant_are_found_from_anywhere(values, tmp_path, monkeypatch):
     rows = pathlib.Path(values["data"]["train"]).read_text()
     (tmp_path / "more.jsonl").write_text(rows)

@@ -137,6 +137,9 @@ def test_tuning_needs_a_measure(values):
     for share, taken in ((0.001, 0), (0.999, 16)):
         with pytest.raises(ConfigError, match=rf"compare.held_out={share} takes {taken} of the 16 questions of 'facts'"):
             compare(override(config, [f"compare.held_out={share}"]), silent)
+    few = override(config, ["evaluate.knowledge=[gsm8k]", "evaluate.limit=20"])
+    with pytest.raises(ConfigError, match=r"takes about 4 of the 20 questions of 'gsm8k' .*: set evaluate.limit=50"):
+        compare(few, silent)
     for bad, message in (("tune=[0]", "tune holds 0"), ("tune=[1, 1]", "tune holds 1.0 twice"), ("seeds=[2, 2]", "seeds holds 2 twice")):
         with pytest.raises(ConfigError, match=f"compare.{message}"):
             override(config, [f"compare.{bad}"])

@@ -283,7 +283,7 @@ def poison(folder: Path) -> None:
             entry.update(answer=HOSTILE + "x" * 100_000, prompt="p" * 100_000 + HOSTILE, gold=[RTL, HOSTILE])
         lines[0]["answer"] = "\ud800 alone"
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    rewrite(folder / "summary.json", lambda values: values["benchmarks"][0].update(name=HOSTILE))
+    rewrite(folder / "summary.json", lambda values: values["benchmarks"].append({**values["benchmarks"][0], "name": HOSTILE}))
     rewrite(folder / "summary.json", lambda values: values["notes"].append(HOSTILE * 100))
     rewrite(folder / "versions.json", lambda values: values.update({HOSTILE: HOSTILE}))
     write_text(folder / "config.yaml", f"model:\n  path: {json.dumps(HOSTILE)}\n# {HOSTILE}\n")

@@ -91,7 +91,7 @@ def test_thinning_keeps_the_ends_and_the_order(length: int, most: int) -> None:
 
 
 def test_the_balance_picture_needs_both_k_and_t() -> None:
-    assert results.balance_figure([{"method": "lora", "K": {"value": 0.9}, "T": None}]) is None
+    assert results.balance_figure([{"method": "lora", "K": {"value": 0.9}, "T": None}], "it") is None
     assert results.balance(0.5, 1.0) == pytest.approx(2 / 3)
 
 
@@ -128,13 +128,13 @@ def test_the_frontier_has_a_line_for_each_method_and_a_mark_on_the_chosen_rate()
         return {"learning_rate": rate, "chosen": chosen, **marks}
 
     one = [point(2e-4, 0.5, 1.0, False), point(1e-4, 0.8, 0.9, True)]
-    figure = results.frontier_figure({"curves": {"farss": one, "lora": [{"learning_rate": 1e-4, "chosen": True}]}})
+    figure = results.frontier_figure({"curves": {"farss": one, "lora": [{"learning_rate": 1e-4, "chosen": True}]}}, "it")
     assert figure is not None
     _, curve, mark = figure.choices[0].data
     assert (curve["x"], curve["y"], curve["customdata"]) == ([80, 50], [90, 100], ["0.0001", "0.0002"])
     assert (mark["x"], mark["y"], mark["mode"]) == ([80], [90], "markers")
-    assert results.frontier_figure(None) is None
-    many = results.frontier_figure({"curves": {str(place): one for place in range(18)}})
+    assert results.frontier_figure(None, "it") is None
+    many = results.frontier_figure({"curves": {str(place): one for place in range(18)}}, "it")
     assert many is not None
     looks = {(trace["marker"]["color"], trace["marker"]["symbol"]) for trace in many.choices[0].data[1:]}
     assert len(looks) == 18, "a colour and a mark of its own for each"

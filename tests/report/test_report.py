@@ -18,7 +18,7 @@ from farss.errors import FolderError
 from farss.files import read_json, write_json
 from farss.report import read_run, write_report
 from farss.report.examples import groups
-from farss.report.page import plotly_script, script_json
+from farss.report.page import plotly_script, run_content, script_json
 from farss.report.story import plan_sentence
 from farss.report.words import percent, points
 
@@ -127,7 +127,7 @@ def test_a_missing_part_is_left_out(run_folder: Path, part: str) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     if part == "config.yaml":
         (run_folder / "versions.json").unlink()
-    assert everything - draw(run_folder).ids == {PARTS[part], *(["balance"] if part == "summary.json" else [])}
+    assert everything - draw(run_folder).ids == {PARTS[part], *(["balance", "examples"] if part == "summary.json" else [])}
 
 
 @pytest.mark.parametrize("part", ["config.yaml", "survey", "plan.json", "train.json", "summary.json"])
@@ -275,6 +275,22 @@ def test_the_headline_equals_plan_and_summary(run_folder: Path) -> None:
     assert f"{plan.parameters / 1e3:.1f} k trainable parameters in {len(plan.layers)} layers" in words
     summary = read_json(run_folder / "summary.json")
     assert all(percent(summary[name]["value"]).replace("\u00a0", " ") in words for name in ("K", "T", "KT"))
+
+
+def test_what_is_no_longer_asked_is_not_shown(run_folder: Path) -> None:
+    for place in ("base/scores", "scores"):
+        (name,) = read_run(run_folder).answers()
+        shutil.copy(run_folder / place / f"{name}.jsonl", run_folder / place / "earlier.jsonl")
+    assert [*read_run(run_folder).answers()] == [name]
+
+
+def test_the_page_names_what_t_is_relative_to(run_folder: Path) -> None:
+    assert "Full fine-tuning %" in draw(run_folder).words
+    rewrite(run_folder / "summary.json", lambda values: values.update(reference="the run of lora"))
+    content = run_content(read_run(run_folder))
+    assert content["figures"]["balance"].choices[0].layout["yaxis"]["title"]["text"] == "T: learned, % of the run of lora"
+    assert "The run of lora %" in draw(run_folder).words
+    assert "Full fine-tuning %" not in draw(run_folder).words
 
 
 def test_examples_are_counted_and_bounded(run_folder: Path) -> None:

@@ -50,11 +50,20 @@ def test_csv_holds_every_number_with_all_its_digits(comparison: dict[str, Any]) 
 
 
 def test_csv_of_names_that_clash_and_of_nothing(comparison: dict[str, Any]) -> None:
-    comparison["rows"][0]["benchmarks"]["K"] = {"score": 0.25}
+    comparison["rows"][0]["benchmarks"] |= {"K": {"score": 0.25}, "race": {"score": 0.5, "high": 0.6}, "race_high": {"score": 0.3}}
     comparison["rows"][0]["method"] = 'a,"b"\nc'
     first = next(csv.DictReader(io.StringIO(comparison_csv(comparison))))
     assert (first["K"], first["benchmarks.K"], first["method"]) == ("0.951", "0.25", 'a,"b"\nc')
+    assert [first[f"benchmarks.{name}"] for name in ("race", "race:high", "race_high")] == ["0.5", "0.6", "0.3"]
     assert comparison_csv({"rows": []}).strip() == ""
+
+
+@pytest.mark.parametrize(
+    ("p", "shown"), [(0.04998, "0.04998"), (0.0496, "0.0496"), (0.05, "0.050"), (0.0312, "0.031"), (0.0002, "<0.001"), (None, "–")]
+)
+def test_a_probability_stands_on_its_side_of_the_threshold(p: float | None, shown: str) -> None:
+    row = {"metric": "KT", "method": "farss", "against": "lora", "value": 0.1, "low": 0.0, "high": 0.2, "p_value": p}
+    assert gaps({"differences": [row]})["KT"][0].p == shown
 
 
 def markdown_rows(text: str) -> list[list[str]]:

@@ -1,10 +1,11 @@
 """Right or wrong."""
 
 import itertools
+import time
 
 import pytest
 
-from farss.tasks.grading import contains, exact_match, final_number, normalise, number, same_mathematics
+from farss.tasks.grading import _undressed, contains, exact_match, final_number, normalise, number, same_mathematics, without_thoughts
 
 
 @pytest.mark.parametrize(
@@ -70,6 +71,17 @@ def test_names_and_formulas_keep_what_they_are_made_of(answer, accepted, right):
 )
 def test_other_languages(answer, accepted, exact, within):
     assert (exact_match(answer, [accepted]), contains(answer, [accepted])) == (exact, within)
+
+
+@pytest.mark.parametrize(
+    ("answer", "final"),
+    [
+        ("Paris", "Paris"), ("<think>\nLyon?\n</think>\n\nParis", "Paris"), ("Lyon? No.</think>Paris", "Paris"),
+        ("<think>\nParis, or", ""), ("a</think>b</think> c", "c"), ("I <think> so", "I <think> so"),
+    ],
+)  # fmt: skip
+def test_thoughts_are_no_part_of_an_answer(answer, final):
+    assert without_thoughts(answer) == final
 
 
 def test_a_text_without_a_number_has_none():
@@ -165,7 +177,10 @@ def test_mathematics(answer, score):
         *((f"The answer is: {wrong}", right, 0) for wrong, right in (
             ("5 pi", "5"), ("negative 3", "3"), ("ln 2", "2"), ("sqrt (2)", "2"), ("5 squared", "5"), ("5 thousand", "5"), ("not 5", "5"),
             ("less than 5", "5"), ("101_2", "101_3"), ("$101_{2}$", "101_3"),
+            *((words, "3") for words in ("two times 3", "one third of 3", "the reciprocal of 3", "sum of 3", "five plus 3", "3 quarters")),
+            ("5 below zero", "5"), ("0.3 repeating", "0.3"),
         )),
+        *((f"The answer is: {words}", "5", 1) for words in ("the area is 5 square meters", "the total is $5", "about 5", "x equals 5")),
         ("The answer is: 101_{3}", "101_3", 1), ("The answer is: 101", "101_3", 1),
         ("The answer is: 3 1/2", r"\frac{7}{2}", 1), ("The answer is: $3 1/2$", r"3\frac12", 1), ("The answer is: 3 1/2", "2", 0),
         ("#### Step 1: add\n2+2\n#### Step 2: result\nSo we get \\boxed{4}", "4", 1), ("so \\boxed{4}\n#### Check\n2+2 is 4", "4", 1),
@@ -177,6 +192,16 @@ def test_mathematics(answer, score):
 )  # fmt: skip
 def test_mathematics_is_read_as_it_is_written(answer, result, score):
     assert same_mathematics(answer, f"So $\\boxed{{{result}}}$.") == score
+
+
+def test_a_long_answer_is_read_at_once():
+    """A regular expression that goes back over every word would take hours; the processor's time is bounded, not the clock's."""
+    begun = time.process_time()
+    because = "because both triangles are similar and therefore share one common side whose length equals "
+    assert same_mathematics(f"#### 6 {because * 20}nothing", r"\boxed{6}") == 1
+    assert same_mathematics(f"#### 6 {because * 2}3", r"\boxed{6}") == 0
+    assert _undressed(f"${' ' * 20_000}6{' ' * 20_000}x{' ' * 20_000}$").startswith("6")
+    assert time.process_time() - begun < 20
 
 
 @pytest.mark.parametrize("unit", ["dollars", "hours", "ways", "miles", "integers", "square inches", "(dollars)", "times", "more", "less"])
