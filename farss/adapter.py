@@ -75,6 +75,12 @@ def attach(
             raise FarssError(
                 f"PEFT left {len(missing)} planned layers without an adapter, {missing[0]} the first: choose model.targets without them"
             )
+        named = adapted.base_model.model.named_modules()
+        if more := [name for name, module in named if hasattr(module, "lora_A") and name not in plan.layers]:
+            raise FarssError(
+                f"PEFT put adapters on {len(more)} layers whose names end as those of planned ones do, {more[0]} the first: this "
+                "architecture is not supported"
+            )
         if any(layer.directions for layer in plan.layers.values()):
             if survey is None:
                 raise FarssError(f"method {plan.method!r} starts from singular directions: give the survey its plan was made from")

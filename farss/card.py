@@ -34,7 +34,8 @@ def write_card(folder: Path, summary: dict[str, Any] | None = None, command: str
     facts = read_json(folder / "farss.json")
     base, method = facts.get("base") or "its base model", facts["method"]
     adapter = (folder / "adapter_config.json").is_file()
-    known = {"base_model": base} if not Path(base).exists() else {}  # a hub takes names of models, and no folders of ours
+    # a hub takes names of models, and no folders of ours
+    known = {"base_model": base} if facts.get("base") and not Path(base).exists() else {}
     front = {**known, "library_name": "peft" if adapter else "transformers", "tags": [*dict.fromkeys(("farss", method))]}
     licence = base_licence(base)
     front |= {"license": licence} if licence else {}

@@ -27,6 +27,8 @@ from farss.tasks.names import task_manager
 from farss.tasks.questions import prompt_of, task_settings
 from farss.tasks.records import Logged, QuestionRecord, main_metric, metric_label, records_of
 
+BASE = "base"
+"""What `meta.method` says of the untouched model, and where its answers lie."""
 OF_BASE = "base_fingerprint"
 """Of what an adapter is on: for people, and not among what results depend on, which `weights` is."""
 
@@ -69,7 +71,7 @@ def evaluate(
         for each in waiting:
             results[each.name] = _ask_and_write(each, tasks.pop(each.name), live, config, folder / "scores")
         loss = _text_loss(model, asks, config, identity, folder / "scores", on_progress)
-    base = {OF_BASE: base_fingerprint(model)} if hasattr(model, "peft_config") else {}
+    base = {OF_BASE: base_fingerprint(model)} if hasattr(model, "peft_config") or method == BASE else {}
     scores = Scores(**_by_kind(benchmarks, results), text_loss=loss, meta=identity | base)
     scores.save(folder / "scores.json")
     return scores

@@ -219,7 +219,7 @@ def alone(path: Path, wait: bool = False) -> Iterator[None]:
     Raises:
         FolderError: another one is at work there.
     """
-    if int(os.environ.get("RANK", "0")):
+    if processes.rank() or int(os.environ.get("RANK", "0")):
         yield  # the first of several processes stands for all
         return
     name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]

@@ -29,7 +29,7 @@ def entering(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 def leaving(output: Any) -> Tensor:
     """The hidden states in what it returns."""
-    found: Tensor = output[0] if isinstance(output, tuple) else output
+    found: Tensor = output[0] if isinstance(output, (tuple, list)) else output
     return found
 
 

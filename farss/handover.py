@@ -19,7 +19,7 @@ from farss.config import Config
 from farss.errors import ConfigError, FolderError
 from farss.files import opened_tensors, write_json
 from farss.llamacpp import check_gguf, write_gguf
-from farss.merging import merge, merged_difference
+from farss.merging import is_rounded, merge, merged_difference
 from farss.models import load_model, loaded_dtype, stored_dtype, will_be_quantised
 from farss.plan import method_of
 from farss.portable import export, load_adapter
@@ -154,8 +154,9 @@ def is_as_trained(config: Config) -> bool:
 def as_handed_over(trained: Any, config: Config) -> Any:
     """A model that was trained as a whole, in float32, with the weights that are handed over: those of the base's precision."""
     stored, loaded = stored_dtype(config.model), loaded_dtype(config.model)
-    for parameter in trained.parameters():  # not the buffers: whoever loads it has exact rotary frequencies
-        parameter.data = parameter.data.to(stored).to(loaded)
+    for name, parameter in trained.named_parameters():  # not the buffers: whoever loads it has exact rotary frequencies
+        if is_rounded(trained, name, parameter):
+            parameter.data = parameter.data.to(stored).to(loaded)
     return trained
 
 

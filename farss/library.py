@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import shutil
 import tempfile
@@ -105,6 +106,7 @@ def prepare(
     Raises:
         FarssError: something in the arguments, the data or the model cannot be used; the message says what and the cure.
     """
+    model = getattr(model, "_orig_mod", model)  # of torch.compile, which gives all layers another name
     check_loaded(model)
     if not callable(tokenizer):
         raise ConfigError(f"tokenizer is a {type(tokenizer).__name__}: load the model's, with AutoTokenizer.from_pretrained")
@@ -151,7 +153,8 @@ def prepare(
 
 
 def _examples(dataset: Any, data: DataConfig, tokenizer: Any, seed: int, most: int) -> Tokenized:
-    """The user's rows, or those of a file: `most` of them, drawn with the seed, as a few hundred are looked at.
+    """The user's rows, or those of a file: `most` of them, drawn with the seed, as a few hundred are looked at. Of a stream, which may
+    have no end, the first ones.
 
     Raises:
         ConfigError: it is something else.
@@ -164,7 +167,8 @@ def _examples(dataset: Any, data: DataConfig, tokenizer: Any, seed: int, most: i
         raise ConfigError(f"dataset is a {type(dataset).__name__} of {', '.join(map(str, dataset))}: give the rows of one of them")
     if hasattr(dataset, "to_dict") and hasattr(dataset, "iloc"):  # pandas'
         dataset = dataset.to_dict("records")
-    rows = dataset if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") else list(dataset)
+    many = max(most, data.limit or 0)
+    rows = dataset if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") else list(itertools.islice(dataset, many))
     if not data.limit and len(rows) > most:
         rows = [rows[place] for place in choose(range(len(rows)), most, seed)]
     return tokenize_rows(list(rows), data, tokenizer, seed)

@@ -96,7 +96,8 @@ def write_model(
     # The base's file is copied as it is: transformers reads temperatures of models that do not sample, and refuses to write them.
     with attribute(model, "generation_config", model.generation_config.from_model_config(model.config)):
         model.save_pretrained(str(target), state_dict=state)
-    tokenizer.save_pretrained(str(target))
+    if not (base and (base / "tokenizer_config.json").is_file()):  # the base's own has not been given a token for padding
+        tokenizer.save_pretrained(str(target))
     for file in _copied(base) if base and base.is_dir() else []:  # a processor's, and a model's own code
         if file.name == GENERATION or not (target / file.name).exists():
             shutil.copyfile(file, target / file.name)

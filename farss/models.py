@@ -194,7 +194,7 @@ def check_causal(model: Any) -> None:
 
     def embedded(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         found.append(output.detach().requires_grad_(True))
-        return found[0]
+        return found[0].clone()  # CTRL scales it in place
 
     def left(block: nn.Module, args: Any, output: Any) -> None:
         found.append(leaving(output))
@@ -210,8 +210,11 @@ def check_causal(model: Any) -> None:
     ):
         model(input_ids=tokens, **without_cache(model))
     states, after = found
-    (gradient,) = torch.autograd.grad(after[..., :3, 0].sum(), states)
-    if (gradient[0, 3].abs() > 0).any():  # NaN is another fault, which others name
+    if not after.requires_grad or 4 not in after.shape:  # nothing can be said of it
+        return
+    before, behind = (found.shape.index(4) for found in (states, after))  # DeepSeek 4 hands on [b, t, 4, d], XLNet [t, b, d]
+    (gradient,) = torch.autograd.grad(after.narrow(behind, 0, 3)[..., 0].sum(), states)
+    if (gradient.select(before, 3).abs() > 0).any():  # NaN is another fault, which others name
         raise ModelError(
             f"{type(model).__name__} reads ahead: what it says of a token depends on the tokens that follow, so it would be trained with "
             "the answers before its eyes. Use a decoder-only (causal) model"

@@ -54,8 +54,10 @@ def placed_in_turn(parts: Iterable[nn.Module], device: torch.device | None, dtyp
     """Have each block or other part of a model on a device, and in a precision, while it runs, whoever calls it."""
     with ExitStack() as hooks, ExitStack() as running:
 
-        def enter(part: nn.Module, args: tuple[Any, ...]) -> None:
+        def enter(part: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             running.enter_context(placed(tensors_of(part), device, dtype))
+            # some models (Mamba) round what the head is given to the precision that its weights had before
+            return tuple(arg.to(dtype) if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args)
 
         def leave(part: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             running.close()

@@ -171,7 +171,8 @@ def convert(prepared: Path | str, trained: Path | str, out: Path | str, rank: in
     made = portable(((name, _change(name, layer.scaling, start, end)) for name, layer in plan.layers.items()), rank, energy)
     with whole_folder(out) as unfinished:
         write_adapter(unfinished, made.state, targets, base, made.rank)
-        difference = _compare((str(prepared / "base"), trained), (base, unfinished), trusted, facts.get("fingerprint"))
+        prints = {str(prepared / "base"): facts.get("fingerprint"), base: origin.get("base_fingerprint")}
+        difference = _compare((str(prepared / "base"), trained), (base, unfinished), trusted, prints)
         exported = Exported(out, made.rank, made.lost, difference, made.effective_ranks)
         write_facts(unfinished, plan, origin, exported, made.state)
     return exported
@@ -190,11 +191,11 @@ def _change(name: str, scaling: float, start: dict[str, Tensor], end: dict[str, 
     return torch.cat([scaling * b, -scaling * b0], 1), torch.cat([a, a0])
 
 
-def _compare(trained: tuple[str, Path], converted: tuple[str, Path], trusted: bool, fingerprint: str | None) -> float:
+def _compare(trained: tuple[str, Path], converted: tuple[str, Path], trusted: bool, fingerprints: dict[str, str | None]) -> float:
     """Largest |logit difference| (float32) between what was trained and the converted adapter, each on its base.
 
     Raises:
-        FolderError: the prepared base has another fingerprint than when it was written.
+        FolderError: a base has another fingerprint than when it was prepared.
     """
     from peft import PeftModel
 
@@ -204,7 +205,7 @@ def _compare(trained: tuple[str, Path], converted: tuple[str, Path], trusted: bo
     found = []
     for base, adapter in (trained, converted):
         loaded = load_model(replace(options, path=base))
-        if base == trained[0] and fingerprint not in (None, weights_fingerprint(loaded)):
+        if fingerprints[base] not in (None, weights_fingerprint(loaded)):
             raise FolderError(f"{base} is not the base that was prepared: put it back, or prepare and train anew")
         model = PeftModel.from_pretrained(loaded, str(adapter)).eval()
         found.append(logits(model, batch))

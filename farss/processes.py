@@ -34,7 +34,7 @@ def join() -> bool:
         Whether this began the default one.
     """
     global _group, _beside
-    if not started_as_several() or (_several() and _beside is dist.group.WORLD):
+    if not (started_as_several() or size() > 1) or (_several() and _beside is dist.group.WORLD):
         return False
     backend, begins = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", not _several()
     if begins:

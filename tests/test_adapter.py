@@ -138,3 +138,12 @@ def test_directions_without_their_survey_are_refused(tmp_path):
     model, _, plan = surveyed("llama", tmp_path)
     with pytest.raises(FarssError, match="give the survey its plan was made from"):
         attach(model, plan)
+
+
+def test_layers_that_nobody_planned_get_no_adapter(tmp_path):
+    """PEFT goes by the ends of names, and another head's blocks may have the same."""
+    model = small("llama")
+    plan = make_plan_without_survey(PlanConfig(method="lora", rank=2), target_layers(model), 4)
+    model.head = torch.nn.ModuleDict({"model": small("llama", num_hidden_layers=1).model})
+    with pytest.raises(FarssError, match=r"PEFT put adapters on 7 layers whose names end as those of planned ones do, head.model.layers.0"):
+        attach(model, plan)

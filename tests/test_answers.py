@@ -1,8 +1,12 @@
 """Nothing is asked twice."""
 
+import shutil
+
 import pytest
+from safetensors.torch import load_file, save_file
 
 from farss.configfile import override
+from farss.errors import FolderError
 from farss.files import read_json
 from farss.handover import delete_weights
 from farss.pipeline import Run
@@ -58,3 +62,14 @@ def test_other_rules_of_grading_need_no_model(config, monkeypatch):
         assert found["meta"] == known["meta"]
         assert found["text_loss"] == known["text_loss"]
         assert {score["score"] for kind in ("knowledge", "task") for score in found[kind].values()} == {0.25}
+
+
+def test_answers_of_another_base_are_not_compared(config, model_folder, tmp_path):
+    """The weights in its place may be replaced between the two."""
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    config = override(config, [f"model.path={folder}", "plan.method=lora", "plan.boundary=null", "evaluate.looks=0"])
+    Run(config).before_plan()
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: 1.3 * weight for name, weight in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(FolderError, match=r"base holds the answers of other weights than those that .* was trained on"):
+        Run(config).all()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import itertools
 import json
 
 import pytest
@@ -274,3 +275,16 @@ def test_an_adapter_that_is_not_there(tokenizer, tmp_path):
         farss.load_adapter(base(tokenizer), tmp_path / "nowhere")
     with pytest.raises(farss.FarssError, match="model is a str"):
         farss.load_adapter("my-model", tmp_path)
+
+
+def test_a_stream_is_not_read_to_its_end(tokenizer, rows):
+    taken = []
+    stream = (taken.append(number) or rows[number % len(rows)] for number in itertools.count())
+    calibration = farss.CalibrationConfig(examples=2)
+    assert farss.prepare(base(tokenizer), tokenizer, stream, method="lora", plan=PLAN, calibration=calibration)
+    assert len(taken) < 1000
+
+
+def test_the_layers_of_a_compiled_model_keep_their_names(tokenizer, rows):
+    adapted = farss.prepare(torch.compile(base(tokenizer)), tokenizer, rows, method="lora", plan=PLAN)
+    assert not [name for name in adapted.farss.plan.layers if "_orig_mod" in name]

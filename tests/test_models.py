@@ -129,6 +129,15 @@ def test_a_language_model_does_not_read_ahead(kind):
     check_causal(small(kind))
 
 
+@pytest.mark.parametrize("kind", ["OpenAIGPT", "CTRL"])
+def test_nor_do_models_with_ways_of_their_own(kind):
+    """A block that returns a list, and embeddings that are scaled in place."""
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64, dff=64, d_model=32, d_inner=64
+    )
+    check_causal(transformers.AutoModelForCausalLM.from_config(config))
+
+
 @pytest.mark.parametrize("kind", ["Roberta", "Bert"])
 def test_a_model_that_reads_ahead_is_refused(tmp_path, kind):
     sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -120,6 +120,16 @@ def test_what_cannot_be_converted_is_refused(written):
         write_prepared(model, plan, None, folder, place / "original")
 
 
+def test_another_base_than_was_prepared_is_refused(written):
+    place, folder, _ = written
+    train(folder, place / "trained")
+    state = load_file(place / "original" / "model.safetensors")
+    write_tensors(place / "original" / "model.safetensors", {name: 1.1 * weight for name, weight in state.items()})
+    with pytest.raises(FolderError, match=r"original is not the base that was prepared: put it back"):
+        convert(folder, place / "trained", place / "adapter")
+    assert not (place / "adapter").exists()
+
+
 def test_damaged_and_swapped_folders_are_named(written):
     place, folder, _ = written
     train(folder, place / "trained")

@@ -94,3 +94,40 @@ def test_more_processes_than_batches_are_refused(options, tmp_path):
     assert (
         "2 processes for 1 batches: start fewer processes, or lower calibration.batch_size, or raise calibration.examples" in result.stderr
     )
+
+
+SPAWN = textwrap.dedent("""
+    import sys
+    import torch
+    import torch.distributed as dist
+    import torch.multiprocessing as mp
+    sys.path.insert(0, sys.argv[1])
+
+    def work(rank, folder):
+        import transformers
+        import farss
+        from farss import world
+        from small_models import small
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(world.MODEL)
+        model = small("llama", vocab_size=len(tokenizer), max_position_embeddings=256).float()
+        rows = [{"instruction": f"Say {number}", "output": str(number)} for number in range(9)]
+        quick = farss.CalibrationConfig(examples=4, batch_size=2)
+        farss.prepare(model, tokenizer, rows, plan=farss.PlanConfig(boundary=1, rank=4), calibration=quick, folder=f"{folder}/survey")
+        dist.barrier()
+        dist.destroy_process_group()
+
+    if __name__ == "__main__":
+        mp.spawn(work, args=(sys.argv[2],), nprocs=2)
+""")
+
+
+def test_processes_that_no_launcher_started_do_not_wait_for_each_other(tmp_path):
+    """PyTorch's own way: ranks are told to `init_process_group`, and stand in no environment."""
+    script = tmp_path / "spawn.py"
+    script.write_text(SPAWN)
+    command = [sys.executable, str(script), os.path.dirname(__file__), str(tmp_path)]
+    result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert Survey.load(tmp_path / "survey").meta["processes"] == 2

@@ -20,7 +20,7 @@ from farss.merging import is_rounded, write_model
 from farss.models import empty_of, load_model
 from farss.portable import CHECKED_TOKENS, logits
 from farss.structure import find_blocks
-from farss.survey.passage import blocks_replaced
+from farss.survey.passage import Returned, blocks_replaced
 
 PLACE = ("layer_idx", "layer_number", "layer_id", "layer_index", "block_idx")
 """What architectures call a block's place, by which it finds its keys and values in the cache."""
@@ -108,7 +108,7 @@ def _same(found: Any, model: Any) -> bool:
     return torch.equal(logits(found, batch), logits(model, batch))
 
 
-def skipped(model: Any, gone: Collection[int], returned: int) -> AbstractContextManager[None]:
+def skipped(model: Any, gone: Collection[int], returned: Returned) -> AbstractContextManager[None]:
     """Hand on what enters some blocks as what leaves them, for a while. `returned`: see `survey.passage.returned_by`."""
     blocks = find_blocks(model)[1]
     return blocks_replaced([blocks[index] for index in gone], lambda index, hidden_states, *args, **kwargs: hidden_states, returned)

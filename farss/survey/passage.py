@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from farss.errors import ModelError, NumericalError
 from farss.forward import Stop, accepts, attribute, hooked, leaving, without_cache
@@ -22,6 +22,15 @@ TRIAL_TOKENS = 16
 """Length of the example on which the model's own forward pass is compared with that of its blocks."""
 
 
+class Returned(NamedTuple):
+    """What the model expects of a block, and what it gives."""
+
+    parts: int
+    """How many things, the hidden states being the first; 0: those alone, and not in a tuple."""
+    dtype: torch.dtype | None = None
+    """Of the hidden states: Mamba's are float32 in a model of 16 bits. None: that of what enters the first block."""
+
+
 @dataclass
 class Passage:
     """One batch."""
@@ -30,17 +39,19 @@ class Passage:
     """On the device where the model computes."""
     start: Tensor
     """[b, t, d]: what enters the first block; not on a GPU, of which the states of all batches would fill much."""
+    returned: Returned
+    """See `returned_by`."""
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
     """For each block, its other arguments (position embeddings, masks); blocks share the same tensors. Not on a GPU either: a padded
     batch's mask is the square of its length."""
     uniforms: Tensor | None = None
     """[b, t], or [b] for a classifier: uniform draws from which labels are sampled; None: the data's own labels."""
-    returned: int = 0
-    """See `returned_by`."""
 
-    def here(self, states: Tensor) -> Tensor:
-        """States where the model computes, and in its precision: another kind of machine may have left them on disk in another one."""
-        return states.to(self.batch["input_ids"].device, self.start.dtype)
+    def here(self, states: Tensor, index: int) -> Tensor:
+        """What enters this block, where the model computes and in its precision: another kind of machine may have left it on disk in
+        another one."""
+        dtype = (index and self.returned.dtype) or self.start.dtype
+        return states.to(self.batch["input_ids"].device, dtype)
 
     @property
     def mask(self) -> Tensor:
@@ -57,15 +68,12 @@ def counted(batch: Batch) -> Tensor:
     return batch.get("counted", batch["attention_mask"]).bool()
 
 
-def returned_by(model: nn.Module, blocks: nn.ModuleList, batch: Batch) -> int:
-    """How many things the model expects of a block, the hidden states being the first; 0: those alone, and not in a tuple.
-
-    A short example goes through the first block.
-    """
-    found: list[int] = []
+def returned_by(model: nn.Module, blocks: nn.ModuleList, batch: Batch) -> Returned:
+    """What a block returns: a short example goes through the first one."""
+    found: list[Returned] = []
 
     def note(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        found.append(len(output) if isinstance(output, tuple) else 0)
+        found.append(Returned(len(output) if isinstance(output, tuple) else 0, leaving(output).dtype))
         raise Stop
 
     with torch.no_grad(), hooked([blocks[0].register_forward_hook(note)]), contextlib.suppress(Stop):
@@ -73,7 +81,7 @@ def returned_by(model: nn.Module, blocks: nn.ModuleList, batch: Batch) -> int:
     return found[0]
 
 
-def enter(model: nn.Module, blocks: nn.ModuleList, batch: Batch, returned: int, uniforms: Tensor | None = None) -> Passage:
+def enter(model: nn.Module, blocks: nn.ModuleList, batch: Batch, returned: Returned, uniforms: Tensor | None = None) -> Passage:
     """Embed a batch and keep what each block would be called with. No block computes anything.
 
     Args:
@@ -107,13 +115,13 @@ def enter(model: nn.Module, blocks: nn.ModuleList, batch: Batch, returned: int, 
         return held[id(tensor)]
 
     calls = tree_map_only(Tensor, hold, found)
-    return Passage(batch, first[0].cpu(), calls, uniforms, returned)
+    return Passage(batch, first[0].cpu(), returned, calls, uniforms)
 
 
 def through(block: nn.Module, index: int, passage: Passage, hidden: Tensor) -> Tensor:
     """The output [b, t, d] of a block for its input [b, t, d], wherever that lies."""
     args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(passage.batch["input_ids"].device), passage.calls[index])
-    return leaving(block(passage.here(hidden), *args, **kwargs))
+    return leaving(block(passage.here(hidden, index), *args, **kwargs))
 
 
 def check_passage(model: nn.Module, blocks: nn.ModuleList, batch: Batch) -> None:
@@ -125,10 +133,10 @@ def check_passage(model: nn.Module, blocks: nn.ModuleList, batch: Batch) -> None
     short = _short(batch)
     own: list[Tensor] = []
 
-    def note(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def keep(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         own.append(leaving(output))
 
-    with torch.no_grad(), hooked([blocks[-1].register_forward_hook(note)]):
+    with torch.no_grad(), hooked([blocks[-1].register_forward_hook(keep)]):
         model(**_arguments(model, short))
     if len(own) != 1:
         raise ModelError(f"{type(model).__name__} calls its last block {len(own)} times: this architecture is not supported")
@@ -138,15 +146,24 @@ def check_passage(model: nn.Module, blocks: nn.ModuleList, batch: Batch) -> None
             "this architecture is not supported"
         )
     passage = enter(model, blocks, short, returned_by(model, blocks, short))
-    hidden = passage.start
-    with torch.no_grad():
-        for index, block in enumerate(blocks):
-            hidden = through(block, index, passage, hidden)
+    # Gemma 4's last blocks may find the keys and values of earlier ones in a dictionary, behind which the way back does not reach these
+    notes = [leaf for leaf in tree_leaves(passage.calls) if isinstance(leaf, MutableMapping)]
+    hidden, missing = passage.start, ""
+    try:
+        with torch.no_grad():
+            for index, block in enumerate(blocks):
+                for note in notes:
+                    note.clear()
+                hidden = through(block, index, passage, hidden)
+    except KeyError as error:
+        if not notes:
+            raise
+        missing = f"block {index} looks for {error} of an earlier one"
     distance = (hidden - own[0]).abs().max().item()
-    if not distance <= 1e-2 * own[0].abs().max().item() and torch.isfinite(own[0]).all():
+    if missing or (not distance <= 1e-2 * own[0].abs().max().item() and torch.isfinite(own[0]).all()):
+        found = missing or f"walking its blocks one by one changes the result by {distance:.2g}"
         raise ModelError(
-            f"{type(model).__name__} hands more than hidden states from block to block (walking its blocks one by one "
-            f"changes the result by {distance:.2g}): this architecture is not supported"
+            f"{type(model).__name__} hands more than hidden states from block to block ({found}): this architecture is not supported"
         )
 
 
@@ -162,12 +179,12 @@ def _arguments(model: nn.Module, batch: Batch) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def blocks_replaced(blocks: Iterable[nn.Module], stand_in: Callable[..., Tensor], returned: int) -> Iterator[None]:
+def blocks_replaced(blocks: Iterable[nn.Module], stand_in: Callable[..., Tensor], returned: Returned) -> Iterator[None]:
     """Call `stand_in(index, hidden_states, ...)` in the place of every block, and hand on hidden states as `returned_by` the blocks."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         hidden = stand_in(*args, **kwargs)
-        return (hidden, *[None] * (returned - 1)) if returned else hidden
+        return (hidden, *[None] * (returned.parts - 1)) if returned.parts else hidden
 
     with contextlib.ExitStack() as stack:
         for index, block in enumerate(blocks):
@@ -215,7 +232,7 @@ def output_gradient(model: nn.Module, blocks: nn.ModuleList, passage: Passage, o
 
 
 def _tail_gradient(
-    model: nn.Module, blocks: nn.ModuleList, returned: int, batch: Batch, output: Tensor, targets: Tensor, uniforms: Tensor | None
+    model: nn.Module, blocks: nn.ModuleList, returned: Returned, batch: Batch, output: Tensor, targets: Tensor, uniforms: Tensor | None
 ) -> Tensor:
     """Gradient of the summed loss at `output`, the last block's output, through what follows it."""
     hidden = output.detach().requires_grad_(True)

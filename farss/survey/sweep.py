@@ -170,7 +170,7 @@ class Sweep:
         """Send every batch through each block in turn, and the last block's output through the loss."""
         states = self.through_all(passages, INPUT)
         gradients = [
-            output_gradient(self.site.model, self.site.blocks, passage, passage.here(state)).cpu()
+            output_gradient(self.site.model, self.site.blocks, passage, passage.here(state, len(self.site.blocks))).cpu()
             for passage, state in zip(passages, states, strict=True)
         ]
         check_finite(gradients, "the loss's gradient at the last block")
@@ -251,7 +251,7 @@ class Sweep:
         inputs, gradients = self.kept.read(INPUT, index), self.kept.read(GRADIENT, index)
         result = []
         for passage, state, gradient in zip(passages, inputs, gradients, strict=True):
-            hidden = passage.here(state).detach().requires_grad_(True)
+            hidden = passage.here(state, index).detach().requires_grad_(True)
             with torch.enable_grad(), recorded(passage.mask):
                 output = through(self.site.blocks[index], index, passage, hidden)
                 found = torch.autograd.grad(output, [hidden, *weights], gradient.to(output), allow_unused=bool(weights))

@@ -1,10 +1,12 @@
 """What is refused or named while blocks are gone through one by one, and that the model is left as it was."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import transformers
 from oracle import read_activations, read_against, survey_of
-from small_models import collated, examples, small
+from small_models import VOCABULARY, collated, examples, small
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -157,3 +159,28 @@ def test_a_classifier_is_not_asked_for_tokens(tmp_path):
     model.config.pad_token_id = 0
     with pytest.raises(ModelError, match="says 1 things of"):
         survey(Site(model, tmp_path, 4), collated(examples(2), 2))
+
+
+@pytest.mark.parametrize("shared", [0, 2])
+def test_keys_and_values_of_earlier_blocks_are_refused(tmp_path, shared):
+    """Gemma 4's last blocks may read them out of a dictionary, behind which no gradient finds the block that they came from."""
+    config = transformers.Gemma4TextConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, global_head_dim=16, num_global_key_value_heads=1, hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCABULARY,
+        layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=4, num_kv_shared_layers=shared, pad_token_id=0,
+    )  # fmt: skip
+    site = Site(transformers.AutoModelForCausalLM.from_config(config).eval(), tmp_path, 4)
+    refused = pytest.raises(ModelError, match="hands more than hidden states from block to block") if shared else nullcontext()
+    with refused:
+        survey(site, collated(examples(2)))
+
+
+@pytest.mark.parametrize("kind", ["mamba", "falcon-mamba"])
+def test_states_between_blocks_may_have_another_precision_than_the_weights(tmp_path, kind):
+    model = small(kind)
+    for weight in model.parameters():
+        weight.data /= 5 if weight.dim() == 2 else 1  # as transformers would have begun it: in 16 bits more would be noise
+    found = survey(Site(model.bfloat16(), tmp_path / "16", 4), collated(examples()))
+    exact = survey(Site(model.float(), tmp_path / "32", 4), collated(examples()))
+    for name, layer in exact.layers.items():
+        assert found.layers[name].importance == pytest.approx(layer.importance, rel=0.2)

@@ -13,7 +13,7 @@ from farss.config import CalibrationConfig
 from farss.maths.directions import decompose
 from farss.structure import target_layers, weight_of
 from farss.survey import Site, survey
-from farss.survey.passage import enter, through
+from farss.survey.passage import Returned, enter, through
 from farss.survey.sweep import shallow_end
 
 
@@ -57,7 +57,7 @@ def test_bfloat16_models_agree_with_float64_sums(tmp_path, monkeypatch):
     def keep(name, inputs, module, args, output):
         inputs.append((name, args[0]))
 
-    passages = [enter(model, blocks, batch, 0) for batch in collated(rows)]
+    passages = [enter(model, blocks, batch, Returned(0)) for batch in collated(rows)]
     states = [passage.start for passage in passages]
     with torch.no_grad():
         for index, block in enumerate(blocks):
