@@ -28,6 +28,8 @@ PATHS = ("model.path", "data.train", "calibration.knowledge", "evaluate.text", "
 """Options that may be files."""
 FILES = ("data.train", "calibration.knowledge", "evaluate.knowledge", "evaluate.task", "evaluate.other", "evaluate.text", "prune.text")
 """Options whose files a result depends on."""
+CHATS = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
+"""The files of a model's folder in which its chat template may lie."""
 CONTENT = "content of "
 PLAN_KEYS = ("model.path", "model.targets", "plan")
 TRAIN_KEYS = (
@@ -93,6 +95,8 @@ def options_of(config: Config, keys: tuple[str, ...]) -> dict[str, Any]:
         hashes = [content_hash(path) for path in files_of(found.get(key))]
         if hashes:
             found[f"{CONTENT}{key}"] = hashes[0] if len(hashes) == 1 else hashes
+    if found.get("data.template") == "chat":
+        found[f"{CONTENT}data.template"] = [content_hash(str(Path(config.model.path, name))) for name in CHATS]
     return found
 
 

@@ -3,7 +3,7 @@
 from farss import options
 from farss.config import Config
 from farss.configfile import override
-from farss.options import OF_NO_STEP, difference, options_of
+from farss.options import DATA_KEYS, OF_NO_STEP, difference, options_of
 
 
 def test_every_option_is_of_a_step_or_of_none():
@@ -37,3 +37,17 @@ def test_a_difference_is_named_with_both_values_and_what_is_gone_differs_in_noth
     assert difference(two, {"content of evaluate.knowledge": [None, "5678"]}) is not None
     assert difference(recorded, {"seed": 0, "train.epochs": 1.0}) is None  # younger than the record, and the default
     assert difference(recorded, {"seed": 0, "train.epochs": 2.0}) == ("train.epochs", 1.0, 2.0)
+
+
+def test_a_chat_template_that_was_changed_is_another_option(config, tmp_path):
+    """It decides what an example's tokens are, and no option names it."""
+    chats = override(config, [f"model.path={tmp_path}", "data.template=chat"])
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    before = options_of(chats, DATA_KEYS)
+    assert difference(before, options_of(chats, DATA_KEYS)) is None
+    assert difference({key: value for key, value in before.items() if key != "content of data.template"}, before) is None  # an older folder
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    key, then, now = difference(before, options_of(chats, DATA_KEYS))
+    assert (key, then[0]) == ("content of data.template", None)
+    assert now[0] != then[0]
+    assert "content of data.template" not in options_of(override(chats, ["data.template=alpaca"]), DATA_KEYS)
