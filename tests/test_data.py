@@ -462,3 +462,13 @@ def test_windows_have_no_space_of_a_tokenizer_that_adds_one_to_every_text():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     rows, _ = data.text_windows(["ab", "b", "a b"], tokenizer, 5, 10, 0)
     assert [token for row in rows for token in row["input_ids"]] == [0, 1, 2, 3, 3, 2, 3, 3, 1, 0]
+
+
+@pytest.mark.parametrize("role", ["human", "User", "developer"])
+def test_a_message_that_the_template_leaves_out_is_told(tmp_path: Path, role: str) -> None:
+    """Qwen's template knows user, system, assistant and tool, and passes over all others without a word."""
+    known = "{% for m in messages if m.role in ('user', 'assistant') %}{{ m.content }}\n{% endfor %}"
+    row = {"messages": [{"role": role, "content": "What is 0+1?"}, {"role": "assistant", "content": "1"}]}
+    config = DataConfig(train=write_rows(tmp_path / "chat.jsonl", [row]), template="chat")
+    with pytest.raises(DataError, match=f"row 1: the chat template leaves out a message of the role {role!r}"):
+        data.load_examples(config, byte_tokenizer(known), seed=0)
