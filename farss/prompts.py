@@ -162,8 +162,8 @@ def _chat_stages(messages: Any, number: int, config: DataConfig, tokenizer: Any)
             asked = turns[-1][0]
             if gone := [one["role"] for one in messages[:index] if one["role"] != "assistant" and one["content"].strip() not in asked]:
                 raise RowError(
-                    f"row {number}: the chat template leaves out a message of the role {gone[0]!r}, and the answer would be learned without "
-                    "it: rename the role (user, system) as the template knows it, or remove the row"
+                    f"row {number}: the chat template leaves out a message of the role {gone[0]!r}, and the answer would be learned "
+                    "without it: rename the role (user, system) as the template knows it, or remove the row"
                 )
     if not turns:
         roles = ", ".join(dict.fromkeys(repr(message["role"]) for message in messages)) or "none"
