@@ -56,6 +56,8 @@ def placed_in_turn(parts: Iterable[nn.Module], device: torch.device | None, dtyp
 
         def enter(part: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             running.enter_context(placed(tensors_of(part), device, dtype))
+            if dtype is None:
+                return args
             # some models (Mamba) round what the head is given to the precision that its weights had before
             return tuple(arg.to(dtype) if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args)
 

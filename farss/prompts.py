@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Sequence
 from datetime import datetime
@@ -159,8 +160,8 @@ def _chat_stages(messages: Any, number: int, config: DataConfig, tokenizer: Any)
                 turns.append([_render(tokenizer, messages[:index], ask=True), _render(tokenizer, messages[: index + 1])])
             except (TemplateError, TypeError, ValueError) as error:
                 raise RowError(f"row {number}: the chat template refuses its messages ({error}): mend or remove the row") from error
-            asked = turns[-1][0]
-            if gone := [one["role"] for one in messages[:index] if one["role"] != "assistant" and one["content"].strip() not in asked]:
+            others = [other for other in messages[:index] if other["role"] != "assistant"]
+            if gone := [other["role"] for other in others if not _stands_in(other["content"].strip(), turns[-1][0])]:
                 raise RowError(
                     f"row {number}: the chat template leaves out a message of the role {gone[0]!r}, and the answer would be learned "
                     "without it: rename the role (user, system) as the template knows it, or remove the row"
@@ -178,6 +179,11 @@ def _chat_stages(messages: Any, number: int, config: DataConfig, tokenizer: Any)
             )
     stages = [*itertools.chain.from_iterable(turns)]
     return [stages] if all(after.startswith(before) for before, after in itertools.pairwise(stages)) else turns
+
+
+def _stands_in(text: str, chat: str) -> bool:
+    """As it is, or as Llama 3.1's template writes what a tool says: in JSON."""
+    return text in chat or json.dumps(text, ensure_ascii=False)[1:-1] in chat
 
 
 def _with_text(message: dict[str, Any], number: int) -> dict[str, Any]:

@@ -472,3 +472,11 @@ def test_a_message_that_the_template_leaves_out_is_told(tmp_path: Path, role: st
     config = DataConfig(train=write_rows(tmp_path / "chat.jsonl", [row]), template="chat")
     with pytest.raises(DataError, match=f"row 1: the chat template leaves out a message of the role {role!r}"):
         data.load_examples(config, byte_tokenizer(known), seed=0)
+
+
+def test_what_a_tool_says_may_stand_in_a_chat_as_json(tmp_path: Path) -> None:
+    written = "{% for m in messages %}{{ m.content | tojson if m.role == 'tool' else m.content }}\n{% endfor %}"
+    said = [("user", "How many?"), ("tool", 'It says "2"\nor 3'), ("assistant", "2")]
+    row = {"messages": [{"role": role, "content": content} for role, content in said]}
+    config = DataConfig(train=write_rows(tmp_path / "chat.jsonl", [row]), template="chat")
+    assert len(data.load_examples(config, byte_tokenizer(written), seed=0).rows) == 1
