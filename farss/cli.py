@@ -139,8 +139,7 @@ def compare(
 ) -> None:
     """Run several methods on the same model and data, and put them into one table."""
     wanted = _read(config, overrides, shared=True)
-    extra = [f"compare.methods=[{methods}]"] if methods else []
-    extra += [f"compare.seeds=[{seeds}]"] if seeds else []
+    extra = [*_given("compare.methods", methods, many=True), *_given("compare.seeds", seeds, many=True)]
     extra += [f"compare.tune={TUNE}"] if tune and not wanted.compare.tune else []
     wanted = override(wanted, extra)
     if not wanted.compare.methods:
@@ -258,9 +257,7 @@ def export(
     energy: Annotated[float | None, typer.Option(help="Compress to this share of each change; default: export.energy.")] = None,
 ) -> None:
     """Write the portable adapter (or the merged model), checked on the untouched base; trains first where nothing is trained."""
-    extra = [f"export.to={to}"] if to else []
-    extra += [f"export.rank={rank}"] if rank is not None else []
-    extra += [f"export.energy={energy}"] if energy is not None else []
+    extra = [*_given("export.to", to), *_given("export.rank", rank), *_given("export.energy", energy)]
     with _single(_read(config, [*(overrides or []), *extra])) as one:
         one.warn()
         target = one.export()
@@ -314,8 +311,7 @@ def prune(
     from farss.pruning import prune as made
 
     _refuse_several()
-    extra = [f"prune.methods=[{methods}]"] if methods else []
-    extra += [f"prune.ratio={ratio}"] if ratio is not None else []
+    extra = [*_given("prune.methods", methods, many=True), *_given("prune.ratio", ratio)]
     wanted = _read(config, [*(overrides or []), *extra], shared=True)
     with alone(run_folder(wanted)), bars() as tell:
         folder = made(wanted, tell)
@@ -372,6 +368,17 @@ def _update_table(folder: Path) -> None:
         return  # what lies there can be shown without
     if config.compare.methods:
         write_so_far(dataclasses.replace(config, out=str(folder)))
+
+
+def _given(key: str, value: Any, many: bool = False) -> list[str]:
+    """An option of the command line as an override; nothing where it is not given.
+
+    Args:
+        many: the value is a list, separated by commas.
+    """
+    if isinstance(value, str) and not value.strip(" ,"):
+        raise UsageError(f"--{key.rpartition('.')[2]} is empty: give it a value, or leave it out")
+    return [] if value is None else [f"{key}=[{value}]" if many else f"{key}={value}"]
 
 
 def _read(path: Path, overrides: Iterable[str] | None, shared: bool = False) -> Config:

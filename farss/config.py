@@ -46,9 +46,8 @@ class DataConfig:
     """The task: what the model shall learn."""
 
     train: str = ""
-    """Training examples: a .jsonl, .json, .csv or .parquet file (all but .parquet also as .gz), or a data set's name on a hub, its
-    configuration behind a colon (openai/gsm8k:main). A column input or context beside instruction is added to it, unless data.prompt
-    is named."""
+    """Training examples: a .jsonl, .json, .csv, .tsv or .parquet file (all but .parquet also as .gz), or a data set's name on a hub, its
+    configuration behind a colon (openai/gsm8k:main). A column input or context beside instruction is added to it."""
     split: str = "train"
     """Split of a hub data set."""
     prompt: str | None = None
@@ -95,8 +94,8 @@ class QuestionSet:
     name: str = ""
     """How the table calls it."""
     data: str = ""
-    """A .jsonl, .json, .csv or .parquet file (all but .parquet also as .gz), or a data set's name on a hub, its configuration behind a
-    colon."""
+    """A .jsonl, .json, .csv, .tsv or .parquet file (all but .parquet also as .gz), or a data set's name on a hub, its configuration behind
+    a colon."""
     split: str | None = None
     """Split of a hub data set; null: test, and train for calibration.knowledge. What `examples` names is of its train split."""
     question: str = "question"

@@ -8,6 +8,7 @@ import difflib
 import functools
 import inspect
 import itertools
+import json
 import math
 import re
 import types
@@ -74,13 +75,20 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"there is no configuration file {path}: `farss config > {path}` makes one")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+        values = _parsed(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid YAML: {_told(error)}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a {type(values).__name__}, not `key: value` lines: start from `farss config`")
+    return values
+
+
+def _parsed(text: str) -> Any:
+    """What a YAML text says; a ValueError where it holds itself (`&a [*a]`)."""
+    values = yaml.load(text, _Loader)
+    json.dumps(values, default=str, skipkeys=True)
     return values
 
 
@@ -104,9 +112,10 @@ def override(config: Config, overrides: Iterable[str]) -> Config:
         if not separator:
             raise ConfigError(f"{text!r} is not of the form key=value, such as train.learning_rate=1e-4")
         try:
-            set_key(values, key.strip(), yaml.load(value, _Loader))
-        except (yaml.YAMLError, ValueError) as error:
+            parsed = _parsed(value)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ConfigError(f"{text!r}: the value is not valid YAML: {_told(error)}") from error
+        set_key(values, key.strip(), parsed)
     return from_dict(values)
 
 
@@ -243,7 +252,7 @@ def _convert_plain(kind: type, value: Any, where: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2: PyYAML alone reads `1e-4` as a text, and takes the last of two equal keys."""
+    """YAML 1.2: PyYAML alone reads `1e-4` as a text, `0512` as 330 and `1:30` as 90, and takes the last of two equal keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """A mapping, of which no key may stand twice."""
@@ -258,11 +267,16 @@ class _Dumper(yaml.SafeDumper):
     """Puts texts in quotes that the loader would take for numbers, such as `1e5`."""
 
 
-_FLOAT = r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"
-for _kind in (_Loader, _Dumper):
-    _kind.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+0123456789"))
-for _first, _kinds in _Loader.yaml_implicit_resolvers.items():  # a date is a text: no option takes one
-    _Loader.yaml_implicit_resolvers[_first] = [kind for kind in _kinds if kind[0] != "tag:yaml.org,2002:timestamp"]
+_TAG = "tag:yaml.org,2002:"
+_NUMBERS = {"int": r"^[-+]?[0-9][0-9_]*$", "float": r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"}
+_Loader.yaml_implicit_resolvers = {
+    first: [kind for kind in kinds if kind[0] not in (f"{_TAG}timestamp", f"{_TAG}int")]  # a date is a text: no option takes one
+    for first, kinds in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _name, _pattern in _NUMBERS.items():
+    for _kind in (_Loader, _Dumper):
+        _kind.add_implicit_resolver(_TAG + _name, re.compile(_pattern), list("-+0123456789"))
+_Loader.add_constructor(f"{_TAG}int", lambda loader, node: int(node.value.replace("_", "")))
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

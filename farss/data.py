@@ -14,7 +14,8 @@ from farss.batches import Row, choose, labels_of
 from farss.config import DataConfig
 from farss.errors import DataError, RowError
 from farss.prompts import answer_border, first_turn, instruction_of, stages_of, text_of
-from farss.rows import SYSTEMS, cell, find_columns, naming, read_rows, says_nothing
+from farss.rows import CHATS, SYSTEMS, TOOLS, cell, find_columns, naming, read_rows, says_nothing
+from farss.structure import positions
 
 TEXTS, CHARACTERS = 1000, 4_000_000
 """Tokenised at a time, whichever comes first."""
@@ -91,9 +92,8 @@ def tokenize_rows(rows: Sequence[dict[str, Any]], config: DataConfig, tokenizer:
     for number, row in enumerate(rows, 1):
         if not isinstance(row, Mapping):
             raise RowError(f"row {number} is a {type(row).__name__}, not a dictionary of its columns: give a list of rows")
-    rows = [_with_messages(row, number) for number, row in enumerate(rows, 1)]
-    prompt = "messages" if config.prompt in ("conversations", "conversation") and "messages" in rows[0] else config.prompt
-    columns = find_columns(rows, prompt, config.response)
+    rows = [_with_chat(row, number) for number, row in enumerate(rows, 1)]
+    columns = find_columns(rows, config.prompt, config.response)
     numbered = list(enumerate(rows, 1))
     chosen = choose(numbered, config.limit or len(rows), seed)
     stages = stages_of(chosen, columns, config, tokenizer)
@@ -112,8 +112,8 @@ def _asked(row: dict[str, Any], columns: tuple[str, str], number: int, config: D
     prompt, response = columns
     if prompt != response:
         return [instruction_of(row, prompt, number, config)]
-    if prompt != "messages":
-        return [cell(first_turn(row[prompt], prompt, number), "human", number)]
+    if turn := first_turn(row[prompt]):
+        return [cell(turn, "human", number)]
     return [str(text_of(turn)) for turn in row[prompt] if turn.get("role") == "user"]
 
 
@@ -122,42 +122,54 @@ def same_words(text: str) -> int:
     return hash(" ".join(text.lower().split()))
 
 
-ROLES = {"human": "user", **dict.fromkeys(("gpt", "chatgpt", "bard", "bing", "bot", "model"), "assistant")}
-"""ShareGPT's names, in lower case."""
+ROLES = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bard", "bing", "bot", "model"), "assistant"),
+    "system": "system",
+}
+"""Names of chat templates, by ShareGPT's and others', in lower case."""
 
 
-def _with_messages(row: dict[str, Any], number: int) -> dict[str, Any]:
-    """A row with its chat as `messages`: of `conversations` or `conversation`, with ShareGPT's names (`from`, `value`) or with roles, or of
-    a `prompt` and a `completion` that are lists of messages; with the system message of a column of its own. Any other as it is.
+def _with_chat(row: dict[str, Any], number: int) -> dict[str, Any]:
+    """A row whose chat is a list of `{role, content}`: of `messages`, `conversations` or `conversation`, with ShareGPT's names (`from`,
+    `value`) or with roles, or, as `messages`, of a `prompt` and a `completion` that are lists of messages; with the system message of a
+    column of its own. Any other as it is.
 
     Raises:
-        RowError: tools stand beside it.
+        RowError: tools stand beside it, or a second system message.
     """
-    turns: Any = row.get("messages")
-    for name in () if "messages" in row else ("conversations", "conversation"):
-        if _is_chat(row.get(name)) and turns is None:
-            turns = [turn if "role" in turn else _turn(turn) for turn in row[name]]
-    if turns is None and _is_chat(row.get("prompt")) and _is_chat(row.get("completion")):
-        turns = [*row["prompt"], *row["completion"]]
-        row = {name: value for name, value in row.items() if name not in ("prompt", "completion")}
-    if not _is_chat(turns):
+    if "messages" not in row and _is_chat(row.get("prompt")) and _is_chat(row.get("completion")):
+        others = {name: value for name, value in row.items() if name not in ("prompt", "completion")}
+        row = others | {"messages": [*row["prompt"], *row["completion"]]}
+    column = next((name for name in CHATS if _is_chat(row.get(name))), None)
+    if column is None:
         return row
-    if not says_nothing(row.get("tools")):
+    if tools := next((name for name in TOOLS if not says_nothing(row.get(name))), None):
         raise RowError(
-            f"row {number} has tools beside its chat, which are not read: write them into the system message, and leave the column out"
+            f"row {number} has {tools} beside its chat, which are not read: write them into the system message, and leave the column out"
         )
-    system = next((row[name] for name in SYSTEMS if not says_nothing(row.get(name))), None)
-    if system is not None and turns[0].get("role") != "system":
-        turns = [{"role": "system", "content": system}, *turns]
-    return row | {"messages": turns}
+    turns = [_turn(turn) for turn in row[column]]
+    beside = next((name for name in SYSTEMS if not says_nothing(row.get(name))), None)
+    if beside and turns[0]["role"] != "system":
+        turns = [{"role": "system", "content": row[beside]}, *turns]
+    elif beside and text_of(turns[0]) != row[beside]:
+        raise RowError(f"row {number} has a system message in its chat and another one in column {beside!r}: remove one")
+    return row | {column: turns}
 
 
 def _is_chat(turns: Any) -> bool:
-    return isinstance(turns, list) and bool(turns) and all(isinstance(turn, dict) and {"from", "role"} & set(turn) for turn in turns)
+    return isinstance(turns, list) and bool(turns) and all(isinstance(turn, dict) and _speaker(turn) is not None for turn in turns)
+
+
+def _speaker(turn: dict[str, Any]) -> Any:
+    return turn.get("from") if turn.get("role") is None else turn["role"]
 
 
 def _turn(turn: dict[str, Any]) -> dict[str, Any]:
-    return {"role": ROLES.get(str(turn["from"]).lower(), turn["from"]), "content": turn.get("value")}
+    """A message as chat templates know it."""
+    who, content = _speaker(turn), turn.get("value") if turn.get("content") is None else turn["content"]
+    others = {name: value for name, value in turn.items() if name not in ("from", "value")}
+    return others | {"role": ROLES.get(str(who).lower(), who), "content": content}
 
 
 def _shared_system(chats: Sequence[Any]) -> str | None:
@@ -247,20 +259,26 @@ def _framed(ids: list[int], mask: list[int], last: list[int], opening: list[int]
     return {"input_ids": ids, "completion_mask": mask}
 
 
-def check_length(examples: Tokenized, config: DataConfig, positions: int | None) -> None:
-    """Refuse examples that are longer than a model can read.
+def check_readable_by(model: Any, examples: Tokenized, config: DataConfig) -> None:
+    """Refuse examples that a model cannot read.
 
     Args:
-        positions: from `farss.structure.positions`.
+        model: with its weights or without.
 
     Raises:
-        DataError: with the longest.
+        DataError: one is too long, or has a token for which the model has no vector.
     """
-    longest = max(len(row["input_ids"]) for row in examples.rows)
-    if positions is not None and longest > positions:
+    longest, known = max(len(row["input_ids"]) for row in examples.rows), positions(model)
+    if known is not None and longest > known:
         raise DataError(
-            f"the longest example has {longest} tokens (data.max_length={config.max_length}), and the model knows {positions} positions: "
-            f"set data.max_length={positions}"
+            f"the longest example has {longest} tokens (data.max_length={config.max_length}), and the model knows {known} positions: "
+            f"set data.max_length={known}"
+        )
+    last, vectors = max(max(row["input_ids"]) for row in examples.rows), model.get_input_embeddings().weight.shape[0]
+    if last >= vectors:
+        raise DataError(
+            f"the examples have the token {last}, and the model has vectors for {vectors} tokens: take the tokenizer that belongs to the "
+            "model, or give the model vectors for its new tokens (resize_token_embeddings) and train them first"
         )
 
 

@@ -62,10 +62,9 @@ def check_form(config: Config) -> None:
     """
     for name in ("rank", "energy"):
         given = getattr(config.export, name)
-        if config.export.to == "merged" and given is not None:
-            raise ConfigError(
-                f"export.{name}={given} compresses an adapter, and export.to=merged hands over a model: set export.{name}=null"
-            )
+        if is_whole(config) and given is not None:
+            why = "export.to=merged" if config.export.to == "merged" else f"plan.method={config.plan.method}"
+            raise ConfigError(f"export.{name}={given} compresses an adapter, and {why} hands over a model: set export.{name}=null")
 
 
 def check(config: Config, model: Any, layers: Iterable[str]) -> None:

@@ -9,13 +9,12 @@ from typing import Any, TypeVar
 
 from farss.artifacts import Layer
 from farss.config import REFERENCE, Config, DataConfig, EvaluateConfig, ModelConfig, QuestionSet, method_of_label
-from farss.data import Tokenized, check_length, load_examples, same_words
+from farss.data import Tokenized, check_readable_by, load_examples, same_words
 from farss.errors import ConfigError
 from farss.models import empty_model, layer_shapes, load_tokenizer
 from farss.plan import method_of
 from farss.recovery import recovery_rows
-from farss.rows import as_text, knowledge_texts, question_rows, text_rows
-from farss.structure import positions
+from farss.rows import as_text, asked_without, knowledge_texts, question_rows, text_rows
 from farss.tasks.benchmarks import list_benchmarks
 from farss.tasks.reference import check_reference
 
@@ -84,6 +83,8 @@ class Inputs:
                 found.append(f"No {kind} questions are given (evaluate.{kind}): nothing will say what was {what}.")
         if config.plan.boundary is not None and not (method_of(config.plan).boundary or config.compare.methods):
             found.append(f"plan.boundary={config.plan.boundary} has no effect: {config.plan.method} treats all blocks alike.")
+        if config.model.targets and config.plan.method == REFERENCE and not config.compare.methods:
+            found.append(f"model.targets={config.model.targets} has no effect: {REFERENCE} trains every weight.")
         methods = {config.plan.method, *map(method_of_label, config.compare.methods)}
         if config.evaluate.task and not config.evaluate.full_scores and REFERENCE not in methods:
             found.append(
@@ -109,6 +110,8 @@ class Inputs:
         long = sum(length > entry.max_tokens for length in lengths)
         of_all = f"of the {len(questions):,} questions in {entry.data}"
         found = [f"{trained:,} {of_all} are training examples too."] if trained else []
+        if beside := self._once(asked_without, entry):
+            found.append(f"{entry.data} has a column {beside!r} beside {entry.question!r}, which is not asked.")
         if known:
             found.append(f"{known:,} {of_all} are in calibration.knowledge too, which some methods protect: they saw the answers.")
         if long:
@@ -127,7 +130,7 @@ class Inputs:
     def check(self) -> None:
         """Read all of it, so that a bad file is found before hours of training."""
         _ = self.tokenizer, self.examples, self.knowledge
-        check_length(self.examples, self.config.data, positions(self.architecture))
+        check_readable_by(self.architecture, self.examples, self.config.data)
         self.check_asked()
         if self.common_config.evaluate.full_scores:
             self._once(self._check_reference, self.common_config)
@@ -187,9 +190,10 @@ class Inputs:
         if system is not None and data.system != "" and (data.system or "") != system:
             begins = f"begins with the system message {system[:60]!r}" if system else "begins without a system message"
             asked = f"with {data.system[:60]!r}" if data.system else "without it"
+            same = "set data.system to the same text, or " if system else "set "
             raise ConfigError(
-                f"every example of {data.train} {begins}, and questions of the task would be asked {asked}: set data.system to "
-                f"{'the same text, or to ' if system else ''}'' to ask without"
+                f"every example of {data.train} {begins}, and questions of the task would be asked {asked}: {same}data.system: '' to ask "
+                "without (on a command line: data.system=\"''\")"
             )
 
     def _questions(self, entry: QuestionSet) -> list[dict[str, Any]]:

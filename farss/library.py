@@ -23,7 +23,7 @@ from farss.adapter import START, TRAINED, activate, attach, check_residual, load
 from farss.artifacts import Plan, Survey
 from farss.batches import Row, choose, plain_rows, unlearnt
 from farss.config import Base, CalibrationConfig, DataConfig, PlanConfig
-from farss.data import Tokenized, check_length, load_examples, tokenize_rows
+from farss.data import Tokenized, check_readable_by, load_examples, tokenize_rows
 from farss.errors import ConfigError, FarssError
 from farss.files import read_json, write_json
 from farss.folder import alone
@@ -36,7 +36,7 @@ from farss.portable import Exported, check_batch
 from farss.portable import export as export_adapter
 from farss.prompts import prompt_facts
 from farss.rows import cell, knowledge_texts
-from farss.structure import check_loaded, check_readable, find_blocks, holds_packed, is_sharded, keep_gradients, positions, target_layers
+from farss.structure import check_loaded, check_readable, find_blocks, holds_packed, is_sharded, keep_gradients, target_layers
 from farss.survey import LENGTH, Site, batches_for, look, own_text
 
 OURS = re.compile(rf"\.(?:{TRAINED}|{START})\b")
@@ -129,7 +129,7 @@ def prepare(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     examples = _examples(dataset, data, tokenizer, seed, PLENTY * calibration.examples)
-    check_length(examples, data, positions(model))
+    check_readable_by(model, examples, data)
     keep_gradients(model)
     check_readable(model, layers)
     check_causal(model)

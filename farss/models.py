@@ -316,6 +316,8 @@ def check_path(path: str) -> None:
     looks_local = folder.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1 or folder.exists()
     if looks_local and not (folder / "config.json").is_file():
         what = "there is no such folder" if not folder.is_dir() else "there is no config.json in it"
+        if (folder / "adapter_config.json").is_file():
+            raise ModelError(f"model.path={path!r} is an adapter: give the folder of its base model, or merge the two first")
         raise ModelError(f"model.path={path!r}: {what}; give the folder of a model in Hugging Face format")
 
 

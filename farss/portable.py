@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from farss.artifacts import Plan
 from farss.batches import Row, collate
 from farss.card import write_card
 from farss.config import ExportConfig
-from farss.errors import FarssError, FolderError
+from farss.errors import FarssError, FolderError, NumericalError
 from farss.files import read_json, read_tensors, whole_folder, write_json, write_tensors
 from farss.forward import attribute, evaluating, unwrapped, without_cache
 from farss.maths.compress import compress
@@ -291,6 +292,9 @@ def step_zero(adapted: Any, batch: dict[str, Tensor]) -> dict[str, float]:
     """How far an adapted model is from its base before training: largest |logit difference| by precision.
 
     Measured on real tokens in float32 and in the precision of the weights.
+
+    Raises:
+        NumericalError: it is no number.
     """
     found, own = {}, dtype_name(next(adapted.get_base_model().parameters()).dtype)
     precisions: dict[str, contextlib.AbstractContextManager[None]] = {own: contextlib.nullcontext()} | {"float32": in_float32(adapted)}
@@ -299,6 +303,11 @@ def step_zero(adapted: Any, batch: dict[str, Tensor]) -> dict[str, float]:
             expected = logits(adapted, batch)
             with adapted.disable_adapter(), untouched_base(adapted):
                 found[name] = (logits(adapted, batch) - expected).abs().max().item()
+        if not math.isfinite(found[name]):
+            raise NumericalError(
+                f"before any training the model's logits in {name} are not finite: its weights hold NaN or infinite numbers, or {name} "
+                "cannot hold what it computes; take another copy of the model, or set model.dtype=float32"
+            )
     activate(adapted)  # PEFT's context lets every adapter train again
     return found
 

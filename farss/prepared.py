@@ -7,6 +7,7 @@ the original base.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from farss.methods import METHODS, check_elsewhere
 from farss.models import load_model, load_tokenizer, weights_fingerprint
 from farss.portable import Exported, logits, origin_of, portable, target_names, write_adapter, write_facts
 from farss.structure import PEFT_PREFIX, check_unshared, holds_packed
+
+log = logging.getLogger(__name__)
 
 
 def check_method(name: str, quantised: bool) -> None:
@@ -168,6 +171,8 @@ def convert(prepared: Path | str, trained: Path | str, out: Path | str, rank: in
             f"{trained} holds {more[0]}, {len(more)} tensors in all that were not prepared, and a plain LoRA of the prepared layers does "
             "not hold them: train it again without modules_to_save, biases, new tokens or other layers"
         )
+    if all(torch.equal(end[key].float(), factor.float()) for key, factor in start.items()):
+        log.warning(f"{trained} holds the start as it was prepared: nothing was trained, and what is converted changes nothing.")
     made = portable(((name, _change(name, layer.scaling, start, end)) for name, layer in plan.layers.items()), rank, energy)
     with whole_folder(out) as unfinished:
         write_adapter(unfinished, made.state, targets, base, made.rank)

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 
 from farss.config import DataConfig
 from farss.errors import DataError, RowError
-from farss.rows import BESIDE, SYSTEMS, cell, says_nothing, whole_instruction
+from farss.rows import cell, unread, whole_instruction
 
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -99,57 +99,51 @@ def stages_of(rows: Sequence[tuple[int, dict[str, Any]]], columns: tuple[str, st
     writes earlier messages otherwise when later ones follow (Qwen3 leaves their thoughts out), each answer becomes an example of its own.
     """
     prompt, response = columns
-    if prompt == "messages" and response == prompt:
-        return [texts for number, row in rows for texts in _chat_stages(row.get(prompt), number, config, tokenizer)]
     result = []
     for number, row in rows:
-        if prompt == response:
-            row = first_turn(row.get(prompt), prompt, number)
-            instruction, answer = cell(row, "human", number), cell(row, "assistant", number)
-        else:
+        if prompt != response:
             instruction, answer = instruction_of(row, prompt, number, config), cell(row, response, number)
-        result += _pair_stages(instruction, answer, number, config, tokenizer)
+            result += _pair_stages(instruction, answer, number, config, tokenizer)
+        elif turn := first_turn(row.get(prompt)):
+            result += _pair_stages(cell(turn, "human", number), cell(turn, "assistant", number), number, config, tokenizer)
+        elif config.template != "chat":
+            raise DataError(f"column {prompt!r} holds chats, but data.template={config.template!r}: set data.template=chat")
+        else:
+            result += _chat_stages(row.get(prompt), prompt, number, config, tokenizer)
     return result
 
 
 def instruction_of(row: dict[str, Any], column: str, number: int, config: DataConfig) -> str:
-    """Somebody who names data.prompt gets just that column.
+    """The instruction of a row.
 
     Raises:
-        RowError: none is named, and what belongs to the instruction stands in another one that is not read.
+        RowError: data.prompt is not named, and what belongs to the instruction stands in another column that is not read.
     """
-    if config.prompt is not None:
-        return cell(row, column, number)
-    unread = [name for name in (*BESIDE, *SYSTEMS, "history") if not says_nothing(row.get(name))]
-    if unread := [name for name in unread if column != "instruction" or name not in BESIDE]:
+    if config.prompt is None and (left_out := unread(row, column)):
         raise RowError(
-            f"row {number}: column {unread[0]!r} stands beside {column!r} and would be left out: write both into one column, or name "
+            f"row {number}: column {left_out[0]!r} stands beside {column!r} and would be left out: write both into one column, or name "
             f"data.prompt={column} to train without it"
         )
     return whole_instruction(row, column, number)
 
 
-def first_turn(turns: Any, column: str, number: int) -> dict[str, Any]:
-    """WizardLM's `conversation[0]`, a dictionary with `human` and `assistant`."""
-    if not isinstance(turns, list) or not turns or not isinstance(turns[0], dict):
-        raise RowError(f"row {number}: column {column!r} is no list of turns with `human` and `assistant`: mend the row")
-    turn: dict[str, Any] = turns[0]
-    return turn
+def first_turn(turns: Any) -> dict[str, Any] | None:
+    """WizardLM's `conversation[0]`, a dictionary with `human` and `assistant`; None: it is another chat."""
+    first = turns[0] if isinstance(turns, list) and turns else None
+    return first if isinstance(first, dict) and "human" in first else None
 
 
 def _pair_stages(instruction: str, answer: str, number: int, config: DataConfig, tokenizer: Any) -> list[list[str]]:
     if config.template == "chat":
         messages = [{"role": "user", "content": instruction}, {"role": "assistant", "content": answer}]
-        return _chat_stages(messages, number, config, tokenizer)
+        return _chat_stages(messages, "messages", number, config, tokenizer)
     start = prompt_text(config.template, instruction)
     return [[start, f"{start}{separator(config.template)}{answer}"]]
 
 
-def _chat_stages(messages: Any, number: int, config: DataConfig, tokenizer: Any) -> list[list[str]]:
-    if config.template != "chat":
-        raise DataError(f"column 'messages' holds chats, but data.template={config.template!r}: set data.template=chat")
+def _chat_stages(messages: Any, column: str, number: int, config: DataConfig, tokenizer: Any) -> list[list[str]]:
     if not isinstance(messages, list) or not all(isinstance(item, dict) and isinstance(item.get("role"), str) for item in messages):
-        raise RowError(f"row {number}: its messages are no list of {{role, content}}: mend the row")
+        raise RowError(f"row {number}: its {column} are no list of {{role, content}}: mend the row")
     turns: list[list[str]] = []
     messages = [_with_text(message, number) for message in messages]
     for index, message in enumerate(messages):
@@ -158,6 +152,8 @@ def _chat_stages(messages: Any, number: int, config: DataConfig, tokenizer: Any)
                 raise RowError(f"row {number} begins with an assistant message, which answers nothing: remove the message")
             try:
                 turns.append([_render(tokenizer, messages[:index], ask=True), _render(tokenizer, messages[: index + 1])])
+            except TemplateSyntaxError as error:
+                raise DataError(f"the model's chat template is broken ({error}): mend or replace the tokenizer's template") from error
             except (TemplateError, TypeError, ValueError) as error:
                 raise RowError(f"row {number}: the chat template refuses its messages ({error}): mend or remove the row") from error
             others = [other for other in messages[:index] if other["role"] != "assistant"]
@@ -190,7 +186,7 @@ def _with_text(message: dict[str, Any], number: int) -> dict[str, Any]:
     """A message whose content is one text, and not a list of parts of which each is a text; an assistant's must say something."""
     message = {name: value for name, value in message.items() if value is not None}  # templates ask whether a name is there
     content = text_of(message)
-    if message["role"] == "assistant" and message.get("tool_calls"):
+    if message["role"] == "function_call" or message.get("tool_calls") or message.get("function_call"):
         raise RowError(f"row {number}: a message calls tools, which are not trained: write the call as its content, or remove the row")
     if message["role"] == "assistant" and (message.get("weight") == 0 or message.get("train") is False):
         raise RowError(f"row {number}: an answer is marked as not to be learned, and all answers of a chat are: end the chat before it")

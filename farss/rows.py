@@ -7,6 +7,7 @@ import contextlib
 import csv
 import gzip
 import io
+import itertools
 import json
 import math
 import re
@@ -23,16 +24,21 @@ from farss.errors import DataError, RowError, first_line, nearest
 
 PROMPTS = ("prompt", "instruction", "query", "question")
 RESPONSES = ("completion", "response", "output", "answer")
-CHATS = ("messages", "conversation")
+SHORT = "answer"
+"""Beside another of them it is the label or the number to which that one comes (LLM-Adapters' data)."""
+CHATS = ("messages", "conversations", "conversation")
 BESIDE = ("input", "context")
 SYSTEMS = ("system", "system_prompt")
+TOOLS = ("tools", "functions")
 KNOWLEDGE_PROMPT = "Question: {question}\nAnswer:"
 """As knowledge is asked, and as it is read where questions serve as text."""
 _BETWEEN_QUOTES = re.compile(r"(?<=['\"])\s+(?=['\"])")
 _HALF = re.compile("[\ud800-\udfff]")
 LONGEST_NAME = 255
 """Bytes of a file's name."""
-KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
+TABLES = (".csv", ".tsv")
+"""Kinds of files that have no lists."""
+KINDS = (".jsonl", ".ndjson", ".json", *TABLES, ".parquet")
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -54,7 +60,9 @@ def read_rows(path: str, split: str = "train") -> list[dict[str, Any]]:
     file = Path(path).expanduser()
     if file.is_file():
         rows = _read_file(file)
-    elif looks_local(path) and not file.is_dir():
+    elif file.is_dir():
+        raise DataError(f"{path} is a folder, and its files are not joined: name a file in it")
+    elif looks_local(path):
         raise DataError(f"there is no file {path}: check the path, or give a data set's name on a hub")
     else:
         rows = _read_hub(path, split)
@@ -80,17 +88,17 @@ def refuse_text(path: str, key: str = "") -> None:
 def looks_local(path: str) -> bool:
     """Whether a name is a file's, and no data set's on a hub."""
     name = path.lower().removesuffix(".gz")
-    return name.endswith((*KINDS, ".txt", ".tsv")) or path.startswith((".", "/", "~")) or path.count("/") > 1
+    return name.endswith((*KINDS, ".txt")) or path.startswith((".", "/", "~")) or path.count("/") > 1
 
 
 def _read_file(file: Path) -> list[dict[str, Any]]:
-    kind = Path(file.name.lower().removesuffix(".gz")).suffix
-    readers = {".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
+    kind = _kind(file)
+    readers = {".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".json": _read_json, **dict.fromkeys(TABLES, _read_csv)}
     try:
         if kind == ".parquet" and file.suffix.lower() == ".parquet":
             return _read_parquet(file)
         if kind not in readers:
-            raise DataError(f"{file} is of no known kind: give a .jsonl, .json, .csv or .parquet file (all but .parquet also as .gz)")
+            raise DataError(f"{file} is of no known kind: give a .jsonl, .json, .csv, .tsv or .parquet file (all but .parquet also as .gz)")
         opener: Any = gzip.open if file.suffix.lower() == ".gz" else open
         with opener(file, "rt", encoding="utf-8-sig", newline="") as stream:
             return readers[kind](stream, file)
@@ -98,6 +106,11 @@ def _read_file(file: Path) -> list[dict[str, Any]]:
         raise DataError(f"{file} cannot be read ({error}): check the file, or write it again") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 text (line {_undecodable(opener, file)}): convert it to UTF-8") from error
+
+
+def _kind(file: Path) -> str:
+    """A file's suffix, whether it is compressed or not."""
+    return Path(file.name.lower().removesuffix(".gz")).suffix
 
 
 def _undecodable(opener: Any, file: Path) -> int:
@@ -124,6 +137,7 @@ def _read_jsonl(stream: IO[str], file: Path) -> list[dict[str, Any]]:
 def _read_json(stream: IO[str], file: Path) -> list[dict[str, Any]]:
     text = stream.read()
     if text.lstrip()[:1] != "[":  # many data sets name their JSON lines .json
+        _refuse_object(text, file)
         return _read_jsonl(io.StringIO(text), file)
     try:
         rows = json.loads(text)
@@ -136,6 +150,15 @@ def _read_json(stream: IO[str], file: Path) -> list[dict[str, Any]]:
     return list(rows)
 
 
+def _refuse_object(text: str, file: Path) -> None:
+    """Refuse a list of rows that lies within an object, which would be read as one row."""
+    with contextlib.suppress(ValueError, RecursionError):
+        found = json.loads(text)
+        lists = [name for name, value in found.items() if isinstance(value, list) and name not in CHATS] if isinstance(found, dict) else []
+        if within := next((name for name in lists if found[name] and isinstance(found[name][0], dict)), None):
+            raise DataError(f"{file} holds one object and not a list of rows: make a file of what stands under {within!r}")
+
+
 def _in_json(error: Exception) -> str:
     """What is wrong, in a word."""
     return error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
@@ -143,22 +166,34 @@ def _in_json(error: Exception) -> str:
 
 def _read_csv(stream: IO[str], file: Path) -> list[dict[str, Any]]:
     with _long_cells():
-        reader = csv.DictReader(stream, strict=True)
+        reader = csv.DictReader(stream, delimiter=_separator(stream), strict=True)
         rows: list[dict[str, Any]] = []
+        begins = 1
         try:
             names = list(reader.fieldnames or ())
             if twice := next((name for name in names if names.count(name) > 1), None):
                 raise DataError(f"{file} has two columns {twice!r}: rename one, or remove it")
-            other = next((each for each in ";\t|" if len(names) == 1 and each in names[0]), None)
+            begins = reader.line_num + 1
             for row in reader:
-                if other and other in "".join([row[names[0]] or "", *row.get(None, [])]):  # type: ignore[call-overload]
-                    raise DataError(f"{file} separates its columns by {other!r}: write it with commas")
                 if None in row or None in row.values():
-                    raise DataError(f"{file}, line {reader.line_num} has more or fewer cells than the header: mend the line")
+                    raise DataError(f"{file}, line {begins} has more or fewer cells than the header: mend the line")
                 rows.append(row)
+                begins = reader.line_num + 1
         except csv.Error as error:
-            raise DataError(f"{file}, line {reader.line_num} is not valid CSV ({error}): mend the line") from error
+            raise DataError(f"{file}: the row that begins in line {begins} is not valid CSV ({error}): mend the row") from error
     return rows
+
+
+def _separator(stream: IO[str]) -> str:
+    """What stands between the columns: a comma, unless another one (of spreadsheets in half of the world, a semicolon) gives more of them,
+    in the header and in the first row alike."""
+    counts = {}
+    for each in ",;\t|":
+        with contextlib.suppress(csv.Error):
+            sizes = {len(row) for row in itertools.islice(csv.reader(stream, delimiter=each, strict=True), 2)}
+            counts[each] = sizes.pop() if len(sizes) == 1 else 0
+        stream.seek(0)
+    return max(counts, key=counts.__getitem__, default=",")
 
 
 @contextlib.contextmanager
@@ -176,9 +211,20 @@ def _read_parquet(file: Path) -> list[dict[str, Any]]:
     from pyarrow import parquet
 
     try:
-        rows: list[dict[str, Any]] = parquet.read_table(file).to_pylist()
+        return _rows_of(parquet.read_table(file))
     except pyarrow.ArrowException as error:
         raise DataError(f"{file} is not a readable parquet file ({first_line(error)}): write it again") from error
+
+
+def _rows_of(table: Any) -> list[dict[str, Any]]:
+    """The rows of an Arrow table, in which a number of 32 bits is written as 0.1, and not as 0.10000000149011612."""
+    import pyarrow
+
+    for place, column in enumerate(table.schema):
+        if column.type == pyarrow.float32():
+            exact = table.column(place).cast(pyarrow.string()).cast(pyarrow.float64())
+            table = table.set_column(place, column.name, exact)
+    rows: list[dict[str, Any]] = table.to_pylist()
     return rows
 
 
@@ -188,10 +234,8 @@ def _read_hub(path: str, split: str) -> list[dict[str, Any]]:
 
     name, _, subset = path.partition(":")
     try:
-        return [dict(row) for row in datasets.load_dataset(name, subset or None, split=split)]
+        return _rows_of(datasets.load_dataset(name, subset or None, split=split).with_format("arrow")[:])
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError, HTTPError) as error:  # a script of its own: RuntimeError
-        if Path(name).expanduser().is_dir():
-            raise DataError(f"{path} is a folder that cannot be read as a data set ({first_line(error)}): name a file in it") from error
         raise DataError(
             f"{path!r} is neither a file here nor a data set that can be loaded from a hub (split {split!r}): "
             f"{first_line(error)}; check the name, data.split and the network"
@@ -225,17 +269,25 @@ def find_columns(rows: Sequence[dict[str, Any]], prompt: str | None, response: s
     for key, name in (("data.prompt", prompt), ("data.response", response)):
         if name is not None and name not in columns:
             raise RowError(f"columns {', '.join(columns)}: {key}={name!r} is none of them; {nearest(name, columns)}")
-    chat = next((name for name in CHATS if name in columns), None)
-    found_prompt = prompt or next((name for name in PROMPTS if name in columns), None)
-    found_response = response or next((name for name in RESPONSES if name in columns and name != found_prompt), None)
-    if prompt in CHATS and response is None:
+    if prompt in CHATS and response in (None, prompt):
         return prompt, prompt  # type: ignore[return-value]
-    if prompt is not None and prompt == response and prompt not in CHATS:
+    if prompt is not None and prompt == response:
         raise RowError(f"data.prompt and data.response are both {prompt!r}: name the column of the answer, or leave data.response out")
-    if found_prompt and found_response:
-        return found_prompt, found_response
-    if chat and prompt is None and response is None:
-        return chat, chat
+    chats = [name for name in CHATS if name in columns] if prompt is None and response is None else []
+    prompts = [prompt] if prompt else [name for name in PROMPTS if name in columns and name != response]
+    responses = [response] if response else [name for name in RESPONSES if name in columns and name != prompt]
+    responses = [name for name in responses if name != SHORT] or responses
+    if chats and not (prompts and responses):
+        prompts = responses = chats
+    elif prompts and responses:
+        prompts += chats
+    for key, names in (("prompt", prompts), ("response", responses)):
+        if len(names) > 1:
+            told = f"columns {', '.join(columns)}: both {names[0]!r} and {names[1]!r} may be what is meant"
+            raise RowError(f"{told}; name the right one with data.{key}")
+    if prompts and responses:
+        return prompts[0], responses[0]
+    found_prompt = next(iter(prompts), None)
     missing = "an instruction" if not found_prompt else "an answer"
     cure = "name yours with data.prompt and data.response" if len(columns) > 1 else "a prompt and its answer are needed, or messages"
     raise RowError(f"columns {', '.join(columns)}: none looks like {missing}; {cure}")
@@ -267,6 +319,12 @@ def _texts(rows: list[dict[str, Any]], path: str) -> list[str]:
     return texts
 
 
+def unread(row: dict[str, Any], column: str) -> list[str]:
+    """Columns with something in them that is usually asked together with the one that is read."""
+    names = (*(BESIDE if column != "instruction" else ()), *SYSTEMS, "history")
+    return [name for name in names if name != column and not says_nothing(row.get(name))]
+
+
 def whole_instruction(row: dict[str, Any], column: str, number: int) -> str:
     """The text in a column; an instruction with the `input` (Alpaca) or the `context` (Dolly) beside it."""
     beside = [name for name in BESIDE if column == "instruction" and not says_nothing(row.get(name))]
@@ -293,9 +351,15 @@ def _questions(rows: list[dict[str, Any]], entry: QuestionSet) -> list[dict[str,
     _named_columns(rows, (entry.question, entry.answers), entry.data)
     with naming(entry.data):
         return [
-            {"question": whole_instruction(row, entry.question, number), "answers": _answers(row, entry.answers, number)}
+            {"question": whole_instruction(row, entry.question, number), "answers": _answers(row, entry, number)}
             for number, row in enumerate(rows, 1)
         ]
+
+
+def asked_without(entry: QuestionSet) -> str | None:
+    """A column of a question set that is usually asked together with the question, and is not."""
+    rows = read_rows(entry.data, entry.split or "test")
+    return next((name for row in rows for name in unread(row, entry.question)), None)
 
 
 def example_rows(entry: QuestionSet) -> list[dict[str, Any]] | None:
@@ -326,15 +390,21 @@ def as_text(question: str, answer: str) -> str:
     return f"{KNOWLEDGE_PROMPT.replace('{question}', question)} {answer}"
 
 
-def _answers(row: dict[str, Any], column: str, number: int) -> list[str]:
+def _answers(row: dict[str, Any], entry: QuestionSet, number: int) -> list[str]:
+    column = entry.answers
     value = row.get(column)
-    if isinstance(value, str) and value.lstrip().startswith("["):
+    if isinstance(value, str) and value.lstrip().startswith("[") and not _holds_one(entry):
         value = _listed(value)
     if not isinstance(value, list):
         return [cell(row, column, number)]
     if not value:
         raise RowError(f"row {number} has no answer in column {column!r}: fill it or remove the row")
     return [cell({column: item}, column, number) for item in value]
+
+
+def _holds_one(entry: QuestionSet) -> bool:
+    """Whether `["a", "b"]` is the one answer that a model is to give, as where it was trained, and not two accepted ones."""
+    return entry.answers in RESPONSES and (entry.answers != SHORT or _kind(Path(entry.data)) not in TABLES)
 
 
 def _listed(text: str) -> Any:
@@ -352,7 +422,9 @@ def _listed(text: str) -> Any:
 def cell(row: dict[str, Any], column: str, number: int) -> str:
     """The text in one cell; a number is written out."""
     value = None if _is_empty(row.get(column)) else row[column]
-    if isinstance(value, float) and math.isfinite(value):
+    if isinstance(value, float):
+        if math.isinf(value):
+            raise RowError(f"row {number}: column {column!r} holds an infinite number: write what is meant, or remove the row")
         value = format(Decimal(repr(float(value))), "f")  # 0.00001, not 1e-05
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         value = str(value)

@@ -8,9 +8,10 @@ from small_models import ARCHITECTURES, logits, small, surveyed
 
 from farss.adapter import START, TRAINED, active_adapters, adapter_change, attach, lora_layers, untouched_base
 from farss.config import PlanConfig
-from farss.errors import FarssError, ModelError
+from farss.errors import FarssError, ModelError, NumericalError
 from farss.maths.directions import decompose
 from farss.plan import make_plan_without_survey
+from farss.portable import step_zero
 from farss.structure import find_blocks, target_layers, weight_of
 
 
@@ -40,6 +41,14 @@ def test_dropout_is_of_the_change_where_the_base_is_whole(base, tmp_path):
     assert not torch.allclose(after, module(x))
     again = copy.deepcopy(adapted).eval()
     assert torch.equal(logits(again), logits(adapted.eval()))
+
+
+def test_weights_that_are_no_numbers_are_told_before_training(tmp_path):
+    model, found, plan = surveyed("llama", tmp_path)
+    adapted = attach(model, plan, found)
+    model.get_input_embeddings().weight.data[:] = torch.nan
+    with pytest.raises(NumericalError, match="before any training the model's logits in float32 are not finite: its weights hold NaN"):
+        step_zero(adapted, {"input_ids": torch.arange(8)[None], "attention_mask": torch.ones(1, 8, dtype=torch.long)})
 
 
 def test_step_zero_in_bfloat16_is_the_base_too(tmp_path):

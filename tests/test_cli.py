@@ -70,6 +70,14 @@ def test_methods_lists_them_all():
             2,
             "export.rank=8 compresses",
         ),
+        (
+            ["export", "run.yaml", f"model.path={world.MODEL}", "plan.method=full", "--rank", "8"],
+            2,
+            "and plan.method=full hands over a model",
+        ),
+        (["compare", "run.yaml", "--methods", ""], 2, "--methods is empty: give it a value, or leave it out"),
+        (["compare", "run.yaml", "--seeds", ","], 2, "--seeds is empty"),
+        (["export", "run.yaml", "--to", ""], 2, "--to is empty"),
     ],
 )
 def test_one_sentence_and_an_exit_code(tmp_path, monkeypatch, capsys, arguments, code, message):

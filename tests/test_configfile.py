@@ -57,9 +57,10 @@ def test_round_trip_with_question_sets():
 
 
 def test_a_text_that_looks_like_a_number_is_written_in_quotes(tmp_path):
-    config = from_dict({"data": {"response": "1e5"}})
-    (tmp_path / "run.yaml").write_text(dump(config))
-    assert load(tmp_path / "run.yaml").data.response == "1e5"
+    for name in ("1e5", "0888", "0512", "1:30", "10"):
+        config = from_dict({"data": {"response": name}})
+        (tmp_path / "run.yaml").write_text(dump(config))
+        assert load(tmp_path / "run.yaml").data.response == name
 
 
 def test_numbers_as_people_write_them():
@@ -67,6 +68,8 @@ def test_numbers_as_people_write_them():
     assert override(Config(), ["train.epochs=3"]).train.epochs == 3.0
     assert override(Config(), ["plan.alpha=64"]).plan.alpha == 64
     assert override(Config(), ["plan.alpha=constant"]).plan.alpha == "constant"
+    assert override(Config(), ["data.limit=0512"]).data.limit == 512
+    assert override(Config(), ["data.limit=10_000"]).data.limit == 10_000
 
 
 @pytest.mark.parametrize(
@@ -109,7 +112,9 @@ def test_every_key_of_a_question_set_is_printed():
         ("train.epochs=.nan", "train.epochs=nan: give a finite number"),
         ("train.max_grad_norm=" + "9" * 400, "train.max_grad_norm is a number of 400 digits: give a smaller one"),
         ("evaluate.resamples=99999999999999999999", "evaluate.resamples is a number of 20 digits"),
-        ("out=0x_", "the value is not valid YAML"),
+        ("seed=1:30", "seed='1:30': give a whole number"),
+        ("compare.seeds=&a [*a]", "the value is not valid YAML: Circular reference detected"),
+        ("compare.seeds=" + "[" * 5000, "the value is not valid YAML"),
         ("data.system=Be nice: always", r"data.system={'Be nice': 'always'}: give a text, in quotes"),
         ("plan.rank=1.5", "plan.rank=1.5: give a whole number"),
         ("plan.rank=0", "plan.rank=0: a rank is 1 or more"),

@@ -240,7 +240,8 @@ def test_wizardlm_and_the_input_column(tmp_path: Path) -> None:
     assert first({"conversation": [{"human": "hi", "assistant": "ho"}]}) == "<s>hi ho</s>"
     assert first({"instruction": "add", "input": "1 2", "output": 3}) == "<s>add\n\n1 2 3</s>"
     assert first({"instruction": "add", "input": "", "output": 3}) == "<s>add 3</s>"
-    assert first({"instruction": "add", "input": "1 2", "output": 3}, prompt="instruction") == "<s>add 3</s>"
+    assert first({"instruction": "add", "input": "1 2", "output": 3}, prompt="instruction") == "<s>add\n\n1 2 3</s>"  # as it is asked
+    assert first({"question": "add", "input": "1 2", "output": 3}, prompt="question") == "<s>add 3</s>"
 
 
 @pytest.mark.parametrize(
@@ -265,7 +266,7 @@ def test_unusable_rows_are_named(tmp_path: Path, row: dict[str, Any], template: 
     ("messages", "template", "message"),
     [
         ([{"role": "user", "content": "u"}], "chat", r"row 1 has no message of the 'assistant' \(its roles: 'user'\)"),
-        ([{"role": "user", "content": "u"}, {"role": "gpt", "content": "a"}], "chat", r"\(its roles: 'user', 'gpt'\): rename"),
+        ([{"role": "user", "content": "u"}, {"role": "me", "content": "a"}], "chat", r"\(its roles: 'user', 'me'\): rename"),
         ([{"role": ["user"], "content": "u"}], "chat", "row 1: its messages are no list of {role, content}"),
         ([{"role": "user"}, {"role": "assistant", "content": "a"}], "chat", "row 1 has nothing in column 'content'"),
         ("hello", "chat", "row 1: its messages are no list of {role, content}"),
@@ -291,6 +292,12 @@ def test_a_chat_that_the_template_refuses_is_named(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "chat.jsonl", [{"messages": messages[1:]}, {"messages": messages}])
     with pytest.raises(DataError, match=r"row 2: the chat template refuses its messages \(no system role\)"):
         data.load_examples(DataConfig(train=path, template="chat"), byte_tokenizer(strict), seed=0)
+
+
+def test_a_broken_chat_template_is_no_fault_of_a_row(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "x.jsonl", [{"question": "q", "answer": "a"}])
+    with pytest.raises(DataError, match=r"the model's chat template is broken \("):
+        data.load_examples(DataConfig(train=path, template="chat"), byte_tokenizer("{% for m in messages %}"), seed=0)
 
 
 def test_a_chat_template_that_asks_otherwise_than_it_writes_is_refused(tmp_path: Path) -> None:
@@ -325,6 +332,8 @@ SAID = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hel
         {"conversation": SAID},
         {"prompt": SAID[:1], "completion": SAID[1:]},
         {"conversations": [{"from": "Human", "value": "hi"}, {"from": "chatgpt", "value": "hello"}]},
+        {"conversations": [{"from": "human", "value": "hi", "role": None}, {"from": "gpt", "value": "hello", "role": None}]},
+        {"messages": [{"role": "User", "content": "hi"}, {"role": "model", "content": "hello"}]},
         {"messages": [{**SAID[0], "tool_calls": None, "name": None}, {**SAID[1], "tool_calls": None, "weight": 1}], "tools": None},
     ],
 )
@@ -341,6 +350,13 @@ def test_chats_of_other_forms_are_the_same_chats(row: dict[str, Any]) -> None:
     ("row", "message"),
     [
         ({"messages": SAID, "tools": [{"name": "search"}]}, "row 1 has tools beside its chat"),
+        ({"messages": SAID, "functions": "[{}]"}, "row 1 has functions beside its chat"),
+        ({"messages": [SAID[0], {"role": "assistant", "content": "", "function_call": {"name": "f"}}]}, "row 1: a message calls tools"),
+        ({"conversations": [{"from": "human", "value": "hi"}, {"from": "function_call", "value": "f"}]}, "row 1: a message calls tools"),
+        (
+            {"messages": [{"role": "system", "content": "Be brief."}, *SAID], "system": "Be long."},
+            "row 1 has a system message in its chat and another one in column 'system': remove one",
+        ),
         ({"messages": [SAID[0], {"role": "assistant", "content": None, "tool_calls": [{}]}]}, "row 1: a message calls tools"),
         ({"messages": [SAID[0], {**SAID[1], "weight": 0}]}, "row 1: an answer is marked as not to be learned"),
         ({"messages": [SAID[0], {**SAID[1], "train": False}]}, "row 1: an answer is marked as not to be learned"),
@@ -464,7 +480,7 @@ def test_windows_have_no_space_of_a_tokenizer_that_adds_one_to_every_text():
     assert [token for row in rows for token in row["input_ids"]] == [0, 1, 2, 3, 3, 2, 3, 3, 1, 0]
 
 
-@pytest.mark.parametrize("role", ["human", "User", "developer"])
+@pytest.mark.parametrize("role", ["observer", "developer"])
 def test_a_message_that_the_template_leaves_out_is_told(tmp_path: Path, role: str) -> None:
     """Qwen's template knows user, system, assistant and tool, and passes over all others without a word."""
     known = "{% for m in messages if m.role in ('user', 'assistant') %}{{ m.content }}\n{% endfor %}"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import trl
 from small_models import save_small
+from transformers import AutoTokenizer
 
 from farss.configfile import override
 from farss.errors import ConfigError, DataError
@@ -33,6 +34,30 @@ def test_examples_longer_than_the_model_can_read_are_refused(config, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_token_that_the_model_does_not_know_is_refused(config, tmp_path, model_folder):
+    """Of a tokenizer to which tokens were added, and a model whose embedding has not grown."""
+    folder = shutil.copytree(model_folder, tmp_path / "grown")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    question = next(iter(json.loads(Path(config.data.train).read_text().splitlines()[0]).values()))
+    tokenizer.add_tokens([f"new{number}" for number in range(512)] + [question[:8]])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(DataError, match=r"the examples have the token \d+, and the model has vectors for \d+ tokens: take the tokenizer"):
+        Run(override(config, [f"model.path={folder}"])).check_inputs()
+
+
+def test_a_column_that_is_not_asked_is_told(config, tmp_path):
+    file = tmp_path / "squad.jsonl"
+    file.write_text(json.dumps({"question": "Who?", "context": "Ada did.", "answers": ["Ada"]}) + "\n")
+    asked = override(config, [f"evaluate.knowledge=[{{name: squad, data: {file}}}]"])
+    assert f"{file} has a column 'context' beside 'question', which is not asked." in Run(asked).inputs.warnings()
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_targets_of_full_fine_tuning_have_no_effect(config, method):
+    told = Run(override(config, [f"plan.method={method}", "model.targets=[q_proj]"])).inputs.warnings()
+    assert any("model.targets=['q_proj'] has no effect" in sentence for sentence in told) == (method == "full")
+
+
 def test_a_system_message_that_would_not_be_asked_with_is_refused(config, tmp_path, model_folder):
     folder = shutil.copytree(model_folder, tmp_path / "chat")
     options = json.loads((folder / "tokenizer_config.json").read_text())
@@ -44,7 +69,9 @@ def test_a_system_message_that_would_not_be_asked_with_is_refused(config, tmp_pa
     roles = ["system", "user", "assistant"]
     file.write_text(json.dumps({"messages": [{"role": role, "content": f"the {role}"} for role in roles]}) + "\n")
     changed = override(config, [f"model.path={folder}", f"data.train={file}", "data.template=chat"])
-    with pytest.raises(ConfigError, match=r"begins with the system message 'the system', .*: set data.system to the same text, or to ''"):
+    with pytest.raises(
+        ConfigError, match=r"begins with the system message 'the system', .*: set data.system to the same text, or data.system: ''"
+    ):
         Run(changed).check_inputs()
     with pytest.raises(ConfigError, match=r"would be asked with 'another': set data.system to the same text"):
         Run(override(changed, ["data.system=another"])).check_inputs()

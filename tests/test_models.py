@@ -46,6 +46,12 @@ def test_a_model_is_loaded_as_this_machine_computes(stored, units):
     assert all(torch.equal(a.float(), b.float()) for a, b in zip(kept.parameters(), used.parameters(), strict=True))
 
 
+def test_an_adapter_is_no_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="is an adapter: give the folder of its base model"):
+        load_model(ModelConfig(path=str(tmp_path)))
+
+
 def test_a_precision_that_no_configuration_names_is_that_of_the_files(stored):
     file = stored / "config.json"
     file.write_text(json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key != "dtype"}))

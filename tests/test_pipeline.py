@@ -364,6 +364,7 @@ def test_killed_in_every_step_it_ends_at_the_same_result(model_folder, done, tmp
         (f"{{name: facts, data: '{world.KNOWLEDGE}', question: qestion}}", DataError, "did you mean 'question'"),
         (f"{{name: facts, data: '{world.KNOWLEDGE}', prompt: Q}}", ConfigError, "{question}"),
         (f"{{name: a/b, data: '{world.KNOWLEDGE}'}}", ConfigError, "is also a file name"),
+        (f"{{name: {'a' * 201}, data: '{world.KNOWLEDGE}'}}", ConfigError, "is also a file name, and has 201 characters: shorten it"),
     ],
 )
 def test_questions_that_cannot_be_asked_of_a_finished_run_change_nothing(done, question_set, error, message):

@@ -70,6 +70,16 @@ def test_there_and_back(written):
     assert "licence" in (place / "adapter" / "README.md").read_text()
 
 
+def test_a_start_that_was_not_trained_changes_nothing_and_that_is_told(written, caplog):
+    place, folder, _ = written
+    convert(folder, folder / "adapter", place / "adapter")
+    assert "holds the start as it was prepared: nothing was trained" in caplog.text
+    caplog.clear()
+    train(folder, place / "trained")
+    convert(folder, place / "trained", place / "other")
+    assert "nothing was trained" not in caplog.text
+
+
 def test_the_way_back_runs_a_models_own_code_where_the_way_there_did(written, monkeypatch):
     place, folder, _ = written
     train(folder, place / "trained")

@@ -8,13 +8,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 from test_data import byte_tokenizer
 
 from farss import rows as room
 from farss.config import DataConfig, QuestionSet
 from farss.data import load_examples
-from farss.errors import DataError
+from farss.errors import DataError, RowError
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -265,16 +267,95 @@ def test_question_and_text_errors(tmp_path: Path) -> None:
         room.text_rows(write_rows(tmp_path / "t.jsonl", [{"body": "hello"}]))
 
 
-@pytest.mark.parametrize("separator", [";", "\t"])
-def test_another_separator_is_named(tmp_path, separator):
-    (tmp_path / "x.csv").write_text(f"prompt{separator}completion\na, b{separator}c\n")
-    with pytest.raises(DataError, match=r"separates its columns by .*: write it with commas"):
-        room.read_rows(str(tmp_path / "x.csv"))
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("name", ["x.csv", "x.tsv", "x.csv.gz"])
+def test_columns_may_have_other_separators(tmp_path, name, separator):
+    text = f'\ufeff"prompt"{separator}"completion"\n"a, b;\n|\tc"{separator}d\n\'x\'{separator}"{separator}"\n'
+    (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    rows = [{"prompt": "a, b;\n|\tc", "completion": "d"}, {"prompt": "'x'", "completion": separator}]
+    assert room.read_rows(str(tmp_path / name)) == rows
 
 
 def test_a_column_may_be_called_anything(tmp_path):
     (tmp_path / "x.csv").write_text("text (a; b)\nhello\n")
     assert room.read_rows(str(tmp_path / "x.csv")) == [{"text (a; b)": "hello"}]
+
+
+def test_a_broken_row_of_a_table_is_told_by_its_first_line(tmp_path):
+    file = tmp_path / "x.csv"
+    file.write_text('a,b\n"1\n2",3\n"4\n5",6,7\n8,9\n')
+    with pytest.raises(DataError, match=r"line 4 has more or fewer cells than the header"):
+        room.read_rows(str(file))
+    file.write_text('a,b\n1,2\n"3,4\n' + "5,6\n" * 9)
+    with pytest.raises(DataError, match=r"the row that begins in line 3 is not valid CSV"):
+        room.read_rows(str(file))
+
+
+def test_a_folder_is_no_table(tmp_path):
+    write_rows(tmp_path / "train.jsonl", [{"prompt": "a", "completion": "b"}])
+    with pytest.raises(DataError, match="is a folder, and its files are not joined: name a file in it"):
+        room.read_rows(str(tmp_path))
+
+
+def test_numbers_of_32_bits_are_written_as_they_were_meant(tmp_path):
+    values = pyarrow.array([0.1, None, 1e-5, 3.0], pyarrow.float32())
+    parquet.write_table(pyarrow.table({"question": ["a", "b", "c", "d"], "answers": values}), tmp_path / "x.parquet")
+    rows = room.read_rows(str(tmp_path / "x.parquet"))
+    assert [row["answers"] for row in rows] == [0.1, None, 1e-5, 3.0]
+
+
+def test_an_infinite_number_is_no_answer(tmp_path):
+    path = write_rows(tmp_path / "x.jsonl", [{"question": "1 / 0", "answers": float("inf")}])
+    with pytest.raises(DataError, match="row 1: column 'answers' holds an infinite number"):
+        room.question_rows(QuestionSet(name="n", data=path))
+
+
+def test_a_list_that_is_the_answer_is_one(tmp_path):
+    """What a model was trained to write is graded as it stands there; a list of accepted answers as one."""
+    row = {"question": "Which?", "completion": '["a", "b"]', "answer": '["a", "b"]', "possible_answers": '["a", "b"]'}
+    path = write_rows(tmp_path / "x.jsonl", [row])
+    (tmp_path / "x.csv").write_text('question,completion,answer\nWhich?,"[""a"", ""b""]","[""a"", ""b""]"\n')
+
+    def answers(path, column):
+        return room.question_rows(QuestionSet(name="n", data=str(path), answers=column))[0]["answers"]
+
+    assert answers(path, "completion") == answers(path, "answer") == answers(tmp_path / "x.csv", "completion") == ['["a", "b"]']
+    assert answers(path, "possible_answers") == answers(tmp_path / "x.csv", "answer") == ["a", "b"]
+    empty = write_rows(tmp_path / "e.jsonl", [row | {"completion": "[]"}])
+    assert answers(empty, "completion") == ["[]"]
+
+
+def test_an_object_that_holds_the_rows_is_no_row(tmp_path):
+    (tmp_path / "x.json").write_text('{"version": 1, "data": [{"prompt": "a", "completion": "b"}]}')
+    with pytest.raises(DataError, match="holds one object and not a list of rows: make a file of what stands under 'data'"):
+        room.read_rows(str(tmp_path / "x.json"))
+    (tmp_path / "x.json").write_text('{"messages": [{"role": "user", "content": "a"}]}')
+    assert len(room.read_rows(str(tmp_path / "x.json"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("columns", "found"),
+    [
+        (["prompt", "completion"], ("prompt", "completion")),
+        (["instruction", "input", "output", "answer"], ("instruction", "output")),
+        (["conversations", "prompt"], ("conversations", "conversations")),
+        (
+            ["instruction", "input", "output", "prompt"],
+            "both 'prompt' and 'instruction' may be what is meant; name the right one with data.prompt",
+        ),
+        (["question", "answer", "messages"], "both 'question' and 'messages' .* with data.prompt"),
+        (["messages", "conversations"], "both 'messages' and 'conversations' .* with data.prompt"),
+        (["question", "output", "response"], "both 'response' and 'output' .* with data.response"),
+    ],
+)
+def test_columns_of_which_several_could_be_meant_are_refused(columns, found):
+    rows = [dict.fromkeys(columns, "x")]
+    if isinstance(found, tuple):
+        assert room.find_columns(rows, None, None) == found
+    else:
+        with pytest.raises(RowError, match=found):
+            room.find_columns(rows, None, None)
+    assert room.find_columns(rows, columns[0], columns[1]) == tuple(columns[:2])
 
 
 def test_text_has_a_column_of_its_own(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,7 +14,7 @@ from farss.compare.entrants import Entrant, Item, check_labels, factors, seeds
 from farss.compare.table import notes_of, write_table
 from farss.compare.tuning import best_full, check_tuning, choose
 from farss.config import Config
-from farss.configfile import load
+from farss.configfile import CONFIG, load
 from farss.errors import ConfigError, FarssError, NumericalError
 from farss.files import read_json
 from farss.folder import Folder, resolve
@@ -24,6 +25,8 @@ from farss.options import TABLE_KEYS, options_of
 from farss.pipeline import Run
 from farss.report import write_report
 from farss.versions import versions
+
+log = logging.getLogger(__name__)
 
 
 def compare(config: Config, tell: Tell) -> Path:
@@ -49,6 +52,7 @@ def compare(config: Config, tell: Tell) -> Path:
         entrant.run.check_unchanged()
         if not entrant.run.has_trained:
             _ = entrant.run.inputs.examples  # another seed may draw rows that cannot be used
+    _warn_of_others(config)
     Folder(config.out).claim(config, versions())
     if not all(entrant.run.has_trained for entrant in everyone):
         replace(everyone[0].run, config=config).warn()
@@ -72,6 +76,18 @@ def compare(config: Config, tell: Tell) -> Path:
     for entrant in {one.run.path: one for one in [*final, *everyone]}.values():
         entrant.run.report()
     return write_report(Path(config.out)).parent
+
+
+def _warn_of_others(config: Config) -> None:
+    """Say which runs of the folder will not stand in its table."""
+    try:
+        before = load(Path(config.out) / CONFIG)
+    except FarssError:
+        return
+    for name, were, now in (("methods", before.compare.methods, config.compare.methods), ("seeds", seeds(before), seeds(config))):
+        if others := [each for each in were if each not in now]:
+            told = f"compare.{name} was {were} in {config.out}, and is {now}"
+            log.warning(f"{told}: the table will be without {', '.join(map(str, others))}. Name them too, and nothing is done twice.")
 
 
 def run_within(config: Config, tell: Tell) -> Run | None:

@@ -85,6 +85,8 @@ def configured(config: Config, label: str) -> Config:
         set_key(values, key, value)
     if has_own_full(config):
         values["evaluate"]["full_scores"] = None
+    if not METHODS[method_of_label(label)].plain_lora:  # the others' adapters are compressed
+        values["export"] |= {"rank": None, "energy": None}
     return resolve(from_dict(values | {"compare": {}}))
 
 

@@ -15,6 +15,9 @@ from farss.rows import example_rows, question_rows
 from farss.tasks.grading import GRADING
 from farss.tasks.questions import Drawn, draw, prompt_of
 
+LONGEST = 200
+"""Bytes of a name: what is written beside it (an ending, a number) fits into a file's 255 too."""
+
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -45,6 +48,8 @@ def _benchmark(kind: Kind, entry: str | QuestionSet, config: Config, identity: d
     name = entry if isinstance(entry, str) else entry.name
     if name.startswith(".") or set(name) & set('/\\:*?"<>|'):
         raise ConfigError(f"evaluate: {name!r} is also a file name: use letters, digits, - and _")
+    if len(name.encode()) > LONGEST:
+        raise ConfigError(f"evaluate: the name {name[:40] + '...'!r} is also a file name, and has {len(name):,} characters: shorten it")
     drawn: Drawn | None = None
     asked: Any = entry
     if isinstance(entry, QuestionSet):

@@ -259,6 +259,16 @@ def test_a_table_of_other_options_is_not_the_finished_one(values):
     assert read(folder)["learned_by"] == "score"
 
 
+def test_runs_that_a_smaller_comparison_leaves_out_are_told(unasked, caplog):
+    unasked["compare"] = {"methods": ["lora", "dora"], "seeds": [0]}
+    compare(from_dict(unasked), silent)
+    assert "the table will be without" not in caplog.text
+    unasked["compare"]["methods"] = ["lora"]
+    folder = compare(from_dict(unasked), silent)
+    assert f"compare.methods was ['lora', 'dora'] in {folder}, and is ['lora']: the table will be without dora." in caplog.text
+    assert (folder / "dora-seed0" / "train.json").is_file()
+
+
 def test_with_one_seed_a_row_has_the_interval_of_its_method(values):
     values["compare"] = {"methods": ["lora", "full"], "seeds": [5]}
     table = read(compare(from_dict(values), silent))
