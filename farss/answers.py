@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 from farss.artifacts import Scores
 from farss.card import write_card
 from farss.config import Config
-from farss.errors import FolderError
-from farss.evaluate import BASE, OF_BASE, evaluate, grade_again
+from farss.evaluate import BASE, evaluate, grade_again
 from farss.folder import Folder
 from farss.handover import is_merged, is_whole
 from farss.inputs import Inputs
@@ -139,12 +138,6 @@ class Answers:
         """K, T and KT from the stored scores, of all questions or those whose id `only` takes."""
         full, config = Path(full_scores) if full_scores else None, self.inputs.common_config
         found = summarise(self.common.path / BASE, self.folder.path, full, config, only)
-        asked = self.common.path / BASE, self.folder.path
-        if len({Scores.load(folder / "scores.json").meta.get(OF_BASE) for folder in asked} - {None}) > 1:
-            raise FolderError(
-                f"{asked[0]} holds the answers of other weights than those that {asked[1]} was trained on: "
-                f"model.path={config.model.path!r} has changed; put it back, or choose another out"
-            )
         if not self.inputs.config.evaluate.recovery:
             return found
         before, after = self._of_recovered_base, self._of_recovered

@@ -249,6 +249,8 @@ class TaskScore:
 Kind = Literal["knowledge", "task", "other"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 """What is asked: to be kept, to be learned, and the rest."""
+OF_BASE = "base_fingerprint"
+"""Of the weights that an adapter is on, in `Scores.meta`: the answers depend on `weights`, which are those with the adapter."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from farss.artifacts import KINDS, Scores, TaskScore, has_records, read_records
+from farss.artifacts import KINDS, OF_BASE, Scores, TaskScore, has_records, read_records
 from farss.batches import choose
 from farss.config import Config, DataConfig, QuestionSet
 from farss.errors import FarssError, first_line
@@ -29,8 +29,6 @@ from farss.tasks.records import Logged, QuestionRecord, main_metric, metric_labe
 
 BASE = "base"
 """What `meta.method` says of the untouched model, and where its answers lie."""
-OF_BASE = "base_fingerprint"
-"""Of what an adapter is on: for people, and not among what results depend on, which `weights` is."""
 
 
 def evaluate(

@@ -189,11 +189,12 @@ def _separator(stream: IO[str]) -> str:
     in the header and in the first row alike."""
     counts = {}
     for each in ",;\t|":
+        sizes = list[int]()
         with contextlib.suppress(csv.Error):
-            sizes = {len(row) for row in itertools.islice(csv.reader(stream, delimiter=each, strict=True), 2)}
-            counts[each] = sizes.pop() if len(sizes) == 1 else 0
+            sizes += (len(row) for row in itertools.islice(csv.reader(stream, delimiter=each, strict=True), 2))
+        counts[each] = sizes[0] if len(set(sizes)) == 1 else 0
         stream.seek(0)
-    return max(counts, key=counts.__getitem__, default=",")
+    return max(counts, key=counts.__getitem__)
 
 
 @contextlib.contextmanager

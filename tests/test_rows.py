@@ -91,8 +91,8 @@ def test_long_csv_cells_are_read_and_the_limit_is_put_back(tmp_path: Path) -> No
         ("x.jsonl.gz", b"not gzip", "x.jsonl.gz cannot be read .*: check the file"),
         ("x.jsonl.gz", gzip.compress(b'{"a": 1}' * 99, mtime=0)[:-9], "x.jsonl.gz cannot be read"),
         ("x.parquet", b"not parquet", "x.parquet is not a readable parquet file .*: write it again"),
-        ("x.parquet.gz", b"", "is of no known kind: give a .jsonl, .json, .csv or .parquet file"),
-        ("x.tsv", b"a\tb", "is of no known kind"),
+        ("x.parquet.gz", b"", "is of no known kind: give a .jsonl, .json, .csv, .tsv or .parquet file"),
+        ("x.xlsx", b"a\tb", "is of no known kind"),
     ],
 )
 def test_broken_files_say_where_and_what_to_do(tmp_path: Path, name: str, content: bytes, message: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from farss.artifacts import KINDS, Kind, Scores
+from farss.artifacts import KINDS, OF_BASE, Kind, Scores
 from farss.config import REFERENCE, Config
 from farss.errors import FolderError
 from farss.files import write_json
@@ -94,9 +94,14 @@ def summarise(before: Path, after: Path, full: Path | None, config: Config, only
         only: which questions count, by their ids; None: all.
 
     Raises:
-        FolderError: scores are missing, or the runs answered different questions.
+        FolderError: scores are missing, or the runs answered different questions, or the base was not the one that was trained.
     """
     runs = [read_scores(before), read_scores(after)]
+    if len({scores.meta.get(OF_BASE) for scores, _ in runs} - {None}) > 1:
+        raise FolderError(
+            f"{before} holds the answers of other weights than those that {after} was trained on: model.path={config.model.path!r} has "
+            "changed; put it back, or choose another out"
+        )
     reference = [read_scores(full)] if full is not None else []
     outcomes = [
         _beside(name, kind, runs, [each for each in reference if name in getattr(each[0], kind)], only)
