@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from farss.config import CalibrationConfig, DataConfig, PlanConfig
+    from farss.config import CalibrationConfig, DataConfig, PlanConfig, QuestionSet
     from farss.errors import FarssError
     from farss.library import export, prepare, trainer_callback
     from farss.methods import METHODS
@@ -22,6 +22,7 @@ __all__ = [
     "DataConfig",
     "FarssError",
     "PlanConfig",
+    "QuestionSet",
     "export",
     "load_adapter",
     "prepare",
@@ -34,6 +35,7 @@ _HOMES = {
     "DataConfig": "farss.config",
     "FarssError": "farss.errors",
     "PlanConfig": "farss.config",
+    "QuestionSet": "farss.config",
     "export": "farss.library",
     "load_adapter": "farss.portable",
     "prepare": "farss.library",

@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from farss.artifacts import Scores
+from farss.artifacts import OF_BASE, Scores
 from farss.card import write_card
 from farss.config import Config
+from farss.errors import FolderError
 from farss.evaluate import BASE, evaluate, grade_again
 from farss.folder import Folder
 from farss.handover import is_merged, is_whole
@@ -137,7 +138,14 @@ class Answers:
     def summarise(self, full_scores: str | Path | None, only: Only | None = None) -> Summary:
         """K, T and KT from the stored scores, of all questions or those whose id `only` takes."""
         full, config = Path(full_scores) if full_scores else None, self.inputs.common_config
-        found = summarise(self.common.path / BASE, self.folder.path, full, config, only)
+        asked = self.common.path / BASE, self.folder.path
+        found = summarise(*asked, full, config, only)
+        # not of what was recovered: there an adapter lies on what was trained, which may be a whole model
+        if len({Scores.load(folder / "scores.json").meta.get(OF_BASE) for folder in asked} - {None}) > 1:
+            raise FolderError(
+                f"{asked[0]} holds the answers of other weights than those that {asked[1]} was trained on: "
+                f"model.path={config.model.path!r} has changed; put it back, or choose another out"
+            )
         if not self.inputs.config.evaluate.recovery:
             return found
         before, after = self._of_recovered_base, self._of_recovered
@@ -167,6 +175,12 @@ class Answers:
         """Whether everything was asked that shall be asked of the run's result, as it is configured now."""
         wanted = self.inputs.config.evaluate
         return (not wanted.recovery or self._of_recovered.done) and (not wanted.asks or self._of_trained.done)
+
+    @property
+    def base_is_known(self) -> bool:
+        """Whether the untouched model was asked everything."""
+        wanted = self.inputs.config.evaluate
+        return self._of_base.done and (not wanted.recovery or self._of_recovered_base.done)
 
     @property
     def _of_base(self) -> Asking:

@@ -15,13 +15,14 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 
 from farss.config import Config, QuestionSet
 from farss.errors import ConfigError, nearest
 
+Kind = TypeVar("Kind")
 CONFIG = "config.yaml"
 """What the configuration is called in a run folder."""
 CALLED = {
@@ -172,6 +173,16 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     """Build a checked `Config` from nested dictionaries: the opposite of `dataclasses.asdict`."""
     config: Config = _build(Config, values, "")
     return config
+
+
+def checked(config: Kind, name: str) -> Kind:
+    """A part of a configuration that was made in Python, with every value checked as if it stood in a file.
+
+    Raises:
+        ConfigError: with the option.
+    """
+    found: Kind = _build(type(config), dataclasses.asdict(config), name)  # type: ignore[call-overload]
+    return found
 
 
 _hints = functools.cache(typing.get_type_hints)

@@ -39,6 +39,13 @@ class Tokenized:
     instructions: frozenset[int] = frozenset()
     """`same_words` of what they ask."""
 
+    def as_asked(self, config: DataConfig) -> DataConfig:
+        """How to ask a model that has learned them: with their system message, and with room for thoughts if they begin with some, where
+        the configuration does not say so."""
+        system = config.system if config.system is not None else self.system or None
+        thinks = config.thinking or (self.thoughtless is not None and self.thoughtless < 0.5)
+        return replace(config, system=system, thinking=thinks)
+
     def dataset(self) -> Any:
         """The same as a `datasets.Dataset`, with `labels` beside the mask: TRL takes it as it is."""
         import datasets

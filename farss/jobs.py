@@ -65,6 +65,11 @@ def do_all(work: Work, items: Sequence[Any], jobs: int, tell: Tell) -> None:
                 work(item, tell)
     else:
         _in_processes(work, items, jobs, tell, failed)
+    raise_all(failed)
+
+
+def raise_all(failed: Sequence[FarssError]) -> None:
+    """Raise what went wrong as one error, of their kind where that is one; nothing where nothing did."""
     if failed:
         kinds = {type(error) for error in failed}
         raise (kinds.pop() if len(kinds) == 1 else FarssError)("; ".join(dict.fromkeys(map(str, failed))))

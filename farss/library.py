@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -23,8 +23,9 @@ from farss.adapter import START, TRAINED, activate, attach, check_residual, load
 from farss.artifacts import Plan, Survey
 from farss.batches import Row, choose, plain_rows, unlearnt
 from farss.config import Base, CalibrationConfig, DataConfig, PlanConfig
+from farss.configfile import checked
 from farss.data import Tokenized, check_readable_by, load_examples, tokenize_rows
-from farss.errors import ConfigError, FarssError
+from farss.errors import ConfigError, FarssError, nearest
 from farss.files import read_json, write_json
 from farss.folder import alone
 from farss.jobs import Progress, unseen
@@ -36,7 +37,7 @@ from farss.portable import Exported, check_batch
 from farss.portable import export as export_adapter
 from farss.prompts import prompt_facts
 from farss.rows import cell, knowledge_texts
-from farss.structure import check_loaded, check_readable, find_blocks, holds_packed, is_sharded, keep_gradients, target_layers
+from farss.structure import check_loaded, check_readable, find_blocks, has_adapter, holds_packed, is_sharded, keep_gradients, target_layers
 from farss.survey import LENGTH, Site, batches_for, look, own_text
 
 OURS = re.compile(rf"\.(?:{TRAINED}|{START})\b")
@@ -57,6 +58,8 @@ class Prepared(NamedTuple):
     """How it is trained to be asked."""
     base: str
     """Fingerprint of the base model."""
+    rank: int
+    """Which of several processes this is: whoever exports may have left their group before."""
 
 
 def prepare(
@@ -108,17 +111,19 @@ def prepare(
     """
     model = getattr(model, "_orig_mod", model)  # of torch.compile, which gives all layers another name
     check_loaded(model)
-    if not callable(tokenizer):
+    if not callable(tokenizer) or not hasattr(tokenizer, "eos_token_id"):  # a processor has its tokenizer within
         raise ConfigError(f"tokenizer is a {type(tokenizer).__name__}: load the model's, with AutoTokenizer.from_pretrained")
-    for name, given, kind in (("plan", plan, PlanConfig), ("data", data, DataConfig), ("calibration", calibration, CalibrationConfig)):
-        if given is not None and not isinstance(given, kind):
-            raise ConfigError(f"{name} is a {type(given).__name__}: give a farss.{kind.__name__}, such as farss.{kind.__name__}()")
-    if hasattr(model, "peft_config"):
+    if tokenizer.eos_token_id is None:
+        raise ConfigError("the tokenizer has no end-of-sequence token, with which every answer ends: set tokenizer.eos_token")
+    plan, data = _checked("plan", plan, PlanConfig), _checked("data", data, DataConfig)
+    calibration = _checked("calibration", calibration, CalibrationConfig)
+    if base not in get_args(Base):
+        raise ConfigError(f"base={base!r}: {nearest(base, get_args(Base))}")
+    if has_adapter(model):
         raise FarssError(
             "this model has adapters already: merge them first (model = model.merge_and_unload()), then prepare it; "
             "the new adapter is then for the merged model"
         )
-    plan, data, calibration = plan or PlanConfig(), data or DataConfig(), calibration or CalibrationConfig()
     wanted = dataclasses.replace(plan, method=method or plan.method)
     check_elsewhere(method_of(wanted))
     layers, blocks = target_layers(model, targets), len(find_blocks(model)[1])
@@ -148,8 +153,19 @@ def prepare(
     made = make_plan(wanted, found) if found is not None else make_plan_without_survey(wanted, layers, blocks)
     adapted = attach(model, made, found, dropout, seed, base)
     batch = check_batch(examples.rows, tokenizer.pad_token_id)
-    adapted.farss = Prepared(made, found, batch, tokenizer, prompt_facts(data, tokenizer), untouched)
+    adapted.farss = Prepared(made, found, batch, tokenizer, prompt_facts(examples.as_asked(data), tokenizer), untouched, processes.rank())
     return adapted
+
+
+def _checked(name: str, given: Any, kind: Any) -> Any:
+    """A configuration, or its defaults, whose values are of their kinds: Python asks nobody.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    if given is not None and not isinstance(given, kind):
+        raise ConfigError(f"{name} is a {type(given).__name__}: give a farss.{kind.__name__}, such as farss.{kind.__name__}()")
+    return checked(given or kind(), name)
 
 
 def _examples(dataset: Any, data: DataConfig, tokenizer: Any, seed: int, most: int) -> Tokenized:
@@ -166,12 +182,17 @@ def _examples(dataset: Any, data: DataConfig, tokenizer: Any, seed: int, most: i
     if isinstance(dataset, Mapping):
         raise ConfigError(f"dataset is a {type(dataset).__name__} of {', '.join(map(str, dataset))}: give the rows of one of them")
     if hasattr(dataset, "to_dict") and hasattr(dataset, "iloc"):  # pandas'
-        dataset = dataset.to_dict("records")
+        dataset = [{name: _python(value) for name, value in row.items()} for row in dataset.to_dict("records")]
     many = max(most, data.limit or 0)
     rows = dataset if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") else list(itertools.islice(dataset, many))
     if not data.limit and len(rows) > most:
         rows = [rows[place] for place in choose(range(len(rows)), most, seed)]
     return tokenize_rows(list(rows), data, tokenizer, seed)
+
+
+def _python(value: Any) -> Any:
+    """A cell of pandas' without NumPy, in which Parquet files' lists are arrays."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _texts(knowledge: Iterable[str]) -> list[str]:
@@ -286,7 +307,7 @@ def export(
     if checkpoint is not None:
         load_trained(model, Path(checkpoint))
     base = getattr(model.get_base_model().config, "_name_or_path", "")
-    if processes.rank():
+    if processes.rank() or prepared.rank:
         return None
     if others := [name for name, parameter in model.named_parameters() if parameter.requires_grad and not OURS.search(name)]:
         raise FarssError(

@@ -17,7 +17,7 @@ from farss.answers import Answers
 from farss.artifacts import Plan, Scores, Survey
 from farss.boundary import Boundary, Prober, Setting, find
 from farss.boundary import prepare as prepare_search
-from farss.config import Config, PlanConfig
+from farss.config import Config, DataConfig, PlanConfig
 from farss.errors import FolderError
 from farss.folder import Folder, is_run_folder, resolve
 from farss.inputs import Inputs, Loaded
@@ -27,7 +27,7 @@ from farss.models import check_room, device_of, load_model, loaded_dtype, quiet,
 from farss.options import BOUNDARY_KEYS, EXPORT_KEYS, PLAN_KEYS, TRAIN_KEYS, options_of
 from farss.plan import check_plan, make_plan, make_plan_without_survey, method_of, require_boundary
 from farss.portable import check_batch, step_zero
-from farss.prepared import check_method, write_prepared
+from farss.prepared import check_method, was_prepared, write_prepared
 from farss.prompts import prompt_facts
 from farss.report import write_report
 from farss.structure import check_unshared, left_out
@@ -315,14 +315,17 @@ class Run:
         """`prepared/`: a start for another trainer."""
         check_method(self.config.plan.method, will_be_quantised(self.config.model))
         check_unshared(self.inputs.architecture, self.inputs.shapes[0])
-        target, plan = self.path / "prepared", self.plan()
-        if target.is_dir() and Plan.load(target / "plan.json") != plan:
-            raise FolderError(f"{target} was prepared for another plan: delete it, or choose another out")
+        target, plan, model = self.path / "prepared", self.plan(), self.config.model
+        prompt = prompt_facts(self._data_as_asked, self.inputs.tokenizer)
         if not target.is_dir():
-            model = self.config.model
-            told = prompt_facts(self.config.data, self.inputs.tokenizer), model.trust_remote_code
-            write_prepared(self._adapted(plan), plan, self.inputs.tokenizer, target, model.path, *told)
+            write_prepared(self._adapted(plan), plan, self.inputs.tokenizer, target, model.path, prompt, model.trust_remote_code)
+        elif not was_prepared(target, plan, prompt, loaded_dtype(model)):
+            raise FolderError(f"{target} was prepared for another plan, prompt or model.dtype: delete it, or choose another out")
         return target
+
+    @property
+    def _data_as_asked(self) -> DataConfig:
+        return self.inputs.examples.as_asked(self.config.data)
 
     def export(self) -> Path:
         """`adapter/` (or `model/`): what is handed over."""
@@ -336,7 +339,7 @@ class Run:
         self.tell("export", 0, 1, "")
         model = self.trained()  # first: where its weights are deleted, the record of what was exported stays
         with self.folder.step("export", options) as facts:
-            written = model, plan, self.inputs.tokenizer, self.config, self.path
+            written = model, plan, self.inputs.tokenizer, replace(self.config, data=self._data_as_asked), self.path
             target, exactness = handover.write(*written, self._prompts, self.answers.command)
             facts |= exactness
         self.tell("export", 1, 1, "")
@@ -412,6 +415,13 @@ class Run:
         if needs is None or self._is_planned:
             return None
         return str(self.place.path), "knowledge" if "knowledge" in needs.texts else needs.name, needs.name
+
+    @property
+    def has_shared(self) -> bool:
+        """Whether what runs of a comparison share was made for it: the base's answers, and its statistics."""
+        statistics = self.surveys.steps(self.method.needs)
+        known = self._is_planned or all(self.place.is_done(step, options) for step, options in statistics.items())
+        return known and (not self.config.evaluate.asks or self.answers.base_is_known)
 
     def before_plan(self) -> None:
         """What other runs of a comparison may share: the base's answers, statistics, a boundary."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from farss.merging import in_layers, write_model
 from farss.methods import METHODS, check_elsewhere
 from farss.models import load_model, load_tokenizer, weights_fingerprint
 from farss.portable import Exported, logits, origin_of, portable, target_names, write_adapter, write_facts
+from farss.precision import dtype_name
+from farss.prompts import PROMPT_FACTS
 from farss.structure import PEFT_PREFIX, check_unshared, holds_packed
 
 log = logging.getLogger(__name__)
@@ -110,6 +112,13 @@ def write_prepared(
     return folder
 
 
+def was_prepared(folder: Path, plan: Plan, prompt: dict[str, Any], dtype: torch.dtype) -> bool:
+    """Whether a folder from `write_prepared` is of this plan and prompt, and of a base in this precision."""
+    origin = read_json(folder / "prepared.json")["origin"]
+    same = {name: origin[name] for name in PROMPT_FACTS if name in origin} == prompt and origin["base_dtype"] == dtype_name(dtype)
+    return same and Plan.load(folder / "plan.json") == plan
+
+
 GUIDE = """# A prepared start
 
 Train the LoRA in `adapter/` on the model in `base/`: that base is `{source}` without the start of the adapter, and of no use without it.
@@ -176,8 +185,11 @@ def convert(prepared: Path | str, trained: Path | str, out: Path | str, rank: in
     made = portable(((name, _change(name, layer.scaling, start, end)) for name, layer in plan.layers.items()), rank, energy)
     with whole_folder(out) as unfinished:
         write_adapter(unfinished, made.state, targets, base, made.rank)
-        prints = {str(prepared / "base"): facts.get("fingerprint"), base: origin.get("base_fingerprint")}
-        difference = _compare((str(prepared / "base"), trained), (base, unfinished), trusted, prints)
+        bases = (
+            _Base(str(prepared / "base"), trained, facts.get("fingerprint")),
+            _Base(base, unfinished, origin.get("base_fingerprint"), origin.get("base_dtype", "float32")),
+        )
+        difference = _compare(bases, trusted)
         exported = Exported(out, made.rank, made.lost, difference, made.effective_ranks)
         write_facts(unfinished, plan, origin, exported, made.state)
     return exported
@@ -196,7 +208,17 @@ def _change(name: str, scaling: float, start: dict[str, Tensor], end: dict[str, 
     return torch.cat([scaling * b, -scaling * b0], 1), torch.cat([a, a0])
 
 
-def _compare(trained: tuple[str, Path], converted: tuple[str, Path], trusted: bool, fingerprints: dict[str, str | None]) -> float:
+class _Base(NamedTuple):
+    """A base, and the adapter for it."""
+
+    path: str
+    adapter: Path
+    fingerprint: str | None
+    dtype: str = "float32"
+    """In which it was prepared, and its weights were rounded to: `model.dtype` may have been another than that of the files."""
+
+
+def _compare(bases: tuple[_Base, _Base], trusted: bool) -> float:
     """Largest |logit difference| (float32) between what was trained and the converted adapter, each on its base.
 
     Raises:
@@ -204,15 +226,15 @@ def _compare(trained: tuple[str, Path], converted: tuple[str, Path], trusted: bo
     """
     from peft import PeftModel
 
-    options = ModelConfig(dtype="float32", device="cpu", trust_remote_code=trusted)
-    tokenizer = load_tokenizer(replace(options, path=trained[0]))
+    options = ModelConfig(device="cpu", trust_remote_code=trusted)
+    tokenizer = load_tokenizer(replace(options, path=bases[0].path))
     batch = tokenizer("The quick brown fox jumps over the lazy dog.", return_tensors="pt")
     found = []
-    for base, adapter in (trained, converted):
-        loaded = load_model(replace(options, path=base))
-        if fingerprints[base] not in (None, weights_fingerprint(loaded)):
-            raise FolderError(f"{base} is not the base that was prepared: put it back, or prepare and train anew")
-        model = PeftModel.from_pretrained(loaded, str(adapter)).eval()
+    for base in bases:
+        loaded = load_model(replace(options, path=base.path), getattr(torch, base.dtype)).float()
+        if base.fingerprint not in (None, weights_fingerprint(loaded)):
+            raise FolderError(f"{base.path} is not the base that was prepared: put it back, or prepare and train anew")
+        model = PeftModel.from_pretrained(loaded, str(base.adapter)).eval()
         found.append(logits(model, batch))
         del model
     difference: Tensor = (found[0] - found[1]).abs().max()

@@ -21,6 +21,7 @@ ALPACA = (
 )
 ANSWER = "farss-answer"
 """Stands for an answer in a chat."""
+PROMPT_FACTS = ("template", "system", "thinking", "border")
 _TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 DAY = datetime(2024, 7, 26)
 """The date in chat templates that write one (the one that Llama 3.2's falls back to)."""
@@ -53,7 +54,7 @@ def prompt_facts(config: DataConfig, tokenizer: Any = None) -> dict[str, Any]:
         tokenizer: to add the `border` that a chat's answers have been trained behind.
     """
     border = answer_border(tokenizer).rstrip(" ") if tokenizer and config.template == "chat" and not config.thinking else ""
-    facts = {"template": config.template, "system": config.system, "thinking": config.thinking, "border": border}
+    facts = dict(zip(PROMPT_FACTS, (config.template, config.system, config.thinking, border), strict=True))
     return {name: fact for name, fact in facts.items() if fact}
 
 

@@ -56,6 +56,13 @@ def check_loaded(model: Any) -> None:
         raise ConfigError(f"model is a {type(model).__name__}: load it first, with AutoModelForCausalLM.from_pretrained")
 
 
+def has_adapter(model: nn.Module) -> bool:
+    """Whether PEFT has put an adapter on a model."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether a module computes `y = W h (+ b)` with a two-dimensional weight."""
     return (isinstance(module, nn.Linear) and _only_multiplies(module)) or is_transposed(module)
@@ -183,9 +190,11 @@ def target_layers(model: nn.Module, targets: list[str] | None = None) -> dict[st
     """Every linear layer inside the blocks that an adapter fits, or those whose name ends in one of `targets`, by full module name.
 
     Raises:
-        ConfigError: a name in `targets` matches no such layer.
+        ConfigError: a name in `targets` matches no such layer, or it is no list.
         ModelError: the model is spread over several devices.
     """
+    if isinstance(targets, str):
+        raise ConfigError(f"targets={targets!r} is a text: give a list, such as [{targets!r}], or nothing for every linear layer")
     _check_one_device(model)
     linear = _linear_layers(model)
     unfit = _unfit(model, linear)

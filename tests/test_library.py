@@ -5,6 +5,8 @@ import gc
 import itertools
 import json
 
+import numpy
+import pandas
 import pytest
 import torch
 import transformers
@@ -259,6 +261,11 @@ def test_an_encoder_is_refused(tokenizer, rows):
     [
         ({"model": "my-model"}, "model is a str: load it first"),
         ({"tokenizer": None}, "tokenizer is a NoneType"),
+        ({"tokenizer": lambda text: text}, "tokenizer is a function: load the model's"),
+        ({"targets": "q_proj"}, r"targets='q_proj' is a text: give a list, such as \['q_proj'\]"),
+        ({"base": "Residual"}, "base='Residual': did you mean 'residual'"),
+        ({"plan": farss.PlanConfig(shallow_directions="lowest")}, "plan.shallow_directions='lowest': choose one of least, most"),
+        ({"calibration": farss.CalibrationConfig(fisher="Sampled")}, "calibration.fisher='Sampled': did you mean 'sampled'"),
         ({"plan": {"rank": 8}}, r"plan is a dict: give a farss\.PlanConfig"),
         ({"dataset": {"train": [], "test": []}}, "dataset is a dict of train, test: give the rows of one of them"),
         ({"dataset": ["a prompt"]}, "row 1 is a str, not a dictionary of its columns: give a list of rows"),
@@ -268,6 +275,40 @@ def test_what_is_no_model_no_tokenizer_no_rows_or_no_options_is_named(tokenizer,
     given = {"model": base(tokenizer), "tokenizer": tokenizer, "dataset": rows, "plan": PLAN} | changes
     with pytest.raises(farss.FarssError, match=message):
         farss.prepare(**given)
+
+
+def test_a_tokenizer_without_an_end_is_named(tokenizer, rows):
+    model, tokenizer.eos_token = base(tokenizer), None
+    with pytest.raises(farss.FarssError, match="the tokenizer has no end-of-sequence token"):
+        farss.prepare(model, tokenizer, rows, plan=PLAN)
+
+
+def test_two_adapters_on_one_base_would_mix(tokenizer, rows, tmp_path):
+    farss.export(farss.prepare(base(tokenizer), tokenizer, rows, method="lora", plan=PLAN), tmp_path / "adapter")
+    model = base(tokenizer)
+    adapted = farss.load_adapter(model, tmp_path / "adapter")
+    for taken in (adapted, model):
+        with pytest.raises(farss.FarssError, match="this model has an adapter already, and two would mix"):
+            farss.load_adapter(taken, tmp_path / "adapter")
+    assert farss.load_adapter(adapted.unload(), tmp_path / "adapter")
+    assert farss.load_adapter(torch.compile(base(tokenizer)), tmp_path / "adapter")
+
+
+def test_the_first_process_alone_writes_when_all_have_parted(tokenizer, rows, tmp_path):
+    model = farss.prepare(base(tokenizer), tokenizer, rows, method="lora", plan=PLAN)
+    model.farss = model.farss._replace(rank=1)  # of a group that a trainer has ended since
+    assert farss.export(model, tmp_path / "adapter") is None
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_chats_of_pandas_are_lists(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    table = pandas.DataFrame({"messages": [numpy.array(chat, dtype=object)] * 4})
+    model = farss.prepare(base(tokenizer), tokenizer, table, method="lora", plan=PLAN, data=farss.DataConfig(template="chat"))
+    assert model.farss.prompt["system"] == "Be kind."  # which the adapter's card tells
 
 
 def test_an_adapter_that_is_not_there(tokenizer, tmp_path):

@@ -241,8 +241,18 @@ def test_a_prepared_start_of_another_plan_is_not_handed_out(config):
     assert Run(config).prepared() == before
     other = Run(override(config, ["plan.r_max=5"]))
     other.claim()
-    with pytest.raises(FolderError, match=r"prepared was prepared for another plan: delete it, or choose another out"):
+    with pytest.raises(
+        FolderError, match=r"prepared was prepared for another plan, prompt or model.dtype: delete it, or choose another out"
+    ):
         other.prepared()
+
+
+def test_a_prepared_start_of_another_prompt_is_not_handed_out(config):
+    """Its card would tell the prompt that the other trainer does not use."""
+    Run(pissa := override(config, ["plan.method=pissa"])).prepared()
+    for change in ("data.template='{instruction}'", "model.dtype=bfloat16"):
+        with pytest.raises(FolderError, match=r"prepared was prepared for another plan, prompt or model.dtype"):
+            Run(override(pissa, [change])).prepared()
 
 
 def test_the_versions_are_those_of_the_training(config):

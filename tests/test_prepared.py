@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from farss import prepared, world
 from farss.adapter import attach
-from farss.config import PlanConfig
+from farss.config import ModelConfig, PlanConfig
 from farss.errors import FarssError, FolderError, NumericalError
 from farss.files import read_json, write_json, write_tensors
 from farss.models import base_fingerprint, load_model
@@ -80,11 +80,22 @@ def test_a_start_that_was_not_trained_changes_nothing_and_that_is_told(written, 
     assert "nothing was trained" not in caplog.text
 
 
+def test_there_and_back_in_another_precision_than_that_of_the_files(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(world.MODEL)
+    model, found, plan = surveyed("llama", tmp_path / "survey", torch.float32, vocab_size=len(tokenizer))
+    model.save_pretrained(tmp_path / "original")
+    tokenizer.save_pretrained(tmp_path / "original")
+    rounded = load_model(ModelConfig(path=str(tmp_path / "original")), torch.bfloat16)
+    folder = write_prepared(attach(rounded, plan, found), plan, tokenizer, tmp_path / "prepared", tmp_path / "original")
+    train(folder, tmp_path / "trained")
+    assert convert(folder, tmp_path / "trained", tmp_path / "adapter").logit_difference < 0.1
+
+
 def test_the_way_back_runs_a_models_own_code_where_the_way_there_did(written, monkeypatch):
     place, folder, _ = written
     train(folder, place / "trained")
     asked = []
-    monkeypatch.setattr(prepared, "load_model", lambda options: asked.append(options) or load_model(options))
+    monkeypatch.setattr(prepared, "load_model", lambda options, dtype: asked.append(options) or load_model(options, dtype))
     for trusted in (False, True):
         write_json(folder / "prepared.json", read_json(folder / "prepared.json") | {"trusted": trusted})
         convert(folder, place / "trained", place / f"adapter-{trusted}")

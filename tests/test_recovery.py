@@ -85,6 +85,14 @@ def test_a_model_that_learned_nothing_recovers_as_the_base_does(values):
 
 
 @pytest.mark.usefixtures("no_figures")
+def test_a_whole_model_recovers_with_the_weights_that_it_has(values):
+    values |= {"plan": {"method": "full"}, "train": values["train"] | {"learning_rate": 1e-3}}
+    run = Run(from_dict(values))
+    run.all()
+    assert json.loads((run.path / "summary.json").read_text())["recovered"]
+
+
+@pytest.mark.usefixtures("no_figures")
 def test_a_comparison_recovers_the_base_once(values):
     values["compare"] = {"methods": ["lora", "pissa"]}
     folder = compare(from_dict(values), lambda *_: None)

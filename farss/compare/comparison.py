@@ -20,8 +20,8 @@ from farss.files import read_json
 from farss.folder import Folder, resolve
 from farss.handover import delete_weights
 from farss.inputs import Loaded
-from farss.jobs import Tell, do_all, silent
-from farss.options import TABLE_KEYS, options_of
+from farss.jobs import Tell, do_all, raise_all, silent
+from farss.options import TABLE_KEYS, difference, options_of
 from farss.pipeline import Run
 from farss.report import write_report
 from farss.versions import versions
@@ -54,6 +54,7 @@ def compare(config: Config, tell: Tell) -> Path:
             _ = entrant.run.inputs.examples  # another seed may draw rows that cannot be used
     _warn_of_others(config)
     Folder(config.out).claim(config, versions())
+    _remove_other_table(config)
     if not all(entrant.run.has_trained for entrant in everyone):
         replace(everyone[0].run, config=config).warn()
     diverged: list[str] = []
@@ -88,6 +89,14 @@ def _warn_of_others(config: Config) -> None:
         if others := [each for each in were if each not in now]:
             told = f"compare.{name} was {were} in {config.out}, and is {now}"
             log.warning(f"{told}: the table will be without {', '.join(map(str, others))}. Name them too, and nothing is done twice.")
+
+
+def _remove_other_table(config: Config) -> None:
+    """A table of other options is none of the configuration that lies beside it now."""
+    record = Folder(config.out).record("table")
+    if record and difference(record["options"], options_of(config, TABLE_KEYS)):
+        for kind in ("json", "md", "csv"):
+            (Path(config.out) / f"comparison.{kind}").unlink(missing_ok=True)
 
 
 def run_within(config: Config, tell: Tell) -> Run | None:
@@ -171,15 +180,22 @@ def _run_all(entrants: list[Entrant]) -> None:
     if not entrants:
         return
     config, tell = entrants[0].config, entrants[0].tell
-    if config.compare.jobs > 1:
-        _share_all(entrants)
-        for entrant in entrants:
-            entrant.run.before_plan()
-    do_all(_run_one, [entrant.item for entrant in entrants], config.compare.jobs, tell)
+    failed = _share_all(entrants) if config.compare.jobs > 1 else {}
+    errors = [*failed.values()]
+    try:
+        do_all(_run_one, [entrant.item for entrant in entrants if entrant.label not in failed], config.compare.jobs, tell)
+    except FarssError as error:
+        errors.append(error)
+    raise_all(errors)
 
 
-def _share_all(entrants: list[Entrant]) -> None:
-    """The base's answers and every kind of statistics, each in a process of its own; those of one text come one after the other."""
+def _share_all(entrants: list[Entrant]) -> dict[str, FarssError]:
+    """The base's answers and every kind of statistics, each in a process of its own; those of one text come one after the other. Then the
+    searches for boundaries.
+
+    Returns:
+        For each label that lacks something of it, why.
+    """
     config, tell = entrants[0].config, entrants[0].tell
     works: dict[tuple[Any, ...], dict[str, Item]] = {(Run.base,): {"": entrants[0].item}}
     for entrant in entrants:
@@ -187,7 +203,18 @@ def _share_all(entrants: list[Entrant]) -> None:
         if place := entrant.run.source:
             *source, kind = place
             works.setdefault((Run.statistics, *source), {}).setdefault(kind, entrant.item)
-    do_all(_share_one, [(make, [*items.values()]) for (make, *_), items in works.items()], config.compare.jobs, tell)
+    failed: dict[str, FarssError] = {}
+    try:
+        do_all(_share_one, [(make, [*items.values()]) for (make, *_), items in works.items()], config.compare.jobs, tell)
+    except FarssError as error:
+        failed = {entrant.label: error for entrant in entrants if not entrant.run.has_shared}
+    for entrant in entrants:
+        if entrant.label not in failed:
+            try:
+                entrant.run.before_plan()
+            except FarssError as error:
+                failed[entrant.label] = error
+    return failed
 
 
 def _share_one(work: tuple[Callable[[Run], Any], list[Item]], tell: Tell) -> None:

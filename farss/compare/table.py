@@ -230,7 +230,10 @@ def notes_of(config: Config, chosen: dict[str, Entrant], measure: str) -> list[s
     notes += [f"{label}: {Boundary.load(path).sentence}" for label, path in searched.items() if path.is_file()]
     if not config.compare.tune:
         return [f"Learning rate {config.train.learning_rate:g} for every method unless its own settings say otherwise.", *notes]
-    rates = ", ".join(f"{label} {one.run.config.train.learning_rate:g}" for label, one in chosen.items())
+    rates = ", ".join(
+        f"{label} {one.run.config.train.learning_rate:g}{' (by what it learned alone)' if is_reference(label) else ''}"
+        for label, one in chosen.items()
+    )
     tried = ", ".join(f"{factor:g}" for factor in config.compare.tune)
     return [
         f"Learning rates, each chosen by {measure} on {config.compare.held_out:.0%} of the questions, which the table leaves out (the "

@@ -35,15 +35,16 @@ def check_tuning(config: Config) -> None:
     if not (config.evaluate.knowledge and config.evaluate.task):
         raise ConfigError("compare.tune chooses by KT: name questions in evaluate.knowledge and evaluate.task")
     chooses, limit = held_out(config.compare.held_out), config.evaluate.limit
-    for entry in (*config.evaluate.knowledge, *config.evaluate.task):
-        if isinstance(entry, str) and limit is not None and limit * config.compare.held_out < FEWEST:
+    for entry in config.evaluate.asked:
+        chosen_by = entry not in config.evaluate.other
+        if isinstance(entry, str) and chosen_by and limit is not None and limit * config.compare.held_out < FEWEST:
             raise ConfigError(
                 f"compare.held_out={config.compare.held_out} takes about {limit * config.compare.held_out:g} of the {limit} questions of "
                 f"{entry!r} (evaluate.limit) to choose learning rates by: set evaluate.limit={FEWEST / config.compare.held_out:.0f}"
             )
         if isinstance(entry, QuestionSet):
             asked = draw_from_files(entry, config.seed).asked
-            if (count := sum(chooses(str(row["id"])) for row in asked)) in (0, len(asked)):
+            if (count := sum(chooses(str(row["id"])) for row in asked)) in ((0, len(asked)) if chosen_by else (len(asked),)):
                 raise ConfigError(
                     f"compare.held_out={config.compare.held_out} takes {count} of the {len(asked)} questions of {entry.name!r} to choose "
                     "learning rates by, and the table needs the others: ask more questions, or change it"

@@ -254,7 +254,8 @@ def comparison_headline(comparison: Comparison) -> list[str]:
 def _best(table: dict[str, Any], found: dict[str, Value]) -> list[str]:
     """The method with the highest KT, and those from which it cannot be told apart: by the p-value of the paired difference where there
     is one, else by whether they lie in its interval."""
-    *others, name = sorted(found, key=lambda method: found[method].mean or 0.0)
+    name = max(found, key=lambda method: found[method].mean or 0.0)  # the first of equal ones, as in the differences
+    others = sorted(found.keys() - {name}, key=lambda method: found[method].mean or 0.0)
     best = found[name]
     verb = "has the highest balance of kept and learned" if others else "has the balance"
     sentences = [f"{cut(name, 80)} {verb}, KT {percent(best.mean)}{_spread(best)}."]

@@ -30,7 +30,10 @@ def complete(site: Site, key: str) -> Survey | None:
         return None
     found = Survey.load(site.folder)
     if found.meta.get("key") != key:
-        raise FolderError(f"{found.folder} holds a survey of another model or of other data: choose another folder, or delete it")
+        raise FolderError(
+            f"{found.folder} holds a survey of another model, of other data, or for another method or seed: choose another folder, or "
+            "delete it"
+        )
     found.check_cap(site.cap)
     return found
 
@@ -48,7 +51,9 @@ def begin(site: Site, key: str, batches: list[Batch]) -> dict[str, Any]:
         if {name: progress.get(name) for name in mark} == mark:
             return progress
         if (progress["key"], progress["cap"]) != (key, site.cap):
-            raise FolderError(f"{folder} holds an unfinished survey of another model, other data or another rank: delete it")
+            raise FolderError(
+                f"{folder} holds an unfinished survey of another model, of other data, or for another method, seed or rank: delete it"
+            )
         if progress.get("processes") != mark["processes"]:
             raise FolderError(f"{folder} holds a survey that {progress.get('processes')} processes began: go on with as many, or delete it")
         raise FolderError(f"{folder} holds a survey that was begun with another calibration.batch_size: go on with that, or delete it")

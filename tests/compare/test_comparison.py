@@ -10,14 +10,14 @@ from transformers import Trainer
 from farss import surveys
 from farss.artifacts import Survey
 from farss.cli import app
-from farss.compare import compare, run_within, write_so_far
+from farss.compare import compare, comparison, run_within, write_so_far
 from farss.compare.comparison import _possible
 from farss.configfile import from_dict, load, override
 from farss.errors import ConfigError, FolderError, NumericalError, UsageError
 from farss.files import write_json
 from farss.folder import resolve
 from farss.inputs import Loaded
-from farss.jobs import silent
+from farss.jobs import do_all, silent
 from farss.methods import METHODS
 from farss.pipeline import Run
 from farss.report import write_report
@@ -185,6 +185,41 @@ def test_several_jobs_give_the_table_of_one(values, tmp_path):
     timed = ("seconds_init", "seconds_train", "peak_memory_gib", "peak_memory_init_gib")
     for first, second in zip(alone["rows"], beside["rows"], strict=True):
         assert {key: first[key] for key in first if key not in timed} == {key: second[key] for key in second if key not in timed}
+
+
+def test_what_cannot_be_shared_stops_no_run_without_it(values, monkeypatch):
+    """In its own process, where several jobs run, and before all of them."""
+    real = comparison._share_one
+
+    def work(items, tell):
+        if items[0] is Run.statistics:
+            raise NumericalError("no statistics of knowledge")
+        real(items, tell)
+
+    def one_by_one(work, items, jobs, tell):
+        return do_all(work, items, 1, tell)
+
+    monkeypatch.setattr(comparison, "_share_one", work)
+    monkeypatch.setattr(comparison, "do_all", one_by_one)
+    values["compare"] = {"methods": ["corda-kpm", "lora"], "jobs": 2}
+    with pytest.raises(NumericalError, match="no statistics of knowledge"):
+        compare(from_dict(values), silent)
+    folder = Path(values["out"])
+    assert [row["method"] for row in read(folder)["rows"]] == ["lora"]
+    assert not (folder / "corda-kpm-seed0" / "train.json").exists()
+
+
+def test_a_table_of_other_options_goes_when_they_change(values, monkeypatch):
+    values["compare"] = {"methods": ["lora"]}
+    folder = compare(config := from_dict(values), silent)
+    compare(config, silent)
+    assert (folder / "comparison.md").is_file()
+    monkeypatch.setattr(comparison, "_run_all", lambda entrants: (_ for _ in ()).throw(FolderError("stopped")))
+    (entry,) = values["evaluate"]["knowledge"]
+    values["evaluate"]["knowledge"] = [entry | {"limit": 5}]
+    with pytest.raises(FolderError, match="stopped"):
+        compare(from_dict(values), silent)
+    assert not [*folder.glob("comparison.*")]
 
 
 def test_a_run_of_a_comparison_is_exported_with_what_it_shares(values):

@@ -19,6 +19,7 @@ from farss.jobs import silent
 from farss.pipeline import Run
 from farss.report import comparison_markdown
 from farss.tasks.outcomes import Estimate
+from farss.tasks.questions import draw_from_files
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 
@@ -126,6 +127,11 @@ def test_a_rate_that_diverges_is_left_out(values):
         compare(from_dict(values | {"out": f"{values['out']}-other"}), silent)
 
 
+def ids_of(config):
+    """Of the questions that are asked beside knowledge and task."""
+    return [str(row["id"]) for row in draw_from_files(config.evaluate.other[0], config.seed).asked]
+
+
 def test_tuning_needs_a_measure(values):
     config = from_dict({**values, "compare": {"methods": ["lora"], "tune": [1, 2]}})
     with pytest.raises(ConfigError, match=r"needs full fine-tuning: add full to compare.methods"):
@@ -137,6 +143,13 @@ def test_tuning_needs_a_measure(values):
     for share, taken in ((0.001, 0), (0.999, 16)):
         with pytest.raises(ConfigError, match=rf"compare.held_out={share} takes {taken} of the 16 questions of 'facts'"):
             compare(override(config, [f"compare.held_out={share}"]), silent)
+    other = values["evaluate"]["knowledge"][0] | {"name": "other", "limit": 1}
+    beside = from_dict(
+        {**values, "evaluate": values["evaluate"] | {"other": [other]}, "compare": {"methods": ["lora", "full"], "tune": [1]}}
+    )
+    everything = next(share / 100 for share in range(40, 100) if all(map(held_out(share / 100), ids_of(beside))))
+    with pytest.raises(ConfigError, match=r"takes 1 of the 1 questions of 'other'"):
+        compare(override(beside, [f"compare.held_out={everything}"]), silent)
     few = override(config, ["evaluate.knowledge=[gsm8k]", "evaluate.limit=20"])
     with pytest.raises(ConfigError, match=r"takes about 4 of the 20 questions of 'gsm8k' .*: set evaluate.limit=50"):
         compare(few, silent)

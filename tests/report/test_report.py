@@ -425,6 +425,12 @@ def test_the_headline_takes_the_interval_of_the_table_and_the_paired_difference(
     write_standings(comparison_folder, kt, [("KT", "lora", "farss", -0.01, -0.02, -0.001)], p=0.06)
     doubt = "of 2 methods that are alike, one would lead as far in 5 % of all comparisons or more."
     assert f"Its lead over lora is no result: {doubt}" in draw(comparison_folder).words
+    equal = {"farss": (0.95, 0.93, 0.97), "lora": (0.94, 0.92, 0.96), "farss@x": (0.95, 0.93, 0.97), "full": (0.99, 0.98, 1.0)}
+    gaps = [("KT", "lora", "farss", -0.01, -0.02, -0.001), ("KT", "farss@x", "farss", 0.0, 0.0, 0.0)]
+    write_standings(comparison_folder, equal, gaps, p=0.01)
+    words = draw(comparison_folder).words
+    assert "farss has the highest balance" in words, "the first of equal ones, with which the differences are"
+    assert "lies lora" not in words
     write_standings(comparison_folder, kt, [])
     assert "Inside that range lies lora: a difference this small is no result." in draw(comparison_folder).words
 

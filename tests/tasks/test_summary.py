@@ -47,6 +47,15 @@ def test_summary(three, tmp_path):
     assert json.loads((tmp_path / "summary.json").read_text()) == dataclasses.asdict(summary)
 
 
+def test_few_right_answers_make_too_narrow_an_interval(three):
+    config, folder = three
+    notes = summarise(folder / "base", folder / "after", folder / "full", config).notes
+    assert any(
+        note.startswith("The interval of K is too narrow: the untouched model answers 8 of 12 questions of 'mixed'") for note in notes
+    )
+    assert any("The interval of T is too narrow: full fine-tuning answers" in note for note in notes)
+
+
 def test_summary_without_full_fine_tuning(three):
     config, folder = three
     summary = summarise(folder / "base", folder / "after", None, config)
