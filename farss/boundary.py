@@ -328,10 +328,9 @@ def probe_config(config: Config, rounds: list[Round]) -> Config:
     A model is scored best where its learning rate has fallen to zero, as it has at the end of a run: in the middle of a
     training knowledge seems lost that the end of it brings back. But a probe shall also go on from where the shorter one
     before it ended. So the rate falls once for every first probe's length and starts anew (SGDR, Loshchilov & Hutter,
-    2017); as each round has twice the steps, every round ends at the end of a fall.
+    2017); as each round has twice the steps, every round ends at the end of a fall. There is no warm-up: it is a step at least, of rate
+    zero, by which every fall would end later than its round.
     """
-    first, last = rounds[0].steps, rounds[-1].steps
-    warmup = config.train.warmup_ratio * first / last  # a share of the first fall
     rate = config.train.learning_rate * config.boundary.rate
-    options = replace(config.train, learning_rate=rate, max_steps=last, scheduler="cosine_with_restarts", warmup_ratio=warmup, report_to=[])
-    return replace(config, train=options)
+    falls = replace(config.train, learning_rate=rate, scheduler="cosine_with_restarts", warmup_ratio=0.0)
+    return replace(config, train=replace(falls, max_steps=rounds[-1].steps, report_to=[]))

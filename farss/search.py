@@ -93,6 +93,10 @@ def halved(count: int) -> list[int]:
     return counts
 
 
+SHORTEST = 2
+"""Steps of a first probe: with one its learning rate does not fall."""
+
+
 def fit(wanted: list[int], steps_full: int, probe: float, budget: float, scoring: float) -> Schedule:
     """The schedule with the most candidates, and then the most rounds, whose first probe keeps half its length or more.
 
@@ -108,12 +112,12 @@ def fit(wanted: list[int], steps_full: int, probe: float, budget: float, scoring
     """
     if len(wanted) == 1:
         return Schedule(wanted, [], steps_full, scoring)
-    longest = max(1, int(probe * steps_full))
+    longest = max(SHORTEST, int(probe * steps_full))
     for kept in _thinned(wanted):
         counts = halved(len(kept))
         for rounds in range(len(counts), 0, -1):
             steps = min(longest, _first_probe(counts[:rounds], budget * steps_full, scoring))
-            if 2 * steps >= longest:
+            if steps >= SHORTEST and 2 * steps >= longest:
                 return Schedule(kept, [Round(n, steps * 2**place) for place, n in enumerate(counts[:rounds])], steps_full, scoring)
     raise ConfigError(
         f"plan.boundary=auto: {budget:.0%} of {steps_full} training steps are too few for probes of {longest} steps and their "

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from farss.artifacts import Layer, Plan
 from farss.config import PlanConfig
+from farss.errors import ConfigError
 from farss.maths.directions import factors
 from farss.methods.base import Context, Method, Regime, Start
 from farss.methods.diagonal import add_diagonals, orthogonality
@@ -25,6 +26,10 @@ def cut_cap(layer: Layer) -> int:
 def plan(config: PlanConfig, context: Context) -> Plan:
     """One rank everywhere, and a diagonal of that size."""
     made = uniform_plan(config, context, "least", lambda rank, rows: rank, cut_cap)
+    if not made.layers:
+        raise ConfigError(
+            "plan.method=kasa: each of the target layers has one singular component, and KaSA cuts components off: choose others"
+        )
     small = [name for name, layer in context.layers.items() if cut_cap(layer) < made.rank]
     if not small:
         return made

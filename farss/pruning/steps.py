@@ -242,6 +242,7 @@ class Pruning:
         recipe, place, target = RECIPES[method], self.folder.path / method, self._model(method)
         if not self._is_made(method):
             gone = sorted(self.chosen(recipe.rule))
+            check_deletable(self.inputs.architecture, gone, self.config.model.trust_remote_code)  # before anything is trained
             with Folder(place).step("prune", self._made_options(method)) as facts:
                 facts |= {"blocks": gone, **self._make(method, gone, target)}
         shutil.rmtree(place / "checkpoints", ignore_errors=True)

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+from transformers import DynamicCache
 
 from farss.config import ModelConfig
-from farss.errors import ModelError
+from farss.errors import ModelError, first_line
 from farss.files import whole_folder
 from farss.merging import is_rounded, write_model
 from farss.models import empty_of, load_model
@@ -67,16 +69,38 @@ def check_deletable(architecture: Any, gone: Collection[int], trusted: bool) -> 
         architecture: the model without its weights; it stays as it is.
 
     Raises:
-        ModelError: the architecture makes something else of it.
+        ModelError: the architecture makes something else of it, or allows no such model, or it can write nothing, as a hybrid without any
+            attention.
     """
     shorter = copy.deepcopy(architecture)
     delete_blocks(shorter, gone)
-    described = empty_of(shorter.config, trusted)
+    try:
+        type(shorter.config).from_dict(shorter.config.to_dict())  # as whoever loads it does, who lets transformers look at the values
+        described = empty_of(shorter.config, trusted)
+        possible = _remembers(shorter) or not _remembers(architecture)
+    except (ValueError, StrictDataclassError) as error:
+        raise ModelError(f"{_without(architecture, gone)}, and transformers allows no such model ({first_line(error)})") from error
+    if not possible:
+        raise ModelError(f"{_without(architecture, gone)}, and without any attention left transformers' models of this kind write nothing")
     if _shapes(shorter) != _shapes(described) or _constants(shorter) != _constants(described):
         raise ModelError(
             f"{type(architecture).__name__} derives the kind of each block from its place, so that without some of them it would be "
             "another model: blocks of this architecture cannot be deleted"
         )
+
+
+def _without(architecture: Any, gone: Collection[int]) -> str:
+    blocks = ", ".join(map(str, sorted(gone)))
+    return f"the blocks {blocks} of {type(architecture).__name__} would go (other options of prune choose others)"
+
+
+def _remembers(model: Any) -> bool:
+    """Whether the cache of what was read, which knows its length by the blocks with attention, can be made for a model."""
+    try:
+        DynamicCache(config=model.config.get_text_config()).get_seq_length()
+    except ValueError:
+        return False
+    return True
 
 
 def _shapes(model: Any) -> dict[str, torch.Size]:

@@ -70,7 +70,7 @@ def build(
     trainer = trainer_class(
         run=run,
         model=model,
-        args=_arguments(config.train, config.seed, checkpoints, weights.device, cycles),
+        args=_arguments(config.train, config.seed, checkpoints, weights.device, cycles, training_steps(config.train, len(examples.rows))),
         train_dataset=examples.dataset(),
         processing_class=tokenizer,
         callbacks=[callback_class(run), *callbacks],
@@ -79,8 +79,8 @@ def build(
     return trainer
 
 
-def _arguments(options: TrainConfig, seed: int, checkpoints: Path, device: torch.device, cycles: int | None) -> Any:
-    """The options in TRL's words."""
+def _arguments(options: TrainConfig, seed: int, checkpoints: Path, device: torch.device, cycles: int | None, steps: int) -> Any:
+    """The options in TRL's words. `steps`: of the whole training."""
     from trl import SFTConfig  # type: ignore[attr-defined]
 
     micro = options.micro_batch_size or options.batch_size
@@ -100,7 +100,7 @@ def _arguments(options: TrainConfig, seed: int, checkpoints: Path, device: torch
         optim="adamw_torch_fused" if device.type == "cuda" else "adamw_torch",  # the other copies second moments at every step
         lr_scheduler_type=options.scheduler,
         lr_scheduler_kwargs={"num_cycles": cycles} if cycles else None,
-        warmup_steps=options.warmup_ratio,  # below 1 it is a share of the steps, rounded up
+        warmup_steps=min(math.ceil(options.warmup_ratio * steps), steps - 1),  # the first has a rate of zero, so of one step none
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
         seed=seed,

@@ -1,6 +1,7 @@
 """The laws of the methods that train more than A and B, or train by rules of their own."""
 
 import dataclasses
+import math
 from functools import partial
 
 import pytest
@@ -14,9 +15,10 @@ from trainings import examples as rows_to_learn
 from farss.adapter import START, TRAINED, attach, changed_weight, lora_layers, start_of
 from farss.artifacts import Layer
 from farss.config import PlanConfig
-from farss.errors import FarssError
+from farss.errors import ConfigError, FarssError
 from farss.merging import in_layers
 from farss.methods import METHODS
+from farss.methods.base import Context
 from farss.methods.singular import read
 from farss.plan import make_plan, make_plan_without_survey
 from farss.portable import export, in_float32
@@ -268,3 +270,10 @@ def test_other_trainers_are_refused_what_they_cannot_do(tmp_path):
     adapted, plan, _ = attached("dora", small("llama").float())
     with pytest.raises(FarssError, match="'dora' becomes no plain LoRA"):
         write_prepared(adapted, plan, None, tmp_path / "prepared", tmp_path)
+
+
+def test_kasa_needs_a_component_to_spare():
+    """A layer with one output has one, and a plan without layers would be that of full fine-tuning."""
+    layer = Layer("gate", 0, (1, 32), math.nan)
+    with pytest.raises(ConfigError, match="each of the target layers has one singular component"):
+        METHODS["kasa"].plan(PlanConfig(method="kasa", rank=1), Context({"gate": layer}, 1))

@@ -301,6 +301,16 @@ def test_an_architecture_that_goes_by_places_is_refused_before_anything_is_done(
     assert not Path(pruning.out).exists()
 
 
+def test_blocks_that_may_not_go_together_are_refused_before_the_training(pruning, monkeypatch):
+    """Which ones go is not known before they are chosen."""
+    checked = []
+    monkeypatch.setattr("farss.pruning.steps.check_deletable", lambda model, gone, trusted: checked.append(gone))
+    monkeypatch.setattr(Pruning, "_make", lambda *_: (_ for _ in ()).throw(NumericalError("stopped")))
+    with pytest.raises(NumericalError, match="stopped"):
+        prune(override(pruning, ["prune.methods=[random]"]), silent)
+    assert [len(gone) for gone in checked] == [1, 2]
+
+
 def test_a_pruned_model_is_a_model_to_prune_and_to_fine_tune(pruning, tmp_path):
     folder = prune(override(pruning, ["prune.methods=[shortgpt]", "prune.ratio=0.25"]), silent)
     again = [f"model.path={folder / 'shortgpt' / 'model'}", f"out={tmp_path / 'again'}", "prune.ratio=0.34"]

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from small_models import logits, save_small, small
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, OlmoHybridConfig
 
 from farss.config import ModelConfig
 from farss.errors import ModelError
@@ -136,6 +136,25 @@ def test_an_architecture_that_goes_by_places_is_refused(kind):
     with pytest.raises(ModelError, match="blocks of this architecture cannot be deleted"):
         check_deletable(model, [0], False)
     assert len(find_blocks(model)[1]) == len(find_blocks(small(kind))[1])  # and stays as it was
+
+
+def test_a_hybrid_keeps_some_attention():
+    """Without any, transformers' cache does not know how much was read, and neither forward passes nor generation work."""
+    model = copy.deepcopy(small("granite-hybrid")).to("meta")
+    attention = [place for place, kind in enumerate(model.config.layer_types) if "attention" in kind and "linear" not in kind]
+    check_deletable(model, attention[:-1], False)
+    with pytest.raises(ModelError, match="without any attention left"):
+        check_deletable(model, attention, False)
+
+
+def test_what_transformers_allows_nobody_to_load_is_refused():
+    linear = {f"linear_{name}": number for name, number in {"num_key_heads": 4, "num_value_heads": 4, "key_head_dim": 8}.items()}
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    kinds = ["linear_attention", "linear_attention", "linear_attention", "full_attention"]
+    config = OlmoHybridConfig(**linear, **sizes, linear_value_head_dim=8, num_hidden_layers=4, pad_token_id=0, layer_types=kinds)
+    check_deletable(empty_of(config, False), [0], False)
+    with pytest.raises(ModelError, match="transformers allows no such model"):
+        check_deletable(empty_of(config, False), [3], False)
 
 
 def test_a_scale_that_depends_on_the_place_is_found_without_the_weights():

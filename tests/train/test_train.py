@@ -48,10 +48,19 @@ def test_one_full_step_is_adamw_on_the_mean_over_answer_tokens(tmp_path: Path) -
         torch.testing.assert_close(parameter[solid[name]], other.get_parameter(name)[solid[name]], atol=2e-6, rtol=0)
 
 
+def test_a_training_of_one_step_is_one(tmp_path: Path) -> None:
+    """Whose warm-up would be all of it, at a rate of zero."""
+    model = whole_model()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    done = train(model, tokenizer(), examples(4), options(max_steps=1, warmup_ratio=0.03, logging_steps=1), tmp_path)
+    assert [entry["learning_rate"] for entry in done.log if "learning_rate" in entry] == [1e-2]
+    assert any(not torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+
+
 def test_on_a_gpu_the_optimiser_copies_no_moments(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's AdamW over lists of tensors holds the root of every second moment at once: 4 bytes a weight more."""
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
-    arguments = [_arguments(options().train, 0, Path("x"), torch.device(kind), None) for kind in ("cpu", "cuda")]
+    arguments = [_arguments(options().train, 0, Path("x"), torch.device(kind), None, 8) for kind in ("cpu", "cuda")]
     assert [each.optim.value for each in arguments] == ["adamw_torch", "adamw_torch_fused"]
 
 
