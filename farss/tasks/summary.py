@@ -17,7 +17,7 @@ from farss.tasks.standing import Entry, Standing, standings, stream_of
 
 BEFORE, AFTER, FULL = 0, 1, 2
 ENOUGH = 20
-"""Right answers from which on the bootstrap's 95 % intervals hold the truth 93 times of 100 and more."""
+"""Right answers from which on the bootstrap's 95 % intervals hold the truth 92 times of 100 and more (`benchmarks/coverage.py`)."""
 LEFT_OUT = 0.01
 """Share of the resamples that an interval may leave out unsaid."""
 
@@ -212,7 +212,7 @@ def _few(stands: Standing) -> list[str]:
 
 
 def _narrow(letter: str, outcomes: list[Outcomes], reference: int, who: str) -> list[str]:
-    """Whose interval is too narrow, because what it is relative to are a few right answers: of 10 it holds the truth 87 times of 100."""
+    """Whose interval is too narrow, because what it is relative to are a few right answers: of 10 it holds the truth 88 times of 100 (`benchmarks/coverage.py`)."""
     return [
         f"The interval of {letter} is too narrow: {who} answers {right:.0f} of {len(each.scores[reference]):,} questions of "
         f"{each.score.name!r} right, and fewer than {ENOUGH} say little: ask more questions."
