@@ -85,7 +85,8 @@ def _warn_of_others(config: Config) -> None:
         before = load(Path(config.out) / CONFIG)
     except FarssError:
         return
-    for name, were, now in (("methods", before.compare.methods, config.compare.methods), ("seeds", seeds(before), seeds(config))):
+    kinds = (("methods", before.compare.methods, config.compare.methods), ("seeds", seeds(before), seeds(config)))
+    for name, were, now in kinds if before.compare.methods else ():
         if others := [each for each in were if each not in now]:
             told = f"compare.{name} was {were} in {config.out}, and is {now}"
             log.warning(f"{told}: the table will be without {', '.join(map(str, others))}. Name them too, and nothing is done twice.")

@@ -212,7 +212,7 @@ def _few(stands: Standing) -> list[str]:
 
 
 def _narrow(letter: str, outcomes: list[Outcomes], reference: int, who: str) -> list[str]:
-    """Whose interval is too narrow, because what it is relative to are a few right answers: of 10 it holds the truth 88 times of 100 (`benchmarks/coverage.py`)."""
+    """Whose interval is too narrow, because what it is relative to are a few right answers: of 10 it holds the truth 88 times of 100."""
     return [
         f"The interval of {letter} is too narrow: {who} answers {right:.0f} of {len(each.scores[reference]):,} questions of "
         f"{each.score.name!r} right, and fewer than {ENOUGH} say little: ask more questions."
