@@ -264,7 +264,7 @@ def test_an_encoder_is_refused(tokenizer, rows):
         ({"tokenizer": lambda text: text}, "tokenizer is a function: load the model's"),
         ({"targets": "q_proj"}, r"targets='q_proj' is a text: give a list, such as \['q_proj'\]"),
         ({"base": "Residual"}, "base='Residual': did you mean 'residual'"),
-        ({"plan": farss.PlanConfig(shallow_directions="lowest")}, "plan.shallow_directions='lowest': choose one of least, most"),
+        ({"plan": farss.PlanConfig(shallow_directions="lowest")}, "plan.shallow_directions='lowest': did you mean 'least'"),
         ({"calibration": farss.CalibrationConfig(fisher="Sampled")}, "calibration.fisher='Sampled': did you mean 'sampled'"),
         ({"plan": {"rank": 8}}, r"plan is a dict: give a farss\.PlanConfig"),
         ({"dataset": {"train": [], "test": []}}, "dataset is a dict of train, test: give the rows of one of them"),
