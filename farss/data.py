@@ -43,8 +43,12 @@ class Tokenized:
         """How to ask a model that has learned them: with their system message, and with room for thoughts if they begin with some, where
         the configuration does not say so."""
         system = config.system if config.system is not None else self.system or None
-        thinks = config.thinking or (self.thoughtless is not None and self.thoughtless < 0.5)
-        return replace(config, system=system, thinking=thinks)
+        return replace(config, system=system, thinking=config.thinking or self.thinks)
+
+    @property
+    def thinks(self) -> bool:
+        """Whether most of their last answers begin with thoughts."""
+        return self.thoughtless is not None and self.thoughtless < 0.5
 
     def dataset(self) -> Any:
         """The same as a `datasets.Dataset`, with `labels` beside the mask: TRL takes it as it is."""

@@ -171,7 +171,7 @@ class Inputs:
                 "evaluate.learned_by=likelihood, but with data.thinking=true a model writes its thoughts first, and how likely the right "
                 "answer is without them says nothing: set evaluate.learned_by=score"
             )
-        if share is None or data.thinking == (share < 0.5):
+        if share is None or data.thinking == self.examples.thinks:
             return
         if data.thinking:
             raise ConfigError(f"data.thinking=true, but {share:.0%} of the answers in {data.train} begin without thoughts: set it to false")

@@ -37,7 +37,17 @@ from farss.portable import Exported, check_batch
 from farss.portable import export as export_adapter
 from farss.prompts import prompt_facts
 from farss.rows import cell, knowledge_texts
-from farss.structure import check_loaded, check_readable, find_blocks, has_adapter, holds_packed, is_sharded, keep_gradients, target_layers
+from farss.structure import (
+    check_loaded,
+    check_readable,
+    find_blocks,
+    has_adapter,
+    holds_packed,
+    is_sharded,
+    keep_gradients,
+    target_layers,
+    uncompiled,
+)
 from farss.survey import LENGTH, Site, batches_for, look, own_text
 
 OURS = re.compile(rf"\.(?:{TRAINED}|{START})\b")
@@ -109,7 +119,7 @@ def prepare(
     Raises:
         FarssError: something in the arguments, the data or the model cannot be used; the message says what and the cure.
     """
-    model = getattr(model, "_orig_mod", model)  # of torch.compile, which gives all layers another name
+    model = uncompiled(model)
     check_loaded(model)
     if not callable(tokenizer) or not hasattr(tokenizer, "eos_token_id"):  # a processor has its tokenizer within
         raise ConfigError(f"tokenizer is a {type(tokenizer).__name__}: load the model's, with AutoTokenizer.from_pretrained")

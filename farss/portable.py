@@ -28,7 +28,7 @@ from farss.maths.compress import compress
 from farss.models import base_fingerprint, quantization_of, tensors_fingerprint, tokenizer_fingerprint
 from farss.places import outside, placed, placed_in_turn
 from farss.precision import dtype_name, float32_products
-from farss.structure import PEFT_PREFIX, check_loaded, find_blocks, has_adapter, is_linear, is_packed, weight_of
+from farss.structure import PEFT_PREFIX, check_loaded, find_blocks, has_adapter, is_linear, is_packed, uncompiled, weight_of
 
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """vLLM accepts these and no others (`max_lora_rank`), so the exported rank is padded up to one of them."""
@@ -196,7 +196,7 @@ def load_adapter(model: Any, folder: Path | str, tokenizer: Any = None, trainabl
     """
     from peft import PeftModel
 
-    folder, model = Path(folder), getattr(model, "_orig_mod", model)  # of torch.compile, which gives all layers another name
+    folder, model = Path(folder), uncompiled(model)
     check_loaded(model)
     if has_adapter(model):
         raise FarssError("this model has an adapter already, and two would mix: load its base once more, or take the first off (unload)")

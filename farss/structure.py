@@ -56,6 +56,11 @@ def check_loaded(model: Any) -> None:
         raise ConfigError(f"model is a {type(model).__name__}: load it first, with AutoModelForCausalLM.from_pretrained")
 
 
+def uncompiled(model: Any) -> Any:
+    """The model within one from torch.compile, which gives all layers another name; any other as it is."""
+    return getattr(model, "_orig_mod", model)
+
+
 def has_adapter(model: nn.Module) -> bool:
     """Whether PEFT has put an adapter on a model."""
     from peft.tuners.tuners_utils import BaseTunerLayer
