@@ -104,7 +104,8 @@ class QuestionSet:
     """Column with the answer, or with a list of accepted answers."""
     prompt: str | None = None
     """The prompt, with {question} in it; `train` for the training template; null: `train` for tasks and
-    'Question: {question}\\nAnswer:' for knowledge."""
+    'Question: {question}\\nAnswer:' for knowledge. But in the training template an answer ends with its first line (metric number: with
+    the first empty one)."""
     fewshot: int = 0
     """Show this many other questions, with their answers, before each question."""
     examples: str | None = None
@@ -145,7 +146,7 @@ class CalibrationConfig:
     """count: pad every example to data.max_length and let the padding count in the survey's averages, as the authors'
     released code does (for comparison only)."""
     svd: Literal["exact", "fast"] = "exact"
-    """exact: decompositions in float64; fast: in float32 wherever a block cannot become shallow (the survey measures how
+    """Of a survey: exact: decompositions in float64; fast: in float32 wherever a block cannot become shallow (the survey measures how
     many of the chosen directions stay the same; of Gemma 3 270M's, 99.99 %)."""
 
     def __post_init__(self) -> None:

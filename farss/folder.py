@@ -117,6 +117,11 @@ class Folder:
             return False
         return bool(record["done"]) and (makes is None or makes.exists())
 
+    def is_other(self, step: str, options: dict[str, Any]) -> bool:
+        """Whether a step was begun with other options."""
+        record = self.record(step)
+        return record is not None and difference(record["options"], options) is not None
+
     def refuse_other(self, step: str, options: dict[str, Any], cure: str | None = None) -> None:
         """Refuse to go on where a step was begun with other options.
 

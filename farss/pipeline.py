@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ from farss.artifacts import Plan, Scores, Survey
 from farss.boundary import Boundary, Prober, Setting, find
 from farss.boundary import prepare as prepare_search
 from farss.config import Config, DataConfig, PlanConfig
-from farss.errors import FolderError
+from farss.errors import DataError, FolderError
 from farss.folder import Folder, is_run_folder, resolve
 from farss.inputs import Inputs, Loaded
 from farss.jobs import Tell, silent
@@ -213,6 +214,14 @@ class Run:
     def _refuse_other_plan(self) -> None:
         if not self._may_replan:
             self.folder.refuse_other("plan", self._plan_options)
+            for step, options in self.surveys.steps(self.method.needs).items():
+                self._planned_from.refuse_other(step, options)
+
+    @property
+    def _planned_from(self) -> Folder:
+        """The folder of the statistics that the plan was made from; in a comparison those of other options lie elsewhere."""
+        known = (self.folder.record("plan") or {}).get("statistics")
+        return Folder(self.path / known) if known else self.place
 
     def _refuse_other_training(self) -> None:
         if not self._may_replan:
@@ -221,7 +230,9 @@ class Run:
 
     @property
     def _is_planned(self) -> bool:
-        return self.folder.is_done("plan", self._plan_options, makes=self.path / "plan.json")
+        statistics, made_from = self.surveys.steps(self.method.needs), self._planned_from
+        other = any(made_from.is_other(step, options) for step, options in statistics.items())
+        return not other and self.folder.is_done("plan", self._plan_options, makes=self.path / "plan.json")
 
     @property
     def _is_trained(self) -> bool:
@@ -331,7 +342,7 @@ class Run:
         """`adapter/` (or `model/`): what is handed over."""
         handover.check_form(self.config)
         self.train()
-        plan, options = self.plan(), options_of(self.config, EXPORT_KEYS)
+        plan, options = self.plan(), options_of(self.config, (*EXPORT_KEYS, "data.system", "data.thinking"))  # the card names them
         target = handover.place_of(self.config, self.path)
         lost = not handover.weights_are_there(target) and (self.path / "checkpoints").is_dir()  # not deleted by compare.keep
         if self.folder.is_done("export", options, makes=target) and not lost:
@@ -395,6 +406,9 @@ class Run:
         if self.config.export.to == "gguf" and handover.is_whole(self.config):
             log.warning(f"export.to=gguf writes adapters, and {self.config.plan.method} hands over a whole model: llama.cpp converts it.")
         if self.has_trained:
+            with suppress(DataError):  # the training examples may be gone
+                for sentence in [] if self.answers.complete else self.inputs.warnings_of_questions():
+                    log.warning(sentence)
             return
         if self.config.adapter.base == "residual" and self.method.takes_out and self.config.train.dropout:
             log.warning("With adapter.base=residual dropout falls on the adapter's start as well, and costs much: set train.dropout=0.")
@@ -457,8 +471,8 @@ class Run:
         """The base model with this plan's adapters, before training; with another configuration's seed, if one is given."""
         config = config or self.config
         # Full fine-tuning updates the weights themselves, and bfloat16 would round small updates away.
+        found = self.statistics()  # first: where it is gone, a model is loaded to make it again
         model = load_model(config.model, None if plan.layers else torch.float32)
-        found = self.statistics()
         if found is not None:
             check_fingerprint(found, model)
         self._regime = self.method.regime(config.plan, plan) if self.method.regime else None

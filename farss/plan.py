@@ -35,11 +35,12 @@ def make_plan(config: PlanConfig, survey: Survey) -> Plan:
     if needs is None or not needs.has_directions or not survey.examples:
         return made
     widest = max(min(layer.shape) if needs is SURVEY else layer.shape[1] for layer in survey.layers.values())  # others: of the inputs
-    if survey.tokens >= widest:
+    tokens = min(survey.tokens, survey.meta.get("knowledge_tokens", survey.tokens))
+    if tokens >= widest:
         return made
     longer = " or give calibration.knowledge longer texts" if "knowledge" in needs.texts else ""
     note = (
-        f"The survey saw {survey.tokens:,} tokens, fewer than the {widest:,} directions of its widest layers: "
+        f"The survey saw {tokens:,} tokens, fewer than the {widest:,} directions of its widest layers: "
         f"raise calibration.examples{longer} for steadier statistics."
     )
     return dataclasses.replace(made, notes=[*made.notes, note])

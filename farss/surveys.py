@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ from farss.inputs import Inputs
 from farss.jobs import Tell
 from farss.memory import peak_gib, reset_peak
 from farss.methods import Reading
-from farss.models import check_room, device_of, load_model, tokenizer_fingerprint, weights_fingerprint, will_be_quantised
+from farss.models import check_room, device_of, load_model, stored_dtype, tokenizer_fingerprint, weights_fingerprint, will_be_quantised
 from farss.options import READING_KEYS, options_of
 from farss.plan import method_of, survey_cap
+from farss.precision import dtype_name
 from farss.survey import LENGTH, Site, batches_for, look, own_text
 
 
@@ -48,7 +49,15 @@ class Surveys:
         keys = {**({"own_text": READING_KEYS["knowledge"]} if writes else {}), needs.name: READING_KEYS[needs.of]}
         found = {step: options_of(config, its) for step, its in keys.items()}
         found[needs.name] |= {"over": needs.over} if needs.over == "examples" else {}  # there were CorDA's covariances without
+        found[needs.name] |= {"model.dtype": self._cast}
         return found
+
+    @cached_property
+    def _cast(self) -> str:
+        """The precision in which the weights are looked at; auto: as they are stored, whether `model.dtype` names that or not."""
+        model = self.inputs.common_config.model
+        as_stored = model.dtype == "auto" or model.dtype == dtype_name(stored_dtype(replace(model, dtype="auto")))
+        return "auto" if as_stored else model.dtype
 
     def of(self, needs: Reading) -> Survey:
         """`<its name>/`: what a method looks at."""

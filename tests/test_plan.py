@@ -54,6 +54,8 @@ def test_too_few_tokens_are_told(found):
     note = make_plan(PlanConfig(method="corda-kpm", rank=4), dataclasses.replace(found, tokens=40)).notes[-1]  # of inputs
     assert "than the 80 directions of its widest layers: raise calibration.examples or give calibration.knowledge longer texts" in note
     assert make_plan(BASE, dataclasses.replace(found, tokens=40)).notes == make_plan(BASE, found).notes
+    both = dataclasses.replace(found, meta=found.meta | {"knowledge_tokens": 40})  # the task has enough, and knowledge has not
+    assert make_plan(PlanConfig(method="farss-plus", rank=4), both).notes[-1].startswith("The survey saw 40 tokens, fewer than the 80 ")
 
 
 @pytest.mark.parametrize(

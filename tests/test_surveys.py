@@ -44,3 +44,13 @@ def test_a_finished_run_holds_to_the_knowledge_it_looked_at(config):
     for change in ("calibration.knowledge=null", "calibration.examples=6"):
         with pytest.raises(FolderError, match=rf"holds the step 'null-space', made with {change.partition('=')[0]}="):
             Run(override(config, [change])).claim()
+
+
+def test_a_survey_of_weights_in_another_precision_is_refused_at_once(config):
+    """Before the untouched model is asked anything."""
+    run = Run(config)
+    run.claim()
+    run.survey()
+    Run(override(config, ["model.dtype=float32"])).claim()  # as they are stored
+    with pytest.raises(FolderError, match=r"step 'survey', made with model.dtype='auto', and now model.dtype='bfloat16'"):
+        Run(override(config, ["model.dtype=bfloat16"])).claim()

@@ -205,8 +205,9 @@ def _share_all(entrants: list[Entrant]) -> dict[str, FarssError]:
             *source, kind = place
             works.setdefault((Run.statistics, *source), {}).setdefault(kind, entrant.item)
     failed: dict[str, FarssError] = {}
+    jobs = max(2, min(config.compare.jobs, len(works)))  # fewer, which have more threads each; in processes of their own
     try:
-        do_all(_share_one, [(make, [*items.values()]) for (make, *_), items in works.items()], config.compare.jobs, tell)
+        do_all(_share_one, [(make, [*items.values()]) for (make, *_), items in works.items()], jobs, tell)
     except FarssError as error:
         failed = {entrant.label: error for entrant in entrants if not entrant.run.has_shared}
     for entrant in entrants:

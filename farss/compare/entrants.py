@@ -10,11 +10,12 @@ from typing import Any
 from farss.config import Config, PlanConfig, is_reference, method_of_label
 from farss.configfile import from_dict, set_key
 from farss.errors import ConfigError, nearest
+from farss.files import fingerprint
 from farss.folder import resolve
 from farss.inputs import Loaded
 from farss.jobs import Tell
 from farss.methods import METHODS
-from farss.options import READING_KEYS, SURVEY_KEYS, options_of
+from farss.options import READING_KEYS, options_of
 from farss.pipeline import Run
 from farss.plan import method_of
 
@@ -47,9 +48,10 @@ class Entrant:
         if self.factor is not None:
             own = replace(own, train=replace(own.train, learning_rate=own.train.learning_rate * self.factor))
             name = f"{self.label}-lr{own.train.learning_rate:g}-seed{self.seed}"
-        keys = (*SURVEY_KEYS, *READING_KEYS["knowledge"])
-        same = options_of(common, keys) == options_of(self.config, keys)
         needs = method_of(own.plan).needs
+        keys = READING_KEYS[needs.of] if needs else ()
+        looks = options_of(common, keys)
+        same = looks == options_of(self.config, keys)
         shared = {"evaluate-base", "recover-base", "train recover-base"}
         shared |= {"own text", *([needs.name] if needs else [])} if same else set()
 
@@ -60,7 +62,7 @@ class Entrant:
             replace(own, out=str(out / name)),
             shared=out,
             shared_config=common,
-            statistics_folder=None if same else out / self.label,
+            statistics_folder=None if same else out / f"statistics-{fingerprint(looks)[:8]}",
             label=self.label,
             beside=plans_of(self.config),
             tell=named,

@@ -40,7 +40,8 @@ def check_tuning(config: Config) -> None:
         if isinstance(entry, str) and chosen_by and limit is not None and limit * config.compare.held_out < FEWEST:
             raise ConfigError(
                 f"compare.held_out={config.compare.held_out} takes about {limit * config.compare.held_out:g} of the {limit} questions of "
-                f"{entry!r} (evaluate.limit) to choose learning rates by: set evaluate.limit={FEWEST / config.compare.held_out:.0f}"
+                f"{entry!r} (evaluate.limit) to choose learning rates by: set "
+                f"evaluate.limit={math.ceil(FEWEST / config.compare.held_out)}"
             )
         if isinstance(entry, QuestionSet):
             asked = draw_from_files(entry, config.seed).asked

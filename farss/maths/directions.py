@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from farss.maths.moments import add_square, mirrored
+from farss.precision import float32_products
 
 WEAK = {torch.float64: 1e-3, torch.float32: 3e-3}
 """Directions below this share of the largest singular value are weak. They are decomposed once more by themselves: the
@@ -53,6 +54,7 @@ class Decomposition:
         """How many directions are not weak."""
         return self.sigma.numel() - self.far_weak.shape[1]
 
+    @float32_products("highest")
     def far(self, which: Tensor | None = None) -> Tensor:
         """[max(m, n), r] far vectors of the directions `which` (indices [r]); None: of all of them."""
         if which is None:
@@ -75,6 +77,7 @@ class Decomposition:
         return u * signs, v * signs
 
 
+@float32_products("highest")
 def decompose(weight: Tensor, precision: torch.dtype = torch.float64) -> Decomposition:
     """Singular value decomposition of `W [m, n]` (eq. 13), through the eigenvectors of the smaller Gram matrix.
 

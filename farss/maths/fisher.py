@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from farss.precision import float32_products
+
 
 def importance(activation: Tensor, gradient: Tensor, shape: tuple[int, int]) -> float:
     """Fisher importance `tr(G W A W^T) / (m n)` (eq. 8) from two moments of one size.
@@ -17,6 +19,7 @@ def importance(activation: Tensor, gradient: Tensor, shape: tuple[int, int]) -> 
     return (activation.double() * gradient.double()).sum().item() / (shape[0] * shape[1])
 
 
+@float32_products("highest")
 def output_energy(weight: Tensor, activation: Tensor | None = None) -> float:
     """`tr(W A W^T) / (m n)`: eq. 8 with `G = I`; with `A = I` too where no moment `A [n, n]` is given.
 

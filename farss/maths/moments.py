@@ -77,6 +77,7 @@ class ExampleMoment(Moment):
         self.count += len(examples) - rows.shape[0]
 
 
+@float32_products("highest")
 def energies(moment: Tensor, basis: Tensor) -> Tensor:
     """[k]: `q_i^T E q_i` of a moment `E [w, w]` along the columns of `Q [w, k]`."""
     basis = basis.to(moment.dtype)

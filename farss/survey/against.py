@@ -7,7 +7,7 @@ inputs, each times the norm of the gradient at its output, and of the inputs on 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import torch
@@ -22,7 +22,7 @@ from farss.memory import give_back_if_scarce
 from farss.models import weights_fingerprint
 from farss.places import Batch
 from farss.survey.kept import KNOWLEDGE
-from farss.survey.passage import Passage, counted, through
+from farss.survey.passage import Passage, real_count, through
 from farss.survey.site import Site
 from farss.survey.statistics import (
     Readout,
@@ -47,6 +47,7 @@ def against(site: Site, task: list[Batch], knowledge: list[Batch], read: Read) -
     Arguments and errors are those of `farss.survey.survey`, and `read` says what is kept of a layer.
     """
     key = reading_key(site, read, [*task, *knowledge])
+    site = replace(site, meta={**site.meta, "knowledge_tokens": real_count(knowledge)})
     return carry_out(partial(Against, read=read, knowledge=knowledge), site, task, key)
 
 
@@ -93,7 +94,7 @@ class Against(Sweep):
                 with torch.no_grad(), recording_inputs(modules, knowledge, text.mask):
                     through(self.site.blocks[index], index, text, state)
             add_up_moments([*task.values(), *knowledge.values()])
-        tokens = sum(int(counted(batch).sum()) for batch in self.knowledge)
+        tokens = real_count(self.knowledge)
         found = {}
         with self.timed("directions"):
             for place, (name, layer) in enumerate(inside.items()):

@@ -68,6 +68,11 @@ def counted(batch: Batch) -> Tensor:
     return batch.get("counted", batch["attention_mask"]).bool()
 
 
+def real_count(batches: Iterable[Batch]) -> int:
+    """How many tokens of these batches count."""
+    return sum(int(counted(batch).sum()) for batch in batches)
+
+
 def returned_by(model: nn.Module, blocks: nn.ModuleList, batch: Batch) -> Returned:
     """What a block returns: a short example goes through the first one."""
     found: list[Returned] = []

@@ -13,7 +13,7 @@ from farss.errors import FolderError
 from farss.files import fingerprint, read_json, write_json, write_tensors
 from farss.places import Batch
 from farss.survey.kept import Kept
-from farss.survey.passage import counted
+from farss.survey.passage import real_count
 from farss.survey.site import Site
 
 PROGRESS = "progress.json"
@@ -72,7 +72,7 @@ def finish(site: Site, batches: list[Batch], facts: dict[str, Any]) -> Survey:
             meta["overlap"] = found["overlap"]
     measured = {name: Layer(name, x.block, x.shape, importances[name]) for name, x in site.layers.items()}
     examples = sum(batch["input_ids"].shape[0] for batch in batches)
-    tokens = sum(int(counted(batch).sum()) for batch in batches)
+    tokens = real_count(batches)
     Survey(folder, measured, len(site.blocks), site.cap, examples, tokens, meta).save()
     for path in [*folder.glob("block-????.json"), folder / PROGRESS]:
         path.unlink()

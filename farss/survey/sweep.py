@@ -37,6 +37,7 @@ from farss.survey.passage import (
     counted,
     enter,
     output_gradient,
+    real_count,
     returned_by,
     through,
     uniform_draws,
@@ -141,7 +142,7 @@ class Sweep:
             draws: seed of the labels that are drawn from the model; None: the data's own labels.
             note: called by the first process when a block is done.
         """
-        self.tokens = sum(int(counted(batch).sum()) for batch in batches)
+        self.tokens = real_count(batches)
         self.examples = sum(len(batch["input_ids"]) for batch in batches)
         model, blocks, device = self.site.model, self.site.blocks, self.site.place
         last, lowest = len(blocks) - 1, min(layer.block for layer in self.site.layers.values())

@@ -12,7 +12,7 @@ from farss.compare import compare
 from farss.compare.entrants import Entrant, configured, plans_of
 from farss.compare.table import notes_of
 from farss.configfile import from_dict
-from farss.errors import ConfigError
+from farss.errors import ConfigError, FolderError
 from farss.folder import resolve
 from farss.inputs import Loaded
 from farss.jobs import silent
@@ -22,14 +22,21 @@ pytestmark = pytest.mark.usefixtures("no_figures")
 
 def test_a_variant_has_its_own_options_and_its_own_statistics(values):
     values["compare"] = {
-        "methods": ["farss", "farss@few", "farss@wide"],
-        "settings": {"farss@few": {"calibration.examples": 4}, "farss@wide": {"plan.r_max": 8}},
+        "methods": ["farss", "farss@few", "farss@wide", "farss-init@few", "pissa@few"],
+        "settings": {
+            "farss@few": {"calibration.examples": 4},
+            "farss@wide": {"plan.r_max": 8},
+            "farss-init@few": {"calibration.examples": 4},
+            "pissa@few": {"calibration.examples": 4},
+        },
     }
     folder = compare(from_dict(values), silent)
-    assert [row["method"] for row in read(folder)["rows"]] == ["farss", "farss@few", "farss@wide"]
+    assert [row["method"] for row in read(folder)["rows"]] == values["compare"]["methods"]
     assert Survey.load(folder / "survey").examples == 8
-    assert Survey.load(folder / "farss@few" / "survey").examples == 4
-    assert not (folder / "farss@wide").exists()  # another plan of the same survey
+    (own,) = folder.glob("statistics-*")  # one for those that look at the same; another plan of a survey, and weights alone, need none
+    assert Survey.load(own / "survey").examples == 4
+    assert [path.name for path in own.iterdir() if path.name != "steps"] == ["survey"]
+    assert Survey.load(folder / "weights").layers
     notes = read(folder)["notes"]
     assert {"farss@few: calibration.examples=4", "farss@wide: plan.r_max=8"} <= set(notes)
     assert any(note.startswith("farss@wide: The shallow layers got ") for note in notes)  # of one row, behind its name
@@ -134,3 +141,25 @@ def test_a_comparisons_own_full_fine_tuning_is_the_reference(values):
     for methods, reference in ((["lora", "full@slow"], None), (["lora"], "elsewhere")):
         config = from_dict(values | {"compare": {"methods": methods}})
         assert configured(config, "lora").evaluate.full_scores == reference
+
+
+@pytest.mark.parametrize("then", [{}, {"farss": {"calibration.examples": 4}}])
+def test_a_result_is_not_taken_for_one_of_other_statistics(values, then):
+    """A run's folder is the same, and its statistics lie elsewhere."""
+    values["compare"] = {"methods": ["farss"], "settings": {} if then else {"farss": {"calibration.examples": 4}}}
+    compare(from_dict(values), silent)
+    values["compare"]["settings"] = then
+    with pytest.raises(FolderError, match=r"holds the step 'survey', made with calibration.examples="):
+        compare(from_dict(values), silent)
+
+
+def test_a_plan_of_other_statistics_is_made_again(values):
+    for settings in ({}, {"farss": {"calibration.examples": 4}}):
+        values["compare"] = {"methods": ["farss"], "settings": settings}
+        entrant = Entrant("farss", None, 0, resolve(from_dict(values)), Loaded(), silent)
+        entrant.run.claim()
+        made = entrant.run.plan()
+        assert made == entrant.run.plan()
+        assert entrant.run.statistics().examples == (4 if settings else 8)
+        assert (entrant.run.path / (entrant.run.folder.record("plan")["statistics"]) / "survey").is_dir()
+        assert entrant.run.folder.record("plan")["statistics"] == (".." if not settings else f"../{entrant.run.place.path.name}")

@@ -153,6 +153,8 @@ def test_tuning_needs_a_measure(values):
     few = override(config, ["evaluate.knowledge=[gsm8k]", "evaluate.limit=20"])
     with pytest.raises(ConfigError, match=r"takes about 4 of the 20 questions of 'gsm8k' .*: set evaluate.limit=50"):
         compare(few, silent)
+    with pytest.raises(ConfigError, match=r"set evaluate.limit=34"):  # 33 would be refused again
+        compare(override(few, ["compare.held_out=0.3"]), silent)
     for bad, message in (("tune=[0]", "tune holds 0"), ("tune=[1, 1]", "tune holds 1.0 twice"), ("seeds=[2, 2]", "seeds holds 2 twice")):
         with pytest.raises(ConfigError, match=f"compare.{message}"):
             override(config, [f"compare.{bad}"])

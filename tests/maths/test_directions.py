@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from small_models import quadratic_form
 
 from farss.maths.directions import decompose, direction_scores, factors, overlap, select
-from farss.maths.fisher import importance
+from farss.maths.fisher import importance, output_energy
 from farss.maths.moments import Covariance, Moment, energies, product
 
 
@@ -205,3 +205,25 @@ def test_what_counts_is_the_part_of_the_weight_and_not_the_length_of_its_factors
         b, a = factors(u, scale * sigma, v / scale, 1.0)
         torch.testing.assert_close(b @ a, u[:, :1] * sigma[:1] @ v[:, :1].T)
         assert not b[:, 1].any()
+
+
+@pytest.mark.parametrize("how", ["high", "medium"])
+def test_a_choice_of_fast_products_changes_no_direction(how):
+    """Whoever calls the library may have made it, and so may a container."""
+    weight, activations = matrix(64, 48).float(), matrix(200, 48, 1).float()
+    activations[:, 0] += 30  # a direction that all tokens have in common
+
+    def found():
+        parts = decompose(weight, torch.float32)
+        moment = Moment()
+        moment.add(activations)
+        return parts.sigma, parts.far(), energies(moment.mean, parts.near), torch.tensor(output_energy(weight, moment.mean))
+
+    before = found()
+    torch.set_float32_matmul_precision(how)
+    try:
+        after = found()
+        assert torch.get_float32_matmul_precision() == how
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
