@@ -118,6 +118,7 @@ def _measured(summary: dict[str, Any]) -> list[str]:
         if summary.get(name):
             estimate = summary[name]
             by = ", by likelihood" if name != "K" and summary.get("learned_by") == "likelihood" else ""
+            by += f", relative to {summary['reference']}" if name == "T" and summary.get("reference") else ""
             lines.append(f"- {name}{by}: {estimate['value']:.1%} (95 % interval {estimate['low']:.1%} to {estimate['high']:.1%})")
     if summary.get("forgetting") is not None:
         lines.append(f"- loss on general text: {summary['forgetting']:+.3f} nats a token")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,12 @@ from farss.models import base_fingerprint, weights_fingerprint
 from farss.precision import dtype_name
 from farss.prompts import answer_end, prompt_text, separator
 from farss.rows import text_rows
-from farss.tasks.benchmarks import Benchmark, list_benchmarks
+from farss.tasks.benchmarks import Benchmark, grading, list_benchmarks
 from farss.tasks.grading import METRICS, STEPS, without_thoughts
 from farss.tasks.likelihood import text_loss
 from farss.tasks.live import PromptProgress, asking, live_model, prompt_tokenizer, require_harness
 from farss.tasks.names import task_manager
-from farss.tasks.questions import prompt_of, task_settings
+from farss.tasks.questions import asked_so, prompt_of, task_settings
 from farss.tasks.records import Logged, QuestionRecord, main_metric, metric_label, records_of
 
 BASE = "base"
@@ -58,12 +58,17 @@ def evaluate(
     where |= {"quantization": config.model.quantization} if config.model.quantization != "none" else {}
     identity = {"weights": _identity(model), **where, "seed": config.seed, **_versions()}
     benchmarks = list_benchmarks(config, identity)
+    asks = prompt_tokenizer(tokenizer)
     results = {each.name: _finished(folder / "scores", each) for each in benchmarks}
+    for each in benchmarks:  # a chat template, which writes the prompts, may have changed
+        if results[each.name] and isinstance(each.entry, QuestionSet) and each.drawn:
+            prompt = prompt_of(each.entry, each.kind, config.data, asks)
+            if not asked_so(each.drawn, prompt, read_records(folder / "scores", each.name)):
+                results[each.name] = None
     waiting = [each for each in benchmarks if results[each.name] is None]
     manager = task_manager([each.name for each in waiting if each.drawn is None], config.evaluate.run_generated_code)
     memory = memory_cure(config.evaluate.batch_size, "prompts at a time", "evaluate.batch_size")
     with freed_memory_kept(model.device), memory, asking(model, config.evaluate.run_generated_code):
-        asks = prompt_tokenizer(tokenizer)
         tasks = {each.name: _load(each, asks, config, manager) for each in waiting}  # what cannot be reached is known before any is asked
         live = live_model(model, asks, config.evaluate.batch_size, on_progress) if waiting else None
         for each in waiting:
@@ -109,11 +114,11 @@ def _ask_and_write(benchmark: Benchmark, tasks: dict[str, Any], live: Any, confi
     live.start(benchmark.name, chat)
     logged = _run(benchmark, tasks, live, config)
     metrics = [main_metric(each) for each in logged]
-    records: list[QuestionRecord] = []
-    for each, metric in zip(logged, metrics, strict=True):
-        found = records_of(each, metric, f"{each.name}/" if len(logged) > 1 else "")
-        # a model that thinks first does not give the bare right answer; those of lm_eval's tasks may not fit, and HFLM cuts their prompts
-        records += found if thinks else _with_gold(live.gold if benchmark.drawn else live.loglikelihood, each, found)
+    found = [records_of(each, metric, f"{each.name}/" if len(logged) > 1 else "") for each, metric in zip(logged, metrics, strict=True)]
+    records = [record for each in found for record in each]
+    if not thinks:  # a model that thinks first does not give the bare right answer
+        # those of lm_eval's tasks may not fit, and HFLM cuts their prompts
+        _add_gold(live.gold if benchmark.drawn else live.loglikelihood, zip(logged, found, strict=True))
     if benchmark.drawn is not None:
         for record in records:
             record["id"] = benchmark.drawn.asked[record["id"]]["id"]
@@ -132,9 +137,11 @@ def _ask_and_write(benchmark: Benchmark, tasks: dict[str, Any], live: Any, confi
 
 
 def _write(benchmark: Benchmark, folder: Path, records: list[QuestionRecord], score: TaskScore) -> TaskScore:
-    write_text(folder / f"{benchmark.name}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
-    longest = {"max_tokens": benchmark.entry.max_tokens} if isinstance(benchmark.entry, QuestionSet) else {}
-    write_json(folder / f"{benchmark.name}.json", {"key": benchmark.key, **longest, "score": asdict(score)})
+    path = folder / f"{benchmark.name}.json"
+    path.unlink(missing_ok=True)  # or that of other answers would stand beside these, if we were stopped in between
+    write_text(path.with_name(f"{benchmark.name}.jsonl"), "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+    how = {"max_tokens": benchmark.entry.max_tokens} if isinstance(benchmark.entry, QuestionSet) else {}
+    write_json(path, {"key": benchmark.key, **how, **grading([benchmark.entry]), "score": asdict(score)})
     return score
 
 
@@ -211,18 +218,19 @@ def _draw_places(sizes: dict[str, int], limit: int, seed: int) -> dict[str, list
     return drawn
 
 
-def _with_gold(ask: Callable[[list[Any]], list[tuple[float, bool]]], logged: Logged, records: list[QuestionRecord]) -> list[QuestionRecord]:
+def _add_gold(ask: Callable[[list[Any]], list[tuple[float, bool]]], asked: Iterable[tuple[Logged, list[QuestionRecord]]]) -> None:
     """Fill in the log-likelihood (nats) of the first accepted answer, on the prompt that was asked."""
     from lm_eval.api.instance import Instance
 
-    open_records = [each for each in records if each["gold_loglikelihood"] is None and each["gold"] and each["gold"][0].strip()]
-    delimiter = logged.task.config.target_delimiter
-    requests = [
-        Instance("loglikelihood", {}, (each["prompt"], delimiter + each["gold"][0]), place) for place, each in enumerate(open_records)
+    unknown = [
+        (record, logged.task.config.target_delimiter + record["gold"][0])
+        for logged, records in asked
+        for record in records
+        if record["gold_loglikelihood"] is None and record["gold"] and record["gold"][0].strip()
     ]
-    for record, (likelihood, _) in zip(open_records, ask(requests) if requests else [], strict=True):
+    requests = [Instance("loglikelihood", {}, (record["prompt"], gold), place) for place, (record, gold) in enumerate(unknown)]
+    for (record, _), (likelihood, _) in zip(unknown, ask(requests) if requests else [], strict=True):
         record["gold_loglikelihood"] = likelihood
-    return records
 
 
 # --- results that are there already ----------------------------------------------------------------------------------

@@ -91,6 +91,11 @@ class Inputs:
                 "T and KT will be missing: they are relative to full fine-tuning, or to another run in its place. Name its scores in "
                 "evaluate.full_scores, or compare with full."
             )
+        return found + self.warnings_of_questions()
+
+    def warnings_of_questions(self) -> list[str]:
+        """What speaks against what is asked: those that were trained, or protected."""
+        config, found = self.config, list[str]()
         protected = {same_words(text) for text in self.knowledge}
         for entry in config.evaluate.asked:
             if isinstance(entry, QuestionSet):
@@ -112,6 +117,13 @@ class Inputs:
         found = [f"{trained:,} {of_all} are training examples too."] if trained else []
         if beside := self._once(asked_without, entry):
             found.append(f"{entry.data} has a column {beside!r} beside {entry.question!r}, which is not asked.")
+        as_trained = entry.prompt == "train" or (entry.prompt is None and entry in self.config.evaluate.task)
+        lines = sum(all("\n" in answer.strip() for answer in row["answers"]) for row in questions)
+        if lines and not as_trained and entry.metric != "number":
+            found.append(
+                f"The right answers to {lines:,} {of_all} have several lines, and an answer ends with its first: ask {entry.name!r} "
+                "with prompt: train."
+            )
         if known:
             found.append(f"{known:,} {of_all} are in calibration.knowledge too, which some methods protect: they saw the answers.")
         if long:

@@ -26,7 +26,7 @@ class Bars:
             self.tasks[step] = self.progress.add_task(step, total=total, line="")
         task = self.progress.tasks[self.progress.task_ids.index(self.tasks[step])]
         if done < task.completed:  # a step may count several things, one after the other
-            task.start_time = self.progress.get_time()
+            self.progress.reset(self.tasks[step], total=total)
         if done >= total and task.visible:  # a line above the bars: those of many steps would not fit on a screen
             self.progress.console.print(f"{escape(step)}: {total} of {total}, {_duration(task.elapsed or 0.0)}", highlight=False)
         self.progress.update(self.tasks[step], completed=done, total=total, line=escape(line), visible=done < total)
@@ -49,7 +49,8 @@ def bars() -> Iterator[Callable[[str, int, int, str], None]]:
         TimeRemainingColumn(),
         TextColumn("[dim]{task.fields[line]}"),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    a_day = 24 * 60 * 60.0  # of what is done in it the time left is estimated: a step of a large model may take minutes
+    with Progress(*columns, console=console, disable=not console.is_terminal, speed_estimate_period=a_day) as progress:
         yield Bars(progress).tell if console.is_terminal else LogLines().tell
 
 

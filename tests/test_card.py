@@ -39,6 +39,7 @@ def test_a_card_asks_in_the_prompt_of_the_training(data, quantization, tmp_path,
     (adapter / "adapter_config.json").write_text("{}")
     (adapter / "farss.json").write_text(json.dumps(facts))
     write_card(adapter)
+    assert "relative to" not in (adapter / "README.md").read_text()
     code = re.search(r"```python\n(.*?)```", (adapter / "README.md").read_text(), re.DOTALL)[1]
     compile(code, "card", "exec")
     assert ("BitsAndBytesConfig" in code) == bool(quantization)
@@ -49,3 +50,13 @@ def test_a_card_asks_in_the_prompt_of_the_training(data, quantization, tmp_path,
     values = {"tokenizer": tokenizer}
     exec("\n".join(lines), values)
     assert values["prompt"] == prompt_text(data.template, question, tokenizer, data.system, data.thinking)
+
+
+def test_a_card_says_what_t_is_relative_to(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "farss.json").write_text(json.dumps(FACTS))
+    one = {"value": 1.2, "low": 1.1, "high": 1.3}
+    write_card(tmp_path, {"K": one, "T": one, "reference": "the run of lora", "benchmarks": []})
+    lines = (tmp_path / "README.md").read_text().splitlines()
+    assert "- T, relative to the run of lora: 120.0% (95 % interval 110.0% to 130.0%)" in lines
+    assert "- K: 120.0% (95 % interval 110.0% to 130.0%)" in lines

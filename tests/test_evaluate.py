@@ -100,7 +100,7 @@ def test_a_killed_evaluation_continues_with_the_next_benchmark(model, tokenizer,
     with pytest.raises(KeyboardInterrupt):
         evaluate(model, tokenizer, config, tmp_path, on_progress=tell)
     assert not (tmp_path / "scores.json").exists()
-    assert told[-2] == ("known", 16, 16)
+    assert told[-2] == ("known", 8, 8)
     killed = False
     told.clear()
     evaluate(model, tokenizer, config, tmp_path, on_progress=tell)
@@ -239,3 +239,42 @@ def test_a_model_that_thinks_first_is_not_asked_how_likely_bare_answers_are(mode
     assert scores.task["steps"].gold_loglikelihood is None
     assert scores.knowledge["mixed"].gold_loglikelihood is not None
     assert [watched.name for watched in prepare_course(config, in_chat(tokenizer), 1e6).sets] == ["mixed"]
+
+
+def test_questions_are_asked_again_in_another_chat(model, tokenizer, files, tmp_path):
+    """The chat template writes the prompts."""
+    chatty = copy.deepcopy(tokenizer)
+    chatty.chat_template = "{% for m in messages %}U{{ m['content'] }}{% endfor %}A"
+    config = replace(asking(task=[QuestionSet("steps", files["steps"])]), data=DataConfig(template="chat"))
+    for begin in ("", "System: count. "):
+        chatty.chat_template = begin + chatty.chat_template
+        evaluate(model, chatty, config, tmp_path)
+        assert read_records(tmp_path / "scores", "steps")[0]["prompt"].startswith(begin or "U")
+    evaluate(model, chatty, config, tmp_path, on_progress=pytest.fail)
+
+
+def test_what_has_no_right_answer_to_score_is_counted_to_its_end(model, tokenizer, files, tmp_path):
+    """After thoughts the right answer is not scored by itself."""
+    chatty = copy.deepcopy(tokenizer)
+    chatty.chat_template = "{% for m in messages %}U{{ m['content'] }}{% endfor %}A"
+    config = replace(asking(task=[QuestionSet("steps", files["steps"])]), data=DataConfig(template="chat", thinking=True))
+    told = []
+    evaluate(model, chatty, config, tmp_path, on_progress=lambda *args: told.append(args))
+    assert told[-1] == ("steps", 4, 4)
+
+
+def test_a_score_never_stands_beside_other_answers(model, tokenizer, files, tmp_path, monkeypatch):
+    """An evaluation may be killed between the two files, and the folder be used for its first options again."""
+    config = asking([QuestionSet("known", files["known"])])
+    evaluate(model, tokenizer, config, tmp_path)
+
+    def stopped(path, value):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("farss.evaluate.write_json", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, tokenizer, replace(config, seed=1), tmp_path)
+    monkeypatch.undo()
+    told = []
+    evaluate(model, tokenizer, config, tmp_path, on_progress=lambda *args: told.append(args))
+    assert told

@@ -131,3 +131,23 @@ def test_what_would_be_missed_at_the_end_is_told_before_anything_is_done(config,
     assert f"1 of the 1 texts in {words} are in calibration.knowledge too" in told(*both)
     Run(override(config, ["evaluate.knowledge=[]", "evaluate.task=[]", "plan.method=lora", "train.max_steps=1"])).all()
     assert "nothing will say what was lost" in caplog.text
+
+
+def test_an_answer_of_several_lines_to_a_prompt_of_its_own_is_told(config, tmp_path):
+    file = tmp_path / "poems.jsonl"
+    file.write_text(json.dumps({"question": "Which?", "answers": ["one\ntwo"]}) + "\n")
+    template = ", prompt: 'Q {question}'"
+    for kind, own, told in (("knowledge", "", 1), ("task", "", 0), ("task", template, 1), ("knowledge", ", prompt: train", 0)):
+        asked = override(config, [f"evaluate.{kind}=[{{name: poems, data: {file}{own}}}]"])
+        assert sum("have several lines, and an answer ends with its first" in each for each in Run(asked).inputs.warnings()) == told
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_questions_that_are_named_after_the_training_are_looked_at_too(config, caplog):
+    run = Run(override(config, ["train.max_steps=2"]))
+    run.all()
+    trained = f"evaluate.task=[{{name: trained, data: {config.data.train}, question: instruction, answers: output, limit: 8}}]"
+    for change, told in ([], 0), ([trained], 1):
+        caplog.clear()
+        Run(override(run.config, change)).warn()
+        assert sum("are training examples too" in record.message for record in caplog.records) == told

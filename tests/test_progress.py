@@ -35,3 +35,33 @@ def test_what_is_done_leaves_the_bars():
         bars.tell("survey", 1, 2, "")  # it counts something else now
         assert [task.visible for task in shown.tasks] == [True, True]
     assert screen.file.getvalue().count("survey: 2 of 2, 0 s") == 1
+
+
+def test_every_benchmark_has_its_own_time_left(monkeypatch):
+    now, told = [0.0], []
+    with Progress(console=Console(file=io.StringIO()), auto_refresh=False, get_time=lambda: now[0]) as shown:
+        bars = progress.Bars(shown)
+        for name in ("facts", "seals"):
+            for done in (0, 50, 100, 200):
+                bars.tell("evaluate", done, 200, name)
+                told.append(shown.tasks[0].time_remaining)
+                now[0] += 10
+        assert shown.tasks[0].finished_time == 30
+    assert told[2] == told[6] == 20
+
+
+def test_the_time_left_is_known_where_a_step_takes_minutes(monkeypatch):
+    now, tasks = [0.0], []
+    monkeypatch.setattr(progress, "console", Console(file=io.StringIO(), force_terminal=True, width=80))
+    made = progress.Progress
+
+    def with_clock(*columns, **options):
+        tasks.append(made(*columns, **options, get_time=lambda: now[0], auto_refresh=False))
+        return tasks[0]
+
+    monkeypatch.setattr(progress, "Progress", with_clock)
+    with progress.bars() as tell:
+        for done in range(4):
+            tell("train", done, 10, "")
+            now[0] += 100
+        assert tasks[0].tasks[0].time_remaining == 700

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
-GRADING = 9
+GRADING = 10
 """Goes up when answers are graded by other rules: those of a run folder are then graded again (of lm_eval's tasks, asked for again), so
 that none that were graded by the old rules stand beside the new."""
 STEPS = " Let's think step by step."
@@ -49,7 +49,9 @@ _CALCULATED = re.compile(r"<<[^<>\n]*>>")
 _LEFT_SIDE = re.compile(r"\s*(?:[\d\s.,+\-−*/×x÷()$]*\d[\s)]*=)+(?=\s*[-+−$]?\s*[.\d])")
 """Of an equation between numbers."""
 _INSIDE = re.compile(r"(?:\\[dt]?frac\s*\{|\\sqrt\s*(?:\[\d*\]\s*)?\{?|\^\s*\{?|_\s*\{?)\s*$")
-_GOES_ON = re.compile(r"\s*(?:\^|\*\s*\d|×|·|÷|\\times|\\cdot|\\sqrt|\\pi|\\frac|[x+−–/-]\s*\d|:\d|(?<=\b\d)\s\d{3}\b)")
+_GOES_ON = re.compile(
+    r"[^\S\n]*(?:\^|\*\s*\d|×|·|÷|\\times|\\cdot|\\sqrt|\\pi|\\frac|[x+−–/-]\s*\d|:\d|(?:(?<=\b\d)|(?<=\b\d\d)|(?<=\b\d{3}))[^\S\n]\d{3}\b)"
+)
 """Before and behind a number that is a part of something else: of "2^3", "4 + 5", "6:30" or "1 000"."""
 _BEFORE = re.compile(
     r"^(?:(?:an?|the|about|approximately|roughly|around|nearly|exactly|only|just|simply|therefore|thus|hence|so|then|now|there|that|this"
@@ -82,9 +84,9 @@ def without_thoughts(answer: str) -> str:
     return "" if answer.lstrip().startswith("<think>") else answer
 
 
-def normalise(text: str) -> str:
+def normalise(text: str, as_number: bool = False) -> str:
     """Lower case, without punctuation, articles and extra white space (the rule of NQ-open and of lm_eval; but see `_plain`)."""
-    return " ".join(_ARTICLES.sub(" ", _plain(text.lower())).split())
+    return " ".join(_ARTICLES.sub(" ", _plain(text.lower(), as_number)).split())
 
 
 def final_number(text: str) -> Fraction | None:
@@ -96,7 +98,13 @@ def final_number(text: str) -> Fraction | None:
         numbers = _NUMBER.findall(text)
         return _value(numbers[-1]) if numbers else None
     answer = text[marks[-1].end() :]
-    answer = answer[left.end() :] if (left := _LEFT_SIDE.match(answer)) else answer
+    left = _LEFT_SIDE.match(answer)
+    right = _alone(answer[left.end() :]) if left else None
+    return _alone(answer) if right is None else right
+
+
+def _alone(answer: str) -> Fraction | None:
+    """The first number in an answer, unless it is a part of something else."""
     found = _NUMBER.search(answer)
     if not found or _INSIDE.search(answer[: found.start()]) or _GOES_ON.match(answer, found.end()):
         return None
@@ -119,7 +127,8 @@ def _bare(number: str) -> str:
 
 def exact_match(answer: str, answers: Sequence[str]) -> float:
     """1 when the normalised answer is one of the accepted ones."""
-    return float(_words(answer) in {_words(accepted) for accepted in answers})
+    said = [_words(answer, as_number) for as_number in (False, True)]
+    return float(any(_words(each, as_number) == said[as_number] for each in answers for as_number in _readings(each)))
 
 
 def contains(answer: str, answers: Sequence[str]) -> float:
@@ -133,9 +142,12 @@ def _holds(answer: str, accepted: str) -> bool:
     if not normalise(accepted):
         choice = re.escape(_plain(accepted).strip())
         return bool(choice and re.search(rf"(?<!\w){choice}(?=\s*(?:[{re.escape(string.punctuation)}]|$))", answer, re.MULTILINE))
-    bare = _LEADING.sub(" ", _plain(accepted.lower()))
-    found = [_plain(text) for text in (answer.lower(), _APART.sub(" ", answer.lower()))]
-    return any(_within(bare, text) or _within(bare, _ARTICLES.sub(" ", text)) for text in found)
+    for as_number in _readings(accepted):
+        bare = _LEADING.sub(" ", _plain(accepted.lower(), as_number))
+        found = [_plain(text, as_number) for text in (answer.lower(), _APART.sub(" ", answer.lower()))]
+        if any(_within(bare, text) or _within(bare, _ARTICLES.sub(" ", text)) for text in found):
+            return True
+    return False
 
 
 def _within(part: str, whole: str) -> bool:
@@ -146,11 +158,25 @@ def _within(part: str, whole: str) -> bool:
     return re.search(re.escape(part).join(ends), whole) is not None
 
 
-def _plain(text: str) -> str:
-    """Without punctuation; numbers and names keep what they are made of, so that "1.5" is not "15", nor "C++" "C", and "5.0" is 5."""
+def _readings(accepted: str) -> tuple[bool, ...]:
+    """Whether decimals are compared as texts ("Python 3.10" is not "Python 3.1"), and, where a number comes first, as numbers too."""
+    return (False, True) if re.match(r"\W*\d", accepted) else (False,)
+
+
+def _plain(text: str, as_number: bool = False) -> str:
+    """Without punctuation; numbers and names keep what they are made of, so that "1.5" is not "15", nor "C++" "C".
+
+    Args:
+        as_number: "5.0" is 5, and "5:30" not 5.3; without it "6:30" is "6.30".
+    """
     text = unicodedata.normalize("NFC", text).translate(_DASHES)  # an accent may be a character of its own
-    text = re.sub(r"(?<=\d):(?=\d)", "∶", _TIME.sub(r"\1.\2", text))  # "6:30" is "6.30"; 4:3 is a ratio, and not 4.3
-    return _DECIMAL.sub(_shortest, _PUNCTUATION.sub("", text))
+    text = text if as_number else _TIME.sub(r"\1.\2", text)
+    text = _PUNCTUATION.sub("", re.sub(r"(?<=\d):(?=\d)", "∶", text))  # 4:3 is a ratio, and not 4.3
+    return _DECIMAL.sub(_shortest if as_number else _whole, text)
+
+
+def _whole(decimal: re.Match[str]) -> str:
+    return f"{decimal[1] or '0'}.{decimal[2]}"
 
 
 def _shortest(decimal: re.Match[str]) -> str:
@@ -158,9 +184,9 @@ def _shortest(decimal: re.Match[str]) -> str:
     return (decimal[1] or "0") + (f".{fraction}" if fraction else "")
 
 
-def _words(text: str) -> str:
+def _words(text: str, as_number: bool = False) -> str:
     """The normalised text; where nothing is left of it, with its articles ("A." as a choice), or as it is ("+")."""
-    return normalise(text) or " ".join(_plain(text.lower()).split()) or " ".join(text.lower().split())
+    return normalise(text, as_number) or " ".join(_plain(text.lower(), as_number).split()) or " ".join(text.lower().split())
 
 
 def number(answer: str, answers: Sequence[str]) -> float:

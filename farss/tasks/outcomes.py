@@ -10,6 +10,7 @@ import numpy as np
 
 from farss.artifacts import Kind, Scores, TaskScore, read_records
 from farss.errors import FolderError
+from farss.files import read_json, reading
 from farss.maths.metrics import Array
 
 Only = Callable[[str], bool]
@@ -66,6 +67,16 @@ def read_scores(folder: Path) -> tuple[Scores, Path]:
     return Scores.load(path), path.parent / "scores"
 
 
+def _how(folder: Path, name: str) -> dict[str, int]:
+    """How many tokens the answers to a benchmark could have, and by which of our rules they are graded; of older folders less is known."""
+    path = folder / f"{name}.json"
+    if not path.is_file():
+        return {}
+    with reading(path, "score of a benchmark"):
+        known = read_json(path)
+        return {key: known[key] for key in ("max_tokens", "grading") if key in known}
+
+
 def outcomes_of(name: str, kind: Kind, runs: Sequence[tuple[Scores, Path]], only: Only | None = None) -> Outcomes:
     """Line up one benchmark's records of several runs.
 
@@ -75,7 +86,7 @@ def outcomes_of(name: str, kind: Kind, runs: Sequence[tuple[Scores, Path]], only
     Raises:
         FolderError: the runs answered different questions, or were scored differently.
     """
-    tables = []
+    tables, first_how = [], _how(runs[0][1], name)
     for scores, folder in runs:
         records = {str(record["id"]): record for record in read_records(folder, name)}
         tables.append({key: record for key, record in records.items() if only is None or only(key)})
@@ -86,6 +97,12 @@ def outcomes_of(name: str, kind: Kind, runs: Sequence[tuple[Scores, Path]], only
                 f"{folder} and {runs[0][1]} hold answers to different questions of {name!r}: evaluate both with the "
                 "same question file, prompt, examples, limit, metric and seed"
             )
+        how = _how(folder, name)
+        for key in first_how.keys() & how.keys():
+            if how[key] != first_how[key]:
+                cure = "start the older run again, which grades it anew" if key == "grading" else "ask both with the same"
+                was = f"{folder} holds answers to {name!r} with {key}={how[key]}, and {runs[0][1]} with {first_how[key]}"
+                raise FolderError(f"{was}: {cure}")
     if not tables[0]:
         raise FolderError(f"no question of {name!r} is left to be scored: ask more questions, or change compare.held_out")
     scored = [[record["score"] for record in table.values()] for table in tables]

@@ -129,6 +129,12 @@ def prompts_of(drawn: Drawn, prompt: Prompt) -> dict[str, str]:
     return {str(row["id"]): shown + prompt.text(row["question"]) for row in drawn.asked}
 
 
+def asked_so(drawn: Drawn, prompt: Prompt, records: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the answers in these records were given to these prompts."""
+    prompts = prompts_of(drawn, prompt)
+    return all(record["prompt"] == prompts[str(record["id"])] for record in records)
+
+
 class Rows(list[Row]):
     """The little of a `datasets.Dataset` that lm_eval looks at; nothing is written to a cache or read from a path."""
 

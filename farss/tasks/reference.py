@@ -11,7 +11,7 @@ from farss.errors import FolderError
 from farss.files import read_json, reading
 from farss.tasks.benchmarks import list_benchmarks
 from farss.tasks.outcomes import read_scores
-from farss.tasks.questions import Drawn, prompt_of, prompts_of
+from farss.tasks.questions import Drawn, asked_so, prompt_of
 
 
 def check_reference(config: Config, tokenizer: Any) -> None:
@@ -80,6 +80,5 @@ def _asked_otherwise(entry: QuestionSet, drawn: Drawn, config: Config, score: Ta
     for key, value in was.items():
         if value != (now := getattr(entry, key)):
             return f"{key}={value}, and now {key}={now}"
-    prompts = prompts_of(drawn, prompt_of(entry, "task", config.data, tokenizer))
-    same = all(record["prompt"] == prompts[str(record["id"])] for record in read_records(folder, entry.name))
+    same = asked_so(drawn, prompt_of(entry, "task", config.data, tokenizer), read_records(folder, entry.name))
     return "" if same else "another prompt, template or other examples than now"

@@ -60,9 +60,20 @@ def test_full_fine_tuning_that_was_asked_otherwise_is_refused(was, now, message,
         return
     with pytest.raises(FolderError, match=message):
         check_reference(config, tokenizer)
-    if was.keys() != {"max_tokens"}:
-        with pytest.raises(FolderError, match=r"different questions of 'known': evaluate both with the same question file, prompt"):
-            summarise(tmp_path / "now", tmp_path / "now", tmp_path / "full", config)
+    differs = r"different questions of 'known': evaluate both with the same question file, prompt"
+    differs = (
+        r"full/scores holds answers to 'known' with max_tokens=7, and .*now/scores with 8: ask both" if "max_tokens" in was else differs
+    )
+    with pytest.raises(FolderError, match=differs):
+        summarise(tmp_path / "now", tmp_path / "now", tmp_path / "full", config)
+
+
+def test_a_reference_that_was_graded_by_older_rules_is_refused(three):
+    config, folder = three
+    file = folder / "full" / "scores" / "steps.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"grading": 9}))
+    with pytest.raises(FolderError, match=r"answers to 'steps' with grading=9, and .*: start the older run again, which grades it anew"):
+        summarise(folder / "base", folder / "after", folder / "full", config)
 
 
 def test_a_reference_that_was_asked_in_another_chat_is_refused(model, tokenizer, files, tmp_path):
