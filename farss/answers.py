@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from farss.card import write_card
 from farss.config import Config
 from farss.errors import FolderError
 from farss.evaluate import BASE, evaluate, grade_again
+from farss.files import read_json
 from farss.folder import Folder
 from farss.handover import is_merged, is_whole
 from farss.inputs import Inputs
@@ -156,9 +157,14 @@ class Answers:
     def save(self, summary: Summary) -> None:
         """`summary.json`, and the card of what was asked."""
         summary.save(self.folder.path / "summary.json")
+        self.write_cards()
+
+    def write_cards(self) -> None:
+        """Say in the cards of what was asked what it answered, where it was."""
+        path = self.folder.path / "summary.json"
         for target in (self.folder.path / "adapter", self.folder.path / "model"):
-            if (target / "farss.json").is_file() and self._was_asked(target):
-                write_card(target, asdict(summary), self.command)
+            if path.is_file() and (target / "farss.json").is_file() and self._of_trained.done and self._was_asked(target):
+                write_card(target, read_json(path), self.command)
 
     def _was_asked(self, target: Path) -> bool:
         """Whether this is what was asked, and not another form of it: an adapter that is compressed otherwise, or its merged model."""

@@ -104,8 +104,8 @@ class QuestionSet:
     """Column with the answer, or with a list of accepted answers."""
     prompt: str | None = None
     """The prompt, with {question} in it; `train` for the training template; null: `train` for tasks and
-    'Question: {question}\\nAnswer:' for knowledge. But in the training template an answer ends with its first line (metric number: with
-    the first empty one)."""
+    'Question: {question}\\nAnswer:' for knowledge. In any other prompt than the training's an answer ends at its first line break (metric
+    number: at the first empty line)."""
     fewshot: int = 0
     """Show this many other questions, with their answers, before each question."""
     examples: str | None = None

@@ -15,12 +15,12 @@ from torch import Tensor
 from farss.adapter import check_residual
 from farss.artifacts import Plan
 from farss.card import write_card
-from farss.config import Config
+from farss.config import REFERENCE, Config
 from farss.errors import ConfigError, FolderError
 from farss.files import opened_tensors, write_json
-from farss.llamacpp import check_gguf, write_gguf
+from farss.llamacpp import FILE, check_gguf, write_gguf
 from farss.merging import is_rounded, merge, merged_difference
-from farss.models import load_model, loaded_dtype, stored_dtype, will_be_quantised
+from farss.models import load_model, loaded_dtype, stored_dtype, weight_files, will_be_quantised
 from farss.plan import method_of
 from farss.portable import export, load_adapter
 from farss.prompts import prompt_facts
@@ -42,9 +42,15 @@ def place_of(config: Config, folder: Path) -> Path:
     return folder / ("model" if is_whole(config) else "adapter")
 
 
+def made_by(config: Config, folder: Path) -> Path:
+    """What is there once it is written."""
+    target = place_of(config, folder)
+    return target / FILE if config.export.to == "gguf" and not is_whole(config) else target
+
+
 def weights_are_there(target: Path) -> bool:
-    """Whether weights lie in a folder, in files of full length."""
-    files = [*target.glob("*.safetensors")]
+    """Whether weights lie in a folder, in files of full length, of a model in several files all of them."""
+    files = weight_files(target) or [*target.glob("*.safetensors")]
     try:
         for file in files:
             with opened_tensors(file):
@@ -88,7 +94,14 @@ def check(config: Config, model: Any, layers: Iterable[str]) -> None:
         check_unshared(model, layers)
     if config.export.to == "gguf" and not is_whole(config):
         check_gguf(model.config)
-    if not quantised or config.plan.method == "full":
+    if config.plan.method == REFERENCE:
+        if will_be_quantised(replace(config.model, quantization="none")):
+            raise ConfigError(
+                f"plan.method=full trains every weight, and those in model.path={config.model.path!r} are stored quantised: name a folder "
+                "with unquantised ones, or train adapters"
+            )
+        return
+    if not quantised:
         return
     if not method.plain_lora:
         raise ConfigError(

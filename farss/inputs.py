@@ -86,6 +86,11 @@ class Inputs:
         if config.model.targets and config.plan.method == REFERENCE and not config.compare.methods:
             found.append(f"model.targets={config.model.targets} has no effect: {REFERENCE} trains every weight.")
         methods = {config.plan.method, *map(method_of_label, config.compare.methods)}
+        if config.model.quantization != "none" and REFERENCE in methods:
+            found.append(
+                f"model.quantization={config.model.quantization} does not hold for {REFERENCE}, which trains and answers with unquantised "
+                "weights: what its K says is relative to the quantised model."
+            )
         if config.evaluate.task and not config.evaluate.full_scores and REFERENCE not in methods:
             found.append(
                 "T and KT will be missing: they are relative to full fine-tuning, or to another run in its place. Name its scores in "

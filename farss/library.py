@@ -22,7 +22,7 @@ from farss import processes
 from farss.adapter import START, TRAINED, activate, attach, check_residual, load_trained
 from farss.artifacts import Plan, Survey
 from farss.batches import Row, choose, plain_rows, unlearnt
-from farss.config import Base, CalibrationConfig, DataConfig, PlanConfig
+from farss.config import Base, CalibrationConfig, DataConfig, PlanConfig, QuestionSet
 from farss.configfile import checked
 from farss.data import Tokenized, check_readable_by, load_examples, tokenize_rows
 from farss.errors import ConfigError, FarssError, nearest
@@ -84,7 +84,7 @@ def prepare(
     targets: list[str] | None = None,
     dropout: float = 0.05,
     base: Base = "untouched",
-    knowledge: Iterable[str] | None = None,
+    knowledge: Iterable[str] | QuestionSet | None = None,
     folder: Path | str | None = None,
     seed: int = 0,
     on_progress: Progress | None = None,
@@ -107,7 +107,7 @@ def prepare(
         targets: names of the linear layers to adapt; None: every one in every block.
         dropout: on the adapter's input, see `train.dropout`.
         base: how the start is taken out of the base, see `farss.adapter.attach`.
-        knowledge: texts whose activations CorDA-KPM and LoRA-Null start away from, and that FARSS-plus weighs the task against;
+        knowledge: texts or questions: CorDA-KPM and LoRA-Null start away from their activations, FARSS-plus weighs the task against them;
             None: those of `calibration.knowledge` or, where it names none, texts that the model writes by itself.
         folder: where the survey is kept, so that it can be resumed and used again; None: a temporary folder, deleted with the model.
         seed: of the calibration draw and of random starts.
@@ -151,6 +151,8 @@ def prepare(
     processes.join()
     untouched = base_fingerprint(model)
     place = _place(wanted, folder, model)
+    if isinstance(knowledge, QuestionSet):
+        calibration, knowledge = dataclasses.replace(calibration, knowledge=knowledge), None
     texts = None if knowledge is None else _texts(knowledge)
     if texts is None and calibration.knowledge:
         texts = choose(knowledge_texts(calibration.knowledge), calibration.examples, seed)

@@ -15,6 +15,10 @@ from farss.errors import FarssError
 
 STATUS = Path("/proc/self/status")
 """What Linux says of this process."""
+GROUPS, CONTROL = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+"""Which control groups it is in, and where they lie."""
+OF_VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+"""Files and a word of theirs, by the names of cgroups version 1."""
 
 
 def used_gib(device: torch.device) -> float:
@@ -81,11 +85,40 @@ def give_back_if_scarce(device: torch.device) -> None:
 
     Batches of many lengths leave holes that fit nothing else: scoring the solutions of GSM8K with a vocabulary of 262,144 filled 24 GiB.
     """
+    if device.type != "cpu":
+        return
+    available, total = memory_of_machine()
+    if available < total / 4 and (libc := _glibc()):
+        libc.malloc_trim(0)
+
+
+def memory_of_machine() -> tuple[int, int]:
+    """Bytes of memory that are available, and of all: of the machine, or of what a container or a cluster's job may use of it."""
     import psutil
 
-    memory = psutil.virtual_memory()
-    if device.type == "cpu" and memory.available < memory.total / 4 and (libc := _glibc()):
-        libc.malloc_trim(0)
+    machine = psutil.virtual_memory()
+    available, total = machine.available, machine.total
+    for group in _control_groups():
+        for limit, used, cached in (("memory.max", "memory.current", "inactive_file"), OF_VERSION_1):
+            with suppress(OSError, ValueError):  # there is no such file, or "max" in it
+                most = int((group / limit).read_text())
+                stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                taken = int((group / used).read_text()) - int(stat.get(cached, 0))  # read files are let go of first
+                available, total = min(available, most - taken), min(total, most)
+    return available, total
+
+
+def _control_groups() -> Iterator[Path]:
+    """Linux's control groups that this process is in, from the innermost: a limit holds for all within."""
+    try:
+        lines = [line.split(":", 2) for line in GROUPS.read_text().splitlines()]
+    except OSError:
+        return
+    for _, kinds, path in lines:
+        if kinds in ("", "memory"):
+            root = CONTROL / kinds
+            inner = root / path.lstrip("/")
+            yield from (each for each in (inner, *inner.parents) if each == root or root in each.parents)
 
 
 def give_back() -> None:

@@ -91,7 +91,7 @@ def write_model(
         return
     state = base_weights(model) if layers else dict(model.state_dict())
     state = {name: change(name, tensor) for name, tensor in state.items()}
-    state = {name: tensor.to(dtype) if is_rounded(model, name, tensor) else tensor for name, tensor in state.items()}
+    state = _rounded(model, state, dtype)
     model.config.dtype = dtype
     # The base's file is copied as it is: transformers reads temperatures of models that do not sample, and refuses to write them.
     with attribute(model, "generation_config", model.generation_config.from_model_config(model.config)):
@@ -101,6 +101,19 @@ def write_model(
     for file in _copied(base) if base and base.is_dir() else []:  # a processor's, and a model's own code
         if file.name == GENERATION or not (target / file.name).exists():
             shutil.copyfile(file, target / file.name)
+
+
+def _rounded(model: Any, state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Weights in the precision of the files. One tensor under two names, such as a tied embedding, stays one, and is written once."""
+    found, made = {}, dict[tuple[int, torch.Size], Tensor]()
+    for name, tensor in state.items():
+        if is_rounded(model, name, tensor):
+            place = tensor.data_ptr(), tensor.shape
+            if place not in made:
+                made[place] = tensor.to(dtype)
+            tensor = made[place]
+        found[name] = tensor
+    return found
 
 
 def _copied(source: Path) -> list[Path]:

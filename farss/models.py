@@ -22,7 +22,7 @@ from farss.config import ModelConfig
 from farss.errors import ConfigError, ModelError, first_line
 from farss.files import read_json
 from farss.forward import Stop, evaluating, hooked, leaving, unwrapped, without_cache
-from farss.memory import give_back
+from farss.memory import give_back, memory_of_machine
 from farss.precision import computing_dtype
 from farss.structure import base_weights, find_blocks, keep_gradients, target_layers
 
@@ -97,14 +97,12 @@ def check_room(config: ModelConfig, whole: bool, instead: str = "train adapters 
     Raises:
         ConfigError: with what is needed and what is there.
     """
-    import psutil
-
     device = device_of(config)
     small = config.quantization != "none" or _stored(config) is not None  # what those take is not known before they are loaded
     if not whole and (small or device.type != "cuda"):
         return
     on_gpu = device.type == "cuda"
-    there = torch.cuda.get_device_properties(device).total_memory if on_gpu else psutil.virtual_memory().total
+    there = torch.cuda.get_device_properties(device).total_memory if on_gpu else memory_of_machine()[1]
     count = sum(parameter.numel() for parameter in empty_model(config).parameters())
     each = 16 if whole else loaded_dtype(config).itemsize
     if count * each > there:

@@ -345,7 +345,7 @@ class Run:
         plan, options = self.plan(), options_of(self.config, (*EXPORT_KEYS, "data.system", "data.thinking"))  # the card names them
         target = handover.place_of(self.config, self.path)
         lost = not handover.weights_are_there(target) and (self.path / "checkpoints").is_dir()  # not deleted by compare.keep
-        if self.folder.is_done("export", options, makes=target) and not lost:
+        if self.folder.is_done("export", options, makes=handover.made_by(self.config, self.path)) and not lost:
             return target
         self.tell("export", 0, 1, "")
         model = self.trained()  # first: where its weights are deleted, the record of what was exported stays
@@ -353,6 +353,7 @@ class Run:
             written = model, plan, self.inputs.tokenizer, replace(self.config, data=self._data_as_asked), self.path
             target, exactness = handover.write(*written, self._prompts, self.answers.command)
             facts |= exactness
+        self.answers.write_cards()
         self.tell("export", 1, 1, "")
         return target
 

@@ -32,6 +32,8 @@ from farss.structure import PEFT_PREFIX, check_loaded, find_blocks, has_adapter,
 
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """vLLM accepts these and no others (`max_lora_rank`), so the exported rank is padded up to one of them."""
+PREPARED = "prepared.json"
+"""In a folder of `farss prepare`."""
 CHECKED = "farss_checked"
 CHECKED_PROMPTS = 4
 CHECKED_TOKENS = 128
@@ -132,7 +134,8 @@ def export(
         FolderError: something else lies there.
     """
     folder = Path(folder)
-    if folder.exists() and not (folder / "farss.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
+    ours = all((folder / name).is_file() for name in ("farss.json", "adapter_config.json"))  # a model of ours has the first too
+    if folder.exists() and not ours and (not folder.is_dir() or any(folder.iterdir())):
         raise FolderError(f"{folder} holds something other than an adapter of farss: give a new folder")
     state, served, lost, counting = portable(((name, adapter_change(adapted, name)) for name in plan.layers), rank, energy)
     with whole_folder(folder) as unfinished:
@@ -203,7 +206,10 @@ def load_adapter(model: Any, folder: Path | str, tokenizer: Any = None, trainabl
     if not folder.is_dir():
         raise FarssError(f"there is no folder {folder}: give that of an exported adapter")
     if not (folder / "farss.json").is_file():
-        raise FarssError(f"{folder} is no adapter of farss: there is no farss.json in it; load it with PeftModel.from_pretrained")
+        cure = "load it with PeftModel.from_pretrained"
+        if (start := _prepared(folder)) is not None:
+            cure = f"it belongs to the base in {start}: turn it into one of the original base by `farss convert {start} {folder} NEW`"
+        raise FarssError(f"{folder} is no adapter of farss: there is no farss.json in it; {cure}")
     facts = read_json(folder / "farss.json")
     found = {"base": base_fingerprint(model), "tokenizer": tokenizer_fingerprint(tokenizer) if tokenizer is not None else None}
     for what, actual in found.items():
@@ -222,6 +228,13 @@ def load_adapter(model: Any, folder: Path | str, tokenizer: Any = None, trainabl
             "trained on there, load it with PeftModel.from_pretrained"
         )
     return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+
+
+def _prepared(folder: Path) -> Path | None:
+    """The folder of `farss prepare` in which an adapter lies, or whose base it is for."""
+    file = folder / "adapter_config.json"
+    named = [Path(read_json(file).get("base_model_name_or_path") or "").parent] if file.is_file() else []
+    return next((place for place in (folder.parent, *named) if (place / PREPARED).is_file()), None)
 
 
 def write_adapter(folder: Path, state: dict[str, Tensor], targets: list[str], base: str, rank: int) -> None:

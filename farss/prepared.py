@@ -23,7 +23,7 @@ from farss.files import read_json, read_tensors, reading, whole_folder, write_js
 from farss.merging import in_layers, write_model
 from farss.methods import METHODS, check_elsewhere
 from farss.models import load_model, load_tokenizer, weights_fingerprint
-from farss.portable import Exported, logits, origin_of, portable, target_names, write_adapter, write_facts
+from farss.portable import PREPARED, Exported, logits, origin_of, portable, target_names, write_adapter, write_facts
 from farss.precision import dtype_name
 from farss.prompts import PROMPT_FACTS
 from farss.structure import PEFT_PREFIX, check_unshared, holds_packed
@@ -107,14 +107,14 @@ def write_prepared(
         origin = origin_of(adapted, str(source), tokenizer, prompt)
         written = load_model(ModelConfig(path=str(unfinished / "base"), device="cpu", trust_remote_code=trusted), as_stored=True)
         facts = {"origin": origin, "trusted": trusted, "target_modules": target_names(plan, adapted)}
-        write_json(unfinished / "prepared.json", facts | {"fingerprint": weights_fingerprint(written)})
+        write_json(unfinished / PREPARED, facts | {"fingerprint": weights_fingerprint(written)})
         write_text(unfinished / "README.md", GUIDE.format(source=source, folder=folder))
     return folder
 
 
 def was_prepared(folder: Path, plan: Plan, prompt: dict[str, Any], dtype: torch.dtype) -> bool:
     """Whether a folder from `write_prepared` is of this plan and prompt, and of a base in this precision."""
-    origin = read_json(folder / "prepared.json")["origin"]
+    origin = read_json(folder / PREPARED)["origin"]
     same = {name: origin[name] for name in PROMPT_FACTS if name in origin} == prompt and origin["base_dtype"] == dtype_name(dtype)
     return same and Plan.load(folder / "plan.json") == plan
 
@@ -152,12 +152,12 @@ def convert(prepared: Path | str, trained: Path | str, out: Path | str, rank: in
     prepared, trained, out = Path(prepared), Path(trained), Path(out)
     if out.exists():
         raise FolderError(f"{out} exists: give a new folder")
-    if not (prepared / "prepared.json").is_file():
+    if not (prepared / PREPARED).is_file():
         raise FolderError(
             f"{prepared} is not what `farss prepare` wrote: name that folder first, then the trained adapter, then a new folder"
         )
-    plan, facts = Plan.load(prepared / "plan.json"), read_json(prepared / "prepared.json")
-    with reading(prepared / "prepared.json", "facts about a prepared start"):
+    plan, facts = Plan.load(prepared / "plan.json"), read_json(prepared / PREPARED)
+    with reading(prepared / PREPARED, "facts about a prepared start"):
         origin, trusted, targets = (facts[key] for key in ("origin", "trusted", "target_modules"))
         base = origin["base"]
     start, end = read_tensors(prepared / "start.safetensors"), _trained_state(trained)
@@ -236,6 +236,6 @@ def _compare(bases: tuple[_Base, _Base], trusted: bool) -> float:
             raise FolderError(f"{base.path} is not the base that was prepared: put it back, or prepare and train anew")
         model = PeftModel.from_pretrained(loaded, str(base.adapter)).eval()
         found.append(logits(model, batch))
-        del model
+        del model, loaded  # one at a time in memory
     difference: Tensor = (found[0] - found[1]).abs().max()
     return difference.item()

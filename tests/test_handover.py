@@ -13,7 +13,8 @@ from farss import llamacpp
 from farss.configfile import override
 from farss.errors import ConfigError, FarssError, ModelError
 from farss.evaluate import _identity
-from farss.files import read_json
+from farss.files import read_json, write_json, write_tensors
+from farss.handover import weights_are_there
 from farss.models import load_model
 from farss.pipeline import Run
 
@@ -22,6 +23,10 @@ def test_a_card_has_the_scores_of_its_own_adapter_alone(config):
     run = Run(config)
     run.all()
     card = run.path / "adapter" / "README.md"
+    assert "| facts |" in card.read_text()
+    card.unlink()
+    (run.path / "adapter" / "adapter_model.safetensors").unlink()
+    Run(config).export()  # made again, and it is what was asked
     assert "| facts |" in card.read_text()
     Run(override(config, ["export.rank=2"])).export()
     Run(config).evaluate()  # of the exact one, which was asked before
@@ -131,3 +136,35 @@ def test_a_missing_package_is_refused_before_anything_is_written(config, tmp_pat
     with pytest.raises(FarssError, match=r"a GGUF file needs the package gguf: pip install"):
         Run(override(config, ["export.to=gguf"])).all()
     assert not (tmp_path / "run").exists()
+
+
+def test_quantised_weights_are_not_trained(config, tmp_path):
+    """The refusal comes before the untouched model is asked."""
+    folder = save_small("llama-gqa", tmp_path / "quantised")
+    stored = json.loads((folder / "config.json").read_text())
+    stored["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(stored))
+    full = override(config, ["plan.method=full"])
+    with pytest.raises(ConfigError, match=r"plan.method=full trains every weight, and those in .*quantised' are stored quantised"):
+        Run(override(full, [f"model.path={folder}"])).all()
+    assert not Path(config.out).exists()
+    warnings = Run(override(full, ["model.quantization=nf4"])).inputs.warnings()
+    assert any("model.quantization=nf4 does not hold for full, which trains and answers with" in each for each in warnings)
+
+
+def test_a_model_is_whole_when_all_of_its_files_are_there(tmp_path):
+    for number in (1, 2):
+        write_tensors(tmp_path / f"model-0000{number}-of-00002.safetensors", {f"w{number}": torch.ones(2)})
+    write_json(tmp_path / "model.safetensors.index.json", {"weight_map": {f"w{n}": f"model-0000{n}-of-00002.safetensors" for n in (1, 2)}})
+    assert weights_are_there(tmp_path)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    assert not weights_are_there(tmp_path)
+
+
+def test_a_gguf_that_was_deleted_is_made_again(config):
+    pytest.importorskip("gguf")
+    config = override(config, ["export.to=gguf", "train.max_steps=2", "evaluate.knowledge=[]", "evaluate.task=[]", "evaluate.text=null"])
+    target = Run(config).export()
+    (target / llamacpp.FILE).unlink()
+    Run(config).export()
+    assert (target / llamacpp.FILE).is_file()

@@ -124,12 +124,17 @@ def test_knowledge_is_given_as_texts_or_named(tokenizer, rows, tmp_path):
     plan = dataclasses.replace(PLAN, method="farss-plus")
     texts = [row["output"] for row in rows[:4]]
     given = {"calibration": farss.CalibrationConfig(examples=4), "method": "farss-plus", "plan": PLAN, "knowledge": texts}
-    for place, options in (("given", given), ("named", {"calibration": named, "plan": plan})):
+    columns = {"name": "mine", "data": str(tmp_path / "asked.jsonl"), "question": "instruction", "answers": "output"}
+    (tmp_path / "asked.jsonl").write_text("\n".join(json.dumps(row) for row in rows[:9]))
+    asked = given | {"knowledge": farss.QuestionSet(**columns)}
+    meant = {"calibration": farss.CalibrationConfig(examples=4, knowledge=farss.QuestionSet(**columns)), "plan": plan}
+    for place, options in (("given", given), ("named", {"calibration": named, "plan": plan}), ("asked", asked), ("meant", meant)):
         farss.prepare(base(tokenizer), tokenizer, rows, folder=tmp_path / place, **options)
         assert not [*(tmp_path / place).glob("own-text*")]
-    first, second = (Survey.load(tmp_path / place) for place in ("given", "named"))
-    for name in first.layers:
-        torch.testing.assert_close(first.directions(name).lam, second.directions(name).lam)
+    for pair in (("given", "named"), ("asked", "meant")):
+        first, second = (Survey.load(tmp_path / place) for place in pair)
+        for name in first.layers:
+            torch.testing.assert_close(first.directions(name).lam, second.directions(name).lam)
 
 
 @pytest.mark.parametrize(

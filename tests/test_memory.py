@@ -7,7 +7,17 @@ import pytest
 import torch
 
 from farss.errors import FarssError
-from farss.memory import freed_memory_kept, give_back, give_back_if_scarce, memory_cure, peak_gib, reset_peak, used_gib
+from farss.memory import (
+    OF_VERSION_1,
+    freed_memory_kept,
+    give_back,
+    give_back_if_scarce,
+    memory_cure,
+    memory_of_machine,
+    peak_gib,
+    reset_peak,
+    used_gib,
+)
 
 CPU = torch.device("cpu")
 
@@ -70,3 +80,22 @@ def test_a_peak_is_not_that_of_the_run_before():
     before = peak_gib(CPU)
     reset_peak(CPU)
     assert peak_gib(CPU) <= before - 0.4
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_what_a_container_may_use_is_what_there_is(version, tmp_path, monkeypatch):
+    """Of the machine it may be a small part; a job of a cluster is limited by a group further out."""
+    root = tmp_path / ("memory" if version == 1 else "")
+    outer, inner = root / "job", root / "job" / "step"
+    limit, used, cached = OF_VERSION_1 if version == 1 else ("memory.max", "memory.current", "inactive_file")
+    for place, most in ((outer, "1000"), (inner, "9223372036854771712" if version == 1 else "max")):
+        place.mkdir(parents=True)
+        (place / limit).write_text(f"{most}\n")
+        (place / used).write_text("700\n")
+        (place / "memory.stat").write_text(f"anon 400\n{cached} 300\n")
+    (tmp_path / "cgroup").write_text("3:cpu:/job/step\n2:memory:/job/step\n" if version == 1 else "0::/job/step\n")
+    monkeypatch.setattr("farss.memory.CONTROL", tmp_path)
+    monkeypatch.setattr("farss.memory.GROUPS", tmp_path / "cgroup")
+    assert memory_of_machine() == (600, 1000)
+    monkeypatch.setattr("farss.memory.GROUPS", tmp_path / "none")  # not Linux
+    assert memory_of_machine()[1] == psutil.virtual_memory().total

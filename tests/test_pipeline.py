@@ -181,7 +181,7 @@ def test_a_name_that_is_wrong_is_found_before_anything_is_done(config):
 def test_full_fine_tuning_that_cannot_fit_is_found_before_anything_is_done(config, monkeypatch):
     config = override(config, ["plan.method=full", "model.device=cpu"])
     Run(config).check_inputs()
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=2**18))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=2**18, available=2**18))
     with pytest.raises(ConfigError, match=r"training every weight needs 0 GiB for [\d,]+ weights \(16 bytes each\), and the machine"):
         Run(config).check_inputs()
     with pytest.raises(ConfigError, match="training every weight needs"):  # trains in float32 whatever the others load

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
-from small_models import examples, logits, prompts, small, trained
+from small_models import examples, logits, prompts, save_small, small, trained
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -18,10 +18,11 @@ from farss import world
 from farss.adapter import START, TRAINED, adapter_change, attach, changed_weight
 from farss.artifacts import LayerPlan, Plan
 from farss.batches import collate
-from farss.config import PlanConfig
+from farss.config import ModelConfig, PlanConfig
 from farss.errors import ConfigError, FarssError, FolderError, ModelError
+from farss.files import read_tensors
 from farss.merging import holds_layers, merge, write_model
-from farss.models import base_fingerprint, local_folder, weights_fingerprint
+from farss.models import base_fingerprint, load_model, local_folder, weights_fingerprint
 from farss.plan import make_plan
 from farss.portable import CHECKED_TOKENS, SERVED_RANKS, export, in_float32, load_adapter
 from farss.precision import float32_products
@@ -208,6 +209,16 @@ def test_merged_model_equals_the_trained_one(tmp_path):
         assert (logits(merged) - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max().item())
 
 
+def test_a_tied_embedding_is_written_once(tmp_path):
+    """In another precision than it was trained in, too."""
+    folder = save_small("llama", tmp_path / "base", tie_word_embeddings=True)
+    model = load_model(ModelConfig(str(folder)), torch.float32)
+    write_model(model, [], None, tmp_path / "model", torch.bfloat16, folder)
+    names = [set(read_tensors(place / "model.safetensors")) for place in (folder, tmp_path / "model")]
+    assert names[0] == names[1]
+    assert "lm_head.weight" not in names[1]
+
+
 def test_settings_of_generation_that_transformers_would_not_write_stay_as_they_are(tmp_path):
     """Of a fully fine-tuned model; those of many models have a temperature and do not sample."""
     small("llama").float().save_pretrained(tmp_path / "base")
@@ -370,6 +381,13 @@ def test_nothing_but_an_older_adapter_makes_way(tmp_path):
     with pytest.raises(FolderError, match=r"out holds something other than an adapter of farss: give a new folder"):
         export(adapted, plan, mine, prompts())
     assert (mine / "checkpoint").read_text() == "mine"
+    model = tmp_path / "model"  # a pruned or merged one has facts of farss beside its weights
+    model.mkdir()
+    for name in ("farss.json", "model.safetensors"):
+        (model / name).write_text("{}")
+    with pytest.raises(FolderError, match=r"model holds something other than an adapter of farss"):
+        export(adapted, plan, model, prompts())
+    assert {path.name for path in model.iterdir()} == {"farss.json", "model.safetensors"}
     for _ in range(2):
         export(adapted, plan, tmp_path / "adapter", prompts())
 

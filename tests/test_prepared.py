@@ -112,6 +112,9 @@ def test_the_residual_base_is_not_taken_for_the_original(written):
     assert base_fingerprint(residual) != base_fingerprint(AutoModelForCausalLM.from_pretrained(place / "original"))
     with pytest.raises(FarssError, match="made for a base with fingerprint"):
         load_adapter(residual, place / "adapter")
+    for adapter in (folder / "adapter", place / "trained"):  # as it was prepared, and as another trainer wrote it
+        with pytest.raises(FarssError, match=r"belongs to the base in .*: turn it into one of the original base by `farss convert"):
+            load_adapter(residual, adapter)
 
 
 def test_what_cannot_be_converted_is_refused(written):

@@ -27,6 +27,8 @@ SHORT = 64
 """Tokens on which two ways to the same loss are compared."""
 WRAPPED = ("forward", "_original_forward", "_require_grads_hook", "_require_grads_hooks")
 """Attributes that accelerate and TRL hang on a model."""
+ROUTERS = ("output_router_logits", "router_aux_loss_coef")
+"""Settings of a mixture of experts that TRL writes into its configuration."""
 
 
 def products(options: TrainConfig, device: torch.device) -> Literal["bf16", "fp32"]:
@@ -103,6 +105,7 @@ def _arguments(options: TrainConfig, seed: int, checkpoints: Path, device: torch
         warmup_steps=min(math.ceil(options.warmup_ratio * steps), steps - 1),  # the first has a rate of zero, so of one step none
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
+        router_aux_loss_coef=0.0,  # unset, a mixture's own is added to the loss
         seed=seed,
         data_seed=seed,
         # precision and memory
@@ -304,7 +307,10 @@ def unchanged(model: Any) -> Iterator[None]:
     base = unwrapped(model)
     cache, checkpointing = getattr(base.config, "use_cache", None), base.is_activation_checkpointing
     attributes = [(part, {name: vars(part)[name] for name in WRAPPED if name in vars(part)}) for part in (model, base)]
-    modules = [(module, list(module._forward_hooks)) for module in model.modules()]
+    # not of other modules: transformers installs hooks of its own when they are first needed, and once
+    embeddings = [(module, list(module._forward_hooks)) for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    text = base.config.get_text_config()
+    routers = {name: getattr(text, name) for name in ROUTERS if hasattr(text, name)}
     try:
         with modes_kept(model):
             yield
@@ -312,11 +318,13 @@ def unchanged(model: Any) -> Iterator[None]:
         if not checkpointing:
             base.activation_checkpointing_disable()
         base.config.use_cache = cache
+        for name, value in routers.items():
+            setattr(text, name, value)
         for part, before in attributes:
             for name in WRAPPED:
                 vars(part).pop(name, None)
             vars(part).update(before)
-        for module, hooks in modules:
+        for module, hooks in embeddings:
             # TRL and transformers each hook the embeddings, and the handle of the first hook is lost
             for key in set(module._forward_hooks) - set(hooks):
                 del module._forward_hooks[key]

@@ -121,6 +121,20 @@ def test_the_loss_is_that_of_the_models_own_logits(tmp_path: Path, kind: str, fu
         assert scored_alike(base, data.rows[0]["input_ids"]) == fused
 
 
+def test_of_a_mixture_the_answers_alone_are_learnt(tmp_path: Path) -> None:
+    """TRL adds the load-balancing loss that its configuration names, and asks the model for its routers' logits from then on."""
+    base, data = small("granite-moe", router_aux_loss_coef=0.9).float(), examples(4)
+    before = base.config.to_dict()
+    batch = collate(data.rows, 0)
+    with torch.no_grad():
+        logits = base(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    own = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten()).item()
+    done = train(base.requires_grad_(True), tokenizer(), data, options(max_steps=1, logging_steps=1), tmp_path)
+    assert done.loss == pytest.approx(own, rel=1e-5)
+    assert base.config.to_dict() == before
+    assert base(input_ids=batch["input_ids"], output_router_logits=True).router_logits  # what collects them is still there
+
+
 def test_options_that_do_not_fit_the_model_are_refused(tmp_path: Path) -> None:
     base = whole_model().half()
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"), autocast_adapter_dtype=True)
