@@ -20,7 +20,7 @@ STEPS = 6
 
 
 def run_file(folder: Path, model: Path, base: str) -> Path:
-    """A few steps of FARSS on Banking77; both ways read the same survey."""
+    """A few steps of FARSS on Banking77, each way with a survey of its own."""
     data = data_file("banking77/train.jsonl")
     path = folder / f"{base}.yaml"
     path.write_text(

@@ -52,17 +52,17 @@ class Measured(NamedTuple):
 def measure(config: Config, folder: Path) -> Measured:
     """Make every run, whole."""
     Folder(folder).claim(config, versions())
-    own = config.compare.settings.get("full", {})
     with bars() as tell:
 
-        def made(name: str, *options: str) -> Run:
-            wanted = override(config, [f"out={folder / name}", "compare={methods: [], seeds: [], settings: {}}", *options])
-            return _run(wanted, folder, tell)
+        def made(name: str, method: str, *options: str) -> Run:
+            own = [f"{key}={value}" for key, value in config.compare.settings.get(method, {}).items()]
+            common = [f"out={folder / name}", "compare={methods: [], seeds: [], settings: {}}", f"plan.method={method}"]
+            return _run(override(config, [*common, *own, *options]), folder, tell)
 
-        full = made("full", "plan.method=full", *(f"{key}={value}" for key, value in own.items()))
-        search = made("search", "plan.method=farss", "plan.boundary=auto")
+        full = made("full", "full")
+        search = made("search", "farss", "plan.boundary=auto")
         wanted = candidates(layer_shapes(config.model)[1])
-        runs = {n: made(f"boundary-{n}", "plan.method=farss", f"plan.boundary={n}") for n in wanted}
+        runs = {n: made(f"boundary-{n}", "farss", f"plan.boundary={n}") for n in wanted}
         for run in (search, full, *runs.values()):
             run.check_inputs()
         search.claim()

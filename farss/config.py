@@ -183,7 +183,7 @@ class PlanConfig:
     """paper: round and clip (eq. 12), which loses some of the budget; exact: hand out all of it."""
     match_params: int | Literal["lora"] | None = None
     """Solve for the rank so that the number of trainable parameters is this, or that of uniform LoRA at `rank` (AdaLoRA: at
-    the end of its training; FARSS-plus: with A, which does not train)."""
+    the end of its training; FARSS-plus and LoRA-Null-v2: with A, which does not train)."""
     shallow_directions: Literal["least", "most"] = "least"
     """Shallow layers start from their least (or most) important singular directions."""
     deep_directions: Literal["least", "most"] = "most"

@@ -31,8 +31,8 @@ def test_configurations_for_other_trainers_have_their_keys():
     assert from_dict(ours).data.template == f"{ALPACA}\n"
     assert axolotl.keys() <= AXOLOTL
     assert factory.keys() <= LLAMA_FACTORY
-    assert axolotl["base_model"] == factory["model_name_or_path"] == "runs/mine/prepared/base"
-    assert axolotl["lora_model_dir"] == factory["adapter_name_or_path"] == "runs/mine/prepared/adapter"
+    assert axolotl["base_model"] == factory["model_name_or_path"] == "runs/start/prepared/base"
+    assert axolotl["lora_model_dir"] == factory["adapter_name_or_path"] == "runs/start/prepared/adapter"
 
 
 def test_what_python_code_imports_is_there():

@@ -162,7 +162,7 @@ class Method:
             "task": "activations of the task",
             "knowledge": "activations of knowledge text",
             "gradients": "the task's gradients",
-            "both": "the task's pull on activations, against those of knowledge text",
+            "both": "gradients of the task, and activations of knowledge text",
         }[self.needs.of]
 
 

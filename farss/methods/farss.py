@@ -107,7 +107,8 @@ FARSS = Method(
     name="farss",
     title="FARSS (Chen et al., Findings of ACL 2026)",
     needs=SURVEY,
-    changes="inverse-Fisher ranks and least important directions in shallow blocks, rank R and most important ones in deep blocks",
+    changes="in the first blocks the smaller ranks the more a layer matters, from the least important directions; in the others rank R, "
+    "from the most important ones",
     plan=plan,
     boundary=True,
 )
