@@ -23,7 +23,7 @@ from farss.files import read_json, read_tensors, reading, whole_folder, write_js
 from farss.merging import in_layers, write_model
 from farss.methods import METHODS, check_elsewhere
 from farss.models import load_model, load_tokenizer, weights_fingerprint
-from farss.portable import PREPARED, Exported, logits, origin_of, portable, target_names, write_adapter, write_facts
+from farss.portable import PREPARED, TOLERANCE, Exported, logits, origin_of, portable, target_names, write_adapter, write_facts
 from farss.precision import dtype_name
 from farss.prompts import PROMPT_FACTS
 from farss.structure import PEFT_PREFIX, check_unshared, holds_packed
@@ -146,7 +146,7 @@ def convert(prepared: Path | str, trained: Path | str, out: Path | str, rank: in
         rank, energy: compress, see `farss.portable.portable`; None: exact.
 
     Raises:
-        FarssError: `trained` is not an adapter that began as this start, or holds more than that.
+        FarssError: `trained` is not an adapter that began as this start, or holds more than that; or the two differ by more than rounding.
         FolderError: `out` exists, or a folder is not what it should be.
     """
     prepared, trained, out = Path(prepared), Path(trained), Path(out)
@@ -189,7 +189,13 @@ def convert(prepared: Path | str, trained: Path | str, out: Path | str, rank: in
             _Base(str(prepared / "base"), trained, facts.get("fingerprint")),
             _Base(base, unfinished, origin.get("base_fingerprint"), origin.get("base_dtype", "float32")),
         )
-        difference = _compare(bases, trusted)
+        difference, scale = _compare(bases, trusted)
+        exact = rank is None and energy is None and origin.get("base_dtype") == "float32"  # in 16 bits the prepared base is rounded
+        if exact and not difference <= TOLERANCE * max(1.0, scale):
+            raise FarssError(
+                f"the converted adapter's logits differ by {difference:.2g} from those of {trained} on the prepared base (allowed: "
+                f"{TOLERANCE * max(1.0, scale):.2g}): it was not kept"
+            )
         exported = Exported(out, made.rank, made.lost, difference, made.effective_ranks)
         write_facts(unfinished, plan, origin, exported, made.state)
     return exported
@@ -218,8 +224,8 @@ class _Base(NamedTuple):
     """In which it was prepared, and its weights were rounded to: `model.dtype` may have been another than that of the files."""
 
 
-def _compare(bases: tuple[_Base, _Base], trusted: bool) -> float:
-    """Largest |logit difference| (float32) between what was trained and the converted adapter, each on its base.
+def _compare(bases: tuple[_Base, _Base], trusted: bool) -> tuple[float, float]:
+    """Largest |logit difference| (float32) between what was trained and the converted adapter, each on its base, and the largest |logit|.
 
     Raises:
         FolderError: a base has another fingerprint than when it was prepared.
@@ -237,5 +243,4 @@ def _compare(bases: tuple[_Base, _Base], trusted: bool) -> float:
         model = PeftModel.from_pretrained(loaded, str(base.adapter)).eval()
         found.append(logits(model, batch))
         del model, loaded  # one at a time in memory
-    difference: Tensor = (found[0] - found[1]).abs().max()
-    return difference.item()
+    return (found[0] - found[1]).abs().max().item(), found[0].abs().max().item()

@@ -2,7 +2,8 @@
 
 import torch
 
-from farss.batches import batches, choose, collate
+from farss.batches import batches, calibration_batches, choose, collate
+from farss.config import CalibrationConfig
 
 
 def test_choice_is_seeded_ordered_and_without_replacement() -> None:
@@ -29,3 +30,14 @@ def test_collate_pads_on_either_side() -> None:
     assert left["labels"].tolist() == [[-100, 6, 7], [-100, -100, 9]]
     real_right, real_left = (x["position_ids"][x["attention_mask"].bool()] for x in (right, left))
     assert torch.equal(real_right, real_left)
+
+
+def test_calibration_looks_at_rows_drawn_with_the_seed() -> None:
+    """Of sorted data the first rows are of one kind."""
+    rows = [{"input_ids": [number], "completion_mask": [0]} for number in range(100)]
+
+    def seen(seed: int) -> list[int]:
+        parts = calibration_batches(rows, CalibrationConfig(examples=10, batch_size=4), 0, seed)
+        return sorted(int(number) for part in parts for number in part["input_ids"][:, 0])
+
+    assert seen(1) == choose(list(range(100)), 10, 1) != seen(2)

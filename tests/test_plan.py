@@ -122,12 +122,10 @@ def test_saved_and_loaded(found, tmp_path):
     assert Plan.load(tmp_path / "plan.json") == plan
 
 
-def test_default_boundary_lies_between_the_eighth_and_the_quarter():
+def test_a_fifth_of_the_blocks_are_shallow_unless_it_is_said():
     from farss.methods.farss import choose_boundary
 
-    for blocks in (12, 18, 24, 32, 40, 42, 80):
-        assert blocks // 8 <= choose_boundary(PlanConfig(), blocks) <= -(-blocks // 4) + 1
-    assert choose_boundary(PlanConfig(), 1) == 1
+    assert [choose_boundary(PlanConfig(), blocks) for blocks in (1, 12, 18, 32, 40, 80)] == [1, 2, 4, 6, 8, 16]
 
 
 def test_lora_needs_no_survey_and_has_no_directions():
@@ -185,6 +183,16 @@ def test_directions_that_float32_does_not_order_are_refused():
     most = {"boundary": 6, "shallow_directions": "most"}
     for changes in ({"boundary": 4}, most, {"boundary": "auto"}, {"method": "farss-all-high"}, {"method": "lora"}):
         check_exact(dataclasses.replace(BASE, **changes), blocks)
+
+
+def test_a_plan_of_directions_that_are_not_exact_is_refused(found):
+    deep = dataclasses.replace(BASE, boundary=3)  # of four blocks, of which two are decomposed exactly
+    for refused in (
+        lambda: make_plan(deep, dataclasses.replace(found, meta=found.meta | {"svd": "fast"})),
+        lambda: check_plan(deep, found.layers, found.blocks, "fast"),
+    ):
+        with pytest.raises(ConfigError, match=r"set calibration.svd=exact"):
+            refused()
 
 
 def test_a_weight_of_zeros_takes_no_ranks_from_others():

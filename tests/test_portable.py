@@ -415,3 +415,10 @@ def test_an_adapter_that_would_score_wrong_is_not_kept(tmp_path, monkeypatch):
     with pytest.raises(FarssError, match="logits differ by"):
         export(adapted, plan, tmp_path / "adapter", prompts())
     assert not list(tmp_path.glob("*adapter*"))
+
+
+def test_step_zero_is_the_distance_from_the_base(tmp_path):
+    adapted, _ = trained("llama", tmp_path)
+    far = (portable_module.logits(adapted, prompts()) - portable_module.logits(small("llama"), prompts())).abs().max().item()
+    assert far > 0.01
+    assert portable_module.step_zero(adapted, prompts())["float32"] == pytest.approx(far, rel=1e-4)

@@ -133,6 +133,11 @@ def test_what_cannot_be_converted_is_refused(written):
     write_json(config, began | {"lora_alpha": 2 * began["lora_alpha"]})
     with pytest.raises(FarssError, match="was trained with another lora_alpha than was prepared"):
         convert(folder, place / "trained", place / "adapter")
+    patterns = {"alpha_pattern": {"x": 1}, "rank_pattern": {"x": 1}}
+    for option, value in {"use_rslora": True, "use_dora": True, "r": began["r"] + 1, **patterns}.items():
+        write_json(config, began | {option: value})
+        with pytest.raises(FarssError, match=f"was trained with another {option} than was prepared"):
+            convert(folder, place / "trained", place / "adapter")
     write_json(config, began)
     write_tensors(state, load_file(state) | {"base_model.model.lm_head.weight": torch.zeros(2, 2)})
     with pytest.raises(FarssError, match=r"holds base_model.model.lm_head.weight, 1 tensors in all that were not prepared"):
@@ -177,6 +182,18 @@ def test_damaged_and_swapped_folders_are_named(written):
         write_json(file, before)
     write_json(facts, known | {"fingerprint": "another"})
     with pytest.raises(FolderError, match=r"base is not the base that was prepared: put it back"):
+        convert(folder, place / "trained", place / "adapter")
+    assert not (place / "adapter").exists()
+
+
+def test_what_would_score_otherwise_is_not_kept(written, monkeypatch):
+    place, folder, _ = written
+    train(folder, place / "trained")
+    change = prepared._change
+    monkeypatch.setattr(prepared, "_change", lambda name, scaling, *states: change(name, 2 * scaling, *states))
+    with pytest.raises(
+        FarssError, match=r"the converted adapter's logits differ by .* on the prepared base \(allowed: .*: it was not kept"
+    ):
         convert(folder, place / "trained", place / "adapter")
     assert not (place / "adapter").exists()
 

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 from runs import settings
 from small_models import save_small
 
@@ -84,12 +86,30 @@ def test_a_model_that_learned_nothing_recovers_as_the_base_does(values):
         assert "K after a few steps of question answering" in (run.path / "report.html").read_text()
 
 
+def test_what_was_learned_stays_while_it_recovers(values, monkeypatch, tmp_path):
+    """The fresh adapter lies on top of the one that was trained, or on the weights."""
+    monkeypatch.setattr("farss.recovery.RATE", 1e-30)
+    config = from_dict(values)
+    tokenizer = load_tokenizer(config.model)
+    batch, rows = tokenizer("Where is it?", return_tensors="pt"), recovery_rows(config, tokenizer)
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    adapted, whole = get_peft_model(load_model(config.model), lora).eval(), load_model(config.model)
+    whole.model.layers[0].mlp.up_proj.weight.data *= 1.5
+    for place, learned in (("adapted", adapted), ("whole", whole)):
+        before = learned(**batch).logits
+        torch.testing.assert_close(recover(learned, tokenizer, rows, config, tmp_path / place)(**batch).logits, before)
+
+
 @pytest.mark.usefixtures("no_figures")
-def test_a_whole_model_recovers_with_the_weights_that_it_has(values):
-    values |= {"plan": {"method": "full"}, "train": values["train"] | {"learning_rate": 1e-3}}
-    run = Run(from_dict(values))
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_what_recovered_is_relative_to_the_base(values, method):
+    run = Run(from_dict(values | {"plan": {"method": method, "rank": 4}}))
     run.all()
-    assert json.loads((run.path / "summary.json").read_text())["recovered"]
+    for place, every in (("base-recovered", 1), ("recovered", 2)):
+        file = run.path / place / "scores" / "facts.jsonl"
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        file.write_text("".join(json.dumps(row | {"score": float(count % every == 0)}) + "\n" for count, row in enumerate(rows)))
+    assert run.summarise(None).recovered.value == pytest.approx(0.5)
 
 
 @pytest.mark.usefixtures("no_figures")

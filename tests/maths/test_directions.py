@@ -59,6 +59,14 @@ def test_decomposition_of_ill_conditioned_weights(shape, condition):
     torch.testing.assert_close(svd(weight)[2], sigma, rtol=1e-6, atol=1e-14)
 
 
+@pytest.mark.parametrize("shape", [(23, 9), (9, 23)])
+@pytest.mark.parametrize("condition", [1e2, 1e4, 1e14])  # strong, with a weak end, nearly rank-deficient
+def test_a_weight_of_many_rows_is_taken_a_few_at_a_time(shape, condition, monkeypatch):
+    """As those of large models are."""
+    monkeypatch.setattr("farss.maths.directions.CHUNK", 5)
+    assert_decomposes(conditioned(shape, condition)[0], 1e-7)
+
+
 def test_rank_deficient_and_zero_weights():
     assert_decomposes(matrix(8, 2) @ matrix(2, 6))
     assert_decomposes(torch.zeros(4, 3, dtype=torch.float64))

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from small_models import collated, examples, language_loss, shapes, small
+from small_models import collated, examples, language_loss, logits, shapes, small
 
 from farss.adapter import TRAINED, activate, attach, lora_layers, start_of
 from farss.config import PlanConfig
@@ -181,3 +181,11 @@ def test_other_knowledge_gives_other_directions(tmp_path):
     one = looked_at(small("llama-gqa"), tmp_path / "one")
     two = looked_at(small("llama-gqa"), tmp_path / "two", knowledge=collated(examples(9, seed=2)))
     assert any(not torch.allclose(one.directions(name).lam, two.directions(name).lam, rtol=1e-2) for name in one.layers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_begins_as_the_base_in_any_precision(tmp_path, dtype):
+    model = small("llama-gqa").to(dtype)
+    known = looked_at(model, tmp_path)
+    before = logits(model)
+    assert torch.equal(logits(attach(model, make_plan(CONFIG, known), known).eval()), before)

@@ -19,7 +19,7 @@ from farss.config import PruneConfig
 from farss.configfile import from_dict, override
 from farss.data import text_windows
 from farss.errors import ConfigError, DataError, FolderError, ModelError, NumericalError
-from farss.folder import resolve
+from farss.folder import Folder, resolve
 from farss.models import load_model
 from farss.pipeline import Run
 from farss.pruning import RECIPES, prune
@@ -340,3 +340,13 @@ def test_the_command(model_folder, tmp_path):
     assert again.exit_code == 0, again.output
     assert "Deleted blocks" in again.output
     assert (tmp_path / "run" / "random" / "model" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("change", ["prune.shift=0.2", "prune.norm=l1", "train.learning_rate=0.5"])
+def test_a_model_of_other_options_is_refused(pruning, change):
+    work = Pruning(resolve(pruning), silent)
+    with Folder(work.folder.path / "trsp").step("prune", work._made_options("trsp")):
+        pass
+    changed = Pruning(resolve(override(pruning, [change, "prune.methods=[trsp]"])), silent)
+    with pytest.raises(FolderError, match=f"made with {change.partition('=')[0]}="):
+        changed.check()

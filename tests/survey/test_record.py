@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 from oracle import read_activations, read_against, survey_of
-from small_models import collated, examples
+from small_models import collated, examples, small
 from trainings import Killed, killed_at
 
 from farss.artifacts import Survey
 from farss.errors import FarssError, FolderError
 from farss.survey import Site, survey
+from farss.survey.gradients import gradients
 
 
 def test_same_seed_same_bytes(llama, tmp_path):
@@ -111,3 +112,23 @@ def test_no_file_is_in_use_when_it_is_deleted(llama, tmp_path, monkeypatch, look
     look(llama, tmp_path)
     assert not any(deleted.values())
     assert {f"input-{block:04d}.safetensors" for block in range(4)} <= deleted.keys()
+
+
+LOOKS = [survey_of, read_activations, read_against, lambda model, folder: gradients(Site(model, folder), collated(examples()))]
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_a_survey_of_other_weights_is_refused(tmp_path, look):
+    """Whoever calls the library has no other guard."""
+    model = small("llama-gqa")
+    look(model, tmp_path)
+    model.model.layers[1].mlp.up_proj.weight.data *= 1.1
+    with pytest.raises(FolderError, match="of another model"):
+        look(model, tmp_path)
+
+
+@pytest.mark.parametrize("how", [{"fisher": "sampled"}, {"seed": 1}, {"svd": "fast"}])
+def test_a_survey_that_was_made_otherwise_is_refused(llama, tmp_path, how):
+    survey(Site(llama, tmp_path, 4), collated(examples()))
+    with pytest.raises(FolderError, match="method or seed"):
+        survey(Site(llama, tmp_path, 4), collated(examples()), **how)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from farss.errors import ConfigError
-from farss.tasks.records import Logged, main_metric, question_score
+from farss.tasks.records import Logged, main_metric, question_score, records_of
 
 
 def logged(*samples):
@@ -33,3 +33,19 @@ def test_only_the_first_filter_counts():
 )
 def test_metric_values_become_question_scores(value, score):
     assert question_score(value) == score
+
+
+def choice(target, likelihoods, arguments, **task):
+    known = SimpleNamespace(**{"OUTPUT_TYPE": "multiple_choice", "multiple_input": False} | task)
+    sample = {"doc_id": 3, "filter": "none", "metrics": ["acc"], "acc": 0.0, "doc": {}, "target": target, "arguments": arguments}
+    return records_of(Logged("choices", known, [sample | {"resps": [[(each, False)] for each in likelihoods]}]), "acc")[0]
+
+
+def test_the_right_choice_need_not_be_the_likeliest():
+    found = choice(2, [-5.0, -1.0, -2.0], [("Q:", f" {letter}") for letter in "abc"])
+    assert (found["gold"], found["answer"], found["gold_loglikelihood"]) == (["c"], "b", -2.0)
+    several = choice([2, 0], [-5.0, -1.0, -2.0], [("Q:", f" {letter}") for letter in "abc"])
+    assert (several["gold"], several["gold_loglikelihood"]) == (["c", "a"], -2.0)
+    arguments = [("Ann", "sat."), ("Bo", "sat.")]  # WinoGrande puts the choice into the prompt
+    found = choice("sat.", [-1.0, -3.0], arguments, multiple_input=True, doc_to_text=lambda doc: 1)
+    assert (found["gold"], found["answer"], found["gold_loglikelihood"]) == (["Bo"], "Ann", -3.0)

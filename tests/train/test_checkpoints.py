@@ -222,3 +222,20 @@ def test_a_training_that_stops_and_goes_on_ends_where_the_straight_one_does(tmp_
     last = train(resumed, tokenizer(), examples(), options(**LONG), tmp_path)
     assert difference(weights(model), weights(resumed)) == 0
     assert [entry["loss"] for entry in last.log] == [entry["loss"] for entry in whole.log]
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_checkpoint_that_is_not_whole_costs_one(tmp_path: Path, damage: str) -> None:
+    """As a full disk, or a kill while it was deleted, leaves it."""
+    once = {"save_steps": 1, "max_steps": 4}
+    whole = adapted_model()
+    train(whole, tokenizer(), examples(), options(**once), tmp_path / "whole")
+    train(adapted_model(), tokenizer(), examples(), options(**once), tmp_path / "run", stop_at=3)
+    newest = tmp_path / "run" / "checkpoints" / "checkpoint-3"
+    if damage == "cut":
+        (newest / WEIGHTS).write_bytes((newest / WEIGHTS).read_bytes()[:-8])
+    else:
+        (newest / "optimizer.pt").unlink()
+    resumed = adapted_model()
+    assert train(resumed, tokenizer(), examples(), options(**once), tmp_path / "run").steps == 4
+    assert difference(weights(resumed), weights(whole)) == 0

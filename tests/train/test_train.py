@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from farss.train.trainer import _arguments, scored_alike, unchanged
 
 
 def test_one_full_step_is_adamw_on_the_mean_over_answer_tokens(tmp_path: Path) -> None:
-    """The whole step from first principles: token mean, right padding, clipping, AdamW."""
+    """The whole step from first principles: token mean, right padding, AdamW. (To its first step a gradient's scale is next to nothing.)"""
     model, data = whole_model(), examples(4)
     train(model, tokenizer(), data, options(max_steps=1, micro_batch_size=2, warmup_ratio=0.0, weight_decay=0.1), tmp_path)
 
@@ -46,6 +47,38 @@ def test_one_full_step_is_adamw_on_the_mean_over_answer_tokens(tmp_path: Path) -
     assert sum(int(mask.sum()) for mask in solid.values()) > 5_000
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter[solid[name]], other.get_parameter(name)[solid[name]], atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("most", [0.05, 0.0])
+def test_gradients_are_clipped_at_what_is_configured(tmp_path: Path, most: float) -> None:
+    """Steps behind the first depend on the scale of the gradients before. 0: on none."""
+    model, data = whole_model(), examples(4)
+    how = {"max_steps": 3, "warmup_ratio": 0.0, "weight_decay": 0.0, "scheduler": "constant", "max_grad_norm": most}
+    train(model, tokenizer(), data, options(**how), tmp_path)
+
+    other, batch, norms = whole_model().train(), collate(data.rows, 0), []
+    optimizer = torch.optim.AdamW(other.parameters(), lr=1e-2, weight_decay=0.0)
+    for _ in range(3):
+        logits = other(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten()).backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(other.parameters(), most or torch.inf).item())
+        optimizer.step()
+    assert min(norms) > 0.05
+    straight = torch.cat([p.detach().flatten() - q.detach().flatten() for p, q in zip(model.parameters(), other.parameters(), strict=True)])
+    assert straight.abs().quantile(0.99) < 1e-4  # where a gradient is rounding, Adam's steps are too
+
+
+@pytest.mark.parametrize(("build", "count"), [(whole_model, 22), (lambda: adapted_model(0.5), 4)])
+def test_the_seed_decides_the_order_and_the_dropout(tmp_path: Path, build: Any, count: int) -> None:
+    """Of four examples every batch is all of them, whatever their order."""
+    found = []
+    for place, seed in enumerate((5, 5, 6)):
+        model = build()
+        train(model, tokenizer(), examples(count), dataclasses.replace(options(max_steps=3), seed=seed), tmp_path / str(place))
+        found.append(weights(model))
+    assert difference(found[0], found[1]) == 0
+    assert difference(found[0], found[2]) > 1e-3
 
 
 def test_a_training_of_one_step_is_one(tmp_path: Path) -> None:
