@@ -115,7 +115,7 @@ def _control_groups() -> Iterator[Path]:
     except OSError:
         return
     for _, kinds, path in lines:
-        if kinds in ("", "memory"):
+        if not kinds or "memory" in kinds.split(","):
             root = CONTROL / kinds
             inner = root / path.lstrip("/")
             yield from (each for each in (inner, *inner.parents) if each == root or root in each.parents)

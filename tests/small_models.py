@@ -84,6 +84,10 @@ def small(kind: str, **options):
             transformers.GraniteMoeConfig,
             {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
         ),
+        "mixtral": (
+            transformers.MixtralConfig,
+            {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
+        ),
         "granite-hybrid": (
             transformers.GraniteMoeHybridConfig,
             {**MAMBA, "num_local_experts": 0, "shared_intermediate_size": 48, "layer_types": ["mamba", "attention"] * 2},
