@@ -67,7 +67,7 @@ def read_scores(folder: Path) -> tuple[Scores, Path]:
     return Scores.load(path), path.parent / "scores"
 
 
-def _how(folder: Path, name: str) -> dict[str, int]:
+def how_asked(folder: Path, name: str) -> dict[str, int]:
     """How many tokens the answers to a benchmark could have, and by which of our rules they are graded; of older folders less is known."""
     path = folder / f"{name}.json"
     if not path.is_file():
@@ -86,7 +86,7 @@ def outcomes_of(name: str, kind: Kind, runs: Sequence[tuple[Scores, Path]], only
     Raises:
         FolderError: the runs answered different questions, or were scored differently.
     """
-    tables, first_how = [], _how(runs[0][1], name)
+    tables, first_how = [], how_asked(runs[0][1], name)
     for scores, folder in runs:
         records = {str(record["id"]): record for record in read_records(folder, name)}
         tables.append({key: record for key, record in records.items() if only is None or only(key)})
@@ -97,7 +97,7 @@ def outcomes_of(name: str, kind: Kind, runs: Sequence[tuple[Scores, Path]], only
                 f"{folder} and {runs[0][1]} hold answers to different questions of {name!r}: evaluate both with the "
                 "same question file, prompt, examples, limit, metric and seed"
             )
-        how = _how(folder, name)
+        how = how_asked(folder, name)
         for key in first_how.keys() & how.keys():
             if how[key] != first_how[key]:
                 cure = "start the older run again, which grades it anew" if key == "grading" else "ask both with the same"

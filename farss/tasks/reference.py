@@ -8,9 +8,9 @@ from typing import Any
 from farss.artifacts import TaskScore, read_records
 from farss.config import Config, QuestionSet
 from farss.errors import FolderError
-from farss.files import read_json, reading
-from farss.tasks.benchmarks import list_benchmarks
-from farss.tasks.outcomes import read_scores
+from farss.files import reading
+from farss.tasks.benchmarks import grading, list_benchmarks
+from farss.tasks.outcomes import how_asked, read_scores
 from farss.tasks.questions import Drawn, asked_so, prompt_of
 
 
@@ -74,11 +74,12 @@ def check_not_own(config: Config) -> None:
 
 def _asked_otherwise(entry: QuestionSet, drawn: Drawn, config: Config, score: TaskScore, folder: Path, tokenizer: Any) -> str:
     """How the answers in a folder were asked for, where it is not how they will be; empty where it is."""
-    file = folder / f"{entry.name}.json"
-    with reading(file, "score of a benchmark"):
-        was = {"fewshot": score.fewshot, "max_tokens": read_json(file)["max_tokens"]}
+    will = {"fewshot": entry.fewshot, "max_tokens": entry.max_tokens, **grading([entry])}
+    with reading(folder / f"{entry.name}.json", "score of a benchmark"):
+        known = how_asked(folder, entry.name)
+        was = {"fewshot": score.fewshot, "max_tokens": known["max_tokens"], **known}
     for key, value in was.items():
-        if value != (now := getattr(entry, key)):
-            return f"{key}={value}, and now {key}={now}"
+        if value != will[key]:
+            return f"{key}={value}, and now {key}={will[key]}"
     same = asked_so(drawn, prompt_of(entry, "task", config.data, tokenizer), read_records(folder, entry.name))
     return "" if same else "another prompt, template or other examples than now"

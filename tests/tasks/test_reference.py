@@ -11,6 +11,7 @@ from farss.artifacts import Scores
 from farss.config import DataConfig, QuestionSet
 from farss.errors import FolderError
 from farss.evaluate import evaluate
+from farss.tasks.grading import GRADING
 from farss.tasks.outcomes import read_scores
 from farss.tasks.reference import check_reference
 from farss.tasks.summary import summarise
@@ -68,12 +69,16 @@ def test_full_fine_tuning_that_was_asked_otherwise_is_refused(was, now, message,
         summarise(tmp_path / "now", tmp_path / "now", tmp_path / "full", config)
 
 
-def test_a_reference_that_was_graded_by_older_rules_is_refused(three):
+def test_a_reference_that_was_graded_by_older_rules_is_refused(three, tokenizer):
+    """Before the training, and where a finished run is compared with it."""
     config, folder = three
     file = folder / "full" / "scores" / "steps.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"grading": 9}))
     with pytest.raises(FolderError, match=r"answers to 'steps' with grading=9, and .*: start the older run again, which grades it anew"):
         summarise(folder / "base", folder / "after", folder / "full", config)
+    named = replace(config, evaluate=replace(config.evaluate, full_scores=str(folder / "full")))
+    with pytest.raises(FolderError, match=rf"'steps' with grading=9, and now grading={GRADING}"):
+        check_reference(named, tokenizer)
 
 
 def test_a_reference_that_was_asked_in_another_chat_is_refused(model, tokenizer, files, tmp_path):
