@@ -7,7 +7,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from runs import settings
-from small_models import save_small
 
 from farss import world
 from farss.artifacts import read_records
@@ -22,12 +21,18 @@ from farss.tasks.questions import draw
 
 
 @pytest.fixture
-def values(tmp_path):
-    found = settings(world.MODEL, tmp_path / "run")
+def values(model_folder, tmp_path):
+    found = settings(model_folder, tmp_path / "run")
     found["evaluate"]["knowledge"][0] |= {"limit": 30}
     found["evaluate"] |= {"recovery": 2, "looks": 0}
     found["train"]["max_steps"] = 2
     return found
+
+
+@pytest.fixture
+def knowing(values):
+    """The same with a model that answers some of the questions: without any there is nothing to be recovered of."""
+    return values | {"model": {"path": str(world.MODEL)}}
 
 
 def test_recovery_trains_on_what_is_not_asked(values):
@@ -71,10 +76,10 @@ def test_recovery_takes_more_of_a_file_where_others_have_nothing_left(values, tm
     assert len(recovery_rows(config, load_tokenizer(config.model)).rows) == 2 * BATCH
 
 
-def test_a_model_that_learned_nothing_recovers_as_the_base_does(values):
-    values["train"]["learning_rate"] = 1e-30
+def test_a_model_that_learned_nothing_recovers_as_the_base_does(knowing):
+    knowing["train"]["learning_rate"] = 1e-30
     for method in ("lora", "full"):
-        own = values | {"plan": {"method": method, "rank": 4}, "out": f"{values['out']}-{method}"}
+        own = knowing | {"plan": {"method": method, "rank": 4}, "out": f"{knowing['out']}-{method}"}
         run = Run(from_dict(own))
         run.all()
         summary = json.loads((run.path / "summary.json").read_text())
@@ -113,9 +118,9 @@ def test_what_recovered_is_relative_to_the_base(values, method):
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_a_comparison_recovers_the_base_once(values):
-    values["compare"] = {"methods": ["lora", "pissa"]}
-    folder = compare(from_dict(values), lambda *_: None)
+def test_a_comparison_recovers_the_base_once(knowing):
+    knowing["compare"] = {"methods": ["lora", "pissa"]}
+    folder = compare(from_dict(knowing), lambda *_: None)
     comparison = json.loads((folder / "comparison.json").read_text())
     assert all(row["recovered"]["low"] <= row["recovered"]["value"] <= row["recovered"]["high"] for row in comparison["rows"])
     assert [path.parent.name for path in folder.rglob("base-recovered")] == [folder.name]
@@ -123,8 +128,7 @@ def test_a_comparison_recovers_the_base_once(values):
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_a_recovery_of_other_steps_begins_anew(values, tmp_path):
-    values["model"] = {"path": str(save_small("llama-gqa", tmp_path / "model"))}
+def test_a_recovery_of_other_steps_begins_anew(values):
     values["plan"] = {"method": "lora", "rank": 4}
     Run(config := from_dict(values)).all()
     run = Run(override(config, [f"evaluate.recovery={config.evaluate.recovery + 1}"]))
@@ -149,31 +153,31 @@ def test_both_sides_recover_in_one_precision(values, monkeypatch):
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_other_questions_are_recovered_on_both_sides_or_on_none(values):
+def test_other_questions_are_recovered_on_both_sides_or_on_none(knowing):
     def recovered():
-        return json.loads((Path(values["out"]) / "summary.json").read_text())["recovered"]
+        return json.loads((Path(knowing["out"]) / "summary.json").read_text())["recovered"]
 
-    values["plan"] = {"method": "lora", "rank": 4}
-    Run(from_dict(values)).all()
+    knowing["plan"] = {"method": "lora", "rank": 4}
+    Run(from_dict(knowing)).all()
     assert recovered() is not None
-    values["evaluate"]["knowledge"][0] |= {"limit": 20}
-    Run(from_dict(values)).evaluate()
+    knowing["evaluate"]["knowledge"][0] |= {"limit": 20}
+    Run(from_dict(knowing)).evaluate()
     assert recovered() is None  # what came back of the old questions says nothing of these
-    Run(from_dict(values)).all()
+    Run(from_dict(knowing)).all()
     assert recovered() is not None
-    assert len(read_records(Path(values["out"]) / "recovered" / "scores", "facts")) == 20
+    assert len(read_records(Path(knowing["out"]) / "recovered" / "scores", "facts")) == 20
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_where_the_weights_are_deleted_what_was_recovered_stays(values):
-    values["compare"] = {"methods": ["lora"], "keep": "scores"}
-    folder = compare(from_dict(values), lambda *_: None)
+def test_where_the_weights_are_deleted_what_was_recovered_stays(knowing):
+    knowing["compare"] = {"methods": ["lora"], "keep": "scores"}
+    folder = compare(from_dict(knowing), lambda *_: None)
     before = json.loads((folder / "comparison.json").read_text())["rows"]
-    values["evaluate"]["recovery"] = 1
+    knowing["evaluate"]["recovery"] = 1
     with pytest.raises(FolderError, match=r"the weights in .*adapter are deleted"):
-        compare(from_dict(values), lambda *_: None)
-    values["evaluate"]["recovery"] = 2
-    assert json.loads((compare(from_dict(values), lambda *_: None) / "comparison.json").read_text())["rows"] == before
+        compare(from_dict(knowing), lambda *_: None)
+    knowing["evaluate"]["recovery"] = 2
+    assert json.loads((compare(from_dict(knowing), lambda *_: None) / "comparison.json").read_text())["rows"] == before
 
 
 @pytest.mark.parametrize(("batch", "micro", "expected"), [(24, 12, 8), (4, None, 4), (64, None, 16), (16, 1, 1)])
