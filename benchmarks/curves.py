@@ -1,8 +1,9 @@
-"""What each method learned on Banking77 against what it kept: pictures and a short table, read from the long one in docs/results.md.
+"""What each method learned on Banking77 against what it kept: pictures and two short tables, read from the long one of every run.
 
     python benchmarks/curves.py
 
-It writes `docs/banking77-scores.png` and `docs/banking77-likelihoods.png`, and the best balance of each method into the page.
+It reads `docs/results-banking77.md`, and writes `docs/banking77-scores.png` and `docs/banking77-likelihoods.png`, and the best balance
+of each method and what it keeps at equal learning into `docs/results.md`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 from common import DOCS, table, write_section
 
+from farss.maths.frontier import kept_at
 from farss.maths.metrics import balance
 from farss.report.drawing import save_figures
 from farss.report.figures import Figure
@@ -27,6 +29,8 @@ BESIDE = r", on 2( other)? cores|, seed \d| as it is now"
 """What a row says of its machine and its seed, and not of its method."""
 OUTSIDE = "kasa"
 """Would make the pictures too wide to read: 0 % kept, 61 nats lost."""
+EQUAL = (75, 80, 85, 92.5, 97.5)
+"""Where methods are compared, T in %."""
 LOST = "right answers to knowledge: change of their log-likelihood, nats"
 PICTURES = {
     "scores": SCORES._replace(factor=1),  # the page has percentages
@@ -35,8 +39,9 @@ PICTURES = {
 
 
 def main() -> None:
-    found = curves((DOCS / "results.md").read_text())
+    found = curves((DOCS / "results-banking77.md").read_text())
     write_section("best balances", table(best(found)), "results.md")
+    write_section("equal learning", table(equal(found)), "results.md")
     found.pop(OUTSIDE)
     choices = {name: frontier_choice(found, axes, "full fine-tuning") for name, axes in PICTURES.items()}
     with tempfile.TemporaryDirectory() as folder:
@@ -81,6 +86,20 @@ def best(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, str]]:
         facts |= {name: f"{value:.1f}" for name, value in scores.items()} | {"Right answers (nats)": f"{point['nats']['value']:+.1f}"}
         rows.append((scores["KT %"], facts))
     return [row for _, row in sorted(rows, key=lambda one: -one[0])]
+
+
+def equal(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, str]]:
+    """What each method that was run at several learning rates keeps where it learned equally much."""
+    rows = []
+    for method, points in found.items():
+        lines = [[(point["T"]["value"], point[kept]["value"]) for point in points] for kept in ("K", "nats")]
+        cells = {"Method": method}
+        for learned in EQUAL:
+            kept, nats = (kept_at(line, learned) for line in lines)
+            cells[f"at T {learned:g} %"] = "" if kept is None else f"{kept:.1f} ({nats:+.1f})"
+        if len(points) > 1:
+            rows.append(cells)
+    return rows
 
 
 def _balance(point: dict[str, Any]) -> float:

@@ -50,7 +50,7 @@ def main() -> None:
                 {"cut off in every layer": f"{count} {end}", "of the squared norm": f"{lost:.3%}", "loss (nats a token)": f"{nats:.2f}"}
             )
     how = f"{len(texts)} texts of WikiText-2's validation set, computed in float32; {environment()}"
-    write_section("smallest", f"{table(rows)}\n\n({how})", "results.md")
+    write_section("smallest", f"{table(rows)}\n\n({how})", "results-banking77.md")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 def multiplies_in(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a device has units for matrix products in this precision.
 
-    A CPU without them goes through 16-bit products slower than through float32 ones (three times, where it has AVX-512: docs/results.md).
+    A CPU without them goes through 16-bit products slower than through float32 ones
+    (three times, where it has AVX-512: docs/performance.md).
     """
     if device.type == "cuda" and dtype == torch.bfloat16:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))

@@ -44,6 +44,28 @@ def test_what_python_code_imports_is_there():
             exec(line, {})
 
 
+def test_every_link_between_pages_leads_somewhere():
+    root, checked = DOCS.parent, 0
+    for page in (*root.glob("*.md"), *DOCS.glob("*.md")):
+        for link in re.findall(r'\]\((?!https?:)([^)\s]+)\)|src="([^"]+)"', _prose(page)):
+            file, _, anchor = "".join(link).partition("#")
+            target = page.parent / file if file else page
+            assert target.exists(), (page.name, link)
+            assert not anchor or anchor in _anchors(target), (page.name, link)
+            checked += 1
+    assert checked > 100
+
+
+def _prose(page):
+    return re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+
+
+def _anchors(page):
+    """As GitHub makes them of headings."""
+    headings = (re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", line).lower() for line in re.findall(r"^#+ (.*)$", _prose(page), re.MULTILINE))
+    return {re.sub(r"[^\w\- ]", "", line).replace(" ", "-") for line in headings}
+
+
 def test_every_test_that_the_adapters_table_names_exists():
     page = (DOCS / "adapters.md").read_text()
     named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page)
@@ -54,7 +76,8 @@ def test_every_test_that_the_adapters_table_names_exists():
 
 def test_every_balance_in_the_results_is_that_of_its_k_and_t():
     checked = 0
-    for table in re.findall(r"(?:^\|.*\n)+", (DOCS / "results.md").read_text(), re.MULTILINE):
+    pages = "\n".join(page.read_text() for page in DOCS.glob("results*.md"))
+    for table in re.findall(r"(?:^\|.*\n)+", pages, re.MULTILINE):
         head, _, *rows = ([cell.strip(" *") for cell in line.strip("|").split("|")] for line in table.strip().split("\n"))
         if not {"K %", "T %", "KT %"} <= set(head):
             continue
