@@ -128,11 +128,14 @@ class Answers:
 
     def _graded_again(self, one: Asking) -> bool:
         """Grade what is asked by the rules of today, where nothing else changed; that needs no model. Returns whether it was done."""
-        ungraded = {key: value for key, value in one.options.items() if key != "grading"}
-        if not one._replace(options=ungraded).done or grade_again(one.config, one.target) is None:
+        if not self._ungraded(one).done or grade_again(one.config, one.target) is None:
             return False
         with one.place.step(one.step, one.options):
             return True
+
+    def _ungraded(self, one: Asking) -> Asking:
+        """The same questions, by whatever rules they are graded."""
+        return one._replace(options={key: value for key, value in one.options.items() if key != "grading"})
 
     # --- what they say ----------------------------------------------------------------------------------------------
 
@@ -183,10 +186,17 @@ class Answers:
         return (not wanted.recovery or self._of_recovered.done) and (not wanted.asks or self._of_trained.done)
 
     @property
+    def needs_weights(self) -> bool:
+        """Whether something is to be asked of the run's result that it was not asked yet."""
+        wanted = self.inputs.config.evaluate
+        asked = [*([self._of_recovered] if wanted.recovery else []), *([self._of_trained] if wanted.asks else [])]
+        return not all(one.done or self._ungraded(one).done for one in asked)
+
+    @property
     def base_is_known(self) -> bool:
         """Whether the untouched model was asked everything."""
         wanted = self.inputs.config.evaluate
-        return self._of_base.done and (not wanted.recovery or self._of_recovered_base.done)
+        return (not wanted.asks or self._of_base.done) and (not wanted.recovery or self._of_recovered_base.done)
 
     @property
     def _of_base(self) -> Asking:

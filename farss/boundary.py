@@ -234,10 +234,10 @@ class Prober:
     reached: dict[int, int] = dataclasses.field(default_factory=dict)
     """Steps of every candidate so far."""
 
-    def start_over_unless_the_same(self) -> None:
-        """Forget outcomes that are of other questions: a killed search goes on only with the same."""
+    def start_over_unless_the_same(self, options: dict[str, Any]) -> None:
+        """Forget outcomes that are of other questions or options: a killed search goes on only with the same."""
         setting, path = self.setting, self.folder / "key.json"
-        key = {"key": fingerprint([setting.knowledge, setting.task])}
+        key = {"key": fingerprint([setting.knowledge, setting.task, options])}
         if not path.is_file() or read_json(path) != key:
             shutil.rmtree(self.folder, ignore_errors=True)
             write_json(path, key)
@@ -298,14 +298,17 @@ class Prober:
         return ProbeOutcomes([np.array(each) for each in values["knowledge"]], np.array(values["task"]), values["parameters"])
 
 
-def find(prober: Prober) -> Boundary:
+def find(prober: Prober, options: dict[str, Any]) -> Boundary:
     """Probe every candidate as far as it may still win, and choose.
+
+    Args:
+        options: on which the probes depend.
 
     Raises:
         FarssError: the probes learn nothing, or a loss is not finite.
     """
     setting, plan, config = prober.setting, prober.setting.schedule, prober.config
-    prober.start_over_unless_the_same()
+    prober.start_over_unless_the_same(options)
     prober.tell(0, plan.training, setting.sentence)
     found = Found(plan.candidates[0], [], 0.0, 0.0, 0.0, [])
     if plan.rounds:

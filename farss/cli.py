@@ -201,10 +201,16 @@ def plan(config: ConfigFile, overrides: Overrides = None) -> None:
 @app.command()
 def boundary(config: ConfigFile, overrides: Overrides = None) -> None:
     """Find out by short probes how many blocks shall be shallow; `plan.boundary: auto` does it inside a run."""
+    from farss.compare.entrants import settings_of
     from farss.plan import require_boundary
 
     wanted = _read(config, [*(overrides or []), "plan.boundary=auto"], shared=True)
     require_boundary(wanted.plan)
+    if wanted.compare.methods and (own := settings_of(wanted, wanted.plan.method)):
+        raise UsageError(
+            f"compare.settings gives {wanted.plan.method!r} its own {', '.join(own)}, which this search would not have: set "
+            f"plan.boundary=auto in {config} and use `farss compare`, which searches first"
+        )
     with _single(wanted) as one:
         console.print(one.search_setting.sentence, highlight=False, soft_wrap=True)
         found = one.boundary()

@@ -151,10 +151,15 @@ def read(config: Config, folder: Path, tokenizer: Any) -> Any:
     """
     target = place_of(config, folder)
     if not any(target.glob("*.safetensors")):
-        raise FolderError(f"the weights in {target} are deleted (compare.keep=scores): what needs them takes another out")
+        raise deleted(target)
     if is_whole(config):
         return load_model(replace(config.model, path=str(target), quantization="none"))
     return load_adapter(load_model(config.model), target, tokenizer)
+
+
+def deleted(target: Path) -> FolderError:
+    """What to say where weights are needed that are gone."""
+    return FolderError(f"the weights in {target} are deleted (compare.keep=scores): what needs them takes another out")
 
 
 def is_as_trained(config: Config) -> bool:

@@ -83,7 +83,12 @@ def _noting(failed: list[FarssError], left: int) -> Iterator[None]:
     except FarssError as error:
         if left:
             log.warning(f"{error} (the others go on)")
-        failed.append(error)
+        failed.append(bare(error))
+
+
+def bare(error: FarssError) -> FarssError:
+    """The same error without where it was raised, which would keep the model there in memory."""
+    return type(error)(str(error))
 
 
 def _in_processes(work: Work, items: Sequence[Any], jobs: int, tell: Tell, failed: list[FarssError]) -> None:
@@ -91,7 +96,7 @@ def _in_processes(work: Work, items: Sequence[Any], jobs: int, tell: Tell, faile
     slots, told = context.Queue(), context.Queue()
     for slot in range(jobs):
         slots.put(slot)
-    gpus, threads = _gpus(), max(1, torch.get_num_threads() // jobs)
+    gpus, threads = _gpus(), max(1, torch.get_num_threads() // max(1, min(jobs, len(items))))
     give_back()
     with _listening(told, tell), processes.environment("OMP_NUM_THREADS", str(threads)):
         pool = ProcessPoolExecutor(jobs, context, _begin, (slots, told, os.getpid()), max_tasks_per_child=1)

@@ -77,6 +77,14 @@ TABLE_KEYS = (
     *("compare.methods", "compare.seeds", "compare.settings", "compare.tune", "compare.held_out"),
 )
 """Of a comparison's table."""
+OF_TABLE = ("evaluate.full_scores", "evaluate.learned_by", "compare.")
+"""On these the table depends, and no step."""
+
+
+def table_options(config: Config) -> dict[str, Any]:
+    """On what a comparison's table depends."""
+    found = options_of(config, TABLE_KEYS)
+    return {key: value for key, value in found.items() if key not in OF_NO_STEP or key.startswith(OF_TABLE)}
 
 
 def options_of(config: Config, keys: tuple[str, ...]) -> dict[str, Any]:

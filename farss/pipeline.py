@@ -166,16 +166,28 @@ class Run:
         """
         for step, options in self.surveys.steps(self.method.needs).items():
             self.place.refuse_other(step, options)
-        if self.searches:  # of one that was trained from, questions may change, and not how it was searched
+        if self.searches and self.place.is_over(self._boundary_step):
+            # of one that was trained from, questions may change, and not how it was searched
             options = self._boundary_options if self._may_replan else options_of(self.common_config, ("boundary",))
             self.place.refuse_other(self._boundary_step, options)
         self._refuse_other_plan()
         self._refuse_other_training()
 
+    def check_weights(self) -> None:
+        """Refuse to ask more of a result whose weights are deleted, before anything that it was asked is replaced.
+
+        Raises:
+            FolderError: they are.
+        """
+        target = handover.place_of(self.config, self.path)
+        there = handover.weights_are_there(target) or (self.path / "checkpoints").is_dir()
+        if self.has_trained and not there and self.answers.needs_weights:
+            raise handover.deleted(target)
+
     @property
     def steps_before(self) -> list[str]:
         """The shared steps that come before the plan."""
-        return [*self.surveys.steps(self.method.needs), *([self._boundary_step] if self.searches else [])]
+        return [*self.surveys.names(self.method.needs), *([self._boundary_step] if self.searches else [])]
 
     @property
     def _boundary_step(self) -> str:
@@ -257,7 +269,8 @@ class Run:
         require_boundary(self.config.plan)
         step, options = self._boundary_step, self._boundary_options
         place = self.place.path / "boundary" / self._searched_for
-        self.place.refuse_other(step, options)
+        if self.place.is_over(step):  # one that failed, or was stopped, may be tried with others
+            self.place.refuse_other(step, options)
         if not self.place.is_done(step, options, makes=place / "boundary.json"):
             known, config = self.survey(), self.common_config
 
@@ -266,7 +279,7 @@ class Run:
 
             with self.place.step(step, options) as facts:
                 load, adapted = (lambda: load_model(config.model)), (lambda plan: self._adapted(plan, config))
-                found = find(Prober(self.search_setting, config, self.inputs.tokenizer, known, load, adapted, place, tell))
+                found = find(Prober(self.search_setting, config, self.inputs.tokenizer, known, load, adapted, place, tell), options)
                 found.save(place / "boundary.json")
                 facts |= {"seconds": found.seconds}
         result = Boundary.load(place / "boundary.json")
@@ -344,8 +357,7 @@ class Run:
         self.train()
         plan, options = self.plan(), options_of(self.config, (*EXPORT_KEYS, "data.system", "data.thinking"))  # the card names them
         target = handover.place_of(self.config, self.path)
-        lost = not handover.weights_are_there(target) and (self.path / "checkpoints").is_dir()  # not deleted by compare.keep
-        if self.folder.is_done("export", options, makes=handover.made_by(self.config, self.path)) and not lost:
+        if self._is_exported(options) and not self.has_lost_weights:
             return target
         self.tell("export", 0, 1, "")
         model = self.trained()  # first: where its weights are deleted, the record of what was exported stays
@@ -356,6 +368,15 @@ class Run:
         self.answers.write_cards()
         self.tell("export", 1, 1, "")
         return target
+
+    def _is_exported(self, options: dict[str, Any]) -> bool:
+        forms = [options, *([options | {"export.to": "gguf"}] if options["export.to"] == "peft" else [])]  # an adapter lies beside its GGUF
+        return any(self.folder.is_done("export", each, makes=handover.made_by(self.config, self.path)) for each in forms)
+
+    @property
+    def has_lost_weights(self) -> bool:
+        """Whether what is handed over is gone and can be written again: `compare.keep` has not deleted what it was made of."""
+        return not handover.weights_are_there(handover.place_of(self.config, self.path)) and (self.path / "checkpoints").is_dir()
 
     def evaluate(self) -> Summary:
         """`base/scores.json` (before), `scores.json` (after) and `summary.json`."""
@@ -436,7 +457,7 @@ class Run:
         """Whether what runs of a comparison share was made for it: the base's answers, and its statistics."""
         statistics = self.surveys.steps(self.method.needs)
         known = self._is_planned or all(self.place.is_done(step, options) for step, options in statistics.items())
-        return known and (not self.config.evaluate.asks or self.answers.base_is_known)
+        return known and self.answers.base_is_known
 
     def before_plan(self) -> None:
         """What other runs of a comparison may share: the base's answers, statistics, a boundary."""

@@ -28,6 +28,9 @@ from farss.plan import method_of, survey_cap
 from farss.precision import dtype_name
 from farss.survey import LENGTH, Site, batches_for, look, own_text
 
+OWN_TEXT = "own_text"
+"""The step in which the model writes its knowledge text."""
+
 
 @dataclass
 class Surveys:
@@ -45,12 +48,17 @@ class Surveys:
         if needs is None:
             return {}
         config = self.inputs.common_config
-        writes = "knowledge" in needs.texts and not config.calibration.knowledge
-        keys = {**({"own_text": READING_KEYS["knowledge"]} if writes else {}), needs.name: READING_KEYS[needs.of]}
-        found = {step: options_of(config, its) for step, its in keys.items()}
+        found = {step: options_of(config, READING_KEYS["knowledge" if step == OWN_TEXT else needs.of]) for step in self.names(needs)}
         found[needs.name] |= {"over": needs.over} if needs.over == "examples" else {}  # there were CorDA's covariances without
         found[needs.name] |= {"model.dtype": self._cast}
         return found
+
+    def names(self, needs: Reading | None) -> list[str]:
+        """The steps of these; to know them no model is needed."""
+        if needs is None:
+            return []
+        writes = "knowledge" in needs.texts and not self.inputs.common_config.calibration.knowledge
+        return [*([OWN_TEXT] if writes else []), needs.name]
 
     @cached_property
     def _cast(self) -> str:
@@ -84,8 +92,8 @@ class Surveys:
         if config.calibration.knowledge:
             return plain_rows(choose(self.inputs.knowledge, count, config.seed), tokenizer, config.data.max_length)
         path, options = self.place.path / "own_text.jsonl", options_of(config, READING_KEYS["knowledge"])
-        self.place.refuse_other("own_text", options)
-        if processes.rank() == 0 and not self.place.is_done("own_text", options, makes=path):
+        self.place.refuse_other(OWN_TEXT, options)
+        if processes.rank() == 0 and not self.place.is_done(OWN_TEXT, options, makes=path):
             self._write_own_text(path, options)
         processes.wait()  # all read what the first has written
         with reading(path, "texts that are whole"):
@@ -95,7 +103,7 @@ class Surveys:
         config, tokenizer = self.inputs.common_config, self.inputs.tokenizer
         count, length = config.calibration.examples, min(LENGTH, config.data.max_length)
         check_room(config.model, whole=False)  # the model writes where it lies as a whole
-        with self.place.step("own_text", options) as facts:
+        with self.place.step(OWN_TEXT, options) as facts:
             begun, device = time.monotonic(), device_of(config.model)
             reset_peak(device)
             writer = load_model(config.model)  # on the GPU, where there is one

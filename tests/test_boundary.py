@@ -185,7 +185,14 @@ def test_a_changed_question_file_is_noticed(config, tmp_path, monkeypatch):
     run.claim()
     with pytest.raises(TypeError):  # the search has begun, and there is nothing to train with
         run.boundary()
+    key = (run.path / "boundary" / "farss" / "key.json").read_text()
     file.write_text("\n".join(world.KNOWLEDGE.read_text().splitlines()[:-1]))
+    with pytest.raises(TypeError):
+        Run(config).boundary()
+    assert (run.path / "boundary" / "farss" / "key.json").read_text() != key  # it was begun anew
+    with run.place.step("boundary-farss", run._boundary_options):
+        pass
+    file.write_text("\n".join(world.KNOWLEDGE.read_text().splitlines()[:-2]))
     with pytest.raises(FolderError, match=r"holds the step 'boundary-farss', made with content of evaluate\.knowledge="):
         Run(config).boundary()
 
@@ -211,6 +218,10 @@ def test_a_failed_probe_names_the_rate_of_the_probes(config, monkeypatch):
     run.claim()
     with pytest.raises(NumericalError, match=r"boundary.rate=4 may be what is too high: the loss is nan"):
         run.boundary()
+    again = Run(override(config, ["boundary.rate=2"]))
+    again.claim()  # as the message recommends, in the same folder
+    with pytest.raises(NumericalError, match=r"boundary.rate=2 may be what is too high"):
+        again.boundary()
 
 
 def test_a_number_or_another_schedule_needs_no_new_search(searched, monkeypatch):

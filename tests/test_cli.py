@@ -134,6 +134,9 @@ def test_a_search_leaves_a_comparisons_configuration_alone(tmp_path):
     result = CliRunner().invoke(app, ["boundary", str(tmp_path / "run.yaml")])
     assert result.exit_code == 0, result.exception
     assert (tmp_path / "run" / "config.yaml").read_text() == before
+    own = "{farss: {train.learning_rate: 1e-3}}"
+    result = CliRunner().invoke(app, ["boundary", str(tmp_path / "run.yaml"), f"compare.settings={own}"])
+    assert "gives 'farss' its own train.learning_rate, which this search would not have" in str(result.exception)
 
 
 def test_survey_collects_what_every_method_of_a_comparison_looks_at(tmp_path):

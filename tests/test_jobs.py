@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,34 @@ def test_what_one_cannot_do_stops_no_other(jobs, tmp_path, caplog):
         do_all(fail_first, [(tmp_path, place) for place in range(4)], jobs, lambda *_: None)
     assert {path.name for path in tmp_path.iterdir()} == {"1", "2", "3"}
     assert "the first cannot be done (the others go on)" in caplog.text
+
+
+def test_what_failed_is_let_go_of():
+    """A model that a failed run has trained would stay in memory while the others work."""
+    held = []
+
+    class Model:
+        pass
+
+    def work(item, tell):
+        if any(each() for each in held):
+            raise AssertionError("a model of before is still there")
+        model = Model()
+        held.append(weakref.ref(model))
+        try:
+            raise ValueError("cannot")
+        except ValueError as error:
+            raise FarssError(f"{item} cannot be done") from error
+
+    with pytest.raises(FarssError, match="a cannot be done; b cannot be done; c cannot be done"):
+        do_all(work, ["a", "b", "c"], 1, lambda *_: None)
+    assert len(held) == 3
+
+
+def test_fewer_items_than_jobs_have_more_threads_each(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    do_all(write, [(tmp_path, "one")], 2, lambda *_: None)
+    assert (tmp_path / "one").read_text().split()[1] == "4"
 
 
 def test_no_more_is_begun_after_a_process_was_killed(tmp_path):

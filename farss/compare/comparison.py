@@ -20,8 +20,8 @@ from farss.files import read_json
 from farss.folder import Folder, resolve
 from farss.handover import delete_weights
 from farss.inputs import Loaded
-from farss.jobs import Tell, do_all, raise_all, silent
-from farss.options import TABLE_KEYS, difference, options_of
+from farss.jobs import Tell, bare, do_all, raise_all, silent
+from farss.options import difference, table_options
 from farss.pipeline import Run
 from farss.report import write_report
 from farss.versions import versions
@@ -50,6 +50,7 @@ def compare(config: Config, tell: Tell) -> Path:
         entrant.run.check_inputs()
     for entrant in _possible(config, tell, loaded):  # of the other seeds too, whose learning rate may not be known yet
         entrant.run.check_unchanged()
+        entrant.run.check_weights()
         if not entrant.run.has_trained:
             _ = entrant.run.inputs.examples  # another seed may draw rows that cannot be used
     _warn_of_others(config)
@@ -59,20 +60,21 @@ def compare(config: Config, tell: Tell) -> Path:
         replace(everyone[0].run, config=config).warn()
     diverged: list[str] = []
     with _table_in_any_case(config):
-        try:
-            _run_all(everyone)
-        except NumericalError as error:  # of a rate that is too high, beside which others of the method are there to be chosen
-            tried = {label: [entrant for entrant in group if entrant.run.complete] for label, group in tried.items()}
-            if not all(tried.values()):
-                raise
-            everyone = [entrant for entrants in tried.values() for entrant in entrants]
-            diverged = [f"Left out, as no training came to its end: {error}."]
+        if config.compare.tune:
+            try:
+                _run_all(everyone)
+            except NumericalError as error:  # of a rate that is too high, beside which others of the method are there to be chosen
+                tried = {label: [entrant for entrant in group if entrant.run.complete] for label, group in tried.items()}
+                if not all(tried.values()):
+                    raise
+                everyone = [entrant for entrants in tried.values() for entrant in entrants]
+                diverged = [f"Left out, as no training came to its end: {error}."]
         chosen, measure = choose(config, tried)
         final = [Entrant(label, chosen[label].factor, seed, config, loaded, tell) for seed in seeds(config) for label in labels]
-        done = {entrant.run.path for entrant in everyone}
+        done = {entrant.run.path for entrant in everyone} if config.compare.tune else set()
         _run_all([entrant for entrant in final if entrant.run.path not in done])
     groups = {label: [one for one in final if one.label == label] for label in labels}
-    with Folder(config.out).step("table", options_of(config, TABLE_KEYS)):
+    with Folder(config.out).step("table", table_options(config)):
         write_table(config, groups, tried, chosen, [*notes_of(config, chosen, measure), *diverged])
     for entrant in {one.run.path: one for one in [*final, *everyone]}.values():
         entrant.run.report()
@@ -95,7 +97,7 @@ def _warn_of_others(config: Config) -> None:
 def _remove_other_table(config: Config) -> None:
     """A table of other options is none of the configuration that lies beside it now."""
     record = Folder(config.out).record("table")
-    if record and difference(record["options"], options_of(config, TABLE_KEYS)):
+    if record and difference(record["options"], table_options(config)):
         for kind in ("json", "md", "csv"):
             (Path(config.out) / f"comparison.{kind}").unlink(missing_ok=True)
 
@@ -161,7 +163,9 @@ def write_so_far(config: Config) -> bool:
         groups.setdefault(one.label if one.factor is None else f"{one.label} {one.run.config.train.learning_rate:g}", []).append(one)
     tried = {label: [one for one in done if one.label == label and one.seed == first] for label in labels}
     best = best_full(config, tried) if config.compare.tune else {}
-    Folder(config.out).begin("table", options_of(config, TABLE_KEYS))
+    if _is_finished(config):  # in the meantime
+        return False
+    Folder(config.out).begin("table", table_options(config))
     write_table(config, groups, tried, best, [f"So far: {found} of {wanted} runs are complete."], wanted - found)
     return True
 
@@ -172,7 +176,7 @@ def _is_finished(config: Config) -> bool:
     table: dict[str, Any] = read_json(path) if path.is_file() else {"missing": 1}
     rows = {(row["method"], row["seed"]) for row in table.get("rows", [])}
     folder = Folder(config.out)
-    same = folder.record("table") is None or folder.is_done("table", options_of(config, TABLE_KEYS))
+    same = folder.record("table") is None or folder.is_done("table", table_options(config))
     return same and not table.get("missing") and rows >= set(itertools.product(config.compare.methods, seeds(config)))
 
 
@@ -198,7 +202,7 @@ def _share_all(entrants: list[Entrant]) -> dict[str, FarssError]:
         For each label that lacks something of it, why.
     """
     config, tell = entrants[0].config, entrants[0].tell
-    works: dict[tuple[Any, ...], dict[str, Item]] = {(Run.base,): {"": entrants[0].item}}
+    works: dict[tuple[Any, ...], dict[str, Item]] = {} if entrants[0].run.answers.base_is_known else {(Run.base,): {"": entrants[0].item}}
     for entrant in entrants:
         entrant.run.claim()
         if place := entrant.run.source:
@@ -209,13 +213,13 @@ def _share_all(entrants: list[Entrant]) -> dict[str, FarssError]:
     try:
         do_all(_share_one, [(make, [*items.values()]) for (make, *_), items in works.items()], jobs, tell)
     except FarssError as error:
-        failed = {entrant.label: error for entrant in entrants if not entrant.run.has_shared}
+        failed = {entrant.label: bare(error) for entrant in entrants if not entrant.run.has_shared}
     for entrant in entrants:
         if entrant.label not in failed:
             try:
                 entrant.run.before_plan()
             except FarssError as error:
-                failed[entrant.label] = error
+                failed[entrant.label] = bare(error)
     return failed
 
 
@@ -227,9 +231,11 @@ def _share_one(work: tuple[Callable[[Run], Any], list[Item]], tell: Tell) -> Non
 
 def _run_one(item: Item, tell: Tell) -> None:
     entrant = Entrant(*item, tell)
-    try:
-        entrant.run.all_but_report()
-    except FarssError as error:
-        raise type(error)(f"{entrant.run.path.name}: {error}") from error
+    run = entrant.run
+    if not (run.complete and run.has_shared) or run.has_lost_weights:  # where nothing is missing, it stays in the form that it has
+        try:
+            run.all_but_report()
+        except FarssError as error:
+            raise type(error)(f"{run.path.name}: {error}") from error
     if entrant.config.compare.keep == "scores" and entrant.config.evaluate.asks:
-        delete_weights(entrant.run.path)
+        delete_weights(run.path)

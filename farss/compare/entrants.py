@@ -15,7 +15,7 @@ from farss.folder import resolve
 from farss.inputs import Loaded
 from farss.jobs import Tell
 from farss.methods import METHODS
-from farss.options import READING_KEYS, options_of
+from farss.options import OF_NO_STEP, OF_TABLE, READING_KEYS, options_of
 from farss.pipeline import Run
 from farss.plan import method_of
 
@@ -140,6 +140,8 @@ def check_labels(config: Config) -> None:
     for label in config.compare.methods:
         if not re.fullmatch(r"[\w-]+(@[\w.+-]+)?", label):
             raise ConfigError(f"compare.methods names {label!r}: give a method, or a method, @ and a word of letters, digits and - . + _")
+        if (method := method_of_label(label)) not in METHODS:
+            raise ConfigError(f"compare.methods names {label!r}, which is no method: {nearest(method, METHODS)}")
         if "@" in label and label not in settings:
             variants = [known for known in settings if "@" in known]
             cure = nearest(label, variants) if variants else "add them"
@@ -154,7 +156,7 @@ def check_labels(config: Config) -> None:
                 raise ConfigError(f"compare.settings gives {label!r} its own {key}, which is the comparison's: see compare.seeds")
             if key == "plan.method":
                 raise ConfigError(f"compare.settings gives {label!r} another method: name {options[key]!r} in compare.methods")
-            if key.startswith(ASKED):
+            if key.startswith(ASKED) and (key not in OF_NO_STEP or key.startswith(OF_TABLE)):
                 raise ConfigError(
                     f"compare.settings gives {label!r} its own {key}, but all are compared with one untouched model, asked once"
                 )

@@ -103,7 +103,8 @@ def _how_sure(config: Config, groups: dict[str, list[Entrant]], gaps: list[dict[
         return []
     alone = [name for name, group in groups.items() if len(group) == 1]
     whose = "" if len(alone) == len(groups) else f" of {', '.join(alone)}"
-    notes = [f"One seed{whose}: the intervals say what other questions might have given, and nothing of another training."] if alone else []
+    what = "intervals and p-values say" if gaps else "intervals say"
+    notes = [f"One seed{whose}: the {what} what other questions might have given, and nothing of another training."] if alone else []
     many = (
         "A difference is a result where its p-value, which holds for all methods at once, is below 0.05. The intervals are those of one "
         "difference alone."

@@ -13,7 +13,7 @@ from farss.errors import FarssError
 Array = NDArray[np.float64]
 
 CHUNK = 4_000_000
-"""Outcomes gathered at once: bounds the memory of the bootstrap to a few times 32 MB."""
+"""Questions drawn at once: bounds the memory of the bootstrap to a few times 32 MB."""
 
 
 def ratios(tops: ArrayLike, bottoms: ArrayLike) -> Array:
@@ -77,12 +77,14 @@ def observed_and_resampled(outcomes: Sequence[Array], resamples: int, seed: int 
 
 
 def _resampled_means(outcomes: Array, resamples: int, generator: np.random.Generator) -> Array:
-    models, questions = outcomes.shape
-    step = max(1, CHUNK // (models * questions))
+    questions = outcomes.shape[1]
+    step = max(1, CHUNK // questions)
     parts = []
     for start in range(0, resamples, step):
         drawn = generator.integers(questions, size=(min(step, resamples - start), questions))
-        parts.append(outcomes[:, drawn].mean(axis=-1).T)  # [models, step, questions] -> [step, models]
+        places = drawn + questions * np.arange(len(drawn))[:, None]
+        often = np.bincount(places.ravel(), minlength=drawn.size).reshape(drawn.shape)  # how often each was drawn: no outcome is gathered
+        parts.append(often @ outcomes.T / questions)
     return np.concatenate(parts)
 
 

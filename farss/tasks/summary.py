@@ -214,8 +214,8 @@ def _few(stands: Standing) -> list[str]:
 def _narrow(letter: str, outcomes: list[Outcomes], reference: int, who: str) -> list[str]:
     """Whose interval is too narrow, because what it is relative to are a few right answers: of 10 it holds the truth 88 times of 100."""
     return [
-        f"The interval of {letter} is too narrow: {who} answers {right:.0f} of {len(each.scores[reference]):,} questions of "
-        f"{each.score.name!r} right, and fewer than {ENOUGH} say little: ask more questions."
+        f"The interval of {letter} is too narrow, and a comparison's p-values of it are too small: {who} answers {right:.0f} of "
+        f"{len(each.scores[reference]):,} questions of {each.score.name!r} right, and fewer than {ENOUGH} say little: ask more questions."
         for each in outcomes
         if (right := each.scores[reference].sum()) < ENOUGH
     ]

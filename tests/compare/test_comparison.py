@@ -102,13 +102,13 @@ def test_where_a_run_fails_there_is_a_table_of_the_others(values, monkeypatch):
     whole = Run.all_but_report
 
     def failing(self):
-        if self.path.name == "lora-seed1":
+        if self.path.name == "lora-seed0":  # of the first seed: the others are run all the same
             raise NumericalError("the loss is nan")
         whole(self)
 
     monkeypatch.setattr(Run, "all_but_report", failing)
     values["compare"] = {"methods": ["lora", "full"], "seeds": [0, 1]}
-    with pytest.raises(NumericalError, match=r"lora-seed1: the loss is nan"):
+    with pytest.raises(NumericalError, match=r"lora-seed0: the loss is nan"):
         compare(from_dict(values), silent)
     table = read(folder := Path(values["out"]))
     assert (table["missing"], table["notes"][0]) == (1, "So far: 3 of 4 runs are complete.")
@@ -222,6 +222,15 @@ def test_a_table_of_other_options_goes_when_they_change(values, monkeypatch):
     assert not [*folder.glob("comparison.*")]
 
 
+def test_a_table_stays_where_an_option_changes_nothing_in_it(values, monkeypatch):
+    values["compare"] = {"methods": ["lora"]}
+    folder = compare(config := from_dict(values), silent)
+    monkeypatch.setattr(comparison, "_run_all", lambda entrants: (_ for _ in ()).throw(FolderError("stopped")))
+    with pytest.raises(FolderError, match="stopped"):
+        compare(override(config, ["evaluate.batch_size=3", "evaluate.looks=1", "train.save_steps=7", "compare.jobs=2"]), silent)
+    assert (folder / "comparison.json").is_file()
+
+
 def test_a_run_of_a_comparison_is_exported_with_what_it_shares(values):
     values["compare"] = {"methods": ["farss", "lora"], "seeds": [3]}
     folder = compare(from_dict(values), silent)
@@ -234,6 +243,8 @@ def test_a_run_of_a_comparison_is_exported_with_what_it_shares(values):
     for change in ([], ["model.device=cuda"]):  # in whatever form, and where there is no GPU
         known = _possible(resolve(override(from_dict(values), change)), silent, Loaded())
         assert all(one.run.complete for one in known)
+    compare(from_dict(values), silent)
+    assert run.folder.record("export")["rank"] == 1  # it stays as it was handed over last
     assert not (own / "survey").exists()
     with pytest.raises(ConfigError, match=r"made with other options: only export's may differ"):
         run_within(load(own / "config.yaml", ["evaluate.resamples=101"]), silent)
@@ -262,8 +273,9 @@ def test_scores_alone_are_enough_to_go_on(values):
             run.export()
         assert read(compare(from_dict(values), silent))["rows"] == second["rows"]  # which goes on all the same
     values["evaluate"]["task"][0]["limit"] = 8
-    with pytest.raises(FolderError, match=r"the weights that were trained there are deleted"):
+    with pytest.raises(FolderError, match=r"the weights in .*full-seed0/model are deleted"):
         compare(from_dict(values), silent)
+    assert read(folder)["rows"] == second["rows"]  # nothing is replaced before it is known that it can be
 
 
 def test_weights_that_were_not_scored_are_kept(unasked):

@@ -9,7 +9,7 @@ from farss import pipeline
 from farss.artifacts import Survey
 from farss.boundary import Boundary
 from farss.compare import compare
-from farss.compare.entrants import Entrant, configured, plans_of
+from farss.compare.entrants import Entrant, check_labels, configured, plans_of
 from farss.compare.table import notes_of
 from farss.configfile import from_dict
 from farss.errors import ConfigError, FolderError
@@ -62,7 +62,7 @@ def test_a_variant_has_the_options_of_its_method_unless_it_has_its_own(values):
 def test_each_variant_searches_for_its_boundary_once(values, monkeypatch):
     searched = []
 
-    def found(prober):
+    def found(prober, _):
         searched.append(prober.config)
         return Boundary([], 1, 0.0, 0.0, 0.0, 60, 0.1, "facts", "loss", seconds=1.0)
 
@@ -91,6 +91,8 @@ def test_each_variant_searches_for_its_boundary_once(values, monkeypatch):
             r"'farss@unmached', .* no options for it: did you mean 'farss@unmatched'",
         ),
         (["farss@wide"], {}, r"'farss@wide', .* no options for it: add them"),
+        (["full", "loraa"], {}, r"compare.methods names 'loraa', which is no method: did you mean 'lora'"),
+        (["farss_plus@x"], {"farss_plus@x": {"plan.rank": 2}}, r"'farss_plus@x', which is no method: did you mean 'farss-plus'"),
         (["farss"], {"farss": {"plan": {"r_max": 8}}}, r"compare.settings.farss=.*: write its options as train.learning_rate: 1e-4"),
         (["farss"], {"farss": None}, r"compare.settings.farss=None: write its options as"),
         (["farss@wide"], {"farss@wide": {"plan.r_max": 8}, "farss": None}, r"compare.settings.farss=None: write its options as"),
@@ -108,6 +110,11 @@ def test_a_variant_is_never_the_plain_method(values, methods, settings, message)
     with pytest.raises(ConfigError, match=message):
         compare(from_dict(values), silent)
     assert not (pathlib.Path(values["out"])).exists()
+
+
+def test_what_changes_no_answer_may_differ(values):
+    values["compare"] = {"methods": ["full"], "settings": {"full": {"evaluate.batch_size": 2, "train.micro_batch_size": 1}}}
+    check_labels(from_dict(values))
 
 
 def test_the_steps_of_recovery_are_the_same_for_all(values):

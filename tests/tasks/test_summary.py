@@ -50,10 +50,9 @@ def test_summary(three, tmp_path):
 def test_few_right_answers_make_too_narrow_an_interval(three):
     config, folder = three
     notes = summarise(folder / "base", folder / "after", folder / "full", config).notes
-    assert any(
-        note.startswith("The interval of K is too narrow: the untouched model answers 8 of 12 questions of 'mixed'") for note in notes
-    )
-    assert any("The interval of T is too narrow: full fine-tuning answers" in note for note in notes)
+    small = "is too narrow, and a comparison's p-values of it are too small"
+    assert any(note.startswith(f"The interval of K {small}: the untouched model answers 8 of 12 questions of 'mixed'") for note in notes)
+    assert any(f"The interval of T {small}: full fine-tuning answers" in note for note in notes)
 
 
 def test_summary_without_full_fine_tuning(three):
