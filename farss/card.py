@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from farss.files import read_json, write_text
 from farss.models import local_folder
 from farss.prompts import prompt_text
@@ -62,9 +64,10 @@ def _asking(facts: dict[str, Any], base: str, folder: Path, adapter: bool) -> li
     if template == "chat":
         opening = [{"role": "system", "content": facts["system"]}] if facts.get("system") else []
         behind = f" + {facts['border']!r}" if facts.get("border") else ""
+        day = f", date_string={facts['day']!r}" if facts.get("day") else ""  # as Llama 3's template is told it
         inputs = (
             f"messages = {[*opening, {'role': 'user', 'content': '...'}]!r}\n"
-            f"prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False){behind}\n"
+            f"prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False{day}){behind}\n"
             'inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)'
         )
     else:
@@ -81,7 +84,8 @@ def _asking(facts: dict[str, Any], base: str, folder: Path, adapter: bool) -> li
         inputs=inputs,
         room=2000 if facts.get("thinking") else 200,
     )
-    return ["## Asking it", "", "In the prompt of its training:", "", code]
+    dated = f" (its chat template writes the date, which in the training was always {facts['day']})" if facts.get("day") else ""
+    return ["## Asking it", "", f"In the prompt of its training{dated}:", "", code]
 
 
 def _adapter_lines(facts: dict[str, Any]) -> list[str]:
@@ -130,5 +134,10 @@ def base_licence(base: str) -> str | None:
     card = local_folder(base) / "README.md"
     if not card.is_file():
         return None
-    found = re.search(r"^license:\s*(\S+)", card.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
-    return found[1].strip("\"'") if found else None
+    front = re.match(r"\s*---\s*\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    try:
+        facts = yaml.safe_load(front[1]) if front else None
+    except yaml.YAMLError:
+        return None
+    named = facts.get("license") if isinstance(facts, dict) else None
+    return ", ".join(map(str, named)) if isinstance(named, list) else str(named) if named else None

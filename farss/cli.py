@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
+import errno
 import io
 import logging
 import sys
@@ -32,6 +33,7 @@ app = typer.Typer(
 errors = Console(stderr=True)
 
 INTERRUPTED = 130
+UNREACHABLE = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 TUNE = [0.25, 0.5, 1, 2]
 """`compare.tune` of `farss compare --tune`."""
 
@@ -63,6 +65,12 @@ def main() -> None:
     except FarssError as error:
         errors.print(f"[bold red]farss:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
+    except OSError as error:  # a place that may not be entered, or a name that no file system takes
+        if error.errno not in UNREACHABLE or error.filename is None:
+            raise
+        told = f"{str(error.filename)[:300]} cannot be reached ({error.strerror}): check the path and its permissions"
+        errors.print(f"[bold red]farss:[/] {escape(told)}", highlight=False, soft_wrap=True)
+        sys.exit(UsageError.exit_code)
     except SystemExit as ended:
         if ended.code == INTERRUPTED:  # which is what typer makes of a Ctrl-C
             errors.print("farss: stopped; the same command continues where it was")
@@ -441,9 +449,11 @@ def _refuse_several() -> None:
 
 def _belongs(run: Any) -> UsageError:
     """A comparison scores all of its runs by one full fine-tuning and one choice of questions, which a single run does not know."""
+    from farss.folder import command
+
     return UsageError(
-        f"{run.path} is a run of the comparison above it: `farss compare {run.path.parent / 'config.yaml'}` goes on with it, "
-        f"and `farss export {run.path / 'config.yaml'}` hands it over in another form"
+        f"{run.path} is a run of the comparison above it: `{command('compare', run.path.parent)}` goes on with it, "
+        f"and `{command('export', run.path)}` hands it over in another form"
     )
 
 

@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import re
+import shlex
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -74,7 +75,7 @@ def _read(path: Path) -> dict[str, Any]:
     if path.is_dir():
         raise ConfigError(f"{path} is a folder: give a configuration file, such as {path / CONFIG}")
     if not path.is_file():
-        raise ConfigError(f"there is no configuration file {path}: `farss config > {path}` makes one")
+        raise ConfigError(f"there is no configuration file {path}: `farss config > {shlex.quote(str(path))}` makes one")
     try:
         values = _parsed(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
@@ -116,6 +117,8 @@ def override(config: Config, overrides: Iterable[str]) -> Config:
             parsed = _parsed(value)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ConfigError(f"{text!r}: the value is not valid YAML: {_told(error)}") from error
+        if isinstance(parsed, str) and " #" in value and value.strip()[0] not in "\"'":
+            parsed = value.strip()  # a name, and no comment behind one
         set_key(values, key.strip(), parsed)
     return from_dict(values)
 
@@ -259,7 +262,15 @@ def _convert_plain(kind: type, value: Any, where: str) -> Any:
         raise ConfigError(f"{where}={value!r}: give {names[kind]}{unquoted}{quoted}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{where}={value!r}: give a finite number")
-    return value
+    return _whole(value, where) if isinstance(value, str) else value
+
+
+def _whole(text: str, where: str) -> str:
+    """A text whose characters JSON has written as two halves, as it does with emojis."""
+    try:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{where}={text!r} holds half a character: write it anew") from error
 
 
 class _Loader(yaml.SafeLoader):

@@ -295,9 +295,10 @@ def check_readable_by(model: Any, examples: Tokenized, config: DataConfig) -> No
 
 def _cut(rows: list[Row], max_length: int) -> Tokenized:
     """Cut the end off at `max_length`; drop the rows that have nothing to learn left, and count both."""
-    short = [{name: values[:max_length] for name, values in row.items()} for row in rows]
+    long = [len(row["input_ids"]) > max_length for row in rows]  # most are not: a copy of each would take as much memory again
+    short = [{name: values[:max_length] for name, values in row.items()} if cut else row for row, cut in zip(rows, long, strict=True)]
     kept = [any(row["completion_mask"]) for row in short]
-    cut = sum(len(row["input_ids"]) > max_length and keep for row, keep in zip(rows, kept, strict=True))
+    cut = sum(each and keep for each, keep in zip(long, kept, strict=True))
     dropped = kept.count(False)
     if dropped == len(rows):
         raise DataError(f"none of the {dropped} examples has any answer left at data.max_length={max_length}: raise data.max_length")

@@ -138,6 +138,8 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise FolderError(f"there is no {path}: run the step that writes it first") from error
+    except OSError as error:
+        raise FolderError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise FolderError(f"{path} is not valid JSON: delete it and run the step that writes it again") from error
 

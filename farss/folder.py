@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import os
 import re
+import shlex
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -87,7 +88,7 @@ class Folder:
         except FarssError:
             return  # there is none, or it is not ours to judge
         if compares and not config.compare.methods:
-            cure = f"choose another out, or go on with it by `farss compare {self.path / 'config.yaml'}`"
+            cure = f"choose another out, or go on with it by `{command('compare', self.path)}`"
             raise FolderError(f"out={str(self.path)!r} holds a comparison, and this is a single run: {cure}")
         if config.compare.methods and not compares and self.record("train"):
             raise FolderError(f"out={str(self.path)!r} holds a single run, and this is a comparison: choose another out")
@@ -197,6 +198,11 @@ def run_folder(config: Config) -> Path:
     return Path(_expand("out", config.out)).absolute()
 
 
+def command(name: str, folder: Path) -> str:
+    """What to type to go on with a run folder."""
+    return f"farss {name} {shlex.quote(str(folder / CONFIG))}"
+
+
 def is_run_folder(path: Path) -> bool:
     """Whether a folder is one of ours, and not some folder that holds a `config.yaml`."""
     return (path / VERSIONS).is_file()
@@ -254,8 +260,10 @@ def _paths_in(folder: Path) -> set[str]:
 
 def _expand(key: str, path: str) -> str:
     refuse_text(path, key)
+    if Path(path).exists():  # whatever is in its name
+        return path
     expanded = os.path.expanduser(os.path.expandvars(path))
     unset = re.search(r"\$\{?(\w+)\}?", expanded)
     if unset:
-        raise ConfigError(f"{key}={path!r}: the environment variable {unset[1]} is not set; export it first")
+        raise ConfigError(f"{key}={path!r}: the environment variable {unset[1]} is not set; export it first, or take a name without $")
     return expanded

@@ -127,6 +127,8 @@ def prepare(
         raise ConfigError("the tokenizer has no end-of-sequence token, with which every answer ends: set tokenizer.eos_token")
     plan, data = _checked("plan", plan, PlanConfig), _checked("data", data, DataConfig)
     calibration = _checked("calibration", calibration, CalibrationConfig)
+    if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+        raise ConfigError(f"dropout={dropout!r}: give 0 or more, below 1")
     if base not in get_args(Base):
         raise ConfigError(f"base={base!r}: {nearest(base, get_args(Base))}")
     if has_adapter(model):
@@ -188,18 +190,17 @@ def _examples(dataset: Any, data: DataConfig, tokenizer: Any, seed: int, most: i
         ConfigError: it is something else.
         DataError: see `load_examples`.
     """
+    wanted = min(most, data.limit or most)
     if isinstance(dataset, (str, Path)):
-        limit = min(most, data.limit or most)
-        return load_examples(dataclasses.replace(data, train=str(dataset), limit=limit), tokenizer, seed)
+        return load_examples(dataclasses.replace(data, train=str(dataset), limit=wanted), tokenizer, seed)
     if isinstance(dataset, Mapping):
         raise ConfigError(f"dataset is a {type(dataset).__name__} of {', '.join(map(str, dataset))}: give the rows of one of them")
     if hasattr(dataset, "to_dict") and hasattr(dataset, "iloc"):  # pandas'
+        dataset = dataset.iloc[choose(range(len(dataset)), wanted, seed)] if len(dataset) > wanted else dataset
         dataset = [{name: _python(value) for name, value in row.items()} for row in dataset.to_dict("records")]
-    many = max(most, data.limit or 0)
-    rows = dataset if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") else list(itertools.islice(dataset, many))
-    if not data.limit and len(rows) > most:
-        rows = [rows[place] for place in choose(range(len(rows)), most, seed)]
-    return tokenize_rows(list(rows), data, tokenizer, seed)
+    rows = dataset if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") else list(itertools.islice(dataset, wanted))
+    drawn = [rows[place] for place in choose(range(len(rows)), wanted, seed)] if len(rows) > wanted else list(rows)
+    return tokenize_rows(drawn, dataclasses.replace(data, limit=None), tokenizer, seed)
 
 
 def _python(value: Any) -> Any:

@@ -271,6 +271,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
     """Load the model's tokenizer; a missing pad token becomes the end-of-sequence token."""
     from transformers import AutoTokenizer
 
+    check_path(config.path)
     try:
         # with mistral-common installed transformers would give its own kind, which knows no chat template and lm_eval does not take
         tokenizer = _from_pretrained(AutoTokenizer, config, mistral_format=False)

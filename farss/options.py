@@ -24,6 +24,8 @@ READING_KEYS = {
     "survey": SURVEY_KEYS,
 }
 """By what a `Reading` looks at."""
+OWN_TEXT = "own_text"
+"""The step in which the model writes its own knowledge text."""
 PATHS = ("model.path", "data.train", "calibration.knowledge", "evaluate.text", "evaluate.full_scores", "prune.text")
 """Options that may be files."""
 FILES = ("data.train", "calibration.knowledge", "evaluate.knowledge", "evaluate.task", "evaluate.other", "evaluate.text", "prune.text")

@@ -20,7 +20,7 @@ from farss.boundary import Boundary, Prober, Setting, find
 from farss.boundary import prepare as prepare_search
 from farss.config import Config, DataConfig, PlanConfig
 from farss.errors import DataError, FolderError
-from farss.folder import Folder, is_run_folder, resolve
+from farss.folder import Folder, command, is_run_folder, resolve
 from farss.inputs import Inputs, Loaded
 from farss.jobs import Tell, silent
 from farss.methods import SURVEY, Method, Regime
@@ -107,8 +107,8 @@ class Run:
     @cached_property
     def answers(self) -> Answers:
         """What it and the untouched model are asked."""
-        command = f"farss compare {self.shared / 'config.yaml'}" if self.shared else f"farss run {self.path / 'config.yaml'}"
-        return Answers(self.inputs, self.folder, self.common, self.tell, command)
+        again = command("compare", self.shared) if self.shared else command("run", self.path)
+        return Answers(self.inputs, self.folder, self.common, self.tell, again)
 
     @property
     def searches(self) -> bool:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import shlex
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +26,7 @@ from farss.config import ExportConfig
 from farss.errors import FarssError, FolderError, NumericalError
 from farss.files import read_json, read_tensors, whole_folder, write_json, write_tensors
 from farss.forward import attribute, evaluating, unwrapped, without_cache
+from farss.llamacpp import FILE
 from farss.maths.compress import compress
 from farss.models import base_fingerprint, quantization_of, tensors_fingerprint, tokenizer_fingerprint
 from farss.places import outside, placed, placed_in_turn
@@ -32,6 +35,8 @@ from farss.structure import PEFT_PREFIX, check_loaded, find_blocks, has_adapter,
 
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """vLLM accepts these and no others (`max_lora_rank`), so the exported rank is padded up to one of them."""
+OF_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "farss.json", "README.md", FILE)
+"""The files of an adapter."""
 PREPARED = "prepared.json"
 """In a folder of `farss prepare`."""
 CHECKED = "farss_checked"
@@ -121,7 +126,7 @@ def export(
     Args:
         adapted: the trained `PeftModel`.
         plan: the plan it was made from.
-        folder: where the adapter goes; an adapter that is there makes way for it, and nothing else does.
+        folder: where the adapter goes; an adapter that is there makes way for it, and nothing else does: other files beside it stay.
         batch: a few real prompts (`input_ids`, `attention_mask`) for the check.
         base: name or folder of the base model, for `adapter_config.json`.
         rank, energy: compress, see `portable`; None: exact.
@@ -149,6 +154,8 @@ def export(
             )
         exported = Exported(folder, served, lost, difference, counting)
         write_facts(unfinished, plan, origin_of(adapted, base, tokenizer, prompt), exported, state, command)
+        for other in [path for path in folder.glob("*") if path.name not in OF_ADAPTER]:
+            (shutil.copytree if other.is_dir() else shutil.copy2)(other, unfinished / other.name)
     return exported
 
 
@@ -208,7 +215,8 @@ def load_adapter(model: Any, folder: Path | str, tokenizer: Any = None, trainabl
     if not (folder / "farss.json").is_file():
         cure = "load it with PeftModel.from_pretrained"
         if (start := _prepared(folder)) is not None:
-            cure = f"it belongs to the base in {start}: turn it into one of the original base by `farss convert {start} {folder} NEW`"
+            convert = shlex.join(["farss", "convert", str(start), str(folder), "NEW"])
+            cure = f"it belongs to the base in {start}: turn it into one of the original base by `{convert}`"
         raise FarssError(f"{folder} is no adapter of farss: there is no farss.json in it; {cure}")
     facts = read_json(folder / "farss.json")
     found = {"base": base_fingerprint(model), "tokenizer": tokenizer_fingerprint(tokenizer) if tokenizer is not None else None}

@@ -8,6 +8,7 @@ the original base.
 from __future__ import annotations
 
 import logging
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,7 +109,7 @@ def write_prepared(
         written = load_model(ModelConfig(path=str(unfinished / "base"), device="cpu", trust_remote_code=trusted), as_stored=True)
         facts = {"origin": origin, "trusted": trusted, "target_modules": target_names(plan, adapted)}
         write_json(unfinished / PREPARED, facts | {"fingerprint": weights_fingerprint(written)})
-        write_text(unfinished / "README.md", GUIDE.format(source=source, folder=folder))
+        write_text(unfinished / "README.md", GUIDE.format(source=source, folder=shlex.quote(str(folder))))
     return folder
 
 

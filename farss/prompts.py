@@ -21,7 +21,7 @@ ALPACA = (
 )
 ANSWER = "farss-answer"
 """Stands for an answer in a chat."""
-PROMPT_FACTS = ("template", "system", "thinking", "border")
+PROMPT_FACTS = ("template", "system", "thinking", "border", "day")
 _TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 DAY = datetime(2024, 7, 26)
 """The date in chat templates that write one (the one that Llama 3.2's falls back to)."""
@@ -51,10 +51,14 @@ def prompt_facts(config: DataConfig, tokenizer: Any = None) -> dict[str, Any]:
     """How whoever asks the model must ask it: `template`, `system` where there is one, and `thinking` where answers begin with thoughts.
 
     Args:
-        tokenizer: to add the `border` that a chat's answers have been trained behind.
+        tokenizer: to add the `border` that a chat's answers have been trained behind, and the `day` that its template has written.
     """
-    border = answer_border(tokenizer).rstrip(" ") if tokenizer and config.template == "chat" and not config.thinking else ""
-    facts = dict(zip(PROMPT_FACTS, (config.template, config.system, config.thinking, border), strict=True))
+    chat = tokenizer and config.template == "chat"
+    border = answer_border(tokenizer).rstrip(" ") if chat and not config.thinking else ""
+    named = tokenizer.chat_template if chat else None
+    day = _TODAY.search(named) if isinstance(named, str) else None
+    written = DAY.strftime(day[2]) if day else ""
+    facts = dict(zip(PROMPT_FACTS, (config.template, config.system, config.thinking, border, written), strict=True))
     return {name: fact for name, fact in facts.items() if fact}
 
 

@@ -127,6 +127,10 @@ def _read_jsonl(stream: IO[str], file: Path) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:  # also: a number of thousands of digits, brackets within brackets
+            if number == 1 and line.strip() in ("{", "["):
+                raise DataError(
+                    f"{file} holds JSON over several lines: write an object a line, or a list of them and name it .json"
+                ) from error
             raise DataError(f"{file}, line {number} is not valid JSON ({_in_json(error)}): mend or remove the line") from error
         if not isinstance(row, dict):
             raise DataError(f'{file}, line {number} holds a {type(row).__name__}, not an object: write {{"column": value}}')
@@ -157,6 +161,9 @@ def _refuse_object(text: str, file: Path) -> None:
         lists = [name for name, value in found.items() if isinstance(value, list) and name not in CHATS] if isinstance(found, dict) else []
         if within := next((name for name in lists if found[name] and isinstance(found[name][0], dict)), None):
             raise DataError(f"{file} holds one object and not a list of rows: make a file of what stands under {within!r}")
+        columns = list(found.values()) if isinstance(found, dict) and not set(CHATS) & set(found) else []
+        if columns and any(all(isinstance(column, kind) for column in columns) for kind in (list, dict)):
+            raise DataError(f"{file} is a table by columns: write it by rows, as pandas does with to_json(orient='records', lines=True)")
 
 
 def _in_json(error: Exception) -> str:
@@ -187,14 +194,17 @@ def _read_csv(stream: IO[str], file: Path) -> list[dict[str, Any]]:
 def _separator(stream: IO[str]) -> str:
     """What stands between the columns: a comma, unless another one (of spreadsheets in half of the world, a semicolon) gives more of them,
     in the header and in the first row alike."""
-    counts = {}
+    found = {}
     for each in ",;\t|":
-        sizes = list[int]()
+        lines = list[list[str]]()
         with contextlib.suppress(csv.Error):
-            sizes += (len(row) for row in itertools.islice(csv.reader(stream, delimiter=each, strict=True), 2))
-        counts[each] = sizes[0] if len(set(sizes)) == 1 else 0
+            lines += itertools.islice(csv.reader(stream, delimiter=each, strict=True), 2)
+        head = lines[0] if lines else []
+        alike = len({len(line) for line in lines}) == 1
+        meant = alike or all(re.fullmatch(r"[\w.-]+", name) for name in head)  # where none fits both, a plain header says it
+        found[each] = alike and len(head) > 1, meant and len(head)
         stream.seek(0)
-    return max(counts, key=counts.__getitem__)
+    return max(found, key=found.__getitem__)
 
 
 @contextlib.contextmanager

@@ -23,13 +23,10 @@ from farss.jobs import Tell
 from farss.memory import peak_gib, reset_peak
 from farss.methods import Reading
 from farss.models import check_room, device_of, load_model, stored_dtype, tokenizer_fingerprint, weights_fingerprint, will_be_quantised
-from farss.options import READING_KEYS, options_of
+from farss.options import OWN_TEXT, READING_KEYS, options_of
 from farss.plan import method_of, survey_cap
 from farss.precision import dtype_name
 from farss.survey import LENGTH, Site, batches_for, look, own_text
-
-OWN_TEXT = "own_text"
-"""The step in which the model writes its knowledge text."""
 
 
 @dataclass

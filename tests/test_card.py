@@ -9,7 +9,7 @@ import trl
 from small_models import save_small
 from transformers import AutoTokenizer
 
-from farss.card import write_card
+from farss.card import base_licence, write_card
 from farss.config import DataConfig
 from farss.prompts import prompt_facts, prompt_text
 
@@ -50,6 +50,39 @@ def test_a_card_asks_in_the_prompt_of_the_training(data, quantization, tmp_path,
     values = {"tokenizer": tokenizer}
     exec("\n".join(lines), values)
     assert values["prompt"] == prompt_text(data.template, question, tokenizer, data.system, data.thinking)
+
+
+def test_a_card_asks_on_the_day_of_the_training(tmp_path):
+    folder = save_small("llama", tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = (
+        "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{{ date_string }}"
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    facts = {**FACTS, **prompt_facts(DataConfig(template="chat"), tokenizer)}
+    (tmp_path / "farss.json").write_text(json.dumps(facts))
+    write_card(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "the date, which in the training was always 26 Jul 2024" in card
+    lines = [line for line in card.splitlines() if line.startswith(("messages =", "prompt ="))]
+    values = {"tokenizer": tokenizer}
+    exec("\n".join(lines), values)
+    assert values["prompt"] == prompt_text("chat", "...", tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("front", "licence"),
+    [
+        ("license: mit\n", "mit"),
+        ("license:\n- mit\n- apache-2.0\n", "mit, apache-2.0"),
+        ("license:\nlanguage: en\n", None),
+        ("language: en\n", None),
+        ("license: [\n", None),
+    ],
+)
+def test_the_licence_is_that_of_the_bases_card(front, licence, tmp_path):
+    (tmp_path / "README.md").write_text(f"---\n{front}---\n\nlicense: in the file LICENSE\n")
+    assert base_licence(str(tmp_path)) == licence
 
 
 def test_a_card_says_what_t_is_relative_to(tmp_path):

@@ -93,6 +93,11 @@ def test_one_sentence_and_an_exit_code(tmp_path, monkeypatch, capsys, arguments,
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
 
 
+@pytest.mark.parametrize("arguments", [["run", "x" * 300], ["report", "x" * 300], ["run", "run.yaml", "y" * 300 + ".yaml"]])
+def test_a_name_that_no_file_system_takes(tmp_path, monkeypatch, capsys, arguments):
+    test_one_sentence_and_an_exit_code(tmp_path, monkeypatch, capsys, arguments, 2, "cannot be reached (File name too long)")
+
+
 def test_the_command_itself(tmp_path):
     result = farss("run", "missing.yaml", cwd=tmp_path)
     assert (result.returncode, result.stdout) == (2, "")

@@ -63,6 +63,28 @@ def test_a_text_that_looks_like_a_number_is_written_in_quotes(tmp_path):
         assert load(tmp_path / "run.yaml").data.response == name
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("out=runs/try #2", "runs/try #2"),
+        ("out='runs/try' # my second", "runs/try"),
+        (r'out="\ud83d\ude00"', "😀"),
+        ("out=#2", None),
+    ],
+)
+def test_a_name_may_hold_any_character(text, expected):
+    if expected is None:
+        with pytest.raises(ConfigError, match="out=None: give a text, in quotes"):
+            override(Config(), [text])
+    else:
+        assert override(Config(), [text]).out == expected
+
+
+def test_half_a_character_is_told():
+    with pytest.raises(ConfigError, match=r"data.template=.* holds half a character: write it anew"):
+        override(Config(), [r'data.template="\ud83d {instruction}"'])
+
+
 def test_numbers_as_people_write_them():
     assert override(Config(), ["train.learning_rate=1e-4"]).train.learning_rate == 1e-4
     assert override(Config(), ["train.epochs=3"]).train.epochs == 3.0

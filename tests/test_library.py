@@ -272,6 +272,8 @@ def test_an_encoder_is_refused(tokenizer, rows):
         ({"plan": farss.PlanConfig(shallow_directions="lowest")}, "plan.shallow_directions='lowest': did you mean 'least'"),
         ({"calibration": farss.CalibrationConfig(fisher="Sampled")}, "calibration.fisher='Sampled': did you mean 'sampled'"),
         ({"plan": {"rank": 8}}, r"plan is a dict: give a farss\.PlanConfig"),
+        ({"dropout": 1.5}, r"dropout=1\.5: give 0 or more, below 1"),
+        ({"dropout": None}, r"dropout=None: give 0 or more"),
         ({"dataset": {"train": [], "test": []}}, "dataset is a dict of train, test: give the rows of one of them"),
         ({"dataset": ["a prompt"]}, "row 1 is a str, not a dictionary of its columns: give a list of rows"),
     ],
@@ -329,6 +331,26 @@ def test_a_stream_is_not_read_to_its_end(tokenizer, rows):
     calibration = farss.CalibrationConfig(examples=2)
     assert farss.prepare(base(tokenizer), tokenizer, stream, method="lora", plan=PLAN, calibration=calibration)
     assert len(taken) < 1000
+
+
+def test_of_a_long_table_no_more_is_read_than_is_looked_at(tokenizer, rows):
+    """Whether or not `data.limit` wants fewer."""
+
+    class Table:
+        read = 0
+
+        def __len__(self):
+            return 10_000
+
+        def __getitem__(self, place):
+            Table.read += 1
+            return rows[place % len(rows)]
+
+    for limit in (None, 8):
+        Table.read = 0
+        data, calibration = farss.DataConfig(limit=limit), farss.CalibrationConfig(examples=2)
+        assert farss.prepare(base(tokenizer), tokenizer, Table(), method="lora", plan=PLAN, data=data, calibration=calibration)
+        assert Table.read == (limit or 32)
 
 
 def test_the_layers_of_a_compiled_model_keep_their_names(tokenizer, rows):

@@ -388,8 +388,17 @@ def test_nothing_but_an_older_adapter_makes_way(tmp_path):
     with pytest.raises(FolderError, match=r"model holds something other than an adapter of farss"):
         export(adapted, plan, model, prompts())
     assert {path.name for path in model.iterdir()} == {"farss.json", "model.safetensors"}
+    adapter = tmp_path / "adapter"
     for _ in range(2):
-        export(adapted, plan, tmp_path / "adapter", prompts())
+        export(adapted, plan, adapter, prompts())
+    (adapter / "Modelfile").write_text("mine")  # what the user puts there stays, and a form of the older adapter does not
+    (adapter / "notes").mkdir()
+    (adapter / "notes" / "one.txt").write_text("mine")
+    (adapter / "adapter.gguf").write_text("of the older one")
+    before = {path.name for path in adapter.iterdir()}
+    export(adapted, plan, adapter, prompts(), rank=1)
+    assert {path.name for path in adapter.iterdir()} == before - {"adapter.gguf"}
+    assert (adapter / "notes" / "one.txt").read_text() == "mine"
 
 
 def test_compression_says_what_it_lost(tmp_path):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from farss.artifacts import KINDS, LayerPlan, Plan, Survey
 from farss.methods import METHODS, SURVEY
+from farss.options import OWN_TEXT
 from farss.report.figures import AGAINST
 from farss.report.folder import Comparison, Run
 from farss.report.tables import METRICS, SIGNIFICANT, Value, frontier_points, labels, rivals, standing
@@ -323,11 +324,16 @@ def costs(run: Run) -> list[tuple[str, str]]:
 
 
 def _record(run: Run) -> dict[str, Any]:
-    """The record of what the plan's method looked at, the survey or something simpler; before there is a plan, of the survey."""
-    if run.plan is None:
-        return run.record("survey")
-    method = METHODS.get(run.plan.method)
-    return run.record(method.needs.name) if method and method.needs else {}
+    """What it cost to look at what the plan's method looks at, and to write the text that the model wrote for it; before there is a plan,
+    to survey."""
+    method = METHODS.get(run.plan.method) if run.plan else None
+    needs = SURVEY if run.plan is None else method and method.needs
+    if not needs:
+        return {}
+    steps = [needs.name, *([OWN_TEXT] if "knowledge" in needs.texts else [])]
+    records = [record for step in steps if (record := run.record(step))]
+    found = {key: [record[key] for record in records if key in record] for key in ("seconds", "peak_memory_gib")}
+    return {key: sum(values) if key == "seconds" else max(values) for key, values in found.items() if values}
 
 
 def install(versions: dict[str, Any]) -> str:

@@ -212,6 +212,10 @@ def test_what_another_method_looked_at_is_among_the_costs(comparison_folder: Pat
     assert "Statistics 33.0 s" in words
     assert "Peak memory before training 2.5 GiB" in words
     assert "Statistics" not in draw(comparison_folder / "full-seed0").words
+    write_json(comparison_folder / "steps" / "own_text.json", {"done": True, "seconds": 20.0, "peak_memory_gib": 9.5})
+    words = draw(comparison_folder / "lora-seed0").words
+    assert "Statistics 53.0 s" in words  # with the text that the model wrote for them
+    assert "Peak memory before training 9.5 GiB" in words
 
 
 def test_a_comparison_shows_the_search_of_the_run_that_it_is_about(comparison_folder: Path) -> None:
