@@ -81,7 +81,7 @@ def best(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, str]]:
     rows = []
     for method, points in found.items():
         point = max(points, key=_balance)
-        facts = {"Method": method, "Rates": str(len(points)), "Best": f"{point['learning_rate']:g}", "Seeds": str(point["seeds"])}
+        facts = {"Method": method, "Rates": str(len(points)), "Best": f"{point['learning_rate']:g}", "Runs": str(point["seeds"])}
         scores = {"K %": point["K"]["value"], "T %": point["T"]["value"], "KT %": _balance(point)}
         facts |= {name: f"{value:.1f}" for name, value in scores.items()} | {"Right answers (nats)": f"{point['nats']['value']:+.1f}"}
         rows.append((scores["KT %"], facts))
