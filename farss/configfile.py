@@ -256,6 +256,8 @@ def _convert_plain(kind: type, value: Any, where: str) -> Any:
         raise ConfigError(f"{where} is a number of {len(str(value)):,} digits: give a smaller one")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if kind is str and isinstance(value, Path):  # as Python code names a file
+        return str(value)
     if type(value) is not kind:
         unquoted = " without quotes" if isinstance(value, str) and re.fullmatch(r"[-+.\d]+(e[-+]?\d+)?", value) else ""
         quoted = ", in quotes" if kind is str else ""  # where YAML finds a mapping, a number or a truth value in it

@@ -120,7 +120,7 @@ def test_readings_never_count_padding(tokenizer, rows, tmp_path):
 
 def test_knowledge_is_given_as_texts_or_named(tokenizer, rows, tmp_path):
     (tmp_path / "knowledge.jsonl").write_text("\n".join(json.dumps({"text": row["output"]}) for row in rows[:4]))
-    named = farss.CalibrationConfig(examples=4, knowledge=str(tmp_path / "knowledge.jsonl"))
+    named = farss.CalibrationConfig(examples=4, knowledge=tmp_path / "knowledge.jsonl")  # a path, or its text
     plan = dataclasses.replace(PLAN, method="farss-plus")
     texts = [row["output"] for row in rows[:4]]
     given = {"calibration": farss.CalibrationConfig(examples=4), "method": "farss-plus", "plan": PLAN, "knowledge": texts}
