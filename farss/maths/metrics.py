@@ -83,8 +83,8 @@ def _resampled_means(outcomes: Array, resamples: int, generator: np.random.Gener
     for start in range(0, resamples, step):
         drawn = generator.integers(questions, size=(min(step, resamples - start), questions))
         places = drawn + questions * np.arange(len(drawn))[:, None]
-        often = np.bincount(places.ravel(), minlength=drawn.size).reshape(drawn.shape)  # how often each was drawn: no outcome is gathered
-        parts.append(often @ outcomes.T / questions)
+        often = np.bincount(places.ravel(), minlength=drawn.size).reshape(drawn.shape).astype(np.float64)  # no outcome is gathered
+        parts.append(np.stack([often @ own for own in outcomes], axis=1) / questions)  # one by one: rounded alike, whoever is beside it
     return np.concatenate(parts)
 
 
