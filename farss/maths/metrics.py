@@ -84,7 +84,8 @@ def _resampled_means(outcomes: Array, resamples: int, generator: np.random.Gener
         drawn = generator.integers(questions, size=(min(step, resamples - start), questions))
         places = drawn + questions * np.arange(len(drawn))[:, None]
         often = np.bincount(places.ravel(), minlength=drawn.size).reshape(drawn.shape).astype(np.float64)  # no outcome is gathered
-        parts.append(np.stack([often @ own for own in outcomes], axis=1) / questions)  # one by one: rounded alike, whoever is beside it
+        sums = [np.einsum("rq,q->r", often, own) for own in outcomes]  # one by one: rounded alike, whoever is beside it
+        parts.append(np.stack(sums, axis=1) / questions)
     return np.concatenate(parts)
 
 
