@@ -172,7 +172,7 @@ def as_handed_over(trained: Any, config: Config) -> Any:
     """A model that was trained as a whole, in float32, with the weights that are handed over: those of the base's precision."""
     stored, loaded = stored_dtype(config.model), loaded_dtype(config.model)
     for name, parameter in trained.named_parameters():  # not the buffers: whoever loads it has exact rotary frequencies
-        if is_rounded(trained, name, parameter):
+        if is_rounded(trained, name, parameter, stored):
             parameter.data = parameter.data.to(stored).to(loaded)
     return trained
 

@@ -25,6 +25,8 @@ ARCHITECTURES = {
 """transformers' names of the architectures whose tensors llama.cpp stores as they are (or permuted, see below)."""
 PERMUTED = ("llama", "mistral")
 """llama.cpp rotates neighbouring pairs where transformers rotates halves, so it stores the rows of q and k permuted."""
+FULL = {"gemma2": 2, "gemma3_text": 6}
+"""Every so manieth block attends to the whole text, for llama.cpp, whatever the configuration says."""
 FILE = "adapter.gguf"
 
 
@@ -73,6 +75,13 @@ def check_gguf(config: Any) -> None:
         raise FarssError("a GGUF file needs the package gguf: pip install -e '.[gguf]'")
     if config.model_type not in ARCHITECTURES:
         raise FarssError(f"no GGUF adapter for {config.model_type}: known are {', '.join(ARCHITECTURES)}; export to peft, or merged")
+    if every := FULL.get(config.model_type):
+        kinds = ["sliding_attention" if place % every else "full_attention" for place in range(1, config.num_hidden_layers + 1)]
+        if config.layer_types != kinds:
+            raise FarssError(
+                f"llama.cpp knows the kinds of a {config.model_type}'s blocks by their places, and those of this model are others, as "
+                "after deleting some: export to peft, or merged"
+            )
 
 
 def _parts(key: str) -> tuple[str, str]:

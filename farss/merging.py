@@ -107,7 +107,7 @@ def _rounded(model: Any, state: dict[str, Tensor], dtype: torch.dtype) -> dict[s
     """Weights in the precision of the files. One tensor under two names, such as a tied embedding, stays one, and is written once."""
     found, made = {}, dict[tuple[int, torch.Size], Tensor]()
     for name, tensor in state.items():
-        if is_rounded(model, name, tensor):
+        if is_rounded(model, name, tensor, dtype):
             place = tensor.data_ptr(), tensor.shape
             if place not in made:
                 made[place] = tensor.to(dtype)
@@ -122,9 +122,10 @@ def _copied(source: Path) -> list[Path]:
     return sorted(file for file in files if not file.name.endswith(".index.json") and file.name != "params.json")
 
 
-def is_rounded(model: Any, name: str, tensor: Tensor) -> bool:
-    """Whether a weight is written in the precision of the others: some stay float32 whatever a model is loaded in (routers)."""
-    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+def is_rounded(model: Any, name: str, tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a weight is written in the precision of the others: some stay float32 when a model is loaded in 16 bits (routers), of these
+    some in float16 alone."""
+    kept = {*(model._keep_in_fp32_modules_strict or ()), *(model._keep_in_fp32_modules or () if dtype == torch.float16 else ())}
     return tensor.is_floating_point() and not any(f".{part}." in f".{name}." for part in kept)
 
 

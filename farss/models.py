@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -293,8 +294,10 @@ def _from_pretrained(kind: Any, config: ModelConfig, **options: Any) -> Any:
     check_path(config.path)
     try:
         return kind.from_pretrained(config.path, trust_remote_code=config.trust_remote_code, **options)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = first_line(error)
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, StrictDataclassError) as error:
+        reason = first_line(error.__cause__ or error if isinstance(error, StrictDataclassError) else error)
         if not Path(config.path).exists():
             raise ModelError(
                 f"model.path={config.path!r} is no folder here, and cannot be read from a hub ({reason}): check the path, the name and "
@@ -305,6 +308,10 @@ def _from_pretrained(kind: Any, config: ModelConfig, **options: Any) -> Any:
         raise ModelError(f"model.path={config.path!r} holds a damaged safetensors file: {error}") from error
     except ImportError as error:  # of the package that its quantisation needs
         raise ModelError(f"model.path={config.path!r} cannot be loaded as this environment is: {first_line(error)}") from error
+    except Exception as error:
+        if type(error) is not Exception:  # which is all that tokenizers says of a file that it does not know
+            raise
+        raise ModelError(f"model.path={config.path!r} cannot be read: {first_line(error)}") from error
 
 
 def check_path(path: str) -> None:
@@ -395,6 +402,8 @@ def empty_of(architecture: Any, trusted: bool) -> Any:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(architecture, trust_remote_code=trusted)
+    except KeyError as error:
+        raise ModelError(f"the model's config.json names {error}, which transformers does not know: mend it") from error
     except ValueError as error:
         if "AutoModelForCausalLM" not in str(error):
             raise

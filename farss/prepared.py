@@ -107,7 +107,9 @@ def write_prepared(
         plan.save(unfinished / "plan.json")
         origin = origin_of(adapted, str(source), tokenizer, prompt)
         written = load_model(ModelConfig(path=str(unfinished / "base"), device="cpu", trust_remote_code=trusted), as_stored=True)
-        facts = {"origin": origin, "trusted": trusted, "target_modules": target_names(plan, adapted)}
+        dtypes = {next(model.parameters()).dtype, *(written.get_submodule(layer).weight.dtype for layer in plan.layers)}
+        exact = dtypes == {torch.float32}  # in 16 bits the base is rounded, as it was loaded or as it is written
+        facts = {"origin": origin, "trusted": trusted, "target_modules": target_names(plan, adapted), "exact": exact}
         write_json(unfinished / PREPARED, facts | {"fingerprint": weights_fingerprint(written)})
         write_text(unfinished / "README.md", GUIDE.format(source=source, folder=shlex.quote(str(folder))))
     return folder
@@ -191,7 +193,7 @@ def convert(prepared: Path | str, trained: Path | str, out: Path | str, rank: in
             _Base(base, unfinished, origin.get("base_fingerprint"), origin.get("base_dtype", "float32")),
         )
         difference, scale = _compare(bases, trusted)
-        exact = rank is None and energy is None and origin.get("base_dtype") == "float32"  # in 16 bits the prepared base is rounded
+        exact = rank is None and energy is None and facts.get("exact", origin.get("base_dtype") == "float32")
         if exact and not difference <= TOLERANCE * max(1.0, scale):
             raise FarssError(
                 f"the converted adapter's logits differ by {difference:.2g} from those of {trained} on the prepared base (allowed: "

@@ -8,14 +8,17 @@ from safetensors.torch import load_file
 from small_models import prompts, small, trained
 
 from farss.errors import FarssError
-from farss.llamacpp import write_gguf
+from farss.llamacpp import check_gguf, write_gguf
 from farss.portable import export
 
 
 def written(kind, folder):
     adapted, plan = trained(kind, folder)
     export(adapted, plan, folder / "adapter", prompts())
-    reader = gguf.GGUFReader(write_gguf(folder / "adapter", small(kind).config))
+    config = small(kind).config
+    if kind == "gemma3":  # so few blocks all attend to what is near, as llama.cpp has them
+        config.layer_types = ["sliding_attention"] * config.num_hidden_layers
+    reader = gguf.GGUFReader(write_gguf(folder / "adapter", config))
     tensors = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
     state = load_file(folder / "adapter" / "adapter_model.safetensors")
     return reader, tensors, state
@@ -73,6 +76,15 @@ def test_rows_of_a_joined_layer_are_all_of_q_then_k_then_v(tmp_path):
     ours = state[key].reshape(heads, 3, size, -1)
     for place, part in enumerate(tensors["blk.1.attn_qkv.weight.lora_b"].chunk(3)):
         assert torch.equal(part, ours[:, place].flatten(0, 1))
+
+
+def test_a_pruned_gemma_is_another_model_there():
+    config = transformers.Gemma3TextConfig(num_hidden_layers=12)
+    check_gguf(config)
+    config.layer_types, config.num_hidden_layers = config.layer_types[1:], 11
+    with pytest.raises(FarssError, match=r"knows the kinds of a gemma3_text's blocks by their places, and those of this model are others"):
+        check_gguf(config)
+    check_gguf(transformers.Gemma2Config(num_hidden_layers=5))
 
 
 def test_an_unknown_architecture_is_refused(tmp_path):

@@ -14,7 +14,7 @@ from farss.batches import batches, collate
 from farss.config import ModelConfig, TrainConfig
 from farss.errors import ModelError
 from farss.methods import METHODS
-from farss.models import check_causal, layer_shapes, load_model, load_tokenizer, stored_dtype, weights_fingerprint
+from farss.models import check_causal, empty_model, layer_shapes, load_model, load_tokenizer, stored_dtype, weights_fingerprint
 from farss.survey import Site, read_layers, survey
 from farss.train import products
 
@@ -203,6 +203,36 @@ def test_a_tokenizer_that_is_not_there_is_named(stored):
     (stored / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match=r"the tokenizer in .* cannot be read \(.*[^:]\): copy the model's tokenizer\.json"):
         load_tokenizer(ModelConfig(path=str(stored)))
+
+
+def test_a_tokenizer_of_another_kind_is_named(stored):
+    (stored / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": {"type": "Other", "vocab": {}}}))
+    with pytest.raises(ModelError, match=r"the tokenizer in .* cannot be read \("):
+        load_tokenizer(ModelConfig(path=str(stored)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": "two"}, r"cannot be read: .*num_hidden_layers"),
+        ({"hidden_act": "sillu"}, r"config\.json names 'sillu', which transformers does not know"),
+    ],
+)
+def test_a_configuration_that_transformers_does_not_take_is_one_sentence(stored, change, message):
+    config = json.loads((stored / "config.json").read_text()) | change
+    (stored / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=message):
+        empty_model(ModelConfig(path=str(stored)))
+
+
+def test_a_cut_bin_file_is_one_sentence(stored):
+    state = load_file(stored / "model.safetensors")
+    (stored / "model.safetensors").unlink()
+    torch.save(state, stored / "pytorch_model.bin")
+    whole = (stored / "pytorch_model.bin").read_bytes()
+    (stored / "pytorch_model.bin").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ModelError, match="cannot be read"):
+        load_model(ModelConfig(path=str(stored)))
 
 
 def test_a_model_whose_quantisation_needs_a_package_says_so(tmp_path):

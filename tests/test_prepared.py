@@ -80,13 +80,15 @@ def test_a_start_that_was_not_trained_changes_nothing_and_that_is_told(written, 
     assert "nothing was trained" not in caplog.text
 
 
-def test_there_and_back_in_another_precision_than_that_of_the_files(tmp_path):
+@pytest.mark.parametrize(("files", "loaded"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_there_and_back_in_another_precision_than_that_of_the_files(files, loaded, tmp_path):
+    """A base that is written in 16 bits is rounded, whatever it was loaded in."""
     tokenizer = AutoTokenizer.from_pretrained(world.MODEL)
     model, found, plan = surveyed("llama", tmp_path / "survey", torch.float32, vocab_size=len(tokenizer))
-    model.save_pretrained(tmp_path / "original")
+    model.to(files).save_pretrained(tmp_path / "original")
     tokenizer.save_pretrained(tmp_path / "original")
-    rounded = load_model(ModelConfig(path=str(tmp_path / "original")), torch.bfloat16)
-    folder = write_prepared(attach(rounded, plan, found), plan, tokenizer, tmp_path / "prepared", tmp_path / "original")
+    model = load_model(ModelConfig(path=str(tmp_path / "original")), loaded)
+    folder = write_prepared(attach(model, plan, found), plan, tokenizer, tmp_path / "prepared", tmp_path / "original")
     train(folder, tmp_path / "trained")
     assert convert(folder, tmp_path / "trained", tmp_path / "adapter").logit_difference < 0.1
 

@@ -28,7 +28,7 @@ PLACE = ("layer_idx", "layer_number", "layer_id", "layer_index", "block_idx")
 """What architectures call a block's place, by which it finds its keys and values in the cache."""
 PLACES = ("mlp_only_layers", "moe_layers", "attn_layer_indices", "cross_attention_layers", "hybrid_layer_ids")
 """Options that name some of the blocks by their places."""
-FIRST = ("first_k_dense_replace",)
+FIRST = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
 """Options that say how many of the first blocks are of another kind."""
 
 
@@ -85,7 +85,7 @@ def check_deletable(architecture: Any, gone: Collection[int], trusted: bool) -> 
     if _shapes(shorter) != _shapes(described) or _constants(shorter) != _constants(described):
         raise ModelError(
             f"{type(architecture).__name__} derives the kind of each block from its place, so that without some of them it would be "
-            "another model: blocks of this architecture cannot be deleted"
+            "another model: blocks of this architecture cannot be deleted" + (", or not the first (prune.keep_first)" if 0 in gone else "")
         )
 
 
@@ -119,12 +119,12 @@ def _constants(model: Any) -> dict[str, dict[str, Any]]:
     }
 
 
-def _same(found: Any, model: Any) -> bool:
-    """Whether two models have the same weights and, with them, the same logits, bit for bit."""
+def _same(found: Any, model: Any, dtype: torch.dtype) -> bool:
+    """Whether two models have the same weights, written in a precision, and, with them, the same logits, bit for bit."""
     held, written = model.state_dict(), found.state_dict()
     if held.keys() != written.keys() or not all(torch.equal(tensor, written[name]) for name, tensor in held.items()):
         return False
-    if any(tensor.dtype != written[name].dtype for name, tensor in held.items() if is_rounded(model, name, tensor)):
+    if any(tensor.dtype != written[name].dtype for name, tensor in held.items() if is_rounded(model, name, tensor, dtype)):
         return False
     found.load_state_dict(held, assign=True)  # the very same, for sums depend on where in memory a weight begins
     ids = torch.arange(3, 3 + CHECKED_TOKENS)[None] % model.config.get_text_config().vocab_size
@@ -148,11 +148,11 @@ def write_shorter(model: Any, tokenizer: Any, folder: Path, config: ModelConfig,
         ModelError: it does not. Nothing is left at `folder`.
     """
     for name, tensor in model.state_dict(keep_vars=True).items():  # not the rotary frequencies, which stay float32 when a model is loaded
-        tensor.data = tensor.data.to(dtype) if is_rounded(model, name, tensor) else tensor.data
+        tensor.data = tensor.data.to(dtype) if is_rounded(model, name, tensor, dtype) else tensor.data
     with whole_folder(folder) as unfinished:
         write_model(model, (), tokenizer, unfinished, dtype, Path(config.path))
     found = load_model(replace(config, path=str(folder), dtype="auto"), device=model.device, as_stored=True)
-    if not _same(found, model):
+    if not _same(found, model, dtype):
         shutil.rmtree(folder)
         raise ModelError(
             f"{type(model).__name__} without some of its blocks does not come back from its files as it was written: blocks of this "

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from small_models import logits, save_small, small
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, OlmoHybridConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaForCausalLM, OlmoHybridConfig
 
 from farss.config import ModelConfig
 from farss.errors import ModelError
@@ -77,6 +77,12 @@ def test_what_was_trained_in_float32_is_written_in_the_files_precision(kind, tmp
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "shorter").dtype == torch.bfloat16
 
 
+def test_what_stays_float32_in_float16_alone_is_rounded_to_bfloat16(tmp_path, monkeypatch):
+    """GPT-OSS's norms, for example."""
+    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules", ["norm", "input_layernorm"])
+    test_what_was_trained_in_float32_is_written_in_the_files_precision("llama", tmp_path)
+
+
 def test_what_stays_float32_in_a_16_bit_model_is_not_rounded(tmp_path):
     """The routers' weights and biases of DeepSeek-V3."""
     folder = save_small("deepseek-v3", tmp_path / "base")
@@ -128,6 +134,10 @@ def test_lists_of_the_configuration_lose_the_entries_of_the_blocks():
     assert dense.config.first_k_dense_replace == 1
     delete_blocks(dense, [0])
     assert dense.config.first_k_dense_replace == 0
+    other = small("llama")
+    other.config.num_dense_layers = 2  # as AFMoE says the same
+    delete_blocks(other, [0, 3])
+    assert other.config.num_dense_layers == 1
 
 
 @pytest.mark.parametrize("kind", ["jamba", "gemma3n"])
