@@ -25,7 +25,7 @@ from farss.report.figures import Figure
 from farss.report.results import LEARNED, SCORES, Axes, frontier_choice
 
 HEAD = "| Method | Learning rate | Loss |"
-BESIDE = r", on 2( other)? cores|, seed \d| as it is now"
+BESIDE = r", on 2( other)? cores|, seed \d"
 """What a row says of its machine and its seed, and not of its method."""
 OUTSIDE = "kasa"
 """Would make the pictures too wide to read: 0 % kept, 61 nats lost."""
@@ -91,14 +91,13 @@ def best(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, str]]:
 def equal(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, str]]:
     """What each method that was run at several learning rates keeps where it learned equally much."""
     rows = []
-    for method, points in found.items():
+    for method, points in ((method, points) for method, points in found.items() if len(points) > 1):
         lines = [[(point["T"]["value"], point[kept]["value"]) for point in points] for kept in ("K", "nats")]
         cells = {"Method": method}
         for learned in EQUAL:
             kept, nats = (kept_at(line, learned) for line in lines)
             cells[f"at T {learned:g} %"] = "" if kept is None else f"{kept:.1f} ({nats:+.1f})"
-        if len(points) > 1:
-            rows.append(cells)
+        rows.append(cells)
     return rows
 
 

@@ -182,15 +182,18 @@ class Answers:
     @property
     def complete(self) -> bool:
         """Whether everything was asked that shall be asked of the run's result, as it is configured now."""
-        wanted = self.inputs.config.evaluate
-        return (not wanted.recovery or self._of_recovered.done) and (not wanted.asks or self._of_trained.done)
+        return all(one.done for one in self._of_result)
 
     @property
     def needs_weights(self) -> bool:
         """Whether something is to be asked of the run's result that it was not asked yet."""
+        return not all(self._ungraded(one).done for one in self._of_result)
+
+    @property
+    def _of_result(self) -> list[Asking]:
+        """All that shall be asked of the run's result."""
         wanted = self.inputs.config.evaluate
-        asked = [*([self._of_recovered] if wanted.recovery else []), *([self._of_trained] if wanted.asks else [])]
-        return not all(one.done or self._ungraded(one).done for one in asked)
+        return [*([self._of_recovered] if wanted.recovery else []), *([self._of_trained] if wanted.asks else [])]
 
     @property
     def base_is_known(self) -> bool:

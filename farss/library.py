@@ -196,10 +196,10 @@ def _examples(dataset: Any, data: DataConfig, tokenizer: Any, seed: int, most: i
     if isinstance(dataset, Mapping):
         raise ConfigError(f"dataset is a {type(dataset).__name__} of {', '.join(map(str, dataset))}: give the rows of one of them")
     if hasattr(dataset, "to_dict") and hasattr(dataset, "iloc"):  # pandas'
-        dataset = dataset.iloc[choose(range(len(dataset)), wanted, seed)] if len(dataset) > wanted else dataset
-        dataset = [{name: _python(value) for name, value in row.items()} for row in dataset.to_dict("records")]
+        table = dataset.iloc[choose(range(len(dataset)), wanted, seed)]
+        dataset = [{name: _python(value) for name, value in row.items()} for row in table.to_dict("records")]
     rows = dataset if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") else list(itertools.islice(dataset, wanted))
-    drawn = [rows[place] for place in choose(range(len(rows)), wanted, seed)] if len(rows) > wanted else list(rows)
+    drawn = [rows[place] for place in choose(range(len(rows)), wanted, seed)]
     return tokenize_rows(drawn, dataclasses.replace(data, limit=None), tokenizer, seed)
 
 

@@ -83,10 +83,14 @@ OF_TABLE = ("evaluate.full_scores", "evaluate.learned_by", "compare.")
 """On these the table depends, and no step."""
 
 
+def matters(key: str) -> bool:
+    """Whether the result of a step, or a comparison's table, depends on an option."""
+    return key not in OF_NO_STEP or key.startswith(OF_TABLE)
+
+
 def table_options(config: Config) -> dict[str, Any]:
     """On what a comparison's table depends."""
-    found = options_of(config, TABLE_KEYS)
-    return {key: value for key, value in found.items() if key not in OF_NO_STEP or key.startswith(OF_TABLE)}
+    return {key: value for key, value in options_of(config, TABLE_KEYS).items() if matters(key)}
 
 
 def options_of(config: Config, keys: tuple[str, ...]) -> dict[str, Any]:

@@ -166,10 +166,8 @@ class Run:
         """
         for step, options in self.surveys.steps(self.method.needs).items():
             self.place.refuse_other(step, options)
-        if self.searches and self.place.is_over(self._boundary_step):
-            # of one that was trained from, questions may change, and not how it was searched
-            options = self._boundary_options if self._may_replan else options_of(self.common_config, ("boundary",))
-            self.place.refuse_other(self._boundary_step, options)
+        if self.searches:  # of one that was trained from, questions may change, and not how it was searched
+            self._refuse_other_search(self._boundary_options if self._may_replan else options_of(self.common_config, ("boundary",)))
         self._refuse_other_plan()
         self._refuse_other_training()
 
@@ -179,10 +177,8 @@ class Run:
         Raises:
             FolderError: they are.
         """
-        target = handover.place_of(self.config, self.path)
-        there = handover.weights_are_there(target) or (self.path / "checkpoints").is_dir()
-        if self.has_trained and not there and self.answers.needs_weights:
-            raise handover.deleted(target)
+        if self.has_trained and self.answers.needs_weights and not (self._has_checkpoints or self._has_weights):
+            raise handover.deleted(handover.place_of(self.config, self.path))
 
     @property
     def steps_before(self) -> list[str]:
@@ -222,6 +218,10 @@ class Run:
         """A plan costs seconds: it is made again as long as nothing was trained from it."""
         begun = self.folder.record("train")
         return begun is None or not (begun["done"] or any((self.path / "checkpoints").glob("checkpoint-*")))
+
+    def _refuse_other_search(self, options: dict[str, Any]) -> None:
+        if self.place.is_over(self._boundary_step):  # one that failed, or was stopped, may be tried with others
+            self.place.refuse_other(self._boundary_step, options)
 
     def _refuse_other_plan(self) -> None:
         if not self._may_replan:
@@ -269,8 +269,7 @@ class Run:
         require_boundary(self.config.plan)
         step, options = self._boundary_step, self._boundary_options
         place = self.place.path / "boundary" / self._searched_for
-        if self.place.is_over(step):  # one that failed, or was stopped, may be tried with others
-            self.place.refuse_other(step, options)
+        self._refuse_other_search(options)
         if not self.place.is_done(step, options, makes=place / "boundary.json"):
             known, config = self.survey(), self.common_config
 
@@ -376,7 +375,15 @@ class Run:
     @property
     def has_lost_weights(self) -> bool:
         """Whether what is handed over is gone and can be written again: `compare.keep` has not deleted what it was made of."""
-        return not handover.weights_are_there(handover.place_of(self.config, self.path)) and (self.path / "checkpoints").is_dir()
+        return self._has_checkpoints and not self._has_weights
+
+    @property
+    def _has_checkpoints(self) -> bool:
+        return (self.path / "checkpoints").is_dir()
+
+    @property
+    def _has_weights(self) -> bool:
+        return handover.weights_are_there(handover.place_of(self.config, self.path))
 
     def evaluate(self) -> Summary:
         """`base/scores.json` (before), `scores.json` (after) and `summary.json`."""

@@ -78,6 +78,9 @@ def test_methods_lists_them_all():
         (["compare", "run.yaml", "--methods", ""], 2, "--methods is empty: give it a value, or leave it out"),
         (["compare", "run.yaml", "--seeds", ","], 2, "--seeds is empty"),
         (["export", "run.yaml", "--to", ""], 2, "--to is empty"),
+        (["run", "x" * 300], 2, "cannot be reached (File name too long)"),
+        (["report", "x" * 300], 2, "cannot be reached (File name too long)"),
+        (["run", "run.yaml", "y" * 300 + ".yaml"], 2, "cannot be reached (File name too long)"),
     ],
 )
 def test_one_sentence_and_an_exit_code(tmp_path, monkeypatch, capsys, arguments, code, message):
@@ -91,11 +94,6 @@ def test_one_sentence_and_an_exit_code(tmp_path, monkeypatch, capsys, arguments,
     assert message in " ".join(shown.split())
     assert shown.startswith("farss: ")
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
-
-
-@pytest.mark.parametrize("arguments", [["run", "x" * 300], ["report", "x" * 300], ["run", "run.yaml", "y" * 300 + ".yaml"]])
-def test_a_name_that_no_file_system_takes(tmp_path, monkeypatch, capsys, arguments):
-    test_one_sentence_and_an_exit_code(tmp_path, monkeypatch, capsys, arguments, 2, "cannot be reached (File name too long)")
 
 
 def test_the_command_itself(tmp_path):

@@ -58,7 +58,7 @@ def compare(config: Config, tell: Tell) -> Path:
     _remove_other_table(config)
     if not all(entrant.run.has_trained for entrant in everyone):
         replace(everyone[0].run, config=config).warn()
-    diverged: list[str] = []
+    diverged, done = list[str](), set[Path]()
     with _table_in_any_case(config):
         if config.compare.tune:
             try:
@@ -69,9 +69,9 @@ def compare(config: Config, tell: Tell) -> Path:
                     raise
                 everyone = [entrant for entrants in tried.values() for entrant in entrants]
                 diverged = [f"Left out, as no training came to its end: {error}."]
+            done = {entrant.run.path for entrant in everyone}
         chosen, measure = choose(config, tried)
         final = [Entrant(label, chosen[label].factor, seed, config, loaded, tell) for seed in seeds(config) for label in labels]
-        done = {entrant.run.path for entrant in everyone} if config.compare.tune else set()
         _run_all([entrant for entrant in final if entrant.run.path not in done])
     groups = {label: [one for one in final if one.label == label] for label in labels}
     with Folder(config.out).step("table", table_options(config)):

@@ -15,7 +15,7 @@ from farss.folder import resolve
 from farss.inputs import Loaded
 from farss.jobs import Tell
 from farss.methods import METHODS
-from farss.options import OF_NO_STEP, OF_TABLE, READING_KEYS, options_of
+from farss.options import READING_KEYS, matters, options_of
 from farss.pipeline import Run
 from farss.plan import method_of
 
@@ -156,7 +156,7 @@ def check_labels(config: Config) -> None:
                 raise ConfigError(f"compare.settings gives {label!r} its own {key}, which is the comparison's: see compare.seeds")
             if key == "plan.method":
                 raise ConfigError(f"compare.settings gives {label!r} another method: name {options[key]!r} in compare.methods")
-            if key.startswith(ASKED) and (key not in OF_NO_STEP or key.startswith(OF_TABLE)):
+            if key.startswith(ASKED) and matters(key):
                 raise ConfigError(
                     f"compare.settings gives {label!r} its own {key}, but all are compared with one untouched model, asked once"
                 )

@@ -65,9 +65,10 @@ def test_a_model_without_blocks_is_one_that_passes_them_over_and_comes_back_from
     assert torch.equal(*written)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3"])
-def test_what_was_trained_in_float32_is_written_in_the_files_precision(kind, tmp_path):
-    """With rotary frequencies that are not rounded with the weights."""
+@pytest.mark.parametrize(("kind", "kept"), [("llama", None), ("gemma3", None), ("llama", ["norm", "input_layernorm"])])
+def test_what_was_trained_in_float32_is_written_in_the_files_precision(kind, kept, tmp_path, monkeypatch):
+    """With rotary frequencies that are not rounded with the weights. `kept` stays float32 in float16 alone, as GPT-OSS's norms."""
+    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules", kept)
     folder = save_small(kind, tmp_path / "base")
     AutoModelForCausalLM.from_pretrained(folder).bfloat16().save_pretrained(folder)
     config = ModelConfig(path=str(folder), device="cpu")
@@ -75,12 +76,6 @@ def test_what_was_trained_in_float32_is_written_in_the_files_precision(kind, tmp
     delete_blocks(model, [1])
     write_shorter(model, AutoTokenizer.from_pretrained(folder), tmp_path / "shorter", config, torch.bfloat16)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "shorter").dtype == torch.bfloat16
-
-
-def test_what_stays_float32_in_float16_alone_is_rounded_to_bfloat16(tmp_path, monkeypatch):
-    """GPT-OSS's norms, for example."""
-    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules", ["norm", "input_layernorm"])
-    test_what_was_trained_in_float32_is_written_in_the_files_precision("llama", tmp_path)
 
 
 def test_what_stays_float32_in_a_16_bit_model_is_not_rounded(tmp_path):
