@@ -44,4 +44,5 @@ arguments = SFTConfig(
 SFTTrainer(model, args=arguments, train_dataset=dataset, processing_class=tokenizer).train()
 
 exported = farss.export(model, out / "adapter")
-print(f"rank {exported.rank}, largest logit difference on the untouched base {exported.logit_difference:.1e}")
+if exported is not None:  # it is, in every process but the first
+    print(f"rank {exported.rank}, largest logit difference on the untouched base {exported.logit_difference:.1e}")
