@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -63,8 +63,8 @@ def calibration_batches(
     return [{**batch, "counted": torch.ones_like(batch["input_ids"])} for batch in wide]
 
 
-def collate(rows: Sequence[Row], pad_id: int, side: Literal["right", "left"] = "right", length: int = 0) -> dict[str, Tensor]:
-    """Pad rows to one length t: that of the longest, or `length` where that is more.
+def collate(rows: Sequence[Row], pad_id: int, length: int = 0) -> dict[str, Tensor]:
+    """Pad rows on the right to one length t: that of the longest, or `length` where that is more.
 
     Returns:
         `input_ids`, `attention_mask` (0 on padding), `position_ids` (counted over real tokens) and `labels` (-100 on
@@ -73,9 +73,7 @@ def collate(rows: Sequence[Row], pad_id: int, side: Literal["right", "left"] = "
     longest = max(length, *(len(row["input_ids"]) for row in rows))
 
     def padded(values: list[list[int]], fill: int) -> Tensor:
-        gaps = [[fill] * (longest - len(value)) for value in values]
-        pairs = zip(values, gaps, strict=True)
-        return torch.tensor([gap + value if side == "left" else value + gap for value, gap in pairs], dtype=torch.long)
+        return torch.tensor([value + [fill] * (longest - len(value)) for value in values], dtype=torch.long)
 
     mask = padded([[1] * len(row["input_ids"]) for row in rows], 0)
     return {

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
+from functools import cache, cached_property
+from typing import Any, TypeVar
 
 from farss import processes
 from farss.batches import Row, choose, labels_of
@@ -17,6 +17,7 @@ from farss.prompts import answer_border, first_turn, instruction_of, stages_of, 
 from farss.rows import CHATS, SYSTEMS, TOOLS, cell, find_columns, naming, read_rows, says_nothing
 from farss.structure import positions
 
+T = TypeVar("T")
 TEXTS, CHARACTERS = 1000, 4_000_000
 """Tokenised at a time, whichever comes first."""
 
@@ -51,13 +52,12 @@ class Tokenized:
         return self.thoughtless is not None and self.thoughtless < 0.5
 
     def dataset(self) -> Any:
-        """The same as a `datasets.Dataset`, with `labels` beside the mask: TRL takes it as it is."""
+        """The same as a `datasets.Dataset`, with `labels`: TRL takes it as it is."""
         import datasets
 
         return datasets.Dataset.from_dict(
             {
                 "input_ids": [row["input_ids"] for row in self.rows],
-                "completion_mask": [row["completion_mask"] for row in self.rows],
                 "labels": [labels_of(row) for row in self.rows],
             }
         )
@@ -107,12 +107,17 @@ def tokenize_rows(rows: Sequence[dict[str, Any]], config: DataConfig, tokenizer:
     columns = find_columns(rows, config.prompt, config.response)
     numbered = list(enumerate(rows, 1))
     chosen = choose(numbered, config.limit or len(rows), seed)
-    stages = stages_of(chosen, columns, config, tokenizer)
-    whole = tokenize(stages, tokenizer, chat=config.template == "chat")
-    border = answer_border(tokenizer) if config.template == "chat" else ""
+    border = cache(lambda: answer_border(tokenizer) if config.template == "chat" else "")  # later: a template may be broken
+    bare = list[bool]()
+
+    def stages() -> Iterator[list[str]]:
+        for texts in stages_of(chosen, columns, config, tokenizer):
+            bare.append(texts[-1].startswith(border(), len(texts[-2])))
+            yield texts
+
     return replace(
-        _cut(whole, config.max_length),
-        thoughtless=sum(texts[-1].startswith(border, len(texts[-2])) for texts in stages) / len(stages) if border else None,
+        _cut(tokenize(stages(), tokenizer, config.template == "chat", config.max_length), config.max_length),
+        thoughtless=sum(bare) / len(bare) if border() else None,
         system=_shared_system([row.get(columns[0]) for _, row in chosen]),
         instructions=frozenset(same_words(text) for number, row in chosen for text in _asked(row, columns, number, config)),
     )
@@ -189,30 +194,39 @@ def _shared_system(chats: Sequence[Any]) -> str | None:
     return first.pop() if len(first) == 1 else None
 
 
-def tokenize(stages: Sequence[Sequence[str]], tokenizer: Any, chat: bool = False) -> list[Row]:
+def tokenize(stages: Iterable[Sequence[str]], tokenizer: Any, chat: bool = False, enough: int | None = None) -> Iterator[Row]:
     """Tokenise growing texts (prompt, prompt + answer, ...); every second step is learnt, and so is the end.
 
     Special tokens such as BOS stand in front once; a chat template writes its own. EOS stands at the end once.
+
+    Args:
+        enough: a row that has more tokens than these grows no further.
     """
     opening = [] if chat else _opening(tokenizer)
-    ids = _encode((text for texts in stages for text in texts), tokenizer)
-    joined = (_join(texts, [next(ids) for _ in texts], tokenizer) for texts in stages)
-    return [_framed(*parts, opening, tokenizer.eos_token_id, chat) for parts in joined]
+    for part in _parts(stages, lambda texts: sum(map(len, texts))):  # of a chat each text holds those before it
+        for ids, mask, last in _joined(part, tokenizer, enough):
+            yield _framed(ids, mask, last, opening, tokenizer.eos_token_id, chat)
+
+
+def _parts(items: Iterable[T], characters: Callable[[T], int]) -> Iterator[list[T]]:
+    """As many at a time as are worth a core each. All at once would be gigabytes."""
+    part, size = list[T](), 0
+    for item in items:
+        part.append(item)
+        size += characters(item)
+        if len(part) == TEXTS or size >= CHARACTERS:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
 
 
 def _encode(texts: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
-    """Token ids without special tokens, many texts at a time and on every core. All of them at once would be gigabytes: of a chat each
-    answer's text holds those before it."""
-    part, size = list[str](), 0
-    for text in itertools.chain(texts, [None]):
-        if text is not None:
-            part.append(text)
-            size += len(text)
-        if part and (text is None or len(part) == TEXTS or size >= CHARACTERS):
-            with processes.environment("TOKENIZERS_PARALLELISM", "true"):  # elsewhere it is off: threads do not survive a fork
-                found = tokenizer(part, add_special_tokens=False)["input_ids"]
-            yield from found
-            part, size = [], 0
+    """Token ids without special tokens, many texts at a time and on every core."""
+    for part in _parts(texts, len):
+        with processes.environment("TOKENIZERS_PARALLELISM", "true"):  # elsewhere it is off: threads do not survive a fork
+            found = tokenizer(part, add_special_tokens=False)["input_ids"]
+        yield from found
 
 
 def text_windows(texts: Sequence[str], tokenizer: Any, length: int, count: int, seed: int) -> tuple[list[Row], int]:
@@ -243,20 +257,22 @@ def _opening(tokenizer: Any) -> list[int]:
     return next((full[:start] for start in starts if full[start : start + len(bare)] == bare), [])
 
 
-def _join(texts: Sequence[str], encoded: list[list[int]], tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
-    """Join the stages of one example: its tokens, their mask, and the tokens of its last answer.
+def _joined(part: Sequence[Sequence[str]], tokenizer: Any, enough: int | None) -> list[tuple[list[int], list[int], list[int]]]:
+    """Join the stages of each example: its tokens, their mask, and the tokens of its last answer.
 
     The tokens of a prompt are those that the model sees when it is asked.
     """
-    ids, mask, new = list(encoded[0]), [0] * len(encoded[0]), encoded[0]
-    for step in range(1, len(texts)):
-        longer = encoded[step]
-        # some tokenizers (Llama's) add a space to whatever is tokenised by itself, so the answer is read off the whole
-        # text; where tokens would merge across the border it is tokenised by itself all the same
-        kept = longer[: len(ids)] == ids
-        new = longer[len(ids) :] if kept else next(_encode([texts[step][len(texts[step - 1]) :]], tokenizer))
-        ids, mask = ids + new, mask + [step % 2] * len(new)
-    return ids, mask, new
+    rows: list[tuple[list[int], list[int], list[int]]] = [([], [], []) for _ in part]
+    for step in range(max(map(len, part))):
+        growing = [at for at, texts in enumerate(part) if step < len(texts) and (enough is None or len(rows[at][0]) <= enough)]
+        for at, longer in zip(growing, _encode([part[at][step] for at in growing], tokenizer), strict=True):
+            texts, (ids, mask, _) = part[at], rows[at]
+            # some tokenizers (Llama's) add a space to whatever is tokenised by itself, so the answer is read off the whole
+            # text; where tokens would merge across the border it is tokenised by itself all the same
+            kept = longer[: len(ids)] == ids
+            new = longer[len(ids) :] if kept else next(_encode([texts[step][len(texts[step - 1]) :]], tokenizer))
+            rows[at] = ids + new, mask + [step % 2] * len(new), new
+    return rows
 
 
 def _framed(ids: list[int], mask: list[int], last: list[int], opening: list[int], eos: int, chat: bool) -> Row:
@@ -270,20 +286,21 @@ def _framed(ids: list[int], mask: list[int], last: list[int], opening: list[int]
     return {"input_ids": ids, "completion_mask": mask}
 
 
-def check_readable_by(model: Any, examples: Tokenized, config: DataConfig) -> None:
+def check_readable_by(model: Any, examples: Tokenized, config: DataConfig, others: bool = False) -> None:
     """Refuse examples that a model cannot read.
 
     Args:
         model: with its weights or without.
+        others: other texts are read too, or padding, up to `data.max_length` tokens.
 
     Raises:
         DataError: one is too long, or has a token for which the model has no vector.
     """
     longest, known = max(len(row["input_ids"]) for row in examples.rows), positions(model)
-    if known is not None and longest > known:
+    if known is not None and (longest > known or (others and config.max_length > known)):
+        found = f"the longest example has {longest} tokens" if longest > known else "other texts are as long as they may be"
         raise DataError(
-            f"the longest example has {longest} tokens (data.max_length={config.max_length}), and the model knows {known} positions: "
-            f"set data.max_length={known}"
+            f"{found} (data.max_length={config.max_length}), and the model knows {known} positions: set data.max_length={known}"
         )
     last, vectors = max(max(row["input_ids"]) for row in examples.rows), model.get_input_embeddings().weight.shape[0]
     if last >= vectors:
@@ -293,13 +310,17 @@ def check_readable_by(model: Any, examples: Tokenized, config: DataConfig) -> No
         )
 
 
-def _cut(rows: list[Row], max_length: int) -> Tokenized:
+def _cut(rows: Iterable[Row], max_length: int) -> Tokenized:
     """Cut the end off at `max_length`; drop the rows that have nothing to learn left, and count both."""
-    long = [len(row["input_ids"]) > max_length for row in rows]  # most are not: a copy of each would take as much memory again
-    short = [{name: values[:max_length] for name, values in row.items()} if cut else row for row, cut in zip(rows, long, strict=True)]
-    kept = [any(row["completion_mask"]) for row in short]
-    cut = sum(each and keep for each, keep in zip(long, kept, strict=True))
-    dropped = kept.count(False)
-    if dropped == len(rows):
+    kept, truncated, dropped = list[Row](), 0, 0
+    for row in rows:
+        long = len(row["input_ids"]) > max_length
+        short = {name: values[:max_length] for name, values in row.items()} if long else row
+        if any(short["completion_mask"]):
+            kept.append(short)
+            truncated += long
+        else:
+            dropped += 1
+    if not kept:
         raise DataError(f"none of the {dropped} examples has any answer left at data.max_length={max_length}: raise data.max_length")
-    return Tokenized([row for row, keep in zip(short, kept, strict=True) if keep], dropped=dropped, truncated=cut)
+    return Tokenized(kept, dropped=dropped, truncated=truncated)

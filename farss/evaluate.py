@@ -17,7 +17,7 @@ from farss.files import fingerprint, read_json, reading, write_json, write_text
 from farss.memory import freed_memory_kept, memory_cure
 from farss.models import base_fingerprint, weights_fingerprint
 from farss.precision import dtype_name
-from farss.prompts import answer_end, prompt_text, separator
+from farss.prompts import ANSWER, answer_end, prompt_text, separator
 from farss.rows import text_rows
 from farss.tasks.benchmarks import Benchmark, grading, list_benchmarks
 from farss.tasks.grading import METRICS, STEPS, without_thoughts
@@ -61,13 +61,13 @@ def evaluate(
     asks = prompt_tokenizer(tokenizer)
     results = {each.name: _finished(folder / "scores", each) for each in benchmarks}
     for each in benchmarks:  # a chat template, which writes the prompts, may have changed
-        if results[each.name] and isinstance(each.entry, QuestionSet) and each.drawn:
-            prompt = prompt_of(each.entry, each.kind, config.data, asks)
-            if not asked_so(each.drawn, prompt, read_records(folder / "scores", each.name)):
-                results[each.name] = None
+        if results[each.name] and not _asked_as_now(each, config, asks, folder / "scores"):
+            results[each.name] = None
     waiting = [each for each in benchmarks if results[each.name] is None]
     manager = task_manager([each.name for each in waiting if each.drawn is None], config.evaluate.run_generated_code)
-    memory = memory_cure(config.evaluate.batch_size, "prompts at a time", "evaluate.batch_size")
+    memory = memory_cure(
+        config.evaluate.batch_size, "prompts at a time", "evaluate.batch_size", last="choose a smaller fewshot or max_tokens"
+    )
     with freed_memory_kept(model.device), memory, asking(model, config.evaluate.run_generated_code):
         tasks = {each.name: _load(each, asks, config, manager) for each in waiting}  # what cannot be reached is known before any is asked
         live = live_model(model, asks, config.evaluate.batch_size, on_progress) if waiting else None
@@ -199,6 +199,18 @@ def _load(benchmark: Benchmark, tokenizer: Any, config: Config, manager: Any) ->
             if config.data.template == "chat":
                 task.set_config("generation_kwargs", task.config.generation_kwargs | {"until": answer_end(tokenizer)})
     return tasks
+
+
+def _asked_as_now(benchmark: Benchmark, config: Config, tokenizer: Any, folder: Path) -> bool:
+    """Whether its stored questions were put as they would be now; lm_eval's own prompts do not change."""
+    if isinstance(benchmark.entry, QuestionSet) and benchmark.drawn:
+        prompt = prompt_of(benchmark.entry, benchmark.kind, config.data, tokenizer)
+        return asked_so(benchmark.drawn, prompt, read_records(folder, benchmark.name))
+    if not benchmark.name.startswith("farss_"):
+        return True
+    before, _, behind = _training_prompt("asked", config.data, tokenizer)({"asked": ANSWER}).partition(ANSWER)
+    prompts = [record["prompt"] for record in read_records(folder, benchmark.name)]
+    return all(prompt.startswith(before) and prompt.endswith(behind) for prompt in prompts)
 
 
 def _training_prompt(column: str, data: DataConfig, tokenizer: Any) -> Callable[[dict[str, Any]], str]:

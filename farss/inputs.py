@@ -147,30 +147,24 @@ class Inputs:
     def check(self) -> None:
         """Read all of it, so that a bad file is found before hours of training."""
         _ = self.tokenizer, self.examples, self.knowledge
-        check_readable_by(self.architecture, self.examples, self.config.data)
-        self.check_asked()
+        config = self.config
+        others = config.evaluate.text or config.evaluate.recovery or config.calibration.knowledge or config.calibration.padding == "count"
+        check_readable_by(self.architecture, self.examples, config.data, bool(others))
+        self.check_questions()
+        self.check_as_trained()
         if self.common_config.evaluate.full_scores:
             self._once(self._check_reference, self.common_config)
         if self.config.evaluate.recovery:
             self._once(self._check_recovery, self.common_config)
 
-    def check_asked(self) -> None:
-        """Read every question file, and see that the questions can be asked, and as they were trained.
-
-        Raises:
-            DataError: a file or a column is missing.
-            ConfigError: a question set cannot be asked, or would be asked with another system message.
-        """
-        self.check_questions()
-        if self.config.data.template == "chat" and self.config.evaluate.task:
-            self.check_as_trained()
-
     def check_as_trained(self) -> None:
-        """Refuse to ask the task otherwise than the examples do, where a set is asked in their prompt.
+        """Refuse to ask the task otherwise than the examples do, where a set is asked in their chat.
 
         Raises:
             ConfigError: see `check_system` and `check_thinking`.
         """
+        if self.config.data.template != "chat":
+            return
         ours = [entry for entry in self.config.evaluate.task if isinstance(entry, QuestionSet) or entry.startswith("farss_")]
         if any(isinstance(entry, str) or entry.prompt in (None, "train") for entry in ours):
             self.check_system()

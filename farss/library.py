@@ -146,7 +146,8 @@ def prepare(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     examples = _examples(dataset, data, tokenizer, seed, PLENTY * calibration.examples)
-    check_readable_by(model, examples, data)
+    texts_too = knowledge is not None or calibration.knowledge is not None or calibration.padding == "count"
+    check_readable_by(model, examples, data, texts_too)
     keep_gradients(model)
     check_readable(model, layers)
     check_causal(model)
@@ -157,7 +158,8 @@ def prepare(
         calibration, knowledge = dataclasses.replace(calibration, knowledge=knowledge), None
     texts = None if knowledge is None else _texts(knowledge)
     if texts is None and calibration.knowledge:
-        texts = choose(knowledge_texts(calibration.knowledge), calibration.examples, seed)
+        texts = knowledge_texts(calibration.knowledge)
+    texts = texts and choose(texts, calibration.examples, seed)
     site = Site(model, place, survey_cap(wanted, layers, blocks), targets, tell=on_progress or unseen, device=_device(model))
     at = _Looked(site, tokenizer, examples, texts, data.max_length, calibration, seed)
     needs, found = method_of(wanted).needs, None

@@ -144,7 +144,7 @@ def _glibc() -> Any:
 
 
 @contextmanager
-def memory_cure(count: int, what: str, key: str, of: int = 0, besides: str = "") -> Iterator[None]:
+def memory_cure(count: int, what: str, key: str, of: int = 0, besides: str = "", last: str = "lower data.max_length") -> Iterator[None]:
     """Say what filled the GPU's memory, and what can be done.
 
     Args:
@@ -153,6 +153,7 @@ def memory_cure(count: int, what: str, key: str, of: int = 0, besides: str = "")
         key: the option that says how many.
         of: what it has to divide; 0: anything is allowed.
         besides: what else may help.
+        last: what is left where no fewer can be computed at a time.
 
     Raises:
         FarssError: with both.
@@ -161,7 +162,7 @@ def memory_cure(count: int, what: str, key: str, of: int = 0, besides: str = "")
         yield
     except torch.OutOfMemoryError as error:
         fewer = next((each for each in range(count // 2, 0, -1) if of % each == 0), 0)
-        cure = f"set {key}={fewer}" if fewer else "lower data.max_length"
+        cure = f"set {key}={fewer}" if fewer else last
         raise FarssError(
             f"the GPU's memory is full with {count} {what}: {cure}{besides}, or fewer compare.jobs where they share it, and run again"
         ) from error

@@ -64,7 +64,10 @@ EVALUATE_KEYS = (
     *("evaluate.knowledge", "evaluate.task", "evaluate.other", "evaluate.text", "evaluate.text_rows", "evaluate.limit"),
     *("evaluate.run_generated_code", "seed", "data.template", "data.system", "data.thinking"),
 )
-RECOVERY_KEYS = (*EVALUATE_KEYS, "evaluate.recovery", "data.max_length")
+RECOVERY_KEYS = (
+    *("evaluate.knowledge", "evaluate.task", "evaluate.other", "evaluate.limit", "evaluate.run_generated_code", "evaluate.recovery"),
+    *("seed", "data.template", "data.system", "data.thinking", "data.max_length"),
+)
 BASE_KEYS = (*LOADED_KEYS, "data.max_length", *EVALUATE_KEYS)
 """Of what the untouched model answers."""
 OF_NO_STEP = (

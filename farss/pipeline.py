@@ -138,7 +138,9 @@ class Run:
         check_not_own(self.config)
         if self.has_trained:  # they were usable; what is asked may be asked anew
             if not self.answers.complete:
-                self.inputs.check_asked()
+                self.inputs.check_questions()
+                with suppress(DataError):  # the training examples may be gone
+                    self.inputs.check_as_trained()
             return
         if trains:
             handover.check(self.config, self.inputs.architecture, self.inputs.shapes[0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -99,23 +99,23 @@ def _render(tokenizer: Any, messages: list[dict[str, Any]], ask: bool = False) -
     return text
 
 
-def stages_of(rows: Sequence[tuple[int, dict[str, Any]]], columns: tuple[str, str], config: DataConfig, tokenizer: Any) -> list[list[str]]:
+def stages_of(
+    rows: Sequence[tuple[int, dict[str, Any]]], columns: tuple[str, str], config: DataConfig, tokenizer: Any
+) -> Iterator[list[str]]:
     """Write each row as texts that grow: prompt, prompt + answer, (that + next prompt, that + next answer, ...). Where a chat template
     writes earlier messages otherwise when later ones follow (Qwen3 leaves their thoughts out), each answer becomes an example of its own.
     """
     prompt, response = columns
-    result = []
     for number, row in rows:
         if prompt != response:
             instruction, answer = instruction_of(row, prompt, number, config), cell(row, response, number)
-            result += _pair_stages(instruction, answer, number, config, tokenizer)
+            yield from _pair_stages(instruction, answer, number, config, tokenizer)
         elif turn := first_turn(row.get(prompt)):
-            result += _pair_stages(cell(turn, "human", number), cell(turn, "assistant", number), number, config, tokenizer)
+            yield from _pair_stages(cell(turn, "human", number), cell(turn, "assistant", number), number, config, tokenizer)
         elif config.template != "chat":
             raise DataError(f"column {prompt!r} holds chats, but data.template={config.template!r}: set data.template=chat")
         else:
-            result += _chat_stages(row.get(prompt), prompt, number, config, tokenizer)
-    return result
+            yield from _chat_stages(row.get(prompt), prompt, number, config, tokenizer)
 
 
 def instruction_of(row: dict[str, Any], column: str, number: int, config: DataConfig) -> str:

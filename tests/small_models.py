@@ -186,7 +186,15 @@ def shapes(model):
 
 
 def collated(rows, size=2, side="right"):
-    return [collate(part, 0, side) for part in batches(rows, size)]
+    parts = [collate(part, 0) for part in batches(rows, size)]
+    return [padded_left(part) for part in parts] if side == "left" else parts
+
+
+def padded_left(batch):
+    """The same with its padding in front."""
+    gaps = (batch["attention_mask"] == 0).sum(1).tolist()
+    moved = {name: torch.stack([row.roll(gap) for row, gap in zip(values, gaps, strict=True)]) for name, values in batch.items()}
+    return {**moved, "position_ids": (moved["attention_mask"].cumsum(1) - 1).clamp(min=0)}
 
 
 def language_loss(model, row):

@@ -195,6 +195,26 @@ def test_cut_and_dropped_examples_are_counted(tmp_path: Path) -> None:
     assert max(len(row["input_ids"]) for row in tokenized.rows) == 10
 
 
+def test_of_a_long_chat_no_more_is_tokenised_than_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its texts hold those before them: all of them would be quadratic in its answers."""
+    monkeypatch.setattr(data, "TEXTS", 3)  # several parts
+    tokenizer, encode, read = byte_tokenizer(CHAT), data._encode, list[int]()
+
+    def counted(texts: Any, tokenizer: Any) -> Any:
+        texts = list(texts)
+        read.extend(map(len, texts))
+        return encode(texts, tokenizer)
+
+    monkeypatch.setattr(data, "_encode", counted)
+    turns = [{"role": role, "content": f"{role} {at}"} for at in range(40) for role in ("user", "assistant")]
+    rows = [{"messages": turns[: 2 * answers]} for answers in (1, 2, 40, 3, 40, 1, 30)]
+    found = data.tokenize_rows(rows, DataConfig(template="chat", max_length=100), tokenizer, 0)
+    whole = [tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=False) for row in rows]
+    assert [row["input_ids"] for row in found.rows] == [ids[:100] for ids in whole]
+    assert (found.truncated, found.dropped) == (sum(len(ids) > 100 for ids in whole), 0)
+    assert max(read) < 200 < max(map(len, whole)) // 5
+
+
 def test_nothing_left_names_the_count_and_the_cure(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "x.jsonl", [{"prompt": "p" * 30, "completion": "c"}] * 3)
     with pytest.raises(DataError, match=r"none of the 3 examples .* data.max_length=10: raise data.max_length"):
@@ -217,7 +237,6 @@ def test_the_dataset_holds_the_same_tokens_with_labels(pairs: str) -> None:
     tokenized = data.load_examples(DataConfig(train=pairs), byte_tokenizer(), seed=0)
     table = tokenized.dataset()
     assert table["input_ids"][0] == tokenized.rows[0]["input_ids"]
-    assert table["completion_mask"][0] == tokenized.rows[0]["completion_mask"]
     for ids, mask, labels in zip(*tokenized.rows[0].values(), table["labels"][0], strict=True):
         assert labels == (ids if mask else -100)
 

@@ -215,6 +215,17 @@ def test_the_shipped_tasks_use_the_training_prompt(hub, model, tokenizer, tmp_pa
     )
 
 
+def test_a_changed_chat_template_asks_the_shipped_tasks_again(hub, model, tokenizer, tmp_path):
+    model.config.max_position_embeddings = 2048
+    config = dataclasses.replace(asking(task=["farss_gsm8k"], limit=3), data=DataConfig(template="chat"))
+    first = evaluate(model, in_chat(tokenizer), config, tmp_path)
+    assert evaluate(model, in_chat(tokenizer), config, tmp_path).task["farss_gsm8k"].seconds == first.task["farss_gsm8k"].seconds
+    mended = in_chat(tokenizer)
+    mended.chat_template = mended.chat_template.replace("Do ", "Please ")
+    evaluate(model, mended, config, tmp_path)
+    assert all(record["prompt"].startswith("Please ") for record in read_records(tmp_path / "scores", "farss_gsm8k"))
+
+
 def in_chat(tokenizer, end=""):
     """The same prompts as a chat's."""
     turn = "{% if m.role == 'user' %}Do {{ m.content }}\nR:{% else %} {{ m.content }}" + end + "{% endif %}"

@@ -34,6 +34,18 @@ def test_examples_longer_than_the_model_can_read_are_refused(config, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("read", ["evaluate.text=text.jsonl", "calibration.knowledge=text.jsonl", "calibration.padding=count"])
+def test_other_texts_may_not_be_longer_than_the_model_can_read(config, tmp_path, monkeypatch, read):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.jsonl").write_text('{"text": "Once upon a time."}\n')
+    folder = save_small("gpt2", tmp_path / "gpt2")
+    config = override(config, [f"model.path={folder}", "data.max_length=300", "evaluate.text=null"])
+    run = Run(override(config, [read]))
+    with pytest.raises(DataError, match=r"data.max_length=300\), and the model knows 256 positions: set data.max_length=256"):
+        run.claim()
+    Run(config).claim()
+
+
 def test_a_token_that_the_model_does_not_know_is_refused(config, tmp_path, model_folder):
     """Of a tokenizer to which tokens were added, and a model whose embedding has not grown."""
     folder = shutil.copytree(model_folder, tmp_path / "grown")

@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import itertools
 import json
+from unittest import mock
 
 import numpy
 import pandas
@@ -17,6 +18,7 @@ from transformers import AutoTokenizer
 import farss
 from farss import world
 from farss.artifacts import Survey
+from farss.batches import plain_rows
 
 PLAN = farss.PlanConfig(boundary=1, rank=8, r_avg=4, r_max=6)
 
@@ -131,6 +133,10 @@ def test_knowledge_is_given_as_texts_or_named(tokenizer, rows, tmp_path):
     for place, options in (("given", given), ("named", {"calibration": named, "plan": plan}), ("asked", asked), ("meant", meant)):
         farss.prepare(base(tokenizer), tokenizer, rows, folder=tmp_path / place, **options)
         assert not [*(tmp_path / place).glob("own-text*")]
+    more = given | {"knowledge": [row["output"] for row in rows]}  # of which as many are drawn as are looked at
+    with mock.patch("farss.library.plain_rows", wraps=plain_rows) as drawn:
+        farss.prepare(base(tokenizer), tokenizer, rows, folder=tmp_path / "more", **more)
+    assert [len(call.args[0]) for call in drawn.call_args_list] == [4]
     for pair in (("given", "named"), ("asked", "meant")):
         first, second = (Survey.load(tmp_path / place) for place in pair)
         for name in first.layers:

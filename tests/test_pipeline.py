@@ -483,6 +483,24 @@ def test_a_training_needs_its_data_no_more_when_it_is_over(config, tmp_path, mon
         Run(override(config, [f"model.path={world.MODEL}"])).claim()
 
 
+def test_a_finished_chat_is_asked_more_though_its_data_is_gone(config, tmp_path, model_folder):
+    folder, data = shutil.copytree(model_folder, tmp_path / "chat"), tmp_path / "mine.jsonl"
+    options = json.loads((folder / "tokenizer_config.json").read_text())
+    options["chat_template"] = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    (folder / "tokenizer_config.json").write_text(json.dumps(options))
+    data.write_bytes(world.TASK_TRAIN.read_bytes())
+    config = override(config, [f"model.path={folder}", f"data.train={data}", "data.template=chat", "plan.method=lora"])
+    run = Run(config)
+    run.claim()
+    run.train()
+    with pytest.raises(ConfigError, match="questions of the task would be asked with 'Be brief'"):
+        Run(override(config, ["data.system=Be brief"])).check_inputs()
+    data.unlink()
+    Run(override(config, ["evaluate.limit=3"])).claim()
+
+
 def test_a_run_is_no_reference_of_itself(done):
     for named in (done.path, done.path / "scores.json"):
         with pytest.raises(FolderError, match="is this run's own: T would be 1 whatever it learned"):

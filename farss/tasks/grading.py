@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
-GRADING = 10
+GRADING = 11
 """Goes up when answers are graded by other rules: those of a run folder are then graded again (of lm_eval's tasks, asked for again), so
 that none that were graded by the old rules stand beside the new."""
 STEPS = " Let's think step by step."
@@ -46,11 +46,11 @@ _MIXED = re.compile(r"(?<![\d.,])(\d+)\s+(\d+)/(\d+)")
 _FRAC = re.compile(r"\\[dt]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}")
 _CALCULATED = re.compile(r"<<[^<>\n]*>>")
 """GSM8K's annotation of a step: "4 + 5 = <<4+5=9>>9"."""
-_LEFT_SIDE = re.compile(r"\s*(?:[\d\s.,+\-−*/×x÷()$]*\d[\s)]*=)+(?=\s*[-+−$]?\s*[.\d])")
+_LEFT_SIDE = re.compile(r"\s*(?:[\d\s.,+\-−*/×x÷()$]*\d[\s)]*=)+(?=\s*[-+−]?\s*\$?\s*[.\d])")
 """Of an equation between numbers."""
 _INSIDE = re.compile(r"(?:\\[dt]?frac\s*\{|\\sqrt\s*(?:\[\d*\]\s*)?\{?|\^\s*\{?|_\s*\{?)\s*$")
 _GOES_ON = re.compile(
-    r"[^\S\n]*(?:\^|\*\s*\d|×|·|÷|\\times|\\cdot|\\sqrt|\\pi|\\frac|[x+−–/-]\s*\d|:\d|(?:(?<=\b\d)|(?<=\b\d\d)|(?<=\b\d{3}))[^\S\n]\d{3}\b)"
+    r"[^\S\n]*(?:\^|\*\s*\$?\d|×|·|÷|\\times|\\cdot|\\sqrt|\\pi|\\frac|[x+−–/-]\s*\$?\s*\d|:\d|(?:(?<=\b\d)|(?<=\b\d\d)|(?<=\b\d{3}))[^\S\n]\d{3}\b)"
 )
 """Before and behind a number that is a part of something else: of "2^3", "4 + 5", "6:30" or "1 000"."""
 _BEFORE = re.compile(
@@ -93,14 +93,19 @@ def final_number(text: str) -> Fraction | None:
     """The number behind the last `####` or `The answer is:`, else the last number in the text; None without one, and where a formula or a
     time of day stands behind the mark."""
     text = _FRAC.sub(r" \1/\2", _CALCULATED.sub("", _LISTED.sub("", text)))
-    marks = list(_NUMBER_MARK.finditer(text))
-    if not marks:
+    answer = _marked(_NUMBER_MARK, text)
+    if answer is None:
         numbers = _NUMBER.findall(text)
         return _value(numbers[-1]) if numbers else None
-    answer = text[marks[-1].end() :]
     left = _LEFT_SIDE.match(answer)
     right = _alone(answer[left.end() :]) if left else None
     return _alone(answer) if right is None else right
+
+
+def _marked(mark: re.Pattern[str], text: str) -> str | None:
+    """What stands behind the last mark behind which there is anything: a model that repeats itself is stopped anywhere. None: no mark."""
+    behind = mark.split(text)[1:]
+    return next((part for part in reversed(behind) if re.search(r"\w", part)), behind[-1] if behind else None)
 
 
 def _alone(answer: str) -> Fraction | None:
@@ -226,9 +231,9 @@ def same_mathematics(answer: str, solution: str) -> float:
     # math-verify interrupts itself by an alarm signal, which only the main thread can receive, and not on Windows.
     interruptible = os.name == "posix" and threading.current_thread() is threading.main_thread()
     seconds = 5 if interruptible else None
-    marks = list(_MARK.finditer(answer))
-    final = _first_line(answer[marks[-1].end() :].strip()) if marks else answer
-    if marks and "\\boxed" not in final:  # all of it is the answer; without a mark math-verify looks for one in the text
+    marked = _marked(_MARK, answer)
+    final = answer if marked is None else _first_line(marked.strip())
+    if marked is not None and "\\boxed" not in final:  # all of it is the answer; without a mark math-verify looks for one in the text
         final = f"${_MIXED.sub(_mixed, _undressed(_without_words(_undressed(final))))}$"
     gold = parse(solution, parsing_timeout=seconds)
     found = parse(final, parsing_timeout=seconds)

@@ -114,7 +114,7 @@ def _scored(questions: Sequence[Mapping[str, Any]], entry: QuestionSet, kind: Ki
 def answered(questions: Sequence[Mapping[str, Any]], prompt: Prompt, tokenizer: Any) -> list[Row]:
     """Questions as a prompt puts them, each with its first accepted answer and the end of sequence marked."""
     stages = [[start := prompt.text(row["question"]), start + prompt.delimiter + row["answers"][0]] for row in questions]
-    return tokenize(stages, tokenizer, prompt.complete)
+    return list(tokenize(stages, tokenizer, prompt.complete))
 
 
 def _without_end(row: Row, eos: int) -> Row:

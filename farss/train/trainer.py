@@ -29,6 +29,8 @@ WRAPPED = ("forward", "_original_forward", "_require_grads_hook", "_require_grad
 """Attributes that accelerate and TRL hang on a model."""
 ROUTERS = ("output_router_logits", "router_aux_loss_coef")
 """Settings of a mixture of experts that TRL writes into its configuration."""
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""Settings that transformers and TRL align with the tokenizer."""
 
 
 def products(options: TrainConfig, device: torch.device) -> Literal["bf16", "fp32"]:
@@ -311,6 +313,8 @@ def unchanged(model: Any) -> Iterator[None]:
     embeddings = [(module, list(module._forward_hooks)) for module in model.modules() if isinstance(module, torch.nn.Embedding)]
     text = base.config.get_text_config()
     routers = {name: getattr(text, name) for name in ROUTERS if hasattr(text, name)}
+    settings = [each for each in (base.config, text, getattr(base, "generation_config", None)) if each is not None]
+    tokens = [(each, {name: vars(each)[name] for name in TOKENS if name in vars(each)}) for each in settings]
     try:
         with modes_kept(model):
             yield
@@ -320,10 +324,11 @@ def unchanged(model: Any) -> Iterator[None]:
         base.config.use_cache = cache
         for name, value in routers.items():
             setattr(text, name, value)
-        for part, before in attributes:
-            for name in WRAPPED:
-                vars(part).pop(name, None)
-            vars(part).update(before)
+        for names, kept in ((WRAPPED, attributes), (TOKENS, tokens)):
+            for part, before in kept:
+                for name in names:
+                    vars(part).pop(name, None)
+                vars(part).update(before)
         for module, hooks in embeddings:
             # TRL and transformers each hook the embeddings, and the handle of the first hook is lost
             for key in set(module._forward_hooks) - set(hooks):

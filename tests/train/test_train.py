@@ -155,6 +155,16 @@ def test_the_loss_is_that_of_the_models_own_logits(tmp_path: Path, kind: str, fu
         assert scored_alike(base, data.rows[0]["input_ids"]) == fused
 
 
+def test_the_models_special_tokens_are_those_that_it_had(tmp_path: Path) -> None:
+    """TRL and transformers align them with the tokenizer, and a full fine-tuning would be written with theirs."""
+    base = small("llama-gqa").float()
+    base.config.pad_token_id = base.generation_config.pad_token_id = None
+    base.config.eos_token_id = base.generation_config.eos_token_id = 7
+    before = base.config.to_dict(), base.generation_config.to_dict()
+    train(base.requires_grad_(True), tokenizer(), examples(4), options(max_steps=1), tmp_path)
+    assert (base.config.to_dict(), base.generation_config.to_dict()) == before
+
+
 @pytest.mark.parametrize("kind", ["mixtral", "granite-moe"])
 def test_of_a_mixture_the_answers_alone_are_learnt(tmp_path: Path, kind: str) -> None:
     """TRL adds the load-balancing loss that its configuration names, and asks the model for its routers' logits from then on."""
