@@ -7,6 +7,7 @@ candidate. docs/boundary.md says what K and T stand for here, and why.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import shutil
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from farss.data import Tokenized
 from farss.errors import ConfigError, NumericalError
 from farss.files import fingerprint, read_json, reading, write_json
 from farss.jobs import Progress
-from farss.memory import freed_memory_kept
+from farss.memory import freed_memory_kept, memory_cure
 from farss.plan import make_plan
 from farss.search import Candidate, Found, ProbeOutcomes, Round, Schedule, candidates, fit, halved, search
 from farss.tasks.likelihood import (
@@ -39,6 +40,7 @@ from farss.tasks.likelihood import (
 )
 from farss.train import train, training_steps
 
+log = logging.getLogger(__name__)
 SCORING = 0.25
 """Share of the budget that scoring may take: questions are left out until it does."""
 
@@ -183,6 +185,11 @@ def _questions(entry: QuestionSet, taken: set[str], config: Config, tokenizer: A
     the file has too few of them, asked ones too."""
     fresh = other_question_tokens(entry, "knowledge", config, tokenizer, limit, taken)
     asked = question_tokens(entry, "knowledge", config, tokenizer, limit) if len(fresh) < limit else []
+    if not fresh and not asked and config.data.thinking and entry.prompt == "train":
+        raise ConfigError(
+            f"question set {entry.name!r} is asked in the training's prompt, where with data.thinking=true a model thinks first, and how "
+            "likely a bare right answer is says nothing: leave its prompt out, or give plan.boundary a number"
+        )
     if not fresh and not asked:
         raise ConfigError(f"question set {entry.name!r}: every question is longer than data.max_length={config.data.max_length}: raise it")
     count = min(affordable([*fresh, *asked], limit, room), len(fresh) + len(asked))
@@ -237,8 +244,12 @@ class Prober:
     def start_over_unless_the_same(self, options: dict[str, Any]) -> None:
         """Forget outcomes that are of other questions or options: a killed search goes on only with the same."""
         setting, path = self.setting, self.folder / "key.json"
-        key = {"key": fingerprint([setting.knowledge, setting.task, options])}
+        # the text is among what is scored, if it counts at all, and how many draws an interval has is no matter of the probes
+        probed = {name: value for name, value in options.items() if name not in ("evaluate.text", "evaluate.resamples")}
+        key = {"key": fingerprint([setting.knowledge, setting.task, probed])}
         if not path.is_file() or read_json(path) != key:
+            if path.is_file():
+                log.warning(f"The probes in {self.folder} are of other options or questions: the search begins again.")
             shutil.rmtree(self.folder, ignore_errors=True)
             write_json(path, key)
 
@@ -281,8 +292,8 @@ class Prober:
 
     def _outcomes(self, model: Any, parameters: int) -> ProbeOutcomes:
         rows = [*self.setting.knowledge.values(), self.setting.task]
-        with freed_memory_kept(model.device):
-            size, pad = self.config.evaluate.batch_size, self.tokenizer.pad_token_id
+        size, pad = self.config.evaluate.batch_size, self.tokenizer.pad_token_id
+        with freed_memory_kept(model.device), memory_cure(size, "answers at a time", "evaluate.batch_size"):
             *known, learned = (np.array(token_loglikelihoods(model, each, size, pad)) for each in rows)
         return ProbeOutcomes([np.exp(each) for each in known], learned, parameters)
 

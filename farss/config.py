@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from farss.errors import ConfigError
 
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
 
 def _check(condition: bool, message: str) -> None:
     if not condition:
@@ -28,7 +30,7 @@ class ModelConfig:
 
     path: str = ""
     """Folder of the base model (safetensors and tokenizer), or its name on a hub."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
     """Precision of the frozen weights; auto: as they are stored, or float32 on a CPU that cannot compute with 16 bits. float16 trains where
     products are bf16."""
     quantization: Literal["none", "nf4"] = "none"

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from farss.adapter import TRAINED, lora_config, lora_layers
 from farss.artifacts import Plan
-from farss.config import ModelConfig
+from farss.config import Dtype, ModelConfig
 from farss.errors import ConfigError, FarssError, FolderError, NumericalError
 from farss.files import read_json, read_tensors, reading, whole_folder, write_json, write_tensors, write_text
 from farss.merging import in_layers, write_model
 from farss.methods import METHODS, check_elsewhere
 from farss.models import load_model, load_tokenizer, weights_fingerprint
-from farss.portable import PREPARED, TOLERANCE, Exported, logits, origin_of, portable, target_names, write_adapter, write_facts
+from farss.portable import PREPARED, TOLERANCE, Exported, in_float32, logits, origin_of, portable, target_names, write_adapter, write_facts
 from farss.precision import dtype_name
 from farss.prompts import PROMPT_FACTS
 from farss.structure import PEFT_PREFIX, check_unshared, holds_packed
@@ -223,7 +223,7 @@ class _Base(NamedTuple):
     path: str
     adapter: Path
     fingerprint: str | None
-    dtype: str = "float32"
+    dtype: Dtype = "auto"
     """In which it was prepared, and its weights were rounded to: `model.dtype` may have been another than that of the files."""
 
 
@@ -240,10 +240,11 @@ def _compare(bases: tuple[_Base, _Base], trusted: bool) -> tuple[float, float]:
     batch = tokenizer("The quick brown fox jumps over the lazy dog.", return_tensors="pt")
     found = []
     for base in bases:
-        loaded = load_model(replace(options, path=base.path), getattr(torch, base.dtype)).float()
+        loaded = load_model(replace(options, path=base.path, dtype=base.dtype), as_stored=True)
         if base.fingerprint not in (None, weights_fingerprint(loaded)):
             raise FolderError(f"{base.path} is not the base that was prepared: put it back, or prepare and train anew")
-        model = PeftModel.from_pretrained(loaded, str(base.adapter)).eval()
-        found.append(logits(model, batch))
+        model = PeftModel.from_pretrained(loaded, str(base.adapter))
+        with in_float32(model):
+            found.append(logits(model, batch))
         del model, loaded  # one at a time in memory
     return (found[0] - found[1]).abs().max().item(), found[0].abs().max().item()

@@ -176,7 +176,7 @@ def test_a_trained_run_holds_to_how_it_was_searched_and_not_to_the_questions(sea
         Run(override(config, ["boundary.rate=8"])).claim()
 
 
-def test_a_changed_question_file_is_noticed(config, tmp_path, monkeypatch):
+def test_a_changed_question_file_is_noticed(config, tmp_path, monkeypatch, caplog):
     file = tmp_path / "facts.jsonl"
     file.write_text(world.KNOWLEDGE.read_text())
     config = override(config, [f"evaluate.knowledge=[{{name: facts, data: {file}}}]"])
@@ -186,9 +186,14 @@ def test_a_changed_question_file_is_noticed(config, tmp_path, monkeypatch):
     with pytest.raises(TypeError):  # the search has begun, and there is nothing to train with
         run.boundary()
     key = (run.path / "boundary" / "farss" / "key.json").read_text()
+    with pytest.raises(TypeError):
+        Run(override(config, ["evaluate.resamples=300"])).boundary()  # no matter of the probes
+    assert (run.path / "boundary" / "farss" / "key.json").read_text() == key
+    assert not caplog.records
     file.write_text("\n".join(world.KNOWLEDGE.read_text().splitlines()[:-1]))
     with pytest.raises(TypeError):
         Run(config).boundary()
+    assert "are of other options or questions: the search begins again" in caplog.text
     assert (run.path / "boundary" / "farss" / "key.json").read_text() != key  # it was begun anew
     with run.place.step("boundary-farss", run._boundary_options):
         pass

@@ -97,7 +97,7 @@ def test_the_way_back_runs_a_models_own_code_where_the_way_there_did(written, mo
     place, folder, _ = written
     train(folder, place / "trained")
     asked = []
-    monkeypatch.setattr(prepared, "load_model", lambda options, dtype: asked.append(options) or load_model(options, dtype))
+    monkeypatch.setattr(prepared, "load_model", lambda options, **how: asked.append(options) or load_model(options, **how))
     for trusted in (False, True):
         write_json(folder / "prepared.json", read_json(folder / "prepared.json") | {"trusted": trusted})
         convert(folder, place / "trained", place / f"adapter-{trusted}")

@@ -17,8 +17,8 @@ WEAK = {torch.float64: 1e-3, torch.float32: 3e-3}
 Gram matrix squares the singular values, so its small eigenvalues lose twice the digits."""
 WEAK_OF_MEAN = 0.02
 """Directions below this share of the root mean square of the singular values are weak too: statistics that are summed
-after the weight, and divided by sigma squared, would lose more than four digits. (Tokens whose activations are thousands of times
-those of the others cost one or two digits more of the statistics across them.)"""
+after the weight, and divided by sigma squared, would lose more than four digits. (A direction with thousands of times the energy of
+the others costs two digits more of the statistics across it, and one with tens of thousands three.)"""
 LOST = 1e-5
 """Below this share of the largest singular value the Gram matrix has lost a direction altogether."""
 MISSING = 1e-10
@@ -113,7 +113,7 @@ def _directly(weight: Tensor, weak: int) -> Decomposition:
     """The same from `linalg.svd`, which alone completes the bases of a (nearly) rank-deficient weight."""
     rows = far_rows(weight).double()
     far, sigma, near = torch.linalg.svd(rows, full_matrices=False)
-    return Decomposition(weight, sigma, near.T.contiguous(), far[:, sigma.numel() - weak :])
+    return Decomposition(weight, sigma, near.T.contiguous(), far[:, sigma.numel() - weak :].clone())
 
 
 def far_rows(weight: Tensor) -> Tensor:

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from farss.precision import float32_products
 
+STRIP = 1024
+"""Rows of two moments that are multiplied in float64 at a time: of 8192 x 8192 each copy would be half a gigabyte."""
+
 
 def importance(activation: Tensor, gradient: Tensor, shape: tuple[int, int]) -> float:
     """Fisher importance `tr(G W A W^T) / (m n)` (eq. 8) from two moments of one size.
@@ -16,7 +19,10 @@ def importance(activation: Tensor, gradient: Tensor, shape: tuple[int, int]) -> 
         gradient: correspondingly `W^T G W [n, n]`, or `G [m, m]`.
         shape: (m, n) of `W`.
     """
-    return (activation.double() * gradient.double()).sum().item() / (shape[0] * shape[1])
+    total = 0.0
+    for one, other in zip(activation.split(STRIP), gradient.split(STRIP), strict=True):
+        total += (one.double() * other.double()).sum().item()
+    return total / (shape[0] * shape[1])
 
 
 @float32_products("highest")

@@ -23,7 +23,7 @@ DAMPING = 0.01
 
 def read(weight: Tensor, cap: int, moment: Tensor) -> dict[str, Tensor]:
     """`W = U diag(sigma) (C^-1 V)^T` with `W C = U diag(sigma) V^T`, at both ends of sigma."""
-    covariance, factor = damped(moment.double())
+    covariance, factor = damped(moment.to(torch.float64, copy=True))
     parts = decompose(weight.double() @ covariance)
     kept = ends_of_spectrum(parts.sigma, cap)
     u, v = parts.vectors(kept)
@@ -31,19 +31,19 @@ def read(weight: Tensor, cap: int, moment: Tensor) -> dict[str, Tensor]:
 
 
 def damped(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """A covariance `C [n, n]` that has an inverse, and its Cholesky factor [n, n]; of inputs that are all zero, which say nothing,
-    the identity. The authors' code computes in float32, and doubles the damping while `C C^-1` is far from the identity too; no eigenvalue
-    of C is more than some 100 n times the smallest, for which float64 is exact enough."""
-    diagonal = covariance.diagonal()
+    """A covariance `C [n, n]` that has an inverse, damped in place, and its Cholesky factor [n, n]; of inputs that are all zero, which
+    say nothing, the identity. The authors' code computes in float32, and doubles the damping while `C C^-1` is far from the identity too;
+    no eigenvalue of C is more than some 100 n times the smallest, for which float64 is exact enough."""
+    diagonal = covariance.diagonal().clone()
     if not covariance.any():
         identity = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
         return identity, identity
-    result, damping = covariance.clone(), DAMPING
+    damping = DAMPING
     while True:
-        result.diagonal().copy_(diagonal + damping * diagonal.mean())
-        factor, failed = torch.linalg.cholesky_ex(result)
+        covariance.diagonal().copy_(diagonal + damping * diagonal.mean())
+        factor, failed = torch.linalg.cholesky_ex(covariance)
         if not failed:
-            return result, factor
+            return covariance, factor
         damping *= 2
 
 

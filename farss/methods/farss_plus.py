@@ -22,7 +22,7 @@ from farss.methods.uniform import WITH_A, b_alone, uniform_plan
 def read(weight: Tensor, cap: int, task: Tensor, knowledge: Tensor) -> dict[str, Tensor]:
     """The vectors `a [n]` with the largest `a^T T a` of those with `a^T K a = 1`: the generalised eigenvectors `T a = lambda K a` of the
     two moments, K damped as CorDA damps it. A direction's score is its lambda."""
-    task, factor = task.double(), damped(knowledge.double())[1]
+    task, factor = task.double(), damped(knowledge.to(torch.float64, copy=True))[1]
 
     def times(x: Tensor) -> Tensor:
         pulled = task @ torch.linalg.solve_triangular(factor.T, x, upper=True)

@@ -48,7 +48,7 @@ def against(site: Site, task: list[Batch], knowledge: list[Batch], read: Read) -
     """
     key = reading_key(site, read, [*task, *knowledge])
     site = replace(site, meta={**site.meta, "knowledge_tokens": real_count(knowledge)})
-    return carry_out(partial(Against, read=read, knowledge=knowledge), site, task, key)
+    return carry_out(partial(Against, read=read, knowledge=knowledge), site, task, key, beside=knowledge)
 
 
 def reading_key(site: Site, read: Read, batches: list[Batch], *more: str) -> str:

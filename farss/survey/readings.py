@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -49,6 +50,7 @@ def read_layers(site: Site, read: Read, batches: Sequence[Batch] = (), over: Ove
     if (found := complete(site, key)) is not None:
         return found
     before, started = begin(site, key, batches), time.monotonic()
+    site = replace(site, cap=before["cap"])
     if batches and over == "answers":
         batches = [{**batch, "counted": (batch["labels"] != -100).long()} for batch in batches]
     rows = _rows(batches, over)
@@ -122,5 +124,6 @@ def _moments(site: Site, batches: list[Batch], kind: type[Moment]) -> Iterator[t
                         states[place] = through(blocks[index], index, passage, states[place]).cpu()
                 check_finite(states, f"what leaves block {index}", partial(finite_weights, model, site.layers, index))
                 kept.write(INPUT, index + 1, states)
+                del states  # what is read now is as large as they are
                 yield index, moments
             kept.drop(INPUT, index)

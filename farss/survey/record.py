@@ -35,6 +35,8 @@ def complete(site: Site, key: str) -> Survey | None:
             "delete it"
         )
     found.check_cap(site.cap)
+    if processes.rank() == 0:
+        _tidy(site.folder)
     return found
 
 
@@ -42,22 +44,24 @@ def begin(site: Site, key: str, batches: list[Batch]) -> dict[str, Any]:
     """Mark a folder as ours, or check that the unfinished survey in it is this one: states are kept batch by batch, each process its own.
 
     Returns:
-        That mark, with the `seconds` that were spent on it before, in all and by `parts`.
+        That mark, with the `cap` that it was begun with (more than is asked for now, it may be), and the `seconds` that were spent on it
+        before, in all and by `parts`.
     """
     shapes = fingerprint([list(batch["input_ids"].shape) for batch in batches])
-    folder, mark = site.folder, {"key": key, "cap": site.cap, "processes": processes.size(), "batches": shapes}
+    folder, mark = site.folder, {"key": key, "processes": processes.size(), "batches": shapes}
     if (folder / PROGRESS).is_file():
         progress: dict[str, Any] = read_json(folder / PROGRESS)
-        if {name: progress.get(name) for name in mark} == mark:
+        wide = progress["cap"] >= site.cap
+        if wide and {name: progress.get(name) for name in mark} == mark:
             return progress
-        if (progress["key"], progress["cap"]) != (key, site.cap):
+        if progress["key"] != key or not wide:
             raise FolderError(
                 f"{folder} holds an unfinished survey of another model, of other data, or for another method, seed or rank: delete it"
             )
         if progress.get("processes") != mark["processes"]:
             raise FolderError(f"{folder} holds a survey that {progress.get('processes')} processes began: go on with as many, or delete it")
         raise FolderError(f"{folder} holds a survey that was begun with another calibration.batch_size: go on with that, or delete it")
-    fresh = {**mark, "seconds": 0.0, "parts": {}}
+    fresh = {**mark, "cap": site.cap, "seconds": 0.0, "parts": {}}
     write_json(folder / PROGRESS, fresh)
     return fresh
 
@@ -74,10 +78,17 @@ def finish(site: Site, batches: list[Batch], facts: dict[str, Any]) -> Survey:
     examples = sum(batch["input_ids"].shape[0] for batch in batches)
     tokens = real_count(batches)
     Survey(folder, measured, len(site.blocks), site.cap, examples, tokens, meta).save()
-    for path in [*folder.glob("block-????.json"), folder / PROGRESS]:
-        path.unlink()
-    Kept(folder).clear()
+    _tidy(folder)
     return Survey.load(folder)
+
+
+def _tidy(folder: Path) -> None:
+    """Delete what a complete survey needs no more; last its mark, so that one is tidied too that was killed before it was."""
+    if (folder / PROGRESS).is_file():
+        for path in folder.glob("block-????.json"):
+            path.unlink()
+        Kept(folder).clear()
+        (folder / PROGRESS).unlink()
 
 
 def mark_file(folder: Path, block: int) -> Path:

@@ -74,17 +74,21 @@ def survey(site: Site, batches: list[Batch], fisher: str = "empirical", seed: in
     return carry_out(partial(Sweep, svd=svd), replace(site, meta={**site.meta, **how}), batches, key, draws)
 
 
-def carry_out(make: Callable[[Site], Sweep], site: Site, batches: list[Batch], key: str, draws: int | None = None) -> Survey:
+def carry_out(
+    make: Callable[[Site], Sweep], site: Site, batches: list[Batch], key: str, draws: int | None = None, beside: Sequence[Batch] = ()
+) -> Survey:
     """Begin a sweep, or go on with a killed one, and finish its survey; a complete one is read.
 
     Args:
         key: of everything that its numbers depend on; how the examples are batched and padded is not among it.
         draws: see `Sweep.run`.
+        beside: batches of another text, whose states are kept too.
     """
     if (found := complete(site, key)) is not None:
         return found
     check_share(batches)
-    before = processes.shared(begin(site, key, batches) if processes.rank() == 0 else None)
+    before = processes.shared(begin(site, key, [*batches, *beside]) if processes.rank() == 0 else None)
+    site = replace(site, cap=before["cap"])
     started, sweep = time.monotonic(), make(site)
     sweep.parts.update(before["parts"])
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,12 @@ from trainings import Killed, killed_at
 
 from farss.artifacts import Survey
 from farss.errors import FarssError, FolderError
+from farss.jobs import unseen
+from farss.methods import METHODS
 from farss.survey import Site, survey
+from farss.survey.against import against
 from farss.survey.gradients import gradients
+from farss.survey.kept import Kept
 
 
 def test_same_seed_same_bytes(llama, tmp_path):
@@ -85,7 +90,32 @@ def test_an_unfinished_survey_of_other_data_is_refused(llama, tmp_path):
         survey(Site(llama, tmp_path, 4), collated(examples(seed=1)))
     with pytest.raises(FolderError, match=r"begun with another calibration.batch_size: go on with that, or delete it"):
         survey(Site(llama, tmp_path, 4), collated(examples(), 1))  # what was kept on the way are states of other batches
+    with pytest.raises(FolderError, match=r"for another method, seed or rank: delete it"):
+        survey(Site(llama, tmp_path, 5), collated(examples()))
+    found = survey(Site(llama, tmp_path, 3), collated(examples()))  # fewer directions than it was begun with
+    assert (found.examples, found.cap) == (6, 4)
+
+
+def test_an_unfinished_survey_of_two_texts_holds_to_how_both_are_batched(llama, tmp_path):
+    site, read = Site(llama, tmp_path, 4, tell=killed_at(1)), METHODS["farss-plus"].needs.read
+    with pytest.raises(Killed):
+        against(site, collated(examples()), collated(examples(seed=1), 2), read)
+    with pytest.raises(FolderError, match=r"begun with another calibration.batch_size"):
+        against(replace(site, tell=unseen), collated(examples()), collated(examples(seed=1), 3), read)
+    assert against(replace(site, tell=unseen), collated(examples()), collated(examples(seed=1), 2), read).examples == 6
+
+
+def test_a_survey_that_was_killed_before_it_was_tidied_is_tidied(llama, tmp_path, monkeypatch):
+    def killed(self):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Kept, "clear", killed)
+        with pytest.raises(Killed):
+            survey(Site(llama, tmp_path, 4), collated(examples()))
+    (tmp_path / "input-0001.safetensors").touch()
     assert survey(Site(llama, tmp_path, 4), collated(examples())).examples == 6
+    assert {file.name for file in tmp_path.iterdir()} == {"survey.json", *(f"block-{index:04d}.safetensors" for index in range(4))}
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_computed(llama, tmp_path, monkeypatch):
