@@ -117,6 +117,19 @@ def disk_cure(folder: Path) -> Iterator[None]:
         raise
 
 
+def check_space(folder: Path, needed: int, what: str, cure: str) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Raises:
+        FarssError: fewer than `needed` bytes are free.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise FarssError(
+            f"{what} keeps {needed / 1e9:.1f} GB in {folder} while it runs, and {free / 1e9:.1f} GB are free: free some space, or {cure}"
+        )
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a whole text file."""
     with whole_file(path) as temporary:

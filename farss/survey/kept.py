@@ -6,13 +6,11 @@ survey finds them again.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from torch import Tensor
 
 from farss import processes
-from farss.errors import FarssError
 from farss.files import opened_tensors, write_tensors
 
 INPUT = "input"
@@ -57,17 +55,3 @@ class Kept:
         for kind in KINDS:
             for path in (*self.folder.glob(f"{kind}-????.*safetensors"), *self.folder.glob(f".{kind}-????.*safetensors.*.part")):
                 path.unlink()  # also those that a killed process did not finish
-
-
-def check_space(folder: Path, needed: int) -> None:
-    """Refuse to begin what the disk cannot hold.
-
-    Raises:
-        FarssError: fewer than `needed` bytes are free.
-    """
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise FarssError(
-            f"the survey keeps {needed / 1e9:.1f} GB in {folder} while it runs, and {free / 1e9:.1f} GB are free: "
-            "free some space, or lower calibration.examples"
-        )

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from farss import processes
 from farss.artifacts import Layer, Survey
 from farss.errors import FarssError
-from farss.files import fingerprint, write_json
+from farss.files import check_space, fingerprint, write_json
 from farss.maths.directions import decompose
 from farss.memory import freed_memory_kept, memory_cure, peak_gib, used_gib
 from farss.models import weights_fingerprint
 from farss.places import Batch, frozen, moved, outside, placed, placed_in_turn, tensors_of
 from farss.search import shallow_end
-from farss.survey.kept import GRADIENT, INPUT, KINDS, Kept, check_space
+from farss.survey.kept import GRADIENT, INPUT, KINDS, Kept
 from farss.survey.passage import (
     Passage,
     check_finite,
@@ -308,7 +308,7 @@ class Sweep:
         width = self.site.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator, union-attr]
         dtype = next(self.site.model.parameters()).dtype
         needed = sum(batch["input_ids"].numel() for batch in batches) * width * dtype.itemsize * (len(self.site.blocks) + 2)
-        check_space(self.site.folder, needed)
+        check_space(self.site.folder, needed, "the survey", "lower calibration.examples")
         self.site.tell(0, len(self.site.blocks), f"keeps {needed / 1e9:.2f} GB of block inputs on disk while it runs")
 
 

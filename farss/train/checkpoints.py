@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from farss.errors import FolderError
-from farss.files import opened_tensors, read_json, write_json, write_tensors
+from farss.files import check_space, opened_tensors, read_json, write_json, write_tensors
 from farss.models import base_fingerprint
 
 WEIGHTS = "weights.safetensors"
 REGIME = "regime.safetensors"
 MARKER = "complete.json"
+NEWEST = 2
+"""Checkpoints of a training: should the newest be damaged, there is another."""
 
 log = logging.getLogger(__name__)
 
@@ -111,9 +113,25 @@ def newest_complete(folder: Path) -> Path | None:
     return next((path for path in _checkpoints(folder) if _complete(path)), None)
 
 
+def check_room_for(checkpoints: int, trained: int, folder: Path) -> None:
+    """Refuse a training whose checkpoints the disk cannot hold: the two newest, and the one that is being written.
+
+    Args:
+        checkpoints: how many are still to be written.
+        trained: parameters, with AdamW's two averages of each.
+
+    Raises:
+        FarssError: see `check_space`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    there = len(_checkpoints(folder))
+    lacking = min(there + checkpoints, NEWEST + 1) - there
+    check_space(folder, lacking * 12 * trained, "the training", "choose an out on another disk")
+
+
 def remove_older(folder: Path) -> None:
-    """Keep the two newest checkpoints."""
-    for path in _checkpoints(folder)[2:]:
+    """Keep the newest checkpoints."""
+    for path in _checkpoints(folder)[NEWEST:]:
         shutil.rmtree(path)
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import hashlib
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,10 @@ from farss.methods import Regime
 from farss.models import hushed
 from farss.options import OF_NO_STEP
 from farss.tasks.course import Course
-from farss.train.checkpoints import read_weights, remove_broken, tidy
+from farss.train.checkpoints import check_room_for, read_weights, remove_broken, tidy
 from farss.train.record import Record, StepProgress, TrainResult
 from farss.train.speed import faster_steps
-from farss.train.trainer import build, products, stop, unchanged
+from farss.train.trainer import build, products, stop, training_steps, unchanged
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ def train(
         NumericalError: a loss or a gradient is NaN or infinite; the last checkpoint stays.
         FolderError: the checkpoints belong to another training.
         ConfigError: an option does not fit this machine.
+        FarssError: the disk cannot hold the checkpoints.
     """
     _check_model(model)
     checkpoints = Path(folder) / "checkpoints"
@@ -74,6 +76,9 @@ def train(
             read_weights(model, newest)
             return run.result()
         log.info("continuing from %s", newest)
+    left = (stop_at or training_steps(config.train, len(examples.rows))) - run.step
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    check_room_for(math.ceil(left / config.train.save_steps), trained, checkpoints)
     size = config.train.batch_size
     memory = memory_cure(config.train.micro_batch_size or size, "examples in a forward pass", "train.micro_batch_size", of=size)
     with freed_memory_kept(run.device), unchanged(model), hushed(), faster_steps(run.device), memory:

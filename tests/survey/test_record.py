@@ -119,7 +119,7 @@ def test_a_survey_that_was_killed_before_it_was_tidied_is_tidied(llama, tmp_path
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_computed(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr("farss.survey.kept.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     with pytest.raises(FarssError, match=r"keeps 0\.0 GB in .* while it runs, and 0\.0 GB are free"):
         survey(Site(llama, tmp_path, 4), collated(examples()))
     assert {file.name for file in tmp_path.iterdir()} == {"progress.json"}

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from trainings import Kill, Killed, adapted_model, difference, examples, options
 
 import farss
 from farss.config import TrainConfig
-from farss.errors import FolderError
+from farss.errors import FarssError, FolderError
 from farss.train import TrainResult, restore, train, training
 from farss.train.checkpoints import MARKER, WEIGHTS
 
@@ -146,6 +147,21 @@ def test_checkpoints_come_as_often_as_is_asked_for_now(tmp_path: Path) -> None:
     with pytest.raises(Killed):
         train(whole_model(), tokenizer(), examples(), options(max_steps=6, save_steps=1), tmp_path, callbacks=[Kill(5)])
     assert (tmp_path / "checkpoints" / "checkpoint-5").is_dir()
+
+
+@pytest.mark.parametrize(("steps", "checkpoints"), [(1, 1), (2, 2), (5, 3), (9, 3)])
+def test_a_disk_without_room_for_the_checkpoints_is_told_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int, checkpoints: int
+) -> None:
+    model = whole_model()
+    needed = 12 * checkpoints * sum(parameter.numel() for parameter in model.parameters())
+    how = options(max_steps=steps, save_steps=1)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=needed - 1))
+    with pytest.raises(FarssError, match=rf"the training keeps 0\.0 GB in {tmp_path}/checkpoints while it runs, and .* choose an out"):
+        train(model, tokenizer(), examples(4), how, tmp_path)
+    assert not list((tmp_path / "checkpoints").iterdir())
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=needed))
+    assert train(model, tokenizer(), examples(4), how, tmp_path).steps == steps
 
 
 def test_less_at_a_time_goes_on_to_the_same_result(tmp_path: Path) -> None:
