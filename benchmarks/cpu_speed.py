@@ -1,10 +1,10 @@
 """How much each measure saves on a CPU with a large vocabulary: float32 where it has no units for 16-bit products; in training,
-answer tokens alone, small tiles of logits, cheap dropout, and freed memory that is kept; in asking questions, a compact output
-layer, and reading the examples before every question once.
+answer tokens alone, small tiles of logits, cheap dropout, thin products, and freed memory that is kept; in asking questions, a
+compact output layer, and reading the examples before every question once.
 
     farss gemma models/gemma-3-270m
     FARSS_DATA=path/to/data python benchmarks/cpu_speed.py models/gemma-3-270m
-    FARSS_DATA=path/to/data python benchmarks/cpu_speed.py models/gemma-3-270m --only lora
+    FARSS_DATA=path/to/data python benchmarks/cpu_speed.py models/gemma-3-270m --only farss --task Banking77
 
 Each figure is measured with and without the measure in one run and printed as seconds and ratio: steps of one training in turns,
 the rest one after the other.
@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -43,9 +44,14 @@ TASKS = {
     "GSM8K": {"train": "gsm8k/train.jsonl.gz", "max_length": 320},
 }
 """Answers of four tokens, and of a hundred."""
-MEASURES = {"answers only": speed.answers_only, "small tiles": speed.small_tiles, "cheap dropout": speed.cheap_dropout}
+MEASURES = {
+    "answers only": speed.answers_only,
+    "small tiles": speed.small_tiles,
+    "cheap dropout": speed.cheap_dropout,
+    "thin products": speed.thin_products,
+}
 """Of a training step."""
-ALL, NONE = "all", "these three together"
+ALL, NONE = "all", "these four together"
 
 
 def run_config(model: str, data: Path, out: str, method: str, task: str = "Banking77", steps: int = 1):
@@ -101,7 +107,14 @@ def step_seconds(model: str, data: Path, method: str, task: str, left_out: list[
         run = Run(run_config(model, data, f"{folder}/run", method, task, ROUNDS * len(left_out)))
         plan, base = run.plan(), load_model(run.config.model, torch.float32 if method == "full" else None)
         with mock.patch.object(training, "faster_steps", return_value=contextlib.nullcontext()):
-            training.train(attach(base, plan, dropout=0.05), run.inputs.tokenizer, run.inputs.examples, run.config, Path(folder), [turns])
+            training.train(
+                attach(base, plan, run.statistics(), dropout=0.05),
+                run.inputs.tokenizer,
+                run.inputs.examples,
+                run.config,
+                Path(folder),
+                [turns],
+            )
     return {name: statistics.median(seconds) for name, seconds in turns.seconds.items()}
 
 
@@ -133,9 +146,9 @@ def float32(model: str, data: Path) -> None:
         show(f"float32 instead of bfloat16: {what}", *seconds)
 
 
-def training_steps(model: str, data: Path, method: str) -> None:
+def training_steps(model: str, data: Path, method: str, tasks: list[str]) -> None:
     """What each measure saves of a training step."""
-    for task in TASKS:
+    for task in tasks:
         step = f"{method}, a step of 16 examples of {task}"
         seconds = step_seconds(model, data, method, task, [ALL, *MEASURES, NONE])
         for name in (*MEASURES, NONE):
@@ -159,15 +172,16 @@ def questions(model: str, data: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of a causal language model")
-    parser.add_argument("--only", choices=["float32", "lora", "full", "questions"], help="one part")
+    parser.add_argument("--only", choices=["float32", "lora", "farss", "full", "questions"], help="one part")
+    parser.add_argument("--task", choices=list(TASKS), help="of the trainings; default: both")
     chosen = parser.parse_args()
     data = data_file("banking77/train.jsonl").parents[1]
     print(", ".join(f"{name} {version}" for name, version in versions().items()), f"({torch.get_num_threads()} threads)")
     print("\n| what | without | with | ratio |\n|---|---:|---:|---:|")
+    tasks = [chosen.task] if chosen.task else list(TASKS)
     parts = {
         "float32": lambda: float32(chosen.model, data),
-        "lora": lambda: training_steps(chosen.model, data, "lora"),
-        "full": lambda: training_steps(chosen.model, data, "full"),
+        **{method: partial(training_steps, chosen.model, data, method, tasks) for method in ("lora", "farss", "full")},
         "questions": lambda: questions(chosen.model, data),
     }
     for name, part in parts.items():

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import Linear
 from torch import nn
 from trainings import difference, examples, options, tokenizer, weights, whole_model
 from trl.trainer import utils
 
+from farss.adapter import _Dropout, _SameDropout
 from farss.train import speed, train
 
 
@@ -61,11 +66,80 @@ def test_small_tiles_have_the_same_loss_and_gradients(tmp_path: Path, monkeypatc
     assert difference(one, many) < 1e-6
 
 
+def layer(dropout: float, others: Sequence[str] = (), **how: Any) -> tuple[Any, Any]:
+    """A LoRA layer of PEFT, with more adapters beside the first: one that shares its dropout, or has none."""
+    model = nn.ModuleDict({"inside": nn.Linear(12, 20)})
+    options = {"r": 4, "target_modules": ["inside"], "lora_alpha": 6, "init_lora_weights": False}
+    torch.manual_seed(0)
+    adapted = get_peft_model(model, LoraConfig(lora_dropout=dropout, **options, **how), adapter_name="first")
+    inside = adapted.base_model.model["inside"]
+    for other in others:
+        adapted.add_adapter(other, LoraConfig(**options | {"r": 3}))
+        if other == "twin" and dropout:
+            inside.lora_dropout["first"] = _Dropout(dropout)
+            inside.lora_dropout["twin"] = _SameDropout(inside.lora_dropout["first"])
+    adapted.base_model.set_adapter(["first", *others])
+    return adapted, inside
+
+
+def both_ways(inside: Any) -> list[list[torch.Tensor]]:
+    """The layer's output, and the gradients of its input and its factors, as PEFT computes them and in thin products."""
+    found = []
+    for measure in (contextlib.nullcontext, speed.thin_products):
+        torch.manual_seed(1)
+        x = torch.randn(3, 5, 12, requires_grad=True)
+        with speed.cheap_dropout(), measure():
+            y = inside(x)
+            (y.float() * torch.arange(20)).sum().backward()
+        trained = [parameter for parameter in inside.parameters() if parameter.requires_grad]
+        found.append([y.detach(), x.grad, *[parameter.grad.clone() for parameter in trained]])
+        inside.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("others", [(), ("twin",), ("plain",), ("twin", "plain")])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_thin_products_are_those_of_peft(dropout: float, others: Sequence[str]) -> None:
+    _, inside = layer(dropout, others)
+    for theirs, ours in zip(*both_ways(inside), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_thin_products_in_16_bits_are_one_rounding_further_from_exact_ones_at_most(dropout: float) -> None:
+    _, inside = layer(dropout, ("twin",))
+    exact, _ = both_ways(inside)
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs, ours = both_ways(inside)
+    for right, was, now in zip(exact, theirs, ours, strict=True):
+        assert now.dtype == was.dtype
+        assert (now.float() - right).norm() <= (was.float() - right).norm() + 2**-8 * right.norm()
+
+
+@pytest.mark.parametrize("how", ["dora", "hook", "off", "merged", "evaluated"])
+def test_where_they_would_not_be_the_same_peft_computes(how: str) -> None:
+    adapted, inside = layer(0.3, use_dora=how == "dora")
+    if how == "hook":
+        inside.lora_A["first"].register_forward_hook(lambda module, args, output: output * 3)
+    if how == "merged":
+        adapted.merge_adapter()
+    if how == "evaluated":
+        adapted.eval()
+    x, found = torch.randn(2, 12), []
+    with adapted.disable_adapter() if how == "off" else contextlib.nullcontext(), torch.no_grad():
+        for measure in (contextlib.nullcontext, speed.thin_products):
+            torch.manual_seed(1)
+            with speed.cheap_dropout(), measure():
+                found.append(inside(x))
+    torch.testing.assert_close(*found, rtol=1e-5 if how == "evaluated" else 0, atol=1e-6 if how == "evaluated" else 0)
+
+
 def test_what_is_changed_is_there_and_comes_back() -> None:
     """A name that a new TRL no longer has would make every step slower without a word."""
-    before = utils._use_triton, utils._CHUNKED_LOGPROB_CHUNK_SIZE, nn.Dropout.forward
+    before = utils._use_triton, utils._CHUNKED_LOGPROB_CHUNK_SIZE, nn.Dropout.forward, Linear.forward
     with speed.faster_steps(torch.device("cpu")):
         assert utils._use_triton(torch.device("cpu"))
         assert utils._CHUNKED_LOGPROB_CHUNK_SIZE == speed.TILE
         assert nn.Dropout.forward is not before[2]
-    assert (utils._use_triton, utils._CHUNKED_LOGPROB_CHUNK_SIZE, nn.Dropout.forward) == before
+        assert Linear.forward is not before[3]
+    assert (utils._use_triton, utils._CHUNKED_LOGPROB_CHUNK_SIZE, nn.Dropout.forward, Linear.forward) == before
