@@ -100,14 +100,14 @@ class Turns(TrainerCallback):
             self.seconds[self.now].append(time.monotonic() - self.begun)
 
 
-def step_seconds(model: str, data: Path, method: str, task: str, left_out: list[str]) -> dict[str, float]:
-    """Median seconds of a training step, by the measure that is left out."""
+def step_seconds(model: str, data: Path, method: str, task: str, left_out: list[str]) -> tuple[dict[str, float], float]:
+    """Median seconds of a training step, by the measure that is left out, and the training's peak memory in GiB."""
     turns = Turns(left_out)
     with tempfile.TemporaryDirectory() as folder:
         run = Run(run_config(model, data, f"{folder}/run", method, task, ROUNDS * len(left_out)))
         plan, base = run.plan(), load_model(run.config.model, torch.float32 if method == "full" else None)
         with mock.patch.object(training, "faster_steps", return_value=contextlib.nullcontext()):
-            training.train(
+            done = training.train(
                 attach(base, plan, run.statistics(), dropout=0.05),
                 run.inputs.tokenizer,
                 run.inputs.examples,
@@ -115,7 +115,7 @@ def step_seconds(model: str, data: Path, method: str, task: str, left_out: list[
                 Path(folder),
                 [turns],
             )
-    return {name: statistics.median(seconds) for name, seconds in turns.seconds.items()}
+    return {name: statistics.median(seconds) for name, seconds in turns.seconds.items()}, done.peak_memory_gib
 
 
 def question_seconds(model: str, data: Path) -> float:
@@ -126,8 +126,8 @@ def question_seconds(model: str, data: Path) -> float:
     return scores.knowledge["nq_open"].seconds
 
 
-def show(what: str, before: float, after: float) -> None:
-    print(f"| {what} | {before:.1f} s | {after:.1f} s | {before / after:.1f} |", flush=True)
+def show(what: str, before: float, after: float, unit: str = "s") -> None:
+    print(f"| {what} | {before:.1f} {unit} | {after:.1f} {unit} | {before / after:.2f} |", flush=True)
 
 
 def float32(model: str, data: Path) -> None:
@@ -137,7 +137,7 @@ def float32(model: str, data: Path) -> None:
         return
 
     def measured() -> tuple[float, float]:
-        return step_seconds(model, data, "lora", "Banking77", [ALL])[ALL], question_seconds(model, data)
+        return step_seconds(model, data, "lora", "Banking77", [ALL])[0][ALL], question_seconds(model, data)
 
     now = measured()
     with mock.patch.object(precision, "multiplies_in", return_value=True), mock.patch.object(trainer, "multiplies_in", return_value=True):
@@ -150,11 +150,17 @@ def training_steps(model: str, data: Path, method: str, tasks: list[str]) -> Non
     """What each measure saves of a training step."""
     for task in tasks:
         step = f"{method}, a step of 16 examples of {task}"
-        seconds = step_seconds(model, data, method, task, [ALL, *MEASURES, NONE])
+        seconds, _ = step_seconds(model, data, method, task, [ALL, *MEASURES, NONE])
         for name in (*MEASURES, NONE):
             show(f"{name}: {step}", seconds[name], seconds[ALL])
+        # these two decide where in memory a whole training lies
+        alone, room = step_seconds(model, data, method, task, [ALL])
+        thick, more = step_seconds(model, data, method, task, ["thin products"])
         with mock.patch.object(training, "freed_memory_kept", return_value=contextlib.nullcontext()):
-            show(f"freed memory kept: {step}", step_seconds(model, data, method, task, [ALL])[ALL], seconds[ALL])
+            scattered, _ = step_seconds(model, data, method, task, [ALL])
+        show(f"freed memory kept, trainings of their own: {step}", scattered[ALL], alone[ALL])
+        show(f"thin products, trainings of their own: {step}", thick["thin products"], alone[ALL])
+        show(f"the same, peak memory: {step}", more, room, "GiB")
 
 
 def questions(model: str, data: Path) -> None:
