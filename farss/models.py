@@ -88,12 +88,12 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))] if index.is_file() else []
 
 
-def check_room(config: ModelConfig, whole: bool, instead: str = "train adapters instead, with any other method") -> None:
+def check_room(config: ModelConfig, whole: bool, instead: str = "") -> None:
     """Find out before anything is done that a training cannot fit: what the weights alone take (on a CPU they may stay in their files).
 
     Args:
         whole: every weight trains: in float32, with its gradient and AdamW's two averages.
-        instead: what to do where that does not fit.
+        instead: what to do where that does not fit; empty: train adapters.
 
     Raises:
         ConfigError: with what is needed and what is there.
@@ -108,7 +108,7 @@ def check_room(config: ModelConfig, whole: bool, instead: str = "train adapters 
     each = 16 if whole else loaded_dtype(config).itemsize
     if count * each > there:
         what = "training every weight" if whole else "the model"
-        cure = instead if whole else "set model.quantization=nf4"
+        cure = instead or "train adapters instead, with any other method" if whole else "set model.quantization=nf4"
         raise ConfigError(
             f"{what} needs {count * each / 2**30:.0f} GiB for {count:,} weights ({each} bytes each), and the "
             f"{'GPU' if on_gpu else 'machine'} has {there / 2**30:.0f}: {cure}"

@@ -149,7 +149,8 @@ class Run:
             dtypes = {self._trained_dtype, *([loaded_dtype(self.config.model)] if self.config.evaluate.recovery else [])}
             for dtype in dtypes:
                 check_options(self.config.train, device_of(self.config.model), dtype, recomputes)
-            check_room(self.config.model, whole=self.config.plan.method == "full")
+            without = "leave full out, and name the scores.json of another run in evaluate.full_scores: T is then relative to it"
+            check_room(self.config.model, self.config.plan.method == "full", without if self.config.compare.methods else "")
         self.inputs.check()
         layers, blocks = self.inputs.shapes
         for boundary in self.search_setting.schedule.candidates if self.searches else [self.config.plan.boundary]:

@@ -186,6 +186,8 @@ def test_full_fine_tuning_that_cannot_fit_is_found_before_anything_is_done(confi
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=2**18, available=2**18))
     with pytest.raises(ConfigError, match=r"training every weight needs 0 GiB for [\d,]+ weights \(16 bytes each\), and the machine"):
         Run(config).check_inputs()
+    with pytest.raises(ConfigError, match=r"leave full out, and name the scores.json of another run in evaluate.full_scores"):
+        Run(override(config, ["compare.methods=[full, lora]"])).check_inputs()
     with pytest.raises(ConfigError, match="training every weight needs"):  # trains in float32 whatever the others load
         Run(override(config, ["model.quantization=nf4"])).check_inputs()
     Run(override(config, ["plan.method=lora"])).check_inputs()  # whose weights may stay in their files
