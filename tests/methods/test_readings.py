@@ -15,7 +15,6 @@ from small_models import collated, examples, logits, prompts, shapes, small
 from trainings import Killed, killed_at
 
 from farss.adapter import START, TRAINED, adapter_change, attach, lora_layers, start_of
-from farss.batches import unlearnt
 from farss.config import PlanConfig
 from farss.errors import ConfigError, ModelError
 from farss.maths.moments import ExampleMoment, Moment
@@ -24,7 +23,7 @@ from farss.plan import make_plan, survey_cap
 from farss.portable import export
 from farss.prepared import write_prepared
 from farss.structure import target_layers, weight_of
-from farss.survey import Site, look, own_text, read_layers
+from farss.survey import Site, look, read_layers
 
 CONFIG = PlanConfig(rank=6)
 READINGS = ["olora", "corda-ipm", "corda-kpm", "lora-null", "lora-null-v2", "eva", "farss-plus"]
@@ -284,43 +283,6 @@ def test_batches_do_not_matter(over, tmp_path):
     for name in one.layers:
         torch.testing.assert_close(one.directions(name).lam, two.directions(name).lam, rtol=1e-5, atol=1e-8)
         assert one.layers[name].importance == pytest.approx(two.layers[name].importance, rel=1e-6)
-
-
-def test_own_text_is_the_models_own_and_the_same_every_time():
-    class Words:
-        bos_token_id, eos_token_id, pad_token_id = 1, 2, 0
-
-    model = small("llama")
-    one, two, other = (own_text(model, Words(), 40, 12, seed) for seed in (0, 0, 1))
-    assert one == two
-    assert one != other
-    model.generation_config.repetition_penalty = 50.0  # of answers in a chat, and not of what the model knows
-    assert own_text(model, Words(), 40, 12, 0) == one
-    assert len(one) == 40
-    assert all(text[0] == 1 and 2 <= len(text) <= 12 and 2 not in text[2:] for text in one)
-    state = torch.random.get_rng_state()
-    assert own_text(model.train(), Words(), 40, 12, 0) == one
-    assert model.training  # whose mode and random numbers are the caller's
-    assert torch.equal(torch.random.get_rng_state(), state)
-    rows = unlearnt(one)
-    assert all(len(row["input_ids"]) == len(row["completion_mask"]) and not any(row["completion_mask"]) for row in rows)
-
-
-def test_own_text_begins_and_ends_with_the_models_own_tokens():
-    """Qwen's tokenizer has no beginning of a text, and names the end of a chat's turn alone."""
-
-    class Chatty:
-        bos_token_id, eos_token_id, pad_token_id = None, 2, 0
-
-    model = small("llama")
-    model.generation_config.bos_token_id, model.generation_config.eos_token_id = 5, [2, *range(20, 60)]
-    texts = own_text(model, Chatty(), 20, 12, 0)
-    assert {text[0] for text in texts} == {5}
-    assert not [text for text in texts if any(token in model.generation_config.eos_token_id for token in text[2:])]
-    model.generation_config.bos_token_id, model.config.bos_token_id = None, 6
-    assert own_text(model, Chatty(), 1, 4, 0)[0][0] == 6
-    model.config.bos_token_id = None
-    assert own_text(model, Chatty(), 1, 4, 0)[0][0] == 2
 
 
 @pytest.mark.parametrize("method", ["corda-kpm", "farss-plus", "eva", "lora-null"])
