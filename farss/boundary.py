@@ -245,7 +245,7 @@ class Prober:
         """Forget outcomes that are of other questions or options: a killed search goes on only with the same."""
         setting, path = self.setting, self.folder / "key.json"
         # the text is among what is scored, if it counts at all, and how many draws an interval has is no matter of the probes
-        probed = {name: value for name, value in options.items() if name not in ("evaluate.text", "evaluate.resamples")}
+        probed = {name: value for name, value in options.items() if not name.endswith(("evaluate.text", "evaluate.resamples"))}
         key = {"key": fingerprint([setting.knowledge, setting.task, probed])}
         if not path.is_file() or read_json(path) != key:
             if path.is_file():

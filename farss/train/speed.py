@@ -79,7 +79,7 @@ def thin_products() -> contextlib.AbstractContextManager[None]:
     the products.
 
     PEFT copies the input to float32, drops elements of it there, and makes two more tensors as large as the output; with a frozen adapter
-    beside the trained one all but the dropout twice. On a CPU, whose memory is slow, that is a third of a step. Here the factors of both
+    beside the trained one all but the dropout twice. On a CPU, whose memory is slow, that is a sixth of a step. Here the factors of both
     stand one above the other, `A x` is multiplied by what dropout and alpha ask for, and a sum is rounded once.
     """
     from peft.tuners.lora import layer
