@@ -1,6 +1,6 @@
 """How much each measure saves on a CPU with a large vocabulary: float32 where it has no units for 16-bit products; in training,
 answer tokens alone, small tiles of logits, cheap dropout, thin products, and freed memory that is kept; in asking questions, a
-compact output layer, and reading the examples before every question once.
+compact output layer, and reading the examples before every question once; in writing texts, drawing by inversion.
 
     farss gemma models/gemma-3-270m
     FARSS_DATA=path/to/data python benchmarks/cpu_speed.py models/gemma-3-270m
@@ -26,10 +26,12 @@ from transformers import TrainerCallback
 
 from farss import forward, precision
 from farss.adapter import attach
+from farss.config import ModelConfig
 from farss.configfile import from_dict
 from farss.evaluate import evaluate
 from farss.models import load_model, load_tokenizer
 from farss.pipeline import Run
+from farss.survey import own_text, writing
 from farss.tasks import live
 from farss.train import speed, trainer, training
 from farss.versions import versions
@@ -175,10 +177,24 @@ def questions(model: str, data: Path) -> None:
         show(f"{words}: {QUESTIONS} five-shot questions", before, now)
 
 
+def texts(model: str) -> None:
+    """What drawing by inversion saves where a model writes its own texts."""
+    held = load_model(ModelConfig(path=model)), load_tokenizer(ModelConfig(path=model))
+
+    def seconds() -> float:
+        begun = time.monotonic()
+        own_text(*held, count=writing.BATCH, length=32, seed=0)
+        return time.monotonic() - begun
+
+    now = seconds()
+    with mock.patch.object(writing, "_cheap_draws", return_value=contextlib.nullcontext()):
+        show(f"drawn by inversion: {writing.BATCH} texts of 32 tokens", seconds(), now)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of a causal language model")
-    parser.add_argument("--only", choices=["float32", "lora", "farss", "full", "questions"], help="one part")
+    parser.add_argument("--only", choices=["float32", "lora", "farss", "full", "questions", "texts"], help="one part")
     parser.add_argument("--task", choices=list(TASKS), help="of the trainings; default: both")
     chosen = parser.parse_args()
     data = data_file("banking77/train.jsonl").parents[1]
@@ -189,6 +205,7 @@ def main() -> None:
         "float32": lambda: float32(chosen.model, data),
         **{method: partial(training_steps, chosen.model, data, method, tasks) for method in ("lora", "farss", "full")},
         "questions": lambda: questions(chosen.model, data),
+        "texts": lambda: texts(chosen.model),
     }
     for name, part in parts.items():
         if chosen.only in (None, name):
