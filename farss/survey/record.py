@@ -44,7 +44,7 @@ def begin(site: Site, key: str, batches: list[Batch]) -> dict[str, Any]:
     """Mark a folder as ours, or check that the unfinished survey in it is this one: states are kept batch by batch, each process its own.
 
     Returns:
-        That mark, with the `cap` that it was begun with (more than is asked for now, it may be), and the `seconds` that were spent on it
+        That mark, with the `cap` that it was begun with, which may be larger than the site's, and the `seconds` that were spent on it
         before, in all and by `parts`.
     """
     shapes = fingerprint([list(batch["input_ids"].shape) for batch in batches])

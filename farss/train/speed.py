@@ -93,6 +93,7 @@ def thin_products() -> contextlib.AbstractContextManager[None]:
             return original(self, x, *args, **options)  # type: ignore[no-any-return]
         result = self.base_layer(x)
         down, up = ([side[name].weight.to(dtype) for name in names] for side in (self.lora_A, self.lora_B))
+        above, beside = torch.cat(down), torch.cat(up, 1)
         read, factor = x.to(dtype), 1.0
         if isinstance(dropout := self.lora_dropout[names[0]], nn.Dropout):
             if _draws(dropout, x):
@@ -101,11 +102,11 @@ def thin_products() -> contextlib.AbstractContextManager[None]:
             else:
                 read = dropout(read)
         scales = torch.cat([torch.full((len(a),), factor * self.scaling[name]) for name, a in zip(names, down, strict=True)])
-        inner = (nn.functional.linear(read, torch.cat(down)) * scales).to(dtype)  # 16 bits times float32 is float32
+        inner = (nn.functional.linear(read, above) * scales).to(dtype)  # 16 bits times float32 is float32
         if result.dtype != dtype:
-            changed: Tensor = result + nn.functional.linear(inner, torch.cat(up, 1))
+            changed: Tensor = result + nn.functional.linear(inner, beside)
             return changed.to(result.dtype)
-        return torch.addmm(result.flatten(0, -2), inner.flatten(0, -2), torch.cat(up, 1).T).view(result.shape)
+        return torch.addmm(result.flatten(0, -2), inner.flatten(0, -2), beside.T).view(result.shape)
 
     return _replaced(layer.Linear, "forward", forward)
 

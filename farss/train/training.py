@@ -77,8 +77,7 @@ def train(
             return run.result()
         log.info("continuing from %s", newest)
     left = (stop_at or training_steps(config.train, len(examples.rows))) - run.step
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    check_room_for(math.ceil(left / config.train.save_steps), trained, checkpoints)
+    check_room_for(math.ceil(left / config.train.save_steps), run.parameters, checkpoints)
     size = config.train.batch_size
     memory = memory_cure(config.train.micro_batch_size or size, "examples in a forward pass", "train.micro_batch_size", of=size)
     with freed_memory_kept(run.device), unchanged(model), hushed(), faster_steps(run.device), memory:

@@ -7,10 +7,13 @@ from farss.batches import unlearnt
 from farss.survey import own_text, writing
 
 
-def test_own_text_is_the_models_own_and_the_same_every_time():
-    class Words:
-        bos_token_id, eos_token_id, pad_token_id = 1, 2, 0
+class Words:
+    """A tokenizer, as far as it is asked."""
 
+    bos_token_id, eos_token_id, pad_token_id = 1, 2, 0
+
+
+def test_own_text_is_the_models_own_and_the_same_every_time():
     model = small("llama")
     one, two, other = (own_text(model, Words(), 40, 12, seed) for seed in (0, 0, 1))
     assert one == two
@@ -56,9 +59,6 @@ def test_tokens_are_drawn_with_their_probabilities(monkeypatch):
     tokens = []
     monkeypatch.setattr(writing, "_drawn", lambda p, num_samples: tokens.append(len(p)) or torch.full((len(p), 1), 7))
     before = torch.multinomial
-
-    class Words:
-        bos_token_id, eos_token_id, pad_token_id = 1, 2, 0
 
     assert own_text(small("llama"), Words(), 3, 5, 0) == [[1, 7, 7, 7, 7]] * 3  # by those alone
     assert tokens == [3] * 4
