@@ -1,6 +1,6 @@
 """How much each measure saves on a CPU with a large vocabulary: float32 where it has no units for 16-bit products; in training,
-answer tokens alone, small tiles of logits, cheap dropout, thin products, and freed memory that is kept; in asking questions, a
-compact output layer, and reading the examples before every question once; in writing texts, drawing by inversion.
+answer tokens alone, small tiles of logits, sums of bfloat16, cheap dropout, thin products, and freed memory that is kept; in
+asking questions, a compact output layer, and reading the examples before every question once; in writing texts, drawing by inversion.
 
     farss gemma models/gemma-3-270m
     FARSS_DATA=path/to/data python benchmarks/cpu_speed.py models/gemma-3-270m
@@ -49,11 +49,12 @@ TASKS = {
 MEASURES = {
     "answers only": speed.answers_only,
     "small tiles": speed.small_tiles,
+    "sums of bfloat16": speed.sums_of_bfloat16,
     "cheap dropout": speed.cheap_dropout,
     "thin products": speed.thin_products,
 }
 """Of a training step."""
-ALL, NONE = "all", "these four together"
+ALL, NONE = "all", "these five together"
 
 
 def run_config(model: str, data: Path, out: str, method: str, task: str = "Banking77", steps: int = 1):

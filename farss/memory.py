@@ -64,7 +64,7 @@ def freed_memory_kept(device: torch.device) -> Iterator[None]:
     """Let the C library keep freed memory for reuse for a while, instead of giving it back to the system each time.
 
     Logits over a large vocabulary are gigabytes that are freed and asked for again every step, and each time the system
-    clears every page: a third of a training step on a CPU. Only glibc can be told so; elsewhere nothing happens.
+    clears every page: a twelfth of a training step with long answers on a CPU. Only glibc can be told so; elsewhere nothing happens.
     """
     libc = _glibc() if device.type == "cpu" else None
     if libc is None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 
 from farss.forward import attribute
 
-TILE = 2048
-"""Columns of the logits that are computed at a time on a CPU: with a batch's answer tokens they stay in its cache."""
+COLUMNS, CELLS = 2048, 2**18
+"""Of the logits: columns that are computed, and numbers that are gone over at a time on a CPU, whose cache they fit into."""
 LEVELS = 2**16
 
 
@@ -22,6 +23,7 @@ def faster_steps(device: torch.device) -> Iterator[None]:
     with answers_only(), contextlib.ExitStack() as measures:
         if device.type == "cpu":
             measures.enter_context(small_tiles())
+            measures.enter_context(sums_of_bfloat16())
             measures.enter_context(cheap_dropout())
             measures.enter_context(thin_products())
         yield
@@ -38,12 +40,58 @@ def answers_only() -> contextlib.AbstractContextManager[None]:
     return _replaced(utils, "_use_triton", lambda device: True)
 
 
-def small_tiles() -> contextlib.AbstractContextManager[None]:
-    """Let TRL's output layer go over its logits a few columns at a time: it reads and writes each of them a dozen times, and a
-    CPU's memory is slow."""
+@contextlib.contextmanager
+def small_tiles() -> Iterator[None]:
+    """Let TRL's output layer go over its logits a few columns and tokens at a time: it reads and writes each of them two dozen
+    times, and a CPU's memory is slow."""
+    from trl.kernels import chunked_logprob
     from trl.trainer import utils
 
-    return _replaced(utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", TILE)
+    with contextlib.ExitStack() as measures:
+        measures.enter_context(_replaced(utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", COLUMNS))
+        for name in ("_forward_tile", "_backward_tile"):
+            if hasattr(chunked_logprob, name):
+                measures.enter_context(_replaced(chunked_logprob, name, _few_tokens(getattr(chunked_logprob, name))))
+        yield
+
+
+def _few_tokens(fold: Callable[..., None]) -> Callable[..., None]:
+    """The same on a few rows at a time of its tensors, of which each has a row a token."""
+
+    def folded(tile: Tensor, *others: Any, **options: Any) -> None:
+        rows = max(1, CELLS // tile.shape[1])
+        parts = (each.split(rows) if isinstance(each, Tensor) else itertools.repeat(each) for each in others)
+        for few in zip(tile.split(rows), *parts, strict=False):
+            fold(*few, **options)
+
+    return folded
+
+
+def sums_of_bfloat16() -> contextlib.AbstractContextManager[None]:
+    """Let TRL's output layer multiply bfloat16 as such where it sums the products in float32, which it has GPUs do. For CPUs it
+    copies both to float32, whose products take several times as long and are the same: the copies have the same eight bits."""
+    from trl.kernels import chunked_logprob
+
+    name = "_addmm_fp32"
+    original: Any = getattr(chunked_logprob, name, None)
+
+    def add(total: Tensor, a: Tensor, b: Tensor) -> None:
+        short = a.dtype == b.dtype == torch.bfloat16
+        with _products_of_bfloat16() if short else contextlib.nullcontext():
+            original(total, a, b)
+
+    return _replaced(chunked_logprob, name, add)
+
+
+@contextlib.contextmanager
+def _products_of_bfloat16() -> Iterator[None]:
+    """Let a CPU round the factors of float32 products to bfloat16."""
+    products: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before, products.fp32_precision = products.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
 
 
 def cheap_dropout() -> contextlib.AbstractContextManager[None]:

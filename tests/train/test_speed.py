@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear
 from torch import nn
 from trainings import difference, examples, options, tokenizer, weights, whole_model
+from trl.kernels import chunked_logprob
 from trl.trainer import utils
 
 from farss.adapter import _Dropout, _SameDropout
@@ -61,9 +62,20 @@ def test_dropout_is_the_seeds_and_of_training_alone() -> None:
 
 def test_small_tiles_have_the_same_loss_and_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = trained(tmp_path / "one")
-    monkeypatch.setattr(speed, "TILE", 10)  # of 64 columns
+    monkeypatch.setattr(speed, "COLUMNS", 10)  # of 64
+    monkeypatch.setattr(speed, "CELLS", 30)  # three tokens
     many = trained(tmp_path / "many")
     assert difference(one, many) < 1e-6
+
+
+def test_sums_of_bfloat16_are_those_of_float32() -> None:
+    total, a, b = torch.randn(64, 48), torch.randn(64, 512, dtype=torch.bfloat16), torch.randn(512, 48, dtype=torch.bfloat16)
+    exact = total.double() + a.double() @ b.double()
+    with speed.sums_of_bfloat16():
+        chunked_logprob._addmm_fp32(sums := total.clone(), a, b)
+        chunked_logprob._addmm_fp32(long := total.clone(), a.float() / 3, b.float())  # is not rounded
+    assert (sums - exact).abs().max() < 1e-6 * exact.abs().max()
+    assert (long - total - (exact - total) / 3).abs().max() < 1e-6 * exact.abs().max()
 
 
 def layer(dropout: float, others: Sequence[str] = (), **how: Any) -> tuple[Any, Any]:
@@ -136,10 +148,15 @@ def test_where_they_would_not_be_the_same_peft_computes(how: str) -> None:
 
 def test_what_is_changed_is_there_and_comes_back() -> None:
     """A name that a new TRL no longer has would make every step slower without a word."""
-    before = utils._use_triton, utils._CHUNKED_LOGPROB_CHUNK_SIZE, nn.Dropout.forward, Linear.forward
+
+    def now() -> list[Any]:
+        kernels = chunked_logprob._forward_tile, chunked_logprob._backward_tile, chunked_logprob._addmm_fp32
+        products = torch.backends.mkldnn.matmul.fp32_precision
+        return [products, utils._use_triton, utils._CHUNKED_LOGPROB_CHUNK_SIZE, nn.Dropout.forward, Linear.forward, *kernels]
+
+    before = now()
     with speed.faster_steps(torch.device("cpu")):
         assert utils._use_triton(torch.device("cpu"))
-        assert utils._CHUNKED_LOGPROB_CHUNK_SIZE == speed.TILE
-        assert nn.Dropout.forward is not before[2]
-        assert Linear.forward is not before[3]
-    assert (utils._use_triton, utils._CHUNKED_LOGPROB_CHUNK_SIZE, nn.Dropout.forward, Linear.forward) == before
+        assert utils._CHUNKED_LOGPROB_CHUNK_SIZE == speed.COLUMNS
+        assert all(inside is not outside for inside, outside in zip(now()[3:], before[3:], strict=True))
+    assert now() == before
