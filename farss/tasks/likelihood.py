@@ -26,6 +26,8 @@ LEAST = 8
 """The fewest questions, and the fewest held-out examples."""
 LOGITS = 2**28
 """Logits held at once (1 GiB in float32): with a vocabulary of 262,144 a batch of long rows would need many GiB."""
+CACHED = 2**21
+"""Logits that are normalised at once: a CPU's cache holds them, and a 16-bit model's are not copied to float32 as a whole."""
 
 
 def rows_that_fit(batch_size: int, length: int, vocabulary: int) -> int:
@@ -63,9 +65,15 @@ def _means(model: Any, rows: list[Row], pad_id: int) -> list[float]:
     first = min(row["completion_mask"].index(1) for row in rows)
     labels = nn.functional.pad(batch["labels"][:, first:], (0, 1), value=-100).to(model.device)  # [b, k + 1]: what comes next
     logits = _last_logits(model, batch, labels.shape[1])  # [b, k + 1, v]; to leave the last one out here would copy all
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    losses = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
-    return (-losses.view(labels.shape).sum(1) / (labels != -100).sum(1)).tolist()
+    return (-_losses(logits.flatten(0, 1), labels.flatten()).view(labels.shape).sum(1) / (labels != -100).sum(1)).tolist()
+
+
+def _losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Of each token in nats, in float32 or the logits' higher precision; 0 where the label is -100."""
+    tokens = max(1, CACHED // logits.shape[1])
+    precision = torch.promote_types(logits.dtype, torch.float32)
+    parts = zip(logits.split(tokens), labels.split(tokens), strict=True)
+    return torch.cat([nn.functional.cross_entropy(some.to(precision), right, reduction="none") for some, right in parts])
 
 
 def _last_logits(model: Any, batch: dict[str, Tensor], count: int) -> Tensor:

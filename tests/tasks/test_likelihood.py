@@ -5,12 +5,15 @@ import torch
 from taught import asking
 
 from farss.evaluate import evaluate
+from farss.tasks import likelihood
 from farss.tasks.likelihood import rows_that_fit
 
 pytest.importorskip("lm_eval")
 
 
-def test_text_loss_is_the_mean_over_tokens(model, tokenizer, files, tmp_path):
+@pytest.mark.parametrize("at_once", [1, 300, 2**21])
+def test_text_loss_is_the_mean_over_tokens(at_once, model, tokenizer, files, tmp_path, monkeypatch):
+    monkeypatch.setattr(likelihood, "CACHED", at_once)
     scores = evaluate(model, tokenizer, asking(text=files["text"]), tmp_path)
     total, count = 0.0, 0
     for text in ("Question: a", "b?\nAnswer: red"):
