@@ -202,7 +202,7 @@ def plan(config: ConfigFile, overrides: Overrides = None) -> None:
         made = one.plan()
     console.print(RankMap(made))
     for note in made.notes:
-        console.print(note, highlight=False)
+        console.print(note, highlight=False, markup=False)
     show_places({"plan": one.path / "plan.json"})
 
 

@@ -152,10 +152,18 @@ class Inputs:
         check_readable_by(self.architecture, self.examples, config.data, bool(others))
         self.check_questions()
         self.check_as_trained()
-        if self.common_config.evaluate.full_scores:
-            self._once(self._check_reference, self.common_config)
+        self.check_reference()
         if self.config.evaluate.recovery:
             self._once(self._check_recovery, self.common_config)
+
+    def check_reference(self) -> None:
+        """Refuse a reference of T that was asked other questions.
+
+        Raises:
+            FarssError: see `farss.tasks.check_reference`.
+        """
+        if self.common_config.evaluate.full_scores:
+            self._once(self._check_reference, self.common_config)
 
     def check_as_trained(self) -> None:
         """Refuse to ask the task otherwise than the examples do, where a set is asked in their chat.

@@ -79,6 +79,7 @@ OF_NO_STEP = (
 """Options on which the result of no step depends: where and how much at a time, what is told, and of what is made anew every time."""
 TABLE_KEYS = (
     *("model", "data", "calibration", "plan", "boundary", "adapter", "train", "evaluate", "seed"),
+    *("export.to", *COMPRESSED_KEYS),
     *("compare.methods", "compare.seeds", "compare.settings", "compare.tune", "compare.held_out"),
 )
 """Of a comparison's table."""

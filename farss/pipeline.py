@@ -139,6 +139,7 @@ class Run:
         if self.has_trained:  # they were usable; what is asked may be asked anew
             if not self.answers.complete:
                 self.inputs.check_questions()
+                self.inputs.check_reference()
                 with suppress(DataError):  # the training examples may be gone
                     self.inputs.check_as_trained()
             return

@@ -52,7 +52,7 @@ def show_boundary(found: Any) -> None:
         console.print(boundary_table(found))
         console.print(f"[dim]K: {escape(found.knowledge)}\nT: {escape(found.task)}", highlight=False, soft_wrap=True)
     for note in found.notes:
-        console.print(note, highlight=False, soft_wrap=True)
+        console.print(escape(note), highlight=False, soft_wrap=True)
 
 
 def show_pruning(folder: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from farss.compare.entrants import Entrant, Item, check_labels, factors, seeds
-from farss.compare.table import notes_of, write_table
+from farss.compare.table import notes_of, table_of, write_table
 from farss.compare.tuning import best_full, check_tuning, choose
 from farss.config import Config
 from farss.configfile import CONFIG, load
@@ -75,7 +75,7 @@ def compare(config: Config, tell: Tell) -> Path:
         _run_all([entrant for entrant in final if entrant.run.path not in done])
     groups = {label: [one for one in final if one.label == label] for label in labels}
     with Folder(config.out).step("table", table_options(config)):
-        write_table(config, groups, tried, chosen, [*notes_of(config, chosen, measure), *diverged])
+        write_table(Path(config.out), table_of(config, groups, tried, chosen, [*notes_of(config, chosen, measure), *diverged]))
     for entrant in {one.run.path: one for one in [*final, *everyone]}.values():
         entrant.run.report()
     return write_report(Path(config.out)).parent
@@ -112,8 +112,9 @@ def run_within(config: Config, tell: Tell) -> Run | None:
     config = resolve(config)
     folder = Path(config.out)
     try:
-        whole = resolve(replace(load(folder.parent / "config.yaml"), out=str(folder.parent)))
-    except FarssError:
+        whole = resolve(replace(load(folder.parent / CONFIG), out=str(folder.parent)))
+        check_labels(whole)
+    except FarssError:  # what lies there is no concern of this run
         return None
     run = next((one.run for one in _possible(whole, tell, Loaded()) if one.run.path == folder), None)
     if run is None:
@@ -149,6 +150,7 @@ def write_so_far(config: Config) -> bool:
         False where no run is complete, or the finished table is there: it stays, whatever was deleted since.
     """
     config = resolve(config)
+    check_labels(config)
     if _is_finished(config):
         return False
     labels, (first, *others) = config.compare.methods, seeds(config)
@@ -163,10 +165,11 @@ def write_so_far(config: Config) -> bool:
         groups.setdefault(one.label if one.factor is None else f"{one.label} {one.run.config.train.learning_rate:g}", []).append(one)
     tried = {label: [one for one in done if one.label == label and one.seed == first] for label in labels}
     best = best_full(config, tried) if config.compare.tune else {}
-    if _is_finished(config):  # in the meantime
+    table = table_of(config, groups, tried, best, [f"So far: {found} of {wanted} runs are complete."], wanted - found)
+    if _is_finished(config):  # in the meantime, which may be minutes
         return False
     Folder(config.out).begin("table", table_options(config))
-    write_table(config, groups, tried, best, [f"So far: {found} of {wanted} runs are complete."], wanted - found)
+    write_table(Path(config.out), table)
     return True
 
 

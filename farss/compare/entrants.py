@@ -142,8 +142,8 @@ def check_labels(config: Config) -> None:
             raise ConfigError(f"compare.methods names {label!r}: give a method, or a method, @ and a word of letters, digits and - . + _")
         if (method := method_of_label(label)) not in METHODS:
             raise ConfigError(f"compare.methods names {label!r}, which is no method: {nearest(method, METHODS)}")
-        if "@" in label and label not in settings:
-            variants = [known for known in settings if "@" in known]
+        if "@" in label and not settings.get(label):
+            variants = [known for known in settings if "@" in known and known != label]
             cure = nearest(label, variants) if variants else "add them"
             raise ConfigError(f"compare.methods names the variant {label!r}, and compare.settings has no options for it: {cure}")
     for label, options in settings.items():

@@ -14,7 +14,7 @@ from farss.artifacts import Plan
 from farss.boundary import Boundary
 from farss.compare.entrants import Entrant, seeds, settings_of
 from farss.compare.tuning import full_folder, right_answers, the_rest
-from farss.config import Config, is_reference, label_of_row
+from farss.config import Config, is_reference, label_of_row, method_of_label
 from farss.files import write_json, write_text
 from farss.maths.frontier import Point, area, kept_at, learned_at
 from farss.maths.metrics import interval
@@ -31,15 +31,15 @@ REACHED = 0.95
 """In how many of the resamples a curve has to come so far."""
 
 
-def write_table(
+def table_of(
     config: Config,
     groups: dict[str, list[Entrant]],
     tried: dict[str, list[Entrant]],
     chosen: dict[str, Entrant],
     notes: list[str],
     missing: int = 0,
-) -> None:
-    """Write the table.
+) -> dict[str, Any]:
+    """The table, as `comparison.json` has it.
 
     Args:
         groups: the entrants of each row, one a seed.
@@ -60,8 +60,9 @@ def write_table(
     found = standings(folder / "base", entries, config, only) if base else {}
     # one learning rate of a method is no rival of another, and while seeds are missing means over other seeds are none either
     ranked = set(groups) <= set(tried) and (not missing or len(seeds(config)) == 1)
-    gaps = differences(found) if ranked else []
-    comparison = {
+    lora = next((label for label in groups if method_of_label(label) == "lora"), "lora")
+    gaps = differences(found, lora) if ranked else []
+    return {
         "rows": rows,
         "base": base,
         "learned_by": config.evaluate.learned_by,
@@ -73,6 +74,10 @@ def write_table(
         "missing": missing,
         "notes": [*notes, *_notes_of_rows(rows), *_how_many(rows), *_how_sure(config, groups, gaps)],
     }
+
+
+def write_table(folder: Path, comparison: dict[str, Any]) -> None:
+    """Write it in every form."""
     write_json(folder / "comparison.json", comparison)
     write_text(folder / "comparison.md", comparison_markdown(comparison))
     write_text(folder / "comparison.csv", comparison_csv(comparison))
@@ -229,6 +234,8 @@ def notes_of(config: Config, chosen: dict[str, Entrant], measure: str) -> list[s
     notes = [f"{label}: {', '.join(f'{key}={value}' for key, value in settings.items())}" for label, settings in own.items()]
     searched = {label: one.run.path / "boundary.json" for label, one in chosen.items()}
     notes += [f"{label}: {Boundary.load(path).sentence}" for label, path in searched.items() if path.is_file()]
+    if len(fulls := [label for label in chosen if is_reference(label)]) > 1:
+        notes.append(f"T is relative to {fulls[0]}, the first of {', '.join(fulls)}.")
     if not config.compare.tune:
         return [f"Learning rate {config.train.learning_rate:g} for every method unless its own settings say otherwise.", *notes]
     rates = ", ".join(

@@ -84,13 +84,17 @@ def standings(
     """
     everyone = [entry for group in methods.values() for entry in group]
     own = dict.fromkeys([base, *(entry.folder for entry in everyone)])
-    with_full = own | dict.fromkeys(entry.full for entry in everyone if entry.full)
-    read = {folder: read_scores(folder) for folder in with_full}
+    read = {folder: read_scores(folder) for folder in own}
+    tasks = _names([*read.values()], "task")
+    for full in dict.fromkeys(entry.full for entry in everyone if entry.full and entry.full not in own):
+        reference = read_scores(full)
+        if all(name in reference[0].task for name in tasks):  # or T would be of fewer questions than everything else
+            read[full] = reference
     found: dict[str, dict[str, Array]] = {method: {} for method in methods}
     scored: dict[str, dict[str, Array]] = {method: {} for method in methods}
     for kind in kinds:
         # the task alone needs full fine-tuning, which may have been asked nothing else, or other questions
-        folders = [*(with_full if kind == "task" else own)]
+        folders = [*(read if kind == "task" else own)]
         outcomes = _outcomes([read[folder] for folder in folders], kind, only)
         draw = partial(observed_and_resampled, resamples=config.evaluate.resamples, seed=stream_of(config.seed, kind))
         place = {folder: index for index, folder in enumerate(folders)}
@@ -130,7 +134,7 @@ def _of_task(
     marks = scores if not by_likelihood else gains if len(gains) == len(scores) else []  # every benchmark or none
     found = {}
     for method, group in methods.items():
-        places, fulls = [place[entry.folder] for entry in group], [place[entry.full] for entry in group if entry.full]
+        places, fulls = [place[entry.folder] for entry in group], [place[entry.full] for entry in group if entry.full in place]
         share = {"T": mean_ratios(marks, places, fulls)} if marks and len(fulls) == len(group) else {}
         found[method] = share | ({"learned": _mean(gains, places)} if gains else {})
     return found
@@ -153,8 +157,11 @@ def stream_of(seed: int, kind: Kind) -> list[int]:
 
 def _outcomes(runs: list[Any], kind: Kind, only: Only | None) -> list[Outcomes]:
     """Each benchmark of a kind that every run was asked."""
-    names = [name for name in getattr(runs[0][0], kind) if all(name in getattr(run[0], kind) for run in runs)]
-    return [outcomes_of(name, kind, runs, only) for name in names]
+    return [outcomes_of(name, kind, runs, only) for name in _names(runs, kind)]
+
+
+def _names(runs: list[Any], kind: Kind) -> list[str]:
+    return [name for name in getattr(runs[0][0], kind) if all(name in getattr(run[0], kind) for run in runs)]
 
 
 def _chance(error: float, degrees: int, resamples: int, *names: str) -> Array:

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from comparisons import read
 from transformers import Trainer
 
@@ -216,10 +217,12 @@ def test_a_table_of_other_options_goes_when_they_change(values, monkeypatch):
     assert (folder / "comparison.md").is_file()
     monkeypatch.setattr(comparison, "_run_all", lambda entrants: (_ for _ in ()).throw(FolderError("stopped")))
     (entry,) = values["evaluate"]["knowledge"]
-    values["evaluate"]["knowledge"] = [entry | {"limit": 5}]
-    with pytest.raises(FolderError, match="stopped"):
-        compare(from_dict(values), silent)
-    assert not [*folder.glob("comparison.*")]
+    table = (folder / "comparison.json").read_bytes()
+    for section, other in (("export", {"rank": 1}), ("evaluate", values["evaluate"] | {"knowledge": [entry | {"limit": 5}]})):
+        (folder / "comparison.json").write_bytes(table)
+        with pytest.raises(FolderError, match="stopped"):
+            compare(from_dict(values | {section: other}), silent)
+        assert not [*folder.glob("comparison.*")]
 
 
 def test_a_table_stays_where_an_option_changes_nothing_in_it(values, monkeypatch):
@@ -249,6 +252,9 @@ def test_a_run_of_a_comparison_is_exported_with_what_it_shares(values):
     with pytest.raises(ConfigError, match=r"made with other options: only export's may differ"):
         run_within(load(own / "config.yaml", ["evaluate.resamples=101"]), silent)
     assert run_within(from_dict(values), silent) is None  # the folder above it is no comparison's
+    unknown = yaml.safe_load((folder / "config.yaml").read_text()) | {"compare": {"methods": ["lorra"]}}
+    (folder.parent / "config.yaml").write_text(yaml.safe_dump(unknown))
+    assert run_within(from_dict(values), silent) is None  # nor is one that names no method
     before = (own / "summary.json").read_bytes()
     for command in ("run", "evaluate"):  # they would score it without the comparison's full fine-tuning
         with pytest.raises(UsageError, match=f"`farss compare {folder / 'config.yaml'}` goes on with it"):

@@ -91,6 +91,7 @@ def test_each_variant_searches_for_its_boundary_once(values, monkeypatch):
             r"'farss@unmached', .* no options for it: did you mean 'farss@unmatched'",
         ),
         (["farss@wide"], {}, r"'farss@wide', .* no options for it: add them"),
+        (["farss@wide"], {"farss@wide": {}}, r"'farss@wide', .* no options for it: add them"),
         (["full", "loraa"], {}, r"compare.methods names 'loraa', which is no method: did you mean 'lora'"),
         (["farss_plus@x"], {"farss_plus@x": {"plan.rank": 2}}, r"'farss_plus@x', which is no method: did you mean 'farss-plus'"),
         (["farss"], {"farss": {"plan": {"r_max": 8}}}, r"compare.settings.farss=.*: write its options as train.learning_rate: 1e-4"),

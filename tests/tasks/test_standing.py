@@ -299,6 +299,16 @@ def test_k_is_there_where_full_fine_tuning_was_asked_the_task_alone(runs):
     assert standings(base, groups, drawing(200))["lora"].estimates == expected["lora"].estimates
 
 
+def test_there_is_no_t_of_fewer_questions_than_were_asked(runs):
+    """A reference that was not asked every task is none, and takes no benchmark away from the others."""
+    base, full, groups = runs
+    Scores(Scores.load(full / "scores.json").knowledge, {}).save(full / "scores.json")
+    alone = {name: [Entry(entry.folder, None, entry.seed) for entry in group] for name, group in groups.items()}
+    found, expected = (standings(base, each, drawing(200)) for each in (groups, alone))
+    assert {name: each.estimates for name, each in found.items()} == {name: each.estimates for name, each in expected.items()}
+    assert set(found["lora"].benchmarks) == set(expected["lora"].benchmarks) >= {"intents"}
+
+
 def test_some_questions_alone_may_count(runs):
     base, _, groups = runs
     few = standings(base, groups, drawing(200), lambda key: int(key) < 10)["lora"].estimates["kept"].value
