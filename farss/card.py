@@ -17,7 +17,7 @@ ASK = """```python
 {imports}
 
 tokenizer = AutoTokenizer.from_pretrained({base})
-model = AutoModelForCausalLM.from_pretrained({base}, dtype="auto", device_map="auto"{bits}){adapter}
+model = AutoModelForCausalLM.from_pretrained({base}, dtype="{dtype}", device_map="auto"{bits}){adapter}
 {inputs}
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens={room})[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```"""
@@ -76,7 +76,10 @@ def _asking(facts: dict[str, Any], base: str, folder: Path, adapter: bool) -> li
     four = facts.get("quantization") == "nf4"
     imports = ["from peft import PeftModel"] if adapter else []
     imports.append(f"from transformers import AutoModelForCausalLM, AutoTokenizer{', BitsAndBytesConfig' if four else ''}")
+    # the adapter fits the base as it was loaded; float32 holds whatever the files hold
+    loaded = facts.get("base_dtype", "float32") if adapter else "float32"
     code = ASK.format(
+        dtype="auto" if loaded == "float32" else loaded,
         imports="\n".join(imports),
         bits=f", quantization_config={FOUR_BITS}" if four else "",
         base=repr(base if adapter else name),

@@ -97,7 +97,7 @@ def prepare(
     over `model.parameters()` that require a gradient, then call `farss.export(model, folder)`.
 
     Args:
-        model: a causal language model from transformers; its own weights are never changed.
+        model: a causal language model from transformers; its own weights are never changed, but with `base="residual"`.
         tokenizer: its tokenizer.
         dataset: your training examples: rows (dictionaries, a `datasets.Dataset`, a table of pandas) or a file's path.
         method: any of `farss.METHODS` that trains like a LoRA and becomes a plain one; None: `plan.method`.

@@ -30,6 +30,8 @@ Change = Callable[[str, Tensor], Tensor]
 COPIED = (".json", ".model", ".txt", ".jinja", ".py", ".tiktoken")
 """Files of a base model that go with one made from it."""
 GENERATION = "generation_config.json"
+TEMPLATES = "additional_chat_templates"
+"""A folder that goes along, too."""
 DAMAGED = "copy or download the model again"
 SHARD = 4 * 2**30
 """Bytes of weights in one file, which are held in memory together while it is written."""
@@ -101,6 +103,8 @@ def write_model(
     for file in _copied(base) if base and base.is_dir() else []:  # a processor's, and a model's own code
         if file.name == GENERATION or not (target / file.name).exists():
             shutil.copyfile(file, target / file.name)
+    if base and (base / TEMPLATES).is_dir():
+        shutil.copytree(base / TEMPLATES, target / TEMPLATES, dirs_exist_ok=True)
 
 
 def _rounded(model: Any, state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -142,6 +146,8 @@ def _rewrite_files(source: Path, target: Path, change: Change) -> None:
     target.mkdir(parents=True)
     for file in _copied(source):
         shutil.copyfile(file, target / file.name)
+    if (source / TEMPLATES).is_dir():
+        shutil.copytree(source / TEMPLATES, target / TEMPLATES)
     with ExitStack() as opened:
         files = [opened.enter_context(opened_tensors(file, cure=DAMAGED)) for file in weight_files(source)]
         held = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (it is no dictionary)

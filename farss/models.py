@@ -7,6 +7,7 @@ import importlib.util
 import json
 import logging
 import os
+import pickle
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -25,7 +26,7 @@ from farss.files import read_json
 from farss.forward import Stop, evaluating, hooked, leaving, unwrapped, without_cache
 from farss.memory import give_back, memory_of_machine
 from farss.precision import computing_dtype
-from farss.structure import base_weights, find_blocks, keep_gradients, target_layers
+from farss.structure import base_weights, find_blocks, has_adapter, keep_gradients, target_layers
 
 log = logging.getLogger(__name__)
 INDEX = "model.safetensors.index.json"
@@ -149,6 +150,8 @@ def load_model(config: ModelConfig, dtype: torch.dtype | None = None, device: to
     # a weight of another shape than config.json says is named by us
     found = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, info = _from_pretrained(AutoModelForCausalLM, config, dtype=wanted, **found, **options)
+    if has_adapter(model):
+        raise ModelError(f"model.path={config.path!r} is an adapter: name its base model, or merge the two first")
     _check_weights(model, info, config)
     model = model if is_quantised(model) else model.to(place)
     keep_gradients(model)
@@ -164,6 +167,12 @@ def _check_weights(model: Any, info: dict[str, Any], config: ModelConfig) -> Non
     Raises:
         ModelError: with the first.
     """
+    for name, module in model.named_modules():
+        if type(module).__name__ == "Linear4bit" and getattr(module.weight, "quant_state", None) is None:  # of a merged model
+            raise ModelError(
+                f"model.path={config.path!r}: config.json there says that the weights have 4 bits (quantization_config), and those of "
+                f"{name} have not: take that entry out"
+            )
     for name, there, wanted in sorted(info["mismatched_keys"]):
         raise ModelError(
             f"model.path={config.path!r}: {name} has the shape {[*there]}, and config.json there wants {[*wanted]}: "
@@ -296,7 +305,7 @@ def _from_pretrained(kind: Any, config: ModelConfig, **options: Any) -> Any:
         return kind.from_pretrained(config.path, trust_remote_code=config.trust_remote_code, **options)
     except torch.OutOfMemoryError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, StrictDataclassError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError, StrictDataclassError) as error:
         reason = first_line(error.__cause__ or error if isinstance(error, StrictDataclassError) else error)
         if not Path(config.path).exists():
             raise ModelError(
@@ -325,6 +334,10 @@ def check_path(path: str) -> None:
         if (folder / "adapter_config.json").is_file():
             raise ModelError(f"model.path={path!r} is an adapter: give the folder of its base model, or merge the two first")
         raise ModelError(f"model.path={path!r}: {what}; give the folder of a model in Hugging Face format")
+    if (folder / "adapter_config.json").is_file():  # transformers would load the model that it names, with the adapter on it
+        raise ModelError(
+            f"model.path={path!r} holds an adapter beside a model (adapter_config.json): move that file away, or merge the two first"
+        )
 
 
 def base_fingerprint(model: Any) -> str:
@@ -404,8 +417,8 @@ def empty_of(architecture: Any, trusted: bool) -> Any:
             return AutoModelForCausalLM.from_config(architecture, trust_remote_code=trusted)
     except KeyError as error:
         raise ModelError(f"the model's config.json names {error}, which transformers does not know: mend it") from error
-    except ValueError as error:
-        if "AutoModelForCausalLM" not in str(error):
-            raise
+    except (ImportError, ValueError, TypeError, RuntimeError) as error:
+        if not (isinstance(error, ValueError) and "AutoModelForCausalLM" in str(error)):
+            raise ModelError(f"the model cannot be built from its config.json in this environment: {first_line(error)}") from error
         kind = getattr(architecture, "model_type", type(architecture).__name__)
         raise ModelError(f"a model of type {kind!r} writes no text one token after the other: name a causal language model") from error

@@ -31,7 +31,7 @@ from farss.maths.compress import compress
 from farss.models import base_fingerprint, quantization_of, tensors_fingerprint, tokenizer_fingerprint
 from farss.places import outside, placed, placed_in_turn
 from farss.precision import dtype_name, float32_products
-from farss.structure import PEFT_PREFIX, check_loaded, find_blocks, has_adapter, is_linear, is_packed, uncompiled, weight_of
+from farss.structure import PEFT_PREFIX, check_loaded, find_blocks, has_adapter, is_linear, is_packed, is_rearranged, uncompiled, weight_of
 
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """vLLM accepts these and no others (`max_lora_rank`), so the exported rank is padded up to one of them."""
@@ -154,7 +154,7 @@ def export(
             )
         exported = Exported(folder, served, lost, difference, counting)
         write_facts(unfinished, plan, origin_of(adapted, base, tokenizer, prompt), exported, state, command)
-        for other in [path for path in folder.glob("*") if path.name not in OF_ADAPTER]:
+        for other in [path for path in folder.glob("*") if path.name not in OF_ADAPTER and not path.match(".*.part")]:
             (shutil.copytree if other.is_dir() else shutil.copy2)(other, unfinished / other.name)
     return exported
 
@@ -219,6 +219,13 @@ def load_adapter(model: Any, folder: Path | str, tokenizer: Any = None, trainabl
             cure = f"it belongs to the base in {start}: turn it into one of the original base by `{convert}`"
         raise FarssError(f"{folder} is no adapter of farss: there is no farss.json in it; {cure}")
     facts = read_json(folder / "farss.json")
+    if not (folder / "adapter_config.json").is_file() and (folder / "config.json").is_file():
+        raise FarssError(f"{folder} is a whole model: load it with AutoModelForCausalLM.from_pretrained")
+    if is_rearranged(model):
+        raise FarssError(
+            "a forward pass on this CPU has rearranged this model's 4-bit weights, and rounded their scales: load the base anew, and put "
+            "the adapter on before you ask it"
+        )
     found = {"base": base_fingerprint(model), "tokenizer": tokenizer_fingerprint(tokenizer) if tokenizer is not None else None}
     for what, actual in found.items():
         expected = facts.get(f"{what}_fingerprint")

@@ -185,10 +185,19 @@ def keep_gradients(model: nn.Module) -> None:
         if type(module).__name__ == "Linear4bit":
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
             weight: Any = module.weight
-            if getattr(weight.quant_state, "packing_format_for_cpu", False):
+            if _rearranged(weight):
                 from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
                 weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
+
+
+def is_rearranged(model: nn.Module) -> bool:
+    """Whether bitsandbytes has done so; what it undoes are not quite the numbers that were there, for it rounds their scales to 16 bits."""
+    return any(type(module).__name__ == "Linear4bit" and _rearranged(module.weight) for module in model.modules())
+
+
+def _rearranged(weight: Any) -> bool:
+    return getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False)
 
 
 def target_layers(model: nn.Module, targets: list[str] | None = None) -> dict[str, Layer]:

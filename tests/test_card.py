@@ -52,6 +52,16 @@ def test_a_card_asks_in_the_prompt_of_the_training(data, quantization, tmp_path,
     assert values["prompt"] == prompt_text(data.template, question, tokenizer, data.system, data.thinking)
 
 
+@pytest.mark.parametrize(("dtype", "loaded"), [("float32", "auto"), ("bfloat16", "bfloat16")])
+def test_a_card_loads_the_base_as_it_was_in_the_training(dtype, loaded, tmp_path):
+    """Rounded to 16 bits it is another base than its files; float32 holds whatever they hold."""
+    facts = {**FACTS, **prompt_facts(DataConfig(), None), "base_dtype": dtype}
+    (tmp_path / "farss.json").write_text(json.dumps(facts))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    write_card(tmp_path)
+    assert f'dtype="{loaded}"' in (tmp_path / "README.md").read_text()
+
+
 def test_a_card_asks_on_the_day_of_the_training(tmp_path):
     folder = save_small("llama", tmp_path / "base")
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -52,6 +52,12 @@ def test_an_adapter_is_no_model(tmp_path):
         load_model(ModelConfig(path=str(tmp_path)))
 
 
+def test_a_model_with_an_adapter_beside_it_is_not_loaded_as_another(stored):
+    (stored / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"holds an adapter beside a model \(adapter_config\.json\)"):
+        load_model(ModelConfig(path=str(stored)))
+
+
 def test_a_precision_that_no_configuration_names_is_that_of_the_files(stored):
     file = stored / "config.json"
     file.write_text(json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key != "dtype"}))
@@ -216,6 +222,7 @@ def test_a_tokenizer_of_another_kind_is_named(stored):
     [
         ({"num_hidden_layers": "two"}, r"cannot be read: .*num_hidden_layers"),
         ({"hidden_act": "sillu"}, r"config\.json names 'sillu', which transformers does not know"),
+        ({"_attn_implementation": "flash_attention_2"}, r"cannot be built from its config\.json in this environment: .*[Ff]lash"),
     ],
 )
 def test_a_configuration_that_transformers_does_not_take_is_one_sentence(stored, change, message):
@@ -231,6 +238,9 @@ def test_a_cut_bin_file_is_one_sentence(stored):
     torch.save(state, stored / "pytorch_model.bin")
     whole = (stored / "pytorch_model.bin").read_bytes()
     (stored / "pytorch_model.bin").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ModelError, match="cannot be read"):
+        load_model(ModelConfig(path=str(stored)))
+    (stored / "pytorch_model.bin").write_text("version https://git-lfs.github.com/spec/v1")
     with pytest.raises(ModelError, match="cannot be read"):
         load_model(ModelConfig(path=str(stored)))
 

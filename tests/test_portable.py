@@ -95,6 +95,10 @@ def test_an_adapter_is_loaded_on_its_own_base_only(tmp_path):
         load_adapter(other, tmp_path / "adapter")
     with pytest.raises(FarssError, match=r"there is no farss\.json"):
         load_adapter(other, tmp_path)
+    small("llama").save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "farss.json").write_text("{}")
+    with pytest.raises(FarssError, match=r"model is a whole model: load it with AutoModelForCausalLM"):
+        load_adapter(other, tmp_path / "model")
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     save_file({name: tensor * 1.01 for name, tensor in load_file(file).items()}, file)
     with pytest.raises(FarssError, match=r"are not those that farss\.json there describes"):
@@ -226,6 +230,8 @@ def test_settings_of_generation_that_transformers_would_not_write_stay_as_they_a
     (tmp_path / "base" / "generation_config.json").write_text(settings)
     for name in ("preprocessor_config.json", "pytorch_model.bin.index.json"):
         (tmp_path / "base" / name).write_text("{}")
+    (tmp_path / "base" / "additional_chat_templates").mkdir()
+    (tmp_path / "base" / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     kept = model.generation_config
     merge(model, Plan("full", {}, 4), AutoTokenizer.from_pretrained(world.MODEL), tmp_path / "whole", torch.float32, tmp_path / "base")
@@ -233,6 +239,7 @@ def test_settings_of_generation_that_transformers_would_not_write_stay_as_they_a
     assert model.generation_config is kept
     assert (tmp_path / "whole" / "preprocessor_config.json").is_file()  # of a model that sees, too
     assert not (tmp_path / "whole" / "pytorch_model.bin.index.json").exists()
+    assert (tmp_path / "whole" / "additional_chat_templates" / "tool_use.jinja").read_text() == "tools"
 
 
 def test_the_check_needs_no_more_for_longer_prompts(tmp_path):
@@ -396,6 +403,7 @@ def test_nothing_but_an_older_adapter_makes_way(tmp_path):
     (adapter / "notes" / "one.txt").write_text("mine")
     (adapter / "adapter.gguf").write_text("of the older one")
     before = {path.name for path in adapter.iterdir()}
+    (adapter / ".adapter.gguf.123.part").write_text("of a killed process")
     export(adapted, plan, adapter, prompts(), rank=1)
     assert {path.name for path in adapter.iterdir()} == before - {"adapter.gguf"}
     assert (adapter / "notes" / "one.txt").read_text() == "mine"

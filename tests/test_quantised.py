@@ -1,5 +1,7 @@
 """4-bit bases: statistics from the dequantised weights, training, export, and clear refusals."""
 
+import json
+
 import pytest
 import torch
 from bitsandbytes.functional import has_avx512bf16
@@ -108,11 +110,28 @@ def test_training_and_export_on_a_4_bit_base(folder, tmp_path):
     assert "base's precision: nf4" in card
     with pytest.raises(FarssError, match=r"load '.*' as it was \(\w+, nf4\)"):
         load_adapter(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter")
+    asked = four_bits(folder)
+    for module in asked.modules():  # as a model that transformers loads
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = has_avx512bf16()
+    logits(asked)
+    if has_avx512bf16():
+        with pytest.raises(FarssError, match=r"has rearranged this model's 4-bit weights, .*: load the base anew"):
+            load_adapter(asked, tmp_path / "adapter")
     stock = PeftModel.from_pretrained(four_bits(folder), str(tmp_path / "adapter")).eval()
     assert (logits(stock).float() - logits(adapted.eval()).float()).abs().max().item() <= 2**-5 * scale
     assert base_fingerprint(adapted) == base_fingerprint(four_bits(folder))
     after = base_weights(adapted.get_base_model())
     assert all(torch.equal(after[name], tensor) for name, tensor in packed.items())
+
+
+def test_weights_that_are_not_packed_are_refused(folder):
+    """As those of a merged model that kept its base's config.json."""
+    config = json.loads((folder / "config.json").read_text())
+    four = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": four}))
+    with pytest.raises(ModelError, match=r"says that the weights have 4 bits .* have not: take that entry out"):
+        load_model(ModelConfig(path=str(folder), device="cpu"))
 
 
 def test_its_adapters_train_in_float32(folder, tmp_path):

@@ -82,7 +82,7 @@ class Changes(Regime):
             # where activations are computed anew in the backward pass, this is done again, and overwritten by the next forward pass
             self.found[index] = torch.linalg.vector_norm(change.flatten(1), ord=self.order, dim=1).mean()
 
-        return watched(self.model, self.which, see)
+        return watched(self.model, self.which if self.weight else (), see)
 
     def penalty(self) -> Tensor | None:
         """`weight * sum`, of the forward pass that was measured last."""

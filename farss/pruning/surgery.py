@@ -127,7 +127,9 @@ def _same(found: Any, model: Any, dtype: torch.dtype) -> bool:
     if any(tensor.dtype != written[name].dtype for name, tensor in held.items() if is_rounded(model, name, tensor, dtype)):
         return False
     found.load_state_dict(held, assign=True)  # the very same, for sums depend on where in memory a weight begins
-    ids = torch.arange(3, 3 + CHECKED_TOKENS)[None] % model.config.get_text_config().vocab_size
+    text = model.config.get_text_config()
+    count = min(CHECKED_TOKENS, getattr(text, "max_position_embeddings", None) or CHECKED_TOKENS)
+    ids = torch.arange(3, 3 + count)[None] % text.vocab_size
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return torch.equal(logits(found, batch), logits(model, batch))
 

@@ -74,6 +74,8 @@ def train(
         run.continue_from(newest)
         if run.finished or (stop_at is not None and run.step >= stop_at):
             read_weights(model, newest)
+            if run.finished:  # a killed process may not have come to it
+                tidy(checkpoints)
             return run.result()
         log.info("continuing from %s", newest)
     left = (stop_at or training_steps(config.train, len(examples.rows))) - run.step
