@@ -50,12 +50,11 @@ def small_tiles() -> Iterator[None]:
     with contextlib.ExitStack() as measures:
         measures.enter_context(_replaced(utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", COLUMNS))
         for name in ("_forward_tile", "_backward_tile"):
-            if hasattr(chunked_logprob, name):
-                measures.enter_context(_replaced(chunked_logprob, name, _few_tokens(getattr(chunked_logprob, name))))
+            measures.enter_context(_replaced(chunked_logprob, name, _few_tokens(getattr(chunked_logprob, name, None))))
         yield
 
 
-def _few_tokens(fold: Callable[..., None]) -> Callable[..., None]:
+def _few_tokens(fold: Any) -> Callable[..., None]:
     """The same on a few rows at a time of its tensors, of which each has a row a token."""
 
     def folded(tile: Tensor, *others: Any, **options: Any) -> None:
