@@ -31,7 +31,7 @@ COPIED = (".json", ".model", ".txt", ".jinja", ".py", ".tiktoken")
 """Files of a base model that go with one made from it."""
 GENERATION = "generation_config.json"
 TEMPLATES = "additional_chat_templates"
-"""A folder that goes along, too."""
+"""A folder of a base model of which the same files go along."""
 DAMAGED = "copy or download the model again"
 SHARD = 4 * 2**30
 """Bytes of weights in one file, which are held in memory together while it is written."""
@@ -100,11 +100,8 @@ def write_model(
         model.save_pretrained(str(target), state_dict=state)
     if not (base and (base / "tokenizer_config.json").is_file()):  # the base's own has not been given a token for padding
         tokenizer.save_pretrained(str(target))
-    for file in _copied(base) if base and base.is_dir() else []:  # a processor's, and a model's own code
-        if file.name == GENERATION or not (target / file.name).exists():
-            shutil.copyfile(file, target / file.name)
-    if base and (base / TEMPLATES).is_dir():
-        shutil.copytree(base / TEMPLATES, target / TEMPLATES, dirs_exist_ok=True)
+    if base and base.is_dir():  # a processor's, and a model's own code
+        _copy_files(base, target, stays=lambda file: file.name != GENERATION and file.exists())
 
 
 def _rounded(model: Any, state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -122,8 +119,17 @@ def _rounded(model: Any, state: dict[str, Tensor], dtype: torch.dtype) -> dict[s
 
 def _copied(source: Path) -> list[Path]:
     """The files of a base that go with a model made from it: no list of its weights, nor Mistral's params.json, which belongs to others."""
-    files = [file for file in source.iterdir() if file.suffix in COPIED]
+    files = [file for file in (*source.iterdir(), *(source / TEMPLATES).glob("*")) if file.suffix in COPIED]
     return sorted(file for file in files if not file.name.endswith(".index.json") and file.name != "params.json")
+
+
+def _copy_files(source: Path, target: Path, stays: Callable[[Path], bool] = lambda file: False) -> None:
+    """Copy them, but where what lies there stays."""
+    for file in _copied(source):
+        place = target / file.relative_to(source)
+        if not stays(place):
+            place.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, place)
 
 
 def is_rounded(model: Any, name: str, tensor: Tensor, dtype: torch.dtype) -> bool:
@@ -144,10 +150,7 @@ def holds_layers(source: Path, layers: Collection[str]) -> bool:
 
 def _rewrite_files(source: Path, target: Path, change: Change) -> None:
     target.mkdir(parents=True)
-    for file in _copied(source):
-        shutil.copyfile(file, target / file.name)
-    if (source / TEMPLATES).is_dir():
-        shutil.copytree(source / TEMPLATES, target / TEMPLATES)
+    _copy_files(source, target)
     with ExitStack() as opened:
         files = [opened.enter_context(opened_tensors(file, cure=DAMAGED)) for file in weight_files(source)]
         held = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (it is no dictionary)

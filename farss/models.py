@@ -26,7 +26,7 @@ from farss.files import read_json
 from farss.forward import Stop, evaluating, hooked, leaving, unwrapped, without_cache
 from farss.memory import give_back, memory_of_machine
 from farss.precision import computing_dtype
-from farss.structure import base_weights, find_blocks, has_adapter, keep_gradients, target_layers
+from farss.structure import base_weights, find_blocks, four_bit_layers, has_adapter, keep_gradients, target_layers
 
 log = logging.getLogger(__name__)
 INDEX = "model.safetensors.index.json"
@@ -167,8 +167,8 @@ def _check_weights(model: Any, info: dict[str, Any], config: ModelConfig) -> Non
     Raises:
         ModelError: with the first.
     """
-    for name, module in model.named_modules():
-        if type(module).__name__ == "Linear4bit" and getattr(module.weight, "quant_state", None) is None:  # of a merged model
+    for name, layer in four_bit_layers(model).items():
+        if getattr(layer.weight, "quant_state", None) is None:  # of a merged model
             raise ModelError(
                 f"model.path={config.path!r}: config.json there says that the weights have 4 bits (quantization_config), and those of "
                 f"{name} have not: take that entry out"

@@ -181,23 +181,27 @@ def keep_gradients(model: nn.Module) -> None:
 
     It does so in the first forward pass without gradients, and from then on no gradient comes back through the layer.
     """
-    for module in model.modules():
-        if type(module).__name__ == "Linear4bit":
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-            weight: Any = module.weight
-            if _rearranged(weight):
-                from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+    for module in four_bit_layers(model).values():
+        module.support_avx512bf16_for_cpu = False
+        if _is_rearranged(module):
+            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
-                weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
+            weight = module.weight
+            weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
 
 
 def is_rearranged(model: nn.Module) -> bool:
     """Whether bitsandbytes has done so; what it undoes are not quite the numbers that were there, for it rounds their scales to 16 bits."""
-    return any(type(module).__name__ == "Linear4bit" and _rearranged(module.weight) for module in model.modules())
+    return any(map(_is_rearranged, four_bit_layers(model).values()))
 
 
-def _rearranged(weight: Any) -> bool:
-    return getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False)
+def _is_rearranged(layer: Any) -> bool:
+    return getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False)
+
+
+def four_bit_layers(model: nn.Module) -> dict[str, Any]:
+    """The layers that bitsandbytes has made, by their names."""
+    return {name: module for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
 
 
 def target_layers(model: nn.Module, targets: list[str] | None = None) -> dict[str, Layer]:
